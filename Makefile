@@ -1,0 +1,58 @@
+# make generate PROMPT="a red apple"   pictures from the bundled model, in out/
+# make test                            the quick tests
+# Both make .venv when it is missing; a second call installs nothing. Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+PROMPT ?= a red apple
+ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+LOCK_DATE := 2026-11-24T00:00:00Z
+
+export PROMPT
+
+.PHONY: generate test test-all lint format lock clean
+.DELETE_ON_ERROR:
+
+generate: $(STAMP)
+	@$(VENV)/bin/starflow generate "$$PROMPT" --output out $(ARGS)
+
+test: $(STAMP)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: $(STAMP)
+	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: $(STAMP)
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+# The exit code says too old or too new (3), or that there is no such interpreter (127).
+version_check = $(shell $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 3)' 2>/dev/null; echo $$?)
+version_found = $(shell $(PYTHON) --version 2>&1 | head -n 1)
+
+$(STAMP): requirements/lock.txt requirements/lock-data.txt pyproject.toml
+	$(if $(filter 0,$(version_check)),,$(error '$(PYTHON)' is "$(version_found)", expected Python 3.11 to 3.13: name one, e.g. make PYTHON=python3.12))
+	@echo "Installing into $(VENV), once (some minutes)."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -r requirements/lock.txt
+	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-data.txt
+	@$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Needs uv (pip install uv). Pins already in the lock are kept: delete a line to renew it, after moving LOCK_DATE.
+# What a CUDA build of torch adds (nvidia-*, cuda-*, triton) is left out: torch pins it itself, and a CPU build has none of it.
+lock:
+	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --fork-strategy fewest \
+	    --exclude-newer $(LOCK_DATE) --constraint requirements/lock.txt --quiet --no-header --no-annotate \
+	    --no-emit-package torch --output-file requirements/.lock.new
+	@{ grep -E '^(#|torch==)' requirements/lock.txt; grep -vE '^(nvidia-|cuda-|triton)' requirements/.lock.new; } > requirements/.lock.whole
+	@mv requirements/.lock.whole requirements/lock.txt; rm requirements/.lock.new
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache
