@@ -1,0 +1,145 @@
+"""Typed configuration: frozen dataclasses read from YAML, JSON or dictionaries, strictly.
+
+Contract: an unknown key is an error that names the nearest known one; a value of the wrong type or
+outside its `Literal` choices is an error that names the key, what was received and what was expected.
+`from_dict(cls, to_dict(config)) == config` for every configuration class of the project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from starflow.errors import UserError
+
+
+class Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=Dataclass)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the frozen dataclass `cls` from a mapping, strictly.
+
+    Args:
+        cls: a dataclass whose fields are scalars, `Literal`s, optionals, tuples or other dataclasses.
+        values: keys are field names; lists stand for tuples.
+        where: dotted prefix for messages, e.g. `"train"`.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), missing key, wrong type, wrong choice.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in values:
+        if key not in known:
+            raise UserError(unknown_key(f"{where}{key}", key, list(known)))
+    built: dict[str, Any] = {}
+    for name, field in known.items():
+        if name in values:
+            built[name] = _convert(hints[name], values[name], f"{where}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"the key '{where}{name}' is missing: add it ({_describe(hints[name])})")
+    return cls(**built)
+
+
+def to_dict(config: Dataclass) -> dict[str, Any]:
+    """Plain JSON-ready dictionary of a configuration (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def unknown_key(path: str, key: str, known: list[str]) -> str:
+    """Message for a key that no field has."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key '{path}': {hint}"
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file whose top level is a mapping.
+
+    Raises:
+        UserError: no such file, not text, not valid YAML/JSON, or the top level is no mapping.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected a mapping of keys to values")
+    return values
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if origin is dict:
+        return "a mapping of options"
+    if origin is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if hint is type(None):
+        return "null"
+    return str(getattr(hint, "__name__", hint))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as type `hint`, or a UserError that names `where`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, where, hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return from_dict(hint, value, where=f"{where}.")
+    elif origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and origin is None and type(value) is hint:
+        return value
+    raise UserError(f"'{where}' is {value!r}, expected {_describe(hint)}")
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, where: str, hint: Any) -> Any:
+    if value is None and type(None) in options:
+        return None
+    nested = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, Mapping) and len(nested) == 1:
+        return _convert(nested[0], value, where)  # keep its own, more precise message
+    for option in options:
+        try:
+            return _convert(option, value, where)
+        except UserError:
+            continue
+    raise UserError(f"'{where}' is {value!r}, expected {_describe(hint)}")

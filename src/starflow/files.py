@@ -1,0 +1,122 @@
+"""Files, written whole or not at all. Knows no model.
+
+Contract: every writer goes to a temporary name in the target's folder, is flushed to the disk and then
+renamed, so a reader sees the old file or the new one and a full disk keeps the old one. Weights are
+safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be made or written, or the disk is full; `path` is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; the old file, if any, is unchanged") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to `path`, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, indented, with a final newline."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: no such file, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: no such file, or a truncated or foreign file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from None
+
+
+def check_output_folder(folder: Path) -> Path:
+    """Make `folder` and prove that it can be written, before any long work.
+
+    Raises:
+        UserError: a file stands there, or no permission.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder: choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
+    return folder

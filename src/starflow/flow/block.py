@@ -1,0 +1,153 @@
+"""One autoregressive affine block: a causal Transformer that gives mu and log sigma of every token.
+
+Contract: between blocks, tokens are in raster order; inside, in the block's own (raster, or backwards).
+Token n's mu and sigma depend on the tokens before it in that order and on the condition. The input that
+predicts token n is token n - 1; token 0 is predicted from the start token where there is one, and has
+mu = 0, sigma = 1 otherwise. (STARFlow, arXiv 2506.06276, section 3; TarFlow, arXiv 2412.06329, section 2.)
+
+Shapes: B batch, N tokens, T some of them, C token channels, D width, S condition tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from starflow.flow import affine
+from starflow.flow.tokens import in_order
+from starflow.nn.attention import Continuation, Layer
+from starflow.nn.layers import LayerSpec, RMSNorm
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Shape and options of one block."""
+
+    token_channels: int
+    layers: int
+    layer: LayerSpec
+    backwards: bool
+    start_token: bool
+    table_tokens: int
+    """Rows of the learned position table; 0 is rotary positions."""
+    condition_dim: int
+    """Width of the condition tokens to prepend; 0 is none."""
+    num_classes: int
+    """Rows of the table of class vectors to add to every token; 0 is none."""
+    final_norm: bool
+    softplus: bool
+    clip: float
+
+
+class AutoregressiveBlock(nn.Module):
+    """One block. Parameter names are those of the published checkpoints."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width, channels = spec.layer.width, spec.token_channels
+        self.proj_in = nn.Linear(channels, width)
+        self.attn_blocks = nn.ModuleList(Layer(spec.layer) for _ in range(spec.layers))
+        self.final_norm = RMSNorm(width) if spec.final_norm else nn.Identity()
+        self.proj_out = nn.Linear(width, 2 * channels)
+        self.proj_txt = nn.Linear(spec.condition_dim, width) if spec.condition_dim else None
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if spec.start_token else None
+        self.pos_embed = _small_table(spec.table_tokens, width) if spec.table_tokens else None
+        self.class_embed = _small_table(spec.num_classes, 1, width) if spec.num_classes else None
+        nn.init.zeros_(self.proj_out.weight)  # a new model is the identity
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Data to noise in one parallel pass.
+
+        Args:
+            x_BNC: tokens in raster order, float32 or float64.
+            condition: what `prefix` or `class_vector` takes; ignored by a block without a condition.
+            rotary: table of the S condition tokens and the inputs, or None with a learned table.
+
+        Returns:
+            z (B, N, C) in raster order, and log sigma (B, N, C) in the block's own order.
+        """
+        x_BNC = in_order(x_BNC, backwards=self.spec.backwards)
+        hidden = self.embed(self.first_inputs(x_BNC), 0)
+        if self.class_embed is not None:
+            hidden = hidden + self.class_vector(condition)
+        prefix = self.prefix(condition)
+        if prefix is not None:
+            hidden = torch.cat((prefix, hidden), dim=1)
+        for layer in self.attn_blocks:
+            hidden = layer(hidden, rotary)
+        mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
+        if not self.spec.start_token:
+            mu, log_sigma = _first_unchanged(mu), _first_unchanged(log_sigma)
+        return in_order(affine.forward(x_BNC, mu, log_sigma), backwards=self.spec.backwards), log_sigma
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the block sees the condition."""
+        return self.proj_txt is not None or self.class_embed is not None
+
+    @property
+    def first_predicted(self) -> int:
+        """Index of the first token that the network predicts: input k predicts token k + this."""
+        return 0 if self.spec.start_token else 1
+
+    def first_inputs(self, x_BNC: Tensor) -> Tensor:
+        """What the Transformer reads of the tokens in the block's order; the last token predicts nothing."""
+        if self.sos_embed is None:
+            return x_BNC[:, :-1]
+        start = self.sos_embed.to(x_BNC.dtype).expand(x_BNC.shape[0], -1, -1)
+        return torch.cat((start, x_BNC[:, :-1]), dim=1)
+
+    def embed(self, inputs_BTC: Tensor, first: int) -> Tensor:
+        """Inputs number first, first + 1, .. to hidden states (B, T, D), without condition."""
+        hidden: Tensor = self.proj_in(inputs_BTC.to(self.proj_in.weight.dtype))
+        if self.pos_embed is None:
+            return hidden
+        count = inputs_BTC.shape[1]
+        if self.spec.backwards:
+            last = self.pos_embed.shape[0] - first
+            return hidden + self.pos_embed[last - count : last].flip(0)
+        return hidden + self.pos_embed[first : first + count]
+
+    def prefix(self, condition: Tensor | None) -> Tensor | None:
+        """Condition tokens (B, S, condition_dim) to hidden states to prepend, (B, S, D)."""
+        if self.proj_txt is None:
+            return None
+        assert condition is not None
+        hidden: Tensor = self.proj_txt(condition.to(self.proj_txt.weight.dtype))
+        return hidden
+
+    def class_vector(self, label: Tensor | None) -> Tensor:
+        """Labels (B,) to vectors (B, 1, D) to add to every token; label -1, no class, is the classes' mean."""
+        assert self.class_embed is not None
+        assert label is not None
+        return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
+
+    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: Continuation) -> Tensor:
+        """The layers, for hidden states that continue a cache."""
+        for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
+            assert isinstance(layer, Layer)
+            hidden_BTD = layer.extend(hidden_BTD, rotary, cache, onto)
+        return hidden_BTD
+
+    def outputs(self, hidden_BTD: Tensor) -> Tensor:
+        """Final norm, projection and soft clip: (B, T, 2C), the scale's half first, at least float32."""
+        out: Tensor = self.proj_out(self.final_norm(hidden_BTD))
+        return affine.soft_clip(out.to(torch.promote_types(out.dtype, torch.float32)), self.spec.clip)
+
+    def gaussian(self, outputs_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and log sigma, (B, T, C) each, of the network's outputs."""
+        scale, mu = outputs_BTO.chunk(2, dim=-1)
+        return mu, affine.log_sigma_of(scale, softplus=self.spec.softplus)
+
+
+def _first_unchanged(shifted: Tensor) -> Tensor:
+    """Put mu = 0 or log sigma = 0 of the first token before those of the others."""
+    return torch.cat((torch.zeros_like(shifted[:, :1]), shifted), dim=1)
+
+
+def _small_table(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * 1e-2)

@@ -1,0 +1,336 @@
+"""STARFlow and TarFlow: stacks of autoregressive blocks, data to noise.
+
+Contract: `model(x, condition)` returns z of x's shape and the log-determinant of dz/dx per picture in
+nats, summed over tokens and channels, both at least float32. `blocks[0]` is next to the data. Under the
+model z is standard normal, so log p(x) = log N(z; 0, I) + logdet. `forward` is data to noise only; the
+other direction is `starflow.sample`. (STARFlow, arXiv 2506.06276; TarFlow, arXiv 2412.06329.)
+
+Shapes: B batch, C x H x W input, S condition tokens, N = h * w tokens, D token channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from starflow.errors import UserError
+from starflow.flow import affine, store
+from starflow.flow.block import AutoregressiveBlock, BlockSpec
+from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
+from starflow.model_config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
+from starflow.nn.layers import LayerSpec
+from starflow.nn.rope import condition_positions, grid_positions, rotary_table
+
+
+class Trace(NamedTuple):
+    """One pass, data to noise, with everything on the way."""
+
+    z: Tensor
+    """(B, C, H, W)"""
+    logdet: Tensor
+    """(B,), nats"""
+    states: list[Tensor]
+    """Block i's input is states[i] and its output states[i + 1], each (B, N, D) in raster order."""
+    log_sigmas: list[Tensor]
+    """(B, N, D) of each block, in that block's own token order."""
+
+
+class Flow(nn.Module, ABC):
+    """What samplers, training and pipelines may rely on; STARFlow and TarFlow fill it in."""
+
+    config: ModelConfig
+    channel_first = False
+    """Whether a token's channels are ordered (channel, row, column) rather than (row, column, channel)."""
+    has_own_null = False
+    """Whether the model itself knows what "no condition" is."""
+
+    def __init__(self, specs: Sequence[BlockSpec]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AutoregressiveBlock(spec) for spec in specs)
+
+    @property
+    @abstractmethod
+    def condition_help(self) -> str:
+        """What to pass as a condition, for messages."""
+
+    @property
+    @abstractmethod
+    def guided(self) -> list[bool]:
+        """For every block, whether guidance acts on it."""
+
+    @abstractmethod
+    def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
+        """The condition as the blocks take it.
+
+        Raises:
+            UserError: wrong shape or type, missing, or given to a model that has none.
+        """
+
+    @abstractmethod
+    def rotary(self, grid: Grid) -> Tensor | None:
+        """Rotary table (S + N, 1, head_dim / 2, 2) of condition and inputs, or None without RoPE."""
+
+    @abstractmethod
+    def prior_log_std(self) -> Tensor | None:
+        """log of the prior's standard deviation (N, D) before it is divided out, or None where it is 1."""
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise.
+
+        Args:
+            x: (B, C, H, W), latents or pixels.
+            condition: STARFlow: (B, S, txt_dim), or None for a model without a condition.
+                TarFlow: labels (B,) with -1 for "no class", or None for no class at all.
+
+        Returns:
+            z (B, C, H, W) and logdet (B,) in nats, float32 (float64 when the model is float64).
+
+        Raises:
+            UserError: a shape that the model cannot take.
+        """
+        trace = self.trace(x, condition)
+        return trace.z, trace.logdet
+
+    def trace(self, x: Tensor, condition: Tensor | None = None) -> Trace:
+        """As `forward`, with every block's input, output and log sigma."""
+        tokens, grid = self.tokens(x)
+        condition, rotary = self.check_condition(condition, len(x)), self.rotary(grid)
+        states, log_sigmas = [tokens], list[Tensor]()
+        for block in self.stack():
+            tokens, log_sigma = block(tokens, condition, self.block_rotary(block, rotary))
+            states.append(tokens)
+            log_sigmas.append(log_sigma)
+        logdet = -torch.stack([log_sigma.sum((1, 2)) for log_sigma in log_sigmas]).sum(0)
+        prior = self.prior_log_std()
+        if prior is not None:
+            tokens, logdet = tokens * torch.exp(-prior), logdet - prior.sum()
+        return Trace(self.picture(tokens, grid), logdet, states, log_sigmas)
+
+    def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""
+        z, logdet = self.forward(x, condition)
+        return affine.log_normal(z) + logdet
+
+    def stack(self) -> Iterator[AutoregressiveBlock]:
+        """The blocks from the data to the noise."""
+        for block in self.blocks:
+            assert isinstance(block, AutoregressiveBlock)
+            yield block
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """Precision of the affine steps: at least float32 whatever the network's."""
+        return torch.promote_types(self.network_dtype, torch.float32)
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens (B, N, D) in raster order, in the working precision, and their grid."""
+        grid = self.check_grid(grid_of(x, self.config.in_channels, self.config.patch_size))
+        tokens = patchify(x.to(self.work_dtype), self.config.patch_size, channel_first=self.channel_first)
+        return tokens, grid
+
+    def picture(self, tokens_BND: Tensor, grid: Grid) -> Tensor:
+        """Tokens in raster order to (B, C, H, W)."""
+        return unpatchify(tokens_BND, grid, self.config.patch_size, channel_first=self.channel_first)
+
+    def check_grid(self, grid: Grid) -> Grid:
+        """The grid itself; a model with a learned table has one size only.
+
+        Raises:
+            UserError: the model cannot take this size.
+        """
+        side = self.config.grid_side
+        if next(self.stack()).pos_embed is not None and grid != (side, side):
+            patch, size = self.config.patch_size, self.config.img_size
+            raise UserError(
+                f"the input is {grid[0] * patch} x {grid[1] * patch}, but this model's learned positions are for "
+                f"{size} x {size} alone: resize it, or take a model with rotary positions"
+            )
+        return grid
+
+    def block_rotary(self, block: AutoregressiveBlock, rotary: Tensor | None) -> Tensor | None:
+        """A block's part of the model's rotary table: without the condition tokens it does not read."""
+        if rotary is None:
+            return None
+        skipped = 0 if block.proj_txt is not None else self.condition_length
+        return rotary[skipped : len(rotary) - block.first_predicted]
+
+    @property
+    def condition_length(self) -> int:
+        """S, the condition tokens that a conditioned block prepends."""
+        return 0
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, which `from_pretrained` reads.
+
+        Args:
+            folder: made where it is missing.
+            dtype: of the stored weights; None is their own.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        store.save(Path(folder), self.config, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path) -> Self:
+        """The model that `save_pretrained` wrote, on the CPU, in the precision that was saved.
+
+        Raises:
+            UserError: no such folder or repository, another kind of model, a damaged file, missing or unexpected keys.
+        """
+        config, tensors = store.load(folder_or_hub_id)
+        with torch.device("meta"):
+            model = build(config)
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise UserError(f"{folder_or_hub_id} holds a {kind}, expected a {cls.__name__}: load it as a {kind}")
+        store.assign(model, tensors, str(folder_or_hub_id))
+        return model
+
+
+class STARFlow(Flow):
+    """A latent flow, deep next to the noise; a new one is the identity."""
+
+    config: STARFlowConfig
+
+    def __init__(self, config: STARFlowConfig) -> None:
+        super().__init__([_starflow_block(config, block) for block in range(config.num_blocks)])
+        self.config = config
+
+    @property
+    def condition_help(self) -> str:
+        if not self.config.txt_size:
+            return "no condition (None)"
+        return f"a condition of shape (batch, {self.config.txt_size}, {self.config.txt_dim})"
+
+    @property
+    def guided(self) -> list[bool]:
+        return [block.conditioned for block in self.stack()]
+
+    @property
+    def condition_length(self) -> int:
+        return self.config.txt_size
+
+    def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
+        expected = (batch, self.config.txt_size, self.config.txt_dim) if self.config.txt_size else None
+        received = None if condition is None else tuple(condition.shape)
+        if received != expected:
+            raise UserError(f"the condition's shape is {received}, expected {expected}: pass {self.condition_help}")
+        return condition
+
+    def rotary(self, grid: Grid) -> Tensor | None:
+        config = self.config
+        if not config.rope:
+            return None
+        dtype, device = self.work_dtype, next(self.parameters()).device
+        positions = grid_positions(*grid, config.span, dtype=dtype, device=device)
+        if config.txt_size:
+            places = condition_positions(config.txt_size, config.span, dtype=dtype, device=device)
+            positions = torch.cat((places, positions))
+        return rotary_table(positions, config.head_dim, CONDITION_ANGLES if config.txt_size else 0)
+
+    def prior_log_std(self) -> None:
+        return None
+
+
+class TarFlow(Flow):
+    """A flow on pixels with a learned position table and class vectors; a new one is the identity."""
+
+    config: TarFlowConfig
+    channel_first = True
+    has_own_null = True
+    var: Tensor
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__([_tarflow_block(config, block) for block in range(config.num_blocks)])
+        self.config = config
+        token_channels = config.in_channels * config.patch_size**2
+        self.register_buffer("var", torch.ones(config.grid_side**2, token_channels))
+
+    @property
+    def condition_help(self) -> str:
+        if not self.config.num_classes:
+            return "no label (None)"
+        return f"labels of shape (batch,) from 0 to {self.config.num_classes - 1}, -1 for no class, or None"
+
+    @property
+    def guided(self) -> list[bool]:
+        return [True] * self.config.num_blocks
+
+    def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
+        classes = self.config.num_classes
+        if condition is None:
+            return torch.full((batch,), -1, device=next(self.parameters()).device) if classes else None
+        if not classes or condition.shape != (batch,) or condition.is_floating_point():
+            shape, dtype = tuple(condition.shape), condition.dtype
+            raise UserError(f"the label is {dtype} of shape {shape} for a batch of {batch}: pass {self.condition_help}")
+        on_host = condition.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait
+        if on_host and bool(((condition < -1) | (condition >= classes)).any()):
+            raise UserError(f"the labels are {condition.tolist()}: pass {self.condition_help}")
+        return condition.long()
+
+    def rotary(self, grid: Grid) -> None:
+        return None
+
+    def prior_log_std(self) -> Tensor:
+        return 0.5 * self.var.to(self.work_dtype).log()
+
+
+def build(config: ModelConfig) -> STARFlow | TarFlow:
+    """A new model of the kind that the config is for."""
+    return STARFlow(config) if isinstance(config, STARFlowConfig) else TarFlow(config)
+
+
+def _starflow_block(config: STARFlowConfig, block: int) -> BlockSpec:
+    layer = LayerSpec(
+        width=config.width(block),
+        heads=config.heads(block),
+        kv_heads=config.kv_heads(block),
+        head_dim=config.head_dim,
+        hidden=config.hidden(block),
+        norm_type=config.norm_type,
+        swiglu=config.use_swiglu,
+        qk_norm=config.use_qk_norm,
+        post_norm=config.use_post_norm,
+        bias=config.use_bias,
+        half_split_rope=config.hf_style_rope,
+    )
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=layer,
+        backwards=config.reversed(block),
+        start_token=config.sos,
+        table_tokens=0 if config.rope else config.grid_side**2,
+        condition_dim=config.txt_dim if config.conditioned(block) else 0,
+        num_classes=0,
+        final_norm=config.use_final_norm,
+        softplus=config.use_softplus,
+        clip=config.soft_clip,
+    )
+
+
+def _tarflow_block(config: TarFlowConfig, block: int) -> BlockSpec:
+    width, heads = config.channels, config.channels // config.head_dim
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=LayerSpec(width=width, heads=heads, kv_heads=heads, head_dim=config.head_dim, hidden=4 * width),
+        backwards=config.reversed(block),
+        start_token=False,
+        table_tokens=config.grid_side**2,
+        condition_dim=0,
+        num_classes=config.num_classes,
+        final_norm=False,
+        softplus=False,
+        clip=0.0,
+    )

@@ -1,0 +1,69 @@
+"""A model as a folder: config.json and model.safetensors. Loading is strict.
+
+Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are
+listed. A damaged file is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from starflow import files
+from starflow.errors import UserError
+from starflow.hub import local_or_hub
+from starflow.model_config import ModelConfig, config_from_dict, config_to_dict
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_LISTED = 8
+
+
+def save(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, each whole or not at all; the weights first, so that a config means a whole model."""
+    files.check_output_folder(folder)
+    files.write_tensors(folder / WEIGHTS_NAME, tensors)
+    files.write_json(folder / CONFIG_NAME, config_to_dict(config))
+
+
+def load(folder_or_hub_id: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read both files.
+
+    Raises:
+        UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
+    """
+    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME, WEIGHTS_NAME))
+    options = files.read_json(folder / CONFIG_NAME)
+    if not isinstance(options, dict):
+        raise UserError(f"{folder / CONFIG_NAME} holds a {type(options).__name__}, expected a mapping of options")
+    return config_from_dict(options), files.read_tensors(folder / WEIGHTS_NAME)
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Make `tensors` the model's own, in their precision and without a copy.
+
+    Raises:
+        UserError: missing or unexpected keys, or other shapes; lists them.
+    """
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    if missing or unexpected:
+        faults = {"missing": missing, "unexpected": unexpected}
+        found = "; ".join(_list(kind, keys) for kind, keys in faults.items() if keys)
+        raise UserError(f"{source} does not hold this model's weights: {found}; check the options it was made with")
+    wrong = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if tensors[key].shape != expected[key].shape
+    ]
+    if wrong:
+        raise UserError(f"{source} has {_list('other shapes', wrong)}; check the options it was made with")
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def _list(kind: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:_LISTED])}{more}"

@@ -1,0 +1,54 @@
+"""Pictures to tokens and back, and the order in which a block reads them.
+
+Shapes: B batch, C channels, H x W picture, p patch side, h = H/p and w = W/p, N = h*w tokens, D = C*p*p.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from starflow.errors import UserError
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
+
+
+def grid_of(x: Tensor, channels: int, patch: int) -> Grid:
+    """The token grid (h, w) of pictures (B, C, H, W).
+
+    Raises:
+        UserError: another rank, other channels, or sides that are no multiples of the patch.
+    """
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise UserError(f"the input has shape {tuple(x.shape)}, expected (batch, {channels}, height, width)")
+    height, width = x.shape[2:]
+    if height % patch or width % patch or not height or not width:
+        raise UserError(f"the input is {height} x {width}, expected sides that are multiples of the patch, {patch}")
+    return height // patch, width // patch
+
+
+def patchify(x: Tensor, patch: int, *, channel_first: bool = False) -> Tensor:
+    """(B, C, H, W) to tokens (B, N, D) in raster order.
+
+    D is ordered (row in patch, column in patch, channel), channel fastest; with `channel_first`, as in
+    TarFlow, (channel, row, column), column fastest.
+    """
+    batch, channels, height, width = x.shape
+    cells = x.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    axes = (0, 2, 4, 1, 3, 5) if channel_first else (0, 2, 4, 3, 5, 1)
+    return cells.permute(axes).reshape(batch, -1, channels * patch * patch)
+
+
+def unpatchify(tokens_BND: Tensor, grid: Grid, patch: int, *, channel_first: bool = False) -> Tensor:
+    """Tokens (B, N, D) in raster order to (B, C, H, W); the inverse of `patchify`."""
+    (rows, columns), batch = grid, tokens_BND.shape[0]
+    channels = tokens_BND.shape[2] // (patch * patch)
+    inside = (channels, patch, patch) if channel_first else (patch, patch, channels)
+    axes = (0, 3, 1, 4, 2, 5) if channel_first else (0, 5, 1, 3, 2, 4)
+    cells = tokens_BND.reshape(batch, rows, columns, *inside).permute(axes)
+    return cells.reshape(batch, channels, rows * patch, columns * patch)
+
+
+def in_order(tokens: Tensor, *, backwards: bool) -> Tensor:
+    """Raster order to a block's own order, and back: it is its own inverse. (B, N, D)."""
+    return tokens.flip(1) if backwards else tokens

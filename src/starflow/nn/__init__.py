@@ -1,0 +1,1 @@
+"""Transformer parts. Know torch and nothing of flows."""

@@ -1,0 +1,107 @@
+"""Causal self-attention with grouped heads and an optional static cache, and the layer around it.
+
+Contract: without a cache the T tokens are a whole sequence and attention is causal over it. With a cache
+they continue what the cache holds before `start`, and the answer is what the whole sequence would give.
+
+Shapes: B batch, T tokens, D width, N query heads, K key/value heads, H head width, L tokens up to now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from starflow.nn.cache import KVCache, LayerCache
+from starflow.nn.layers import MLP, GatedMLP, LayerSpec, RMSNorm, make_norm
+from starflow.nn.rope import rotate
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a pass goes on from: the caches it extends, and the index of its first token in them."""
+
+    cache: KVCache
+    start: int
+    mask_TL: Tensor | None
+    """What each new token attends to; None where a plain causal or full mask does."""
+    query_scale: Tensor | None = None
+    """(B, 1, 1, 1) factor on the attention logits of each row; None is 1."""
+
+    @staticmethod
+    def at(cache: KVCache, start: int, count: int, query_scale: Tensor | None = None) -> Continuation:
+        """The continuation of `start` tokens by `count` more."""
+        mask_TL = None
+        if start and count > 1:
+            device = cache.layers[0].keys_BNLH.device
+            mask_TL = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
+        return Continuation(cache, start, mask_TL, query_scale)
+
+
+class Attention(nn.Module):
+    """Norm, attention with softmax scale 1/sqrt(H), projection, and the optional norm after."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.half_split_rope = spec.half_split_rope
+        inner = spec.heads * spec.head_dim
+        self.norm = make_norm(spec)
+        self.qkv = nn.Linear(spec.width, inner + 2 * spec.kv_heads * spec.head_dim, bias=spec.bias)
+        self.proj = nn.Linear(inner, spec.width, bias=spec.bias)
+        self.query_norm = RMSNorm(spec.head_dim) if spec.qk_norm else None
+        self.key_norm = RMSNorm(spec.head_dim) if spec.qk_norm else None
+        self.post_norm = RMSNorm(spec.width) if spec.post_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, rotary: Tensor | None) -> Tensor:
+        q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
+        return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
+
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation) -> Tensor:
+        """The same for tokens that continue a cache, which takes their keys and values."""
+        q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
+        if onto.query_scale is not None:
+            q_BNTH = q_BNTH * onto.query_scale.to(q_BNTH.dtype)
+        k_BKLH, v_BKLH = cache.write(onto.start, k_BKTH, v_BKTH)
+        return self._output(self._attend(q_BNTH, k_BKLH, v_BKLH, causal=onto.start == 0, mask=onto.mask_TL))
+
+    def _queries_keys_values(self, x_BTD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, self.head_dim))
+        turning, v_BTKH = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = turning.split((self.heads, self.kv_heads), dim=2)
+            turning = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2)
+        if rotary is not None:
+            turning = rotate(turning, rotary, half_split=self.half_split_rope)
+        q_BTNH, k_BTKH = turning.split((self.heads, self.kv_heads), dim=2)
+        return q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> Tensor:
+        grouped = self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+    def _output(self, out_BNTH: Tensor) -> Tensor:
+        out: Tensor = self.post_norm(self.proj(out_BNTH.transpose(1, 2).flatten(2)))
+        return out
+
+
+class Layer(nn.Module):
+    """x += Attention(x); x += MLP(x). Both hold their own norms."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.attention = Attention(spec)
+        self.mlp = GatedMLP(spec) if spec.swiglu else MLP(spec)
+
+    def forward(self, x_BTD: Tensor, rotary: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(x_BTD, rotary)
+        out: Tensor = x_BTD + self.mlp(x_BTD)
+        return out
+
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation) -> Tensor:
+        """The same for tokens that continue a cache."""
+        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, onto)
+        out: Tensor = x_BTD + self.mlp(x_BTD)
+        return out

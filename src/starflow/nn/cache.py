@@ -1,0 +1,72 @@
+"""A static key/value cache: allocated once by the caller, written in place, rewound at will.
+
+Contract: keys are stored after their rotation, so nothing is rotated twice. Writing at `start` makes
+everything from there on obsolete; there is no other state, so a rewind is a write further back and a
+reset is a write at 0. Positions are Python integers: no step waits for the device.
+
+Shapes: B batch, T tokens, N key/value heads, H head width, L cache length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, each (B, N, L, H)."""
+
+    keys_BNLH: Tensor
+    values_BNLH: Tensor
+
+    def write(self, start: int, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T tokens at `start`; returns views of everything up to them, each (B, N, start + T, H)."""
+        stop = start + keys_BNTH.shape[2]
+        assert stop <= self.keys_BNLH.shape[2], f"{stop} tokens in a cache of {self.keys_BNLH.shape[2]}"
+        self.keys_BNLH[:, :, start:stop] = keys_BNTH
+        self.values_BNLH[:, :, start:stop] = values_BNTH
+        return self.keys_BNLH[:, :, :stop], self.values_BNLH[:, :, :stop]
+
+
+class CacheShape(NamedTuple):
+    """What a cache has room for: 2 * layers * batch * heads * length * head_dim numbers."""
+
+    layers: int
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The caches of a stack of layers."""
+
+    layers: tuple[LayerCache, ...]
+
+    @staticmethod
+    def allocate(shape: CacheShape, *, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """Room for `shape.length` tokens in every layer."""
+
+        def room() -> Tensor:
+            return torch.zeros(shape[1:], dtype=dtype, device=device)
+
+        return KVCache(tuple(LayerCache(room(), room()) for _ in range(shape.layers)))
+
+
+class CachePool:
+    """Caches by shape, each allocated once: whoever takes one overwrites what its last user left."""
+
+    def __init__(self) -> None:
+        self._caches: dict[tuple[CacheShape, torch.dtype, torch.device], KVCache] = {}
+
+    def take(self, shape: CacheShape, *, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """The pool's cache of this shape."""
+        key = (shape, dtype, device)
+        if key not in self._caches:
+            self._caches[key] = KVCache.allocate(shape, dtype=dtype, device=device)
+        return self._caches[key]
