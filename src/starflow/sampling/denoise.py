@@ -1,0 +1,35 @@
+"""One Tweedie step on the model's own score (STARFlow, arXiv 2506.06276, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from starflow.errors import UserError
+from starflow.flow.model import Flow
+
+
+def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: float = 0.3) -> Tensor:
+    """x + sigma^2 * grad_x log p(x | condition): the mean of the clean picture given the noisy one.
+
+    Args:
+        model: the flow; its parameters get no gradient.
+        x: (B, C, H, W), a sample, or data with noise of standard deviation `sigma`.
+        condition: as for `model(x, condition)`; the score is conditional and unguided.
+        sigma: standard deviation of the noise that the model was trained with, in x's units.
+
+    Returns:
+        (B, C, H, W), in at least float32.
+
+    Raises:
+        UserError: negative sigma, or a shape that the model cannot take.
+    """
+    if not (sigma >= 0 and math.isfinite(sigma)):
+        raise UserError(f"sigma is {sigma}, expected a standard deviation of at least 0")
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        noisy = x.detach().to(model.work_dtype).clone().requires_grad_()  # clones leave a caller's inference mode
+        given = None if condition is None else condition.detach().clone()
+        (score,) = torch.autograd.grad(model.log_prob(noisy, given).sum(), noisy)
+    return (noisy + sigma**2 * score).detach()

@@ -1,0 +1,140 @@
+"""What every solver stands on: mu and log sigma of some tokens of one block, given those before them.
+
+Contract: tokens are in the block's own order. Conditional and null branch run as one batch against one
+cache that the caller owns; a block without guidance runs the conditional rows alone. Nothing here waits
+for the device.
+
+Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them,
+C token channels, D width, S condition tokens, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starflow.flow.block import AutoregressiveBlock
+from starflow.nn.attention import Continuation
+from starflow.nn.cache import CachePool, CacheShape, KVCache
+from starflow.sampling import guidance as rules
+from starflow.sampling.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One block, ready to be inverted."""
+
+    block: AutoregressiveBlock
+    tokens: int
+    """N"""
+    cache: KVCache
+    rotary: Tensor | None
+    """Table of the S condition tokens and the block's inputs."""
+    prefix_RSD: Tensor | None
+    class_R1D: Tensor | None
+    guidance: Guidance | None
+    query_scale: Tensor | None
+    """(R, 1, 1, 1) factor on the attention logits, or None."""
+
+    @staticmethod
+    def of(
+        block: AutoregressiveBlock,
+        batch: int,
+        tokens: int,
+        conditions: list[Tensor | None],
+        rotary: Tensor | None,
+        guidance: Guidance | None,
+        caches: CachePool,
+    ) -> Predictor:
+        """For a batch of pictures of N tokens; `conditions` are those of the branches: one, or with guidance two."""
+        given = [condition for condition in conditions if condition is not None]
+        condition = torch.cat(given) if given else None
+        prefix_RSD = block.prefix(condition)
+        class_R1D = None if block.class_embed is None else block.class_vector(condition)
+        inputs = tokens - block.first_predicted + (0 if prefix_RSD is None else prefix_RSD.shape[1])
+        weight, layer = block.proj_in.weight, block.spec.layer
+        cache = caches.take(
+            CacheShape(block.spec.layers, batch * len(conditions), layer.kv_heads, inputs, layer.head_dim),
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        query_scale = None if guidance is None else guidance.query_scale()
+        return Predictor(block, tokens, cache, rotary, prefix_RSD, class_R1D, guidance, query_scale)
+
+    @property
+    def first(self) -> int:
+        """Index of the first token that is predicted; those before it are the noise itself."""
+        return self.block.first_predicted
+
+    def prefill(self) -> None:
+        """Put the condition's keys and values into the cache, in one pass."""
+        if self.prefix_RSD is not None:
+            self._extend(self.prefix_RSD, 0)
+
+    def before(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
+        """The inputs that predict tokens start..stop-1: the tokens before each, and the start token for token 0."""
+        if start:
+            return x_BNC[:, start - 1 : stop - 1]
+        assert self.block.sos_embed is not None
+        first = self.block.sos_embed.to(x_BNC.dtype).expand(x_BNC.shape[0], -1, -1)
+        return torch.cat((first, x_BNC[:, : stop - 1]), dim=1)
+
+    def predict(self, before_BTC: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """mu and log sigma, (B, T, C) each, of the T tokens from `start`; writes their inputs' keys and values."""
+        outputs = self.block.outputs(self.write(before_BTC, start))
+        if self.guidance is None:
+            return self.block.gaussian(outputs)
+        outputs_c, outputs_u = outputs.chunk(2)
+        weight = self.guidance.weights(start, before_BTC.shape[1], self.tokens)
+        if self.guidance.rule == "linear":
+            return self.block.gaussian(rules.linear(outputs_c, outputs_u, weight))
+        return rules.gaussian(*self.block.gaussian(outputs_c), *self.block.gaussian(outputs_u), weight)
+
+    def write(self, before_BTC: Tensor, start: int) -> Tensor:
+        """Hidden states (R, T, D) of the inputs that predict tokens from `start`, in place in the cache."""
+        index = start - self.first
+        hidden = self.block.embed(before_BTC, index)
+        if self.guidance is not None:
+            hidden = torch.cat((hidden, hidden))
+        if self.class_R1D is not None:
+            hidden = hidden + self.class_R1D
+        prefixed = 0 if self.prefix_RSD is None else self.prefix_RSD.shape[1]
+        return self._extend(hidden, prefixed + index)
+
+    def _extend(self, hidden_RTD: Tensor, position: int) -> Tensor:
+        count = hidden_RTD.shape[1]
+        rotary = None if self.rotary is None else self.rotary[position : position + count]
+        return self.block.extend(hidden_RTD, rotary, Continuation.at(self.cache, position, count, self.query_scale))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a parallel solver tries."""
+
+    tolerance: float = 1e-3
+    """Relative change of a sequence under which it counts as converged."""
+    segment: int | None = None
+    """Tokens solved at once; None is all of them."""
+    max_iterations: int | None = None
+    """Iterations a segment before it is solved token by token; None is as many as it has tokens, which is exact."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver did."""
+
+    x_BNC: Tensor
+    iterations: int
+    """Passes over some tokens that gave new values."""
+    residual_B: Tensor
+    """Largest relative change of each sequence's last iteration; 0 is exact."""
+
+
+Report = Callable[[int], None]
+"""Told the number of tokens solved since the last call."""
+
+Solver = Callable[[Predictor, Tensor, Effort, Report], Solution]
+"""Noise (B, N, C) to data, both in the block's own order."""

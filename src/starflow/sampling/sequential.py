@@ -1,0 +1,31 @@
+"""Noise to data, token by token with a static cache: x_n = mu_n + sigma_n z_n (STARFlow, arXiv 2506.06276, eq. 4).
+
+Contract: exact up to rounding, whatever the effort. The loop never waits for the device.
+
+Shapes: B batch, N tokens, C token channels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from starflow.flow import affine
+from starflow.sampling.predictor import Effort, Predictor, Report, Solution
+
+
+def solve_sequential(predictor: Predictor, noise_BNC: Tensor, _effort: Effort, report: Report) -> Solution:
+    """Invert one block; one pass a token."""
+    x_BNC = noise_BNC.clone()  # without a start token the first one stays the noise itself
+    predictor.prefill()
+    report(predictor.first)
+    for index in range(predictor.first, predictor.tokens):
+        advance(predictor, x_BNC, noise_BNC, index)
+        report(1)
+    return Solution(x_BNC, predictor.tokens - predictor.first, noise_BNC.new_zeros(len(noise_BNC)))
+
+
+def advance(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, index: int) -> None:
+    """Solve token `index` in place, given those before it."""
+    after = index + 1
+    mu, log_sigma = predictor.predict(predictor.before(x_BNC, index, after), index)
+    x_BNC[:, index:after] = affine.inverse(noise_BNC[:, index:after], mu, log_sigma)

@@ -1,0 +1,126 @@
+"""Published checkpoints: a flat state dict (`.pth`, safetensors or a dictionary) and its options.
+
+Contract: parameter names are the published ones, so nothing is renamed; every key is loaded, or known to
+carry nothing, or an error that lists it. A `.pth` is read with weights_only=True and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow import files
+from starflow.errors import UserError
+from starflow.flow import store
+from starflow.flow.model import STARFlow, TarFlow, build
+from starflow.model_config import ModelConfig, TarFlowConfig, config_from_dict
+from starflow.weights.dialects import constructor_options
+
+_CARRY_NOTHING = re.compile(r"blocks\.\d+\.attn_mask|feat_rope\..*")  # recomputed from the options
+
+
+@dataclass(frozen=True)
+class Published:
+    """A loaded checkpoint."""
+
+    model: STARFlow | TarFlow
+    ignored: list[str]
+    """Keys that were there and carry nothing."""
+
+
+def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> STARFlow | TarFlow:
+    """The model of a published checkpoint, on the CPU, in the checkpoint's precision.
+
+    Args:
+        source: a state dict (copied), or the path of a `.pth` or `.safetensors` file.
+        options: the published configuration, by the constructor's names with "kind" "starflow" (the default)
+            or "tarflow"; also nested, as {"kind": .., "config": {..}}, or in the released YAML's dialect,
+            {"arguments": [..]}. `txt_dim`, `num_classes` and hidden widths that are not given are the checkpoint's.
+
+    Raises:
+        UserError: no such or a damaged file, an unknown option, missing or unexpected keys, other shapes.
+    """
+    return read_published(source, options).model
+
+
+def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> Published:
+    """As `load_published`, and which keys were ignored."""
+    if isinstance(source, (str, Path)):
+        name, tensors = str(source), _read(Path(source))
+    else:
+        name = "the state dict"
+        tensors = {key: tensor.clone() for key, tensor in _checked(source, name).items()}
+    config = _config(options, tensors)
+    kept = {key: tensor for key, tensor in tensors.items() if not _carries_nothing(key, config)}
+    with torch.device("meta"):
+        model = build(config)
+    if isinstance(config, TarFlowConfig):
+        kept.setdefault("var", torch.ones(model.state_dict()["var"].shape))
+    store.assign(model, kept, name)
+    return Published(model, [key for key in tensors if key not in kept])
+
+
+def _carries_nothing(key: str, config: ModelConfig) -> bool:
+    """Whether a key is to be ignored; `var` matters to TarFlow, whose noise it scales."""
+    return bool(_CARRY_NOTHING.fullmatch(key)) or (key == "var" and not isinstance(config, TarFlowConfig))
+
+
+def _config(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """Checked options, completed by what only the checkpoint's shapes say."""
+    values = constructor_options(options)
+    blocks = range(1 + max((int(key.split(".")[1]) for key in tensors if re.match(r"blocks\.\d+\.", key)), default=-1))
+    if values.get("kind") == "tarflow":
+        table = tensors.get("blocks.0.class_embed")
+        values.setdefault("num_classes", 0 if table is None else table.shape[0])
+        return config_from_dict(values)
+    widths = [tensors[key].shape[1] for block in blocks if (key := f"blocks.{block}.proj_txt.weight") in tensors]
+    if widths:
+        values.setdefault("txt_dim", widths[0])
+    hidden = tuple(width for block in blocks if (width := _hidden(tensors, block)))
+    if len(hidden) == len(blocks) == values.get("num_blocks", len(blocks)):
+        values.setdefault("mlp_hidden", hidden)
+    config = config_from_dict(values)
+    assert not isinstance(config, TarFlowConfig)
+    return config.without_default_hidden()
+
+
+def _hidden(tensors: Mapping[str, Tensor], block: int) -> int | None:
+    """Hidden width of a block's MLPs."""
+    for name in ("gate_proj", "main.0"):
+        weight = tensors.get(f"blocks.{block}.attn_blocks.0.mlp.{name}.weight")
+        if weight is not None:
+            return int(weight.shape[0])
+    return None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A flat state dict from a file.
+
+    Raises:
+        UserError: no such file, a damaged one, or one that holds anything but tensors.
+    """
+    if path.suffix == ".safetensors":
+        return files.read_tensors(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; expected a .pth or .safetensors file")
+    try:
+        # mapped, not read: only what the model keeps is ever in memory
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is not a whole checkpoint of tensors ({reason}): fetch it again") from None
+    return _checked(values, str(path))
+
+
+def _checked(values: Any, name: str) -> dict[str, Tensor]:
+    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise UserError(f"{name} holds a {type(values).__name__} with other things than tensors, expected a state dict")
+    return dict(values)
