@@ -1,0 +1,9 @@
+"""Condition tokens from prompts: class labels, and text encoders by transformers."""
+
+from starflow.conditioning.base import Conditioner, ConditionerSpec
+from starflow.conditioning.classes import ClassLabels
+from starflow.conditioning.emoji import name_emoji
+from starflow.conditioning.load import load_conditioner
+from starflow.conditioning.text import MINILM, TextEncoder
+
+__all__ = ["MINILM", "ClassLabels", "Conditioner", "ConditionerSpec", "TextEncoder", "load_conditioner", "name_emoji"]

