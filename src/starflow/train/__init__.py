@@ -1,0 +1,1 @@
+"""Training: objective, optimiser, averaged weights, checkpoints, the loop, and the stages of a recipe."""

@@ -1,0 +1,122 @@
+"""Training of the small autoencoder on noisy latents.
+
+The decoder sees latents with Gaussian noise whose standard deviation is drawn per picture, uniform in a range around
+the flow's own noise, so that it cleans what the flow samples (STARFlow, arXiv 2506.06276, section 3.3: the third way
+out of the noise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from starflow.data.pictures import save_grid, to_unit
+from starflow.errors import UserError
+from starflow.latents.small import SmallAutoencoder, save_small
+from starflow.train.randomness import batch_indices, generator
+from starflow.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class ReconstructionLoss:
+    """Weights of the loss's terms; images are in [-1, 1]."""
+
+    squared: float = 10.0
+    """Of the mean squared error."""
+    absolute: float = 1.0
+    """Of the mean absolute error."""
+    gradient: float = 0.5
+    """Of the mean absolute error of horizontal and vertical differences, which keeps edges."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, H, W) twice -> scalar and its terms."""
+        error = (output - target).float()
+        squared, absolute = error.square().mean(), error.abs().mean()
+        gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        loss = self.squared * squared + self.absolute * absolute + self.gradient * gradient
+        return loss, {"squared": squared, "absolute": absolute, "gradient": gradient}
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of pictures in [-1, 1]; the output is clamped first."""
+    error = (output.clamp(-1, 1) - target).float().square().flatten(1).mean(1) / 4
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+class AutoencoderTask:
+    """Noisy-latent reconstruction; see `starflow.train.loop.Task`."""
+
+    def __init__(
+        self,
+        model: SmallAutoencoder,
+        images: Tensor,
+        names: list[str],
+        heldout: Tensor,
+        noise: tuple[float, float],
+        loss: ReconstructionLoss,
+        settings: TrainSettings,
+    ) -> None:
+        """`images` and `heldout` are uint8 (N, 3, H, W)."""
+        if len(images) == 0 or len(heldout) == 0:
+            raise UserError(f"{len(images)} training and {len(heldout)} held-out pictures: both must be at least 1")
+        self.model: nn.Module = model
+        self.autoencoder, self.images, self.names, self.heldout = model, images, names, heldout
+        self.noise, self.reconstruction_loss, self.settings = noise, loss, settings
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _indices(self, step: int) -> Tensor:
+        return batch_indices(len(self.images), self.settings.batch, self.settings.seed, step)
+
+    def _latent_noise(self, images: Tensor, draw: torch.Generator) -> Tensor:
+        config = self.autoencoder.config
+        count, height, width = len(images), images.shape[2] // config.factor, images.shape[3] // config.factor
+        low, high = self.noise
+        sigma = low + (high - low) * torch.rand(count, 1, 1, 1, generator=draw)
+        return (sigma * torch.randn(count, config.channels, height, width, generator=draw)).to(self._device)
+
+    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        draw = generator(self.settings.seed, "autoencoder", step)
+        images = to_unit(self.images[self._indices(step)].to(self._device))
+        output = network(images, self._latent_noise(images, draw))
+        return self.reconstruction_loss(output, images)
+
+    def batch_names(self, step: int) -> list[str]:
+        return [self.names[i] for i in self._indices(step).tolist()]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean PSNR in dB over held-out pictures at latent noise 0, 0.2 and 0.3; loss is minus that at 0.2."""
+        values = {f"psnr_noise_{sigma}": self._psnr(sigma) for sigma in (0.0, 0.2, 0.3)}
+        return {"loss": -values["psnr_noise_0.2"], **values}
+
+    def _psnr(self, sigma: float) -> float:
+        total = 0.0
+        for start in range(0, len(self.heldout), 64):
+            images = to_unit(self.heldout[start : start + 64].to(self._device))
+            latents = self.autoencoder.encode(images)
+            noise = torch.randn(latents.shape, generator=generator(0, "heldout", start)).to(self._device)
+            total += float(psnr(self.autoencoder.decode(latents + sigma * noise), images).sum())
+        return total / len(self.heldout)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> None:
+        """Rows: held-out pictures, their reconstructions, and those with latent noise 0.2 and 0.3."""
+        stride = max(1, len(self.heldout) // 16)
+        images = to_unit(self.heldout[::stride][:16].to(self._device))
+        latents = self.autoencoder.encode(images)
+        noise = torch.randn(latents.shape, generator=generator(0, "draw", 0)).to(self._device)
+        rows = [images] + [self.autoencoder.decode(latents + sigma * noise) for sigma in (0.0, 0.2, 0.3)]
+        save_grid(torch.cat(rows), path, columns=len(images))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        low, high = self.noise
+        save_small(self.autoencoder, folder, noise_std=(low + high) / 2)
+
+    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
