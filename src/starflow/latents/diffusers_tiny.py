@@ -47,7 +47,7 @@ class TinyLatents:
         """
         folder = Path(source).expanduser()
         if not (folder / "config.json").exists() and all((folder / name).is_file() for name in TAESD_FILES):
-            return cls(_load_taesd(folder).to(dtype), source, noise_std)
+            return cls(_load_taesd(folder, dtype), source, noise_std)
         return cls(load_network("AutoencoderTiny", source, dtype), source, noise_std)
 
     @property
@@ -70,7 +70,7 @@ class TinyLatents:
         return images.clamp(-1, 1)
 
 
-def _load_taesd(folder: Path) -> nn.Module:
+def _load_taesd(folder: Path, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderTiny from TAESD's own files, whose layers are numbered from the encoder's and decoder's start."""
     network: nn.Module = import_diffusers().AutoencoderTiny()
     state = {f"encoder.layers.{name}": tensor for name, tensor in read_tensors(folder / TAESD_FILES[0]).items()}
@@ -82,5 +82,5 @@ def _load_taesd(folder: Path) -> nn.Module:
         state[f"decoder.layers.{int(number) - 1}.{rest}"] = tensor
     expected = network.state_dict()
     check_keys(str(folder), sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()))
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return network

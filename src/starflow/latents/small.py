@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.files import read_json, read_tensors, write_json, write_tensors
+from starflow.flow.store import assign
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 
@@ -148,9 +149,6 @@ def load_small(folder: Path) -> SmallLatents:
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
     network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
-    state = read_tensors(folder / "model.safetensors")
-    problem = sorted(state.keys() ^ network.state_dict().keys())
-    if problem:
-        raise UserError(f"{folder / 'model.safetensors'} has missing or unexpected keys: {', '.join(problem[:5])}")
-    network.load_state_dict(state)
+    assign(network, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SmallLatents(network, float(noise_std), str(folder))

@@ -1,0 +1,134 @@
+"""The flow's objective and its draws."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow.data.latent_cache import CachedPicture, LatentCache
+from starflow.errors import UserError
+from starflow.flow.model import STARFlow, TarFlow
+from starflow.model_config import STARFlowConfig, TarFlowConfig
+from starflow.train.flow import FlowTask
+from starflow.train.objective import TracedLoss, bits_per_dim, nats_per_dim
+from starflow.train.recipe import Objective
+from starflow.train.settings import TrainSettings
+
+CONFIG = STARFlowConfig(
+    in_channels=2,
+    img_size=4,
+    channels=32,
+    num_blocks=3,
+    layers_per_block=1,
+    head_dim=32,
+    txt_size=1,
+    txt_dim=4,
+)
+
+
+def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> LatentCache:
+    torch.manual_seed(1)
+    mean = torch.randn(count, 2, 4, 4).half()
+    pictures = [
+        CachedPicture(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
+    ]
+    states = torch.eye(4)[:3, None].half()
+    spread = None if std is None else torch.full_like(mean, std)
+    return LatentCache(mean, spread, states, torch.eye(4)[3:].half(), pictures, {})
+
+
+def make_task(cache: LatentCache, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
+    torch.manual_seed(0)
+    settings = TrainSettings(steps=3, batch=8)
+    nothing = lambda path: None  # noqa: E731
+    return FlowTask(flow or random_flow(), cache, objective, settings, draw=nothing, save=nothing)
+
+
+def random_flow() -> STARFlow:
+    torch.manual_seed(0)
+    flow = STARFlow(CONFIG)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return flow
+
+
+def test_loss_is_the_negative_log_likelihood_per_dimension() -> None:
+    flow, x, condition = random_flow(), torch.randn(5, 2, 4, 4), torch.randn(5, 1, 4)
+    loss, squares, logdet, _ = TracedLoss(flow, latent_penalty=0.0)(x, condition)
+    expected = -flow.log_prob(x, condition).mean() / 32
+    assert nats_per_dim(float(squares - logdet)) == pytest.approx(float(expected), rel=1e-5)
+    assert bits_per_dim(float(loss)) == pytest.approx(float(expected) / math.log(2), rel=1e-5)
+
+
+def test_penalty_is_the_mean_square_of_what_flows_between_blocks() -> None:
+    flow, x, condition = random_flow(), torch.randn(5, 2, 4, 4), torch.randn(5, 1, 4)
+    trace = flow.trace(x, condition)
+    between = sum(float(state.square().mean()) for state in trace.states[1:-1])
+    plain = TracedLoss(flow, 0.0)(x, condition)[0]
+    loss, _, _, penalty = TracedLoss(flow, 0.5)(x, condition)
+    assert float(penalty) == pytest.approx(between, rel=1e-5)
+    assert float(loss - plain) == pytest.approx(0.5 * between, rel=1e-4)
+
+
+def test_draws_depend_on_seed_and_step_alone() -> None:
+    task = make_task(make_cache(std=0.5), Objective(noise_std=0.3))
+    first = [task.loss(task.model, step)[0].item() for step in (0, 1, 2)]
+    again = [task.loss(task.model, step)[0].item() for step in (2, 1, 0)]
+    assert first == again[::-1]
+    assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("std", [None, 0.4])
+def test_noise_and_posterior_have_their_spread(std: float | None) -> None:
+    cache = make_cache(count=2000, std=std)
+    task = make_task(cache, Objective(noise_std=0.3))
+    indices = torch.arange(2000)
+    added = task._noised(indices, 0, 0) - cache.mean.float()
+    assert float(added.std()) == pytest.approx(math.hypot(0.3, std or 0.0), rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_dropped_conditions_are_the_null_condition(share: float) -> None:
+    cache = make_cache()
+    task = make_task(cache, Objective(drop_condition=share))
+    _, terms = task.loss(task.model, 0)
+    noised, rows = task._noised(task._indices(0), 0, 0), task._indices(0)
+    null = torch.eye(4)[3].expand(8, 1, 4)
+    own = torch.eye(4)[[cache.pictures[i].condition for i in rows.tolist()]][:, None]
+    _, squares, _, _ = task.model(noised, null if share else own)
+    assert float(terms["squares"]) == pytest.approx(float(squares), rel=1e-6)
+
+
+def test_a_tarflow_reads_the_cached_rows_as_labels() -> None:
+    torch.manual_seed(0)
+    flow = TarFlow(TarFlowConfig(2, 4, 2, 64, 2, 1, num_classes=3))
+    task = make_task(make_cache(), Objective(drop_condition=0.0), flow)
+    labels = task._conditions(torch.arange(6), dropped=torch.tensor([True, False] * 3))
+    assert labels is not None
+    assert labels.tolist() == [-1, 1, -1, 0, -1, 2]
+
+
+def test_evaluation_reports_both_splits_of_an_identity_flow() -> None:
+    """A new flow is the identity: its likelihood of noised standard normal latents has a closed form."""
+    task = make_task(make_cache(count=4000, heldout=2000), Objective(noise_std=0.5), STARFlow(CONFIG))
+    measures = task.evaluate(task.model)
+    expected = 0.5 * math.log(2 * math.pi) + 0.5 * (1 + 0.25)
+    assert measures["nats_per_dim"] == pytest.approx(expected, rel=0.01)
+    assert measures["train_nats_per_dim"] == pytest.approx(expected, rel=0.01)
+    assert measures["bits_per_dim"] == pytest.approx(expected / math.log(2), rel=0.01)
+
+
+def test_a_split_without_pictures_is_refused() -> None:
+    with pytest.raises(UserError, match="12 training and 0 held-out pictures"):
+        make_task(make_cache(heldout=0), Objective())
+
+
+def test_saving_and_drawing_reach_their_callables(tmp_path: Path) -> None:
+    called: list[Path] = []
+    task = FlowTask(random_flow(), make_cache(), Objective(), TrainSettings(steps=1), called.append, called.append)
+    task.draw(task.model, tmp_path / "a")
+    task.save(task.model, tmp_path / "b")
+    assert called == [tmp_path / "a", tmp_path / "b"]

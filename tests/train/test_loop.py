@@ -1,0 +1,213 @@
+"""The loop: schedules, averages, exact resume, and stopping before harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from starflow.errors import UserError
+from starflow.train import loop
+from starflow.train.checkpoint import checkpoints
+from starflow.train.loop import Interrupted, fit, read_log
+from starflow.train.optimiser import AveragedWeights, learning_rate, make_optimiser
+from starflow.train.randomness import batch_indices, generator
+from starflow.train.settings import TrainSettings
+
+SETTINGS = TrainSettings(
+    steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4
+)
+
+
+class Regression:
+    """A batch-normed regression whose data and noise are functions of the step; can be told to misbehave."""
+
+    def __init__(self, nan_at: int | None = None, stop_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        self.nan_at, self.stop_at = nan_at, stop_at
+        self.saved: list[Path] = []
+
+    def _batch(self, step: int) -> Tensor:
+        return torch.randn(4, 3, generator=generator(1, "data", step))
+
+    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        x = self._batch(step)
+        error = (network(x)[:, 0] - x.sum(1)).square().mean()
+        if step == self.nan_at:
+            error = error * math.nan
+        return error, {"error": error}
+
+    def batch_names(self, step: int) -> list[str]:
+        return [f"picture-{step}-{i}" for i in range(4)]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        x = self._batch(10_000)
+        return {"loss": float((model(x)[:, 0] - x.sum(1)).square().mean())}
+
+    def draw(self, model: nn.Module, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("drawn")
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        return {"error": f"{terms['error']:.3f}"}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def run(task: Regression, folder: Path, settings: TrainSettings = SETTINGS) -> None:
+    fit(task, settings, folder, show_progress=False)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    whole, parts = Regression(), Regression(stop_at=6)
+    run(whole, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 7 of 12; the same command resumes"):
+        run(parts, tmp_path / "parts")
+    resumed = Regression()
+    run(resumed, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "parts")) == 12
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_a_run_killed_after_a_checkpoint_repeats_what_was_lost(tmp_path: Path) -> None:
+    """Log lines after the newest checkpoint are dropped and written again."""
+    whole, killed = Regression(), Regression(nan_at=10)
+    run(whole, tmp_path / "whole")
+    with pytest.raises(UserError):
+        run(killed, tmp_path / "killed")
+    with (tmp_path / "killed" / "log.jsonl").open("a") as log:
+        log.write('{"step": 11, "lo')  # a line that the kill cut
+    run(Regression(), tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_nan_stops_before_the_update_and_names_step_and_pictures(tmp_path: Path) -> None:
+    task = Regression(nan_at=5)
+    with pytest.raises(UserError, match=r"at step 5 \(batch: picture-5-0, picture-5-1") as caught:
+        run(task, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert all(bool(tensor.isfinite().all()) for tensor in task.model.state_dict().values())
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000004.safetensors"
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    before = (tmp_path / "log.jsonl").read_text()
+    run(Regression(nan_at=0), tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_the_two_newest_checkpoints_stay(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000008.safetensors", "step_00000012.safetensors"]
+
+
+def test_the_best_average_is_kept_apart(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    heldout = [line["heldout_loss"] for line in read_log(tmp_path / "log.jsonl") if "heldout_loss" in line]
+    best = torch.load(tmp_path / "best" / "weights.pt", weights_only=True)
+    task = Regression()
+    task.model.load_state_dict(best)
+    assert task.evaluate(task.model.eval())["loss"] == min(heldout)
+
+
+def test_a_changed_model_is_refused(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    other = Regression()
+    other.model = nn.Sequential(nn.Linear(3, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
+    with pytest.raises(UserError, match="belongs to another model"):
+        run(other, tmp_path, replace(SETTINGS, steps=20))
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"step_00000012\.safetensors is not a whole safetensors file"):
+        run(Regression(), tmp_path, replace(SETTINGS, steps=20))
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    run(Regression(), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_weights_in_training_are_untouched_by_evaluation() -> None:
+    task = Regression()
+    average = AveragedWeights(task.model, 0.9)
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    average.state["0.weight"].zero_()
+    with loop._weights(task.model, average.state):
+        assert not task.model.state_dict()["0.weight"].any()
+        assert not task.model.training
+    assert task.model.training
+    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    cosine = TrainSettings(steps=110, lr=1.0, min_lr=0.1, warmup=10)
+    rates = [learning_rate(cosine, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    trapezoid = replace(cosine, schedule="trapezoid", decay=0.5)
+    assert learning_rate(trapezoid, 54) == 1.0
+    assert learning_rate(trapezoid, 110) == pytest.approx(0.1)
+
+
+def test_averages_follow_the_closed_form() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = AveragedWeights(model, 0.5)
+    expected = float(model.weight)
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.state["weight"]) == pytest.approx(expected)
+
+
+def test_decay_spares_vectors() -> None:
+    optimiser = make_optimiser(Regression().model, replace(SETTINGS, weight_decay=0.1))
+    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimiser.param_groups}
+    assert decays == {0.1: [2, 2], 0.0: [1, 1, 1, 1]}
+
+
+def test_every_picture_is_seen_once_an_epoch() -> None:
+    count, batch = 10, 4
+    seen = torch.cat([batch_indices(count, batch, 3, step) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == list(range(10))
+    assert sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert torch.equal(batch_indices(count, 25, 3, 0)[:20], torch.cat([seen[:10], seen[10:]]))
+
+
+def test_log_lines_are_json_with_step_and_loss(tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
