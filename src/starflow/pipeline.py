@@ -120,7 +120,7 @@ class StarFlowPipeline:
         flow = _load_flow(folder / "flow").requires_grad_(False)
         spec = config.autoencoder
         if spec.kind == "small":
-            spec = dataclasses.replace(spec, source=str(folder / "autoencoder"))
+            spec = dataclasses.replace(spec, source=str(folder / spec.source))
         conditioner = load_conditioner(config.conditioner) if config.conditioner else None
         pipeline = cls(flow, load_autoencoder(spec), conditioner, config)
         return pipeline.to(device, dtype)
@@ -139,7 +139,7 @@ class StarFlowPipeline:
         self.flow.save_pretrained(folder / "flow", dtype)
         if isinstance(self.autoencoder, SmallLatents):
             save_small(self.autoencoder.network, folder / "autoencoder", self.autoencoder.spec.noise_std, dtype)
-        files.write_json(folder / "config.json", to_dict(self.config))
+        files.write_json(folder / "config.json", to_dict(_portable(self.config)))
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Upload the pipeline to the hub with a generated model card; returns the commit's address."""
@@ -294,6 +294,13 @@ class StarFlowPipeline:
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise (B, *shape), picture b a function of seeds[b] alone, on the CPU in float32."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _portable(config: PipelineConfig) -> PipelineConfig:
+    """The config as it is stored: our own autoencoder lies in the pipeline's folder, wherever that is."""
+    if config.autoencoder.kind != "small":
+        return config
+    return dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, source="autoencoder"))
 
 
 def _load_flow(folder: Path) -> STARFlow | TarFlow:

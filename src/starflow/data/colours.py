@@ -150,13 +150,14 @@ def turn_hue(image: Image.Image, source: float, target: float) -> Image.Image:
     """An RGBA picture with the hues around `source` turned by `target` - `source` degrees; all else stays."""
     from PIL import Image
 
+    rgba = np.array(image)
     hsv = np.array(image.convert("RGB").convert("HSV"))
-    turned = _distance(hsv[..., 0] * (360 / 256), source) < HUE_REACH + HUE_MARGIN / 2
+    around = _distance(hsv[..., 0] * (360 / 256), source) < HUE_REACH + HUE_MARGIN / 2
     steps = round((target - source) * 256 / 360)
-    hsv[..., 0] = np.where(turned, (hsv[..., 0].astype(int) + steps) % 256, hsv[..., 0])
-    result = Image.frombytes("HSV", image.size, hsv.tobytes()).convert("RGB")
-    result.putalpha(image.getchannel("A"))
-    return result
+    hsv[..., 0] = (hsv[..., 0].astype(int) + steps) % 256
+    turned = np.asarray(Image.frombytes("HSV", image.size, hsv.tobytes()).convert("RGB"))
+    rgba[..., :3] = np.where(around[..., None], turned, rgba[..., :3])
+    return Image.fromarray(rgba)
 
 
 def _is_chromatic(saturation: Floats, value: Floats) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from starflow.flow import affine
 from starflow.flow.tokens import in_order
@@ -81,7 +82,7 @@ class AutoregressiveBlock(nn.Module):
             hidden = layer(hidden, rotary)
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
-            mu, log_sigma = _first_unchanged(mu), _first_unchanged(log_sigma)
+            mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
         return in_order(affine.forward(x_BNC, mu, log_sigma), backwards=self.spec.backwards), log_sigma
 
     @property
@@ -142,11 +143,6 @@ class AutoregressiveBlock(nn.Module):
         """mu and log sigma, (B, T, C) each, of the network's outputs."""
         scale, mu = outputs_BTO.chunk(2, dim=-1)
         return mu, affine.log_sigma_of(scale, softplus=self.spec.softplus)
-
-
-def _first_unchanged(shifted: Tensor) -> Tensor:
-    """Put mu = 0 or log sigma = 0 of the first token before those of the others."""
-    return torch.cat((torch.zeros_like(shifted[:, :1]), shifted), dim=1)
 
 
 def _small_table(*shape: int) -> nn.Parameter:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from starflow.data.pictures import save_grid, to_unit
 from starflow.errors import UserError
 from starflow.latents.small import SmallAutoencoder, save_small
+from starflow.train.precision import network_precision
 from starflow.train.randomness import batch_indices, generator
 from starflow.train.settings import TrainSettings
 
@@ -84,7 +85,8 @@ class AutoencoderTask:
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         draw = generator(self.settings.seed, "autoencoder", step)
         images = to_unit(self.images[self._indices(step)].to(self._device))
-        output = network(images, self._latent_noise(images, draw))
+        with network_precision(self.settings, self._device):
+            output = network(images, self._latent_noise(images, draw))
         return self.reconstruction_loss(output, images)
 
     def batch_names(self, step: int) -> list[str]:

@@ -7,7 +7,6 @@ continuous (section 3.3 of STARFlow, arXiv 2506.06276), and which conditions are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow
 from starflow.train.cache import posterior_sample
 from starflow.train.objective import TracedLoss, bits_per_dim, nats_per_dim
+from starflow.train.precision import network_precision
 from starflow.train.randomness import batch_indices, generator
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
@@ -51,14 +51,6 @@ class FlowTask:
     def _device(self) -> torch.device:
         return next(self.flow.parameters()).device
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Autocast to bfloat16 where asked for, or where the device is a GPU that has it."""
-        device = self._device
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        if self.settings.precision == "bfloat16" or (self.settings.precision == "auto" and native):
-            return torch.autocast(device.type, torch.bfloat16)
-        return nullcontext()
-
     def _indices(self, step: int) -> Tensor:
         seed, batch = self.settings.seed, self.settings.batch
         return self.train[batch_indices(len(self.train), batch, seed, step)]
@@ -86,7 +78,7 @@ class FlowTask:
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices, seed = self._indices(step), self.settings.seed
         dropped = torch.rand(len(indices), generator=generator(seed, "drop", step)) < self.objective.drop_condition
-        with self._precision():
+        with network_precision(self.settings, self._device):
             loss, squares, logdet, penalty = network(
                 self._noised(indices, seed, step), self._conditions(indices, dropped)
             )
@@ -111,7 +103,7 @@ class FlowTask:
         total = 0.0
         for start in range(0, len(indices), EVALUATION_BATCH):
             batch = indices[start : start + EVALUATION_BATCH]
-            with self._precision():
+            with network_precision(self.settings, self._device):
                 _, squares, logdet, _ = model(self._noised(batch, 0, start), self._conditions(batch, None))
             total += float(squares - logdet) * len(batch)
         return total / len(indices)

@@ -1,0 +1,210 @@
+"""`starflow generate`: pictures from prompts, as PNG files."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from starflow.cli.options import Argument, Flag
+from starflow.cli.target import Target
+from starflow.cli.values import (
+    ASPECTS,
+    Aspect,
+    Device,
+    Precision,
+    aspect_size,
+    check_seed,
+    parse_size,
+    pick_device,
+    pick_dtype,
+)
+from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from starflow.pipeline import StarFlowPipeline
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Make pictures from prompts (or class names) and write them as PNG files."""
+
+    EXAMPLES: ClassVar[str] = """
+        starflow generate "a red apple"
+        starflow generate "a red apple" --num-images 4 --seed 7 --guidance 3 --grid
+        starflow generate "a blue car" --output car.png
+        starflow generate --prompts prompts.txt --output out --json
+        starflow generate --class star --model runs/tiny/model
+    """
+
+    prompt: Annotated[str, Argument("what to show; an empty prompt samples unconditionally")] = ""
+    num_images: Annotated[int, Flag("pictures of every prompt", "N")] = 1
+    seed: Annotated[int, Flag("seed of the first picture; the others count from it", "S")] = 0
+    guidance: Annotated[
+        float | None,
+        Flag("how strongly to follow the prompt; 0 is unguided (default: the model's)", "W"),
+    ] = None
+    size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
+    aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
+    solver: Annotated[Literal["auto", "sequential", "jacobi"], Flag("how blocks are solved")] = "auto"
+    model: Annotated[str, Flag("bundled name, folder, or hub repository")] = "glyphs"
+    output: Annotated[str, Flag("a folder, or a name ending in .png for one picture", "PATH")] = "out"
+    label: Annotated[str, Flag("a class's name or number, for a model that has classes", "NAME", "class")] = ""
+    prompts: Annotated[str, Flag("a text file, one prompt a line; lines that start with # are skipped", "FILE")] = ""
+    grid: Annotated[bool, Flag("write all pictures side by side as well, as grid.png")] = False
+    batch_size: Annotated[int, Flag("pictures at once: memory depends on it, pictures do not", "N")] = 16
+    device: Annotated[Device, Flag("where to compute")] = "auto"
+    dtype: Annotated[Precision, Flag("precision of the network")] = "float32"
+    json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("--num-images", self.num_images), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
+        if self.guidance is not None and not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise UserError(f"--guidance is {self.guidance:g}, expected at least 0 (0 is unguided)")
+        if sum(map(bool, (self.prompt, self.label, self.prompts))) > 1:
+            raise UserError("more than one of PROMPT, --class and --prompts is given: choose one")
+        if self.size and self.aspect:
+            raise UserError(f"both --size {self.size} and --aspect {self.aspect} are given: choose one")
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One picture that lies on the disk."""
+
+    path: Path
+    prompt: str
+    seed: int
+    image: Image
+
+
+def generate(options: GenerateOptions) -> None:
+    """Run the command."""
+    size = parse_size(options.size) if options.size else None
+    prompts = [prompt for prompt in read_prompts(options) for _ in range(options.num_images)]
+    target = Target.of(options.output, len(prompts), grid=options.grid)
+    started = time.perf_counter()
+    pipeline = _load(options)
+    if options.aspect:
+        size = aspect_size(options.aspect, pipeline.config.image_size, pipeline.size_multiple)
+    loaded = time.perf_counter()
+    written = list(_write(pipeline, prompts, size, options, target))
+    sheet = _write_grid(written, options, target) if options.grid else None
+    seconds = {"load": round(loaded - started, 3), "sample": round(time.perf_counter() - loaded, 3)}
+    _report(options, written, sheet, seconds)
+
+
+def read_prompts(options: GenerateOptions) -> list[str]:
+    """The prompts that the options give, at least one.
+
+    Raises:
+        UserError: the file is missing, is no text, or holds no prompt.
+    """
+    if not options.prompts:
+        return [options.label or options.prompt]
+    path = Path(options.prompts)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; --prompts takes a text file with one prompt a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as text ({error}): --prompts takes one prompt a line") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt, expected one a line")
+    return prompts
+
+
+def _load(options: GenerateOptions) -> StarFlowPipeline:
+    from starflow.pipeline import StarFlowPipeline
+
+    pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    kind = pipeline.config.conditioner.kind if pipeline.config.conditioner else "none"
+    if options.label and kind != "class":
+        raise UserError(f"'{options.model}' has no classes (its condition: {kind}): give a prompt instead of --class")
+    return pipeline
+
+
+def _write(
+    pipeline: StarFlowPipeline,
+    prompts: list[str],
+    size: tuple[int, int] | None,
+    options: GenerateOptions,
+    target: Target,
+) -> Iterator[Written]:
+    """Sample batch by batch; each batch is on the disk before the next, so that Ctrl-C keeps what is finished."""
+    from tqdm import tqdm
+
+    from starflow.data.pictures import save_png
+
+    weight = pipeline.config.guidance if options.guidance is None else options.guidance
+    known = {"guidance": f"{weight:g}", "model": options.model}
+    form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
+    with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
+        for start in range(0, len(prompts), options.batch_size):
+            some = prompts[start : start + options.batch_size]
+
+            def progress(done: int, total: int, start: int = start, count: int = len(some)) -> None:
+                bar.update(start + count * done / total - bar.n)
+
+            out = _sample(pipeline, some, options, options.seed + start, size, progress)
+            for image, prompt, seed in zip(out.images, out.prompts, out.seeds, strict=True):
+                path = target.path(prompt, seed)
+                save_png(image, path, {"prompt": prompt, "seed": str(seed), **known})
+                yield Written(path, prompt, seed, image)
+
+
+def _sample(
+    pipeline: StarFlowPipeline,
+    prompts: list[str],
+    options: GenerateOptions,
+    seed: int,
+    size: tuple[int, int] | None,
+    progress: Any,
+) -> Any:
+    import torch
+
+    try:
+        return pipeline(
+            prompts,
+            guidance=options.guidance,
+            seed=seed,
+            size=size,
+            solver=options.solver,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{len(prompts)} pictures at once do not fit the memory of {pipeline.device}: lower --batch-size or --size"
+        ) from None
+
+
+def _write_grid(written: list[Written], options: GenerateOptions, target: Target) -> Path:
+    """A row a prompt where each has several pictures, else about as many columns as rows."""
+    import torch
+
+    from starflow.data.pictures import from_pil, save_grid
+
+    several = 1 < options.num_images < len(written)
+    columns = options.num_images if several else math.ceil(math.sqrt(len(written)))
+    save_grid(torch.cat([from_pil(one.image) for one in written]), target.grid_path, columns)
+    return target.grid_path
+
+
+def _report(options: GenerateOptions, written: list[Written], sheet: Path | None, seconds: dict[str, float]) -> None:
+    if options.json:
+        images = [{"path": str(one.path), "prompt": one.prompt, "seed": one.seed} for one in written]
+        result = {"model": options.model, "images": images, "grid": str(sheet) if sheet else None, "seconds": seconds}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for path in [one.path for one in written] + ([sheet] if sheet else []):
+        print(path)

@@ -1,0 +1,73 @@
+"""Values that several commands read: sizes, aspect ratios, devices, precisions."""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from typing import TYPE_CHECKING, Literal
+
+from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["float32", "bfloat16"]
+Aspect = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
+"""The ratios of STARFlow (arXiv 2506.06276), width : height."""
+ASPECTS = typing.get_args(Aspect)
+
+LARGEST_SEED = 2**63 - 1
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "64x48", in pixels.
+
+    Raises:
+        UserError: another form.
+    """
+    found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
+    if not found:
+        raise UserError(f"--size is '{text}', expected WIDTHxHEIGHT in pixels, e.g. 64x64")
+    return int(found[1]), int(found[2])
+
+
+def aspect_size(ratio: Aspect, side: int, multiple: int) -> tuple[int, int]:
+    """(width, height) of about the area side x side, rounded to the multiple: sqrt(A R) and sqrt(A / R).
+
+    Each side is at least one multiple.
+    """
+    across, down = map(int, ratio.split(":"))
+    width, height = side * math.sqrt(across / down), side * math.sqrt(down / across)
+    return max(1, round(width / multiple)) * multiple, max(1, round(height / multiple)) * multiple
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError: a seed that no generator takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {seed}, expected 0 to {LARGEST_SEED}")
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of that name; "auto" is the first there is of cuda, mps and cpu.
+
+    Raises:
+        UserError: this machine, or this torch, has no such device.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, usable in there.items() if usable))
+    if not there[name]:
+        usable = ", ".join(device for device, found in there.items() if found)
+        raise UserError(f"--device is {name}, but torch {torch.__version__} finds none here: it can use {usable}")
+    return torch.device(name)
+
+
+def pick_dtype(name: Precision) -> torch.dtype:
+    """The precision of that name."""
+    import torch
+
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

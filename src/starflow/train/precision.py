@@ -1,0 +1,20 @@
+"""The precision of a network's forward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from starflow.train.settings import TrainSettings
+
+
+def network_precision(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it.
+
+    Weights, optimiser and losses stay in float32.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if settings.precision == "bfloat16" or (settings.precision == "auto" and native):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,98 @@
+"""`starflow likelihood`: rows that the pipeline's log_prob gives, and every bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+from tests.cli.conftest import Run, fails
+
+from starflow.pipeline import StarFlowPipeline
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Two pictures of the models' size."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, colour in zip(paths, ("red", "navy"), strict=True):
+        image = Image.new("RGB", (8, 8), "white")
+        image.paste(colour, (2, 2, 6, 6))
+        image.save(path)
+    return paths
+
+
+def rows(result: str) -> list[list[str]]:
+    """The cells of a printed table, which two blanks or more set apart."""
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.splitlines()]
+
+
+def test_one_row_a_picture(run: Run, text: Path, pictures: list[Path]) -> None:
+    result = run("likelihood", *pictures, "--prompt", "a red apple", "--seed", 3, "--model", text)
+    head, *found = rows(result.out)
+    assert result.code == 0
+    assert head == ["nats", "bits/dim", "dimensions", "of", "image", "prompt"]
+    pipeline = StarFlowPipeline.from_pretrained(text)
+    for row, path in zip(found, pictures, strict=True):
+        with Image.open(path) as image:
+            expected = pipeline.log_prob(image, "a red apple", seed=3)
+        assert float(row[0]) == pytest.approx(expected.nats, abs=1e-3)
+        assert float(row[1]) == pytest.approx(expected.bits_per_dim, abs=1e-4)
+        assert row[2:] == [str(4 * 4 * 4), "noised latent", str(path), "a red apple"]
+
+
+def test_a_prompt_a_picture_and_json(run: Run, classes: Path, pictures: list[Path]) -> None:
+    prompts = ["--prompt", "star", "--prompt", "circle"]
+    result = run("likelihood", *pictures, *prompts, "--model", classes, "--json")
+    found = json.loads(result.out)
+    assert [(row["image"], row["prompt"]) for row in found] == list(
+        zip(map(str, pictures), ("star", "circle"), strict=True)
+    )
+    assert {(row["dimensions"], row["space"]) for row in found} == {(3 * 8 * 8, "noised pixels")}
+    alone = json.loads(run("likelihood", pictures[1], "--prompt", "circle", "--model", classes, "--json").out)
+    assert alone == found[1:]
+
+
+def test_another_size_is_resized_with_a_note(run: Run, classes: Path, pictures: list[Path], tmp_path: Path) -> None:
+    with Image.open(pictures[0]) as image:
+        tall = ImageOps.expand(image.resize((32, 32), Image.Resampling.NEAREST), (0, 16), "white")
+    path = tmp_path / "tall.png"
+    tall.save(path)
+    result = run("likelihood", path, "--model", classes, "--json")
+    assert result.err.splitlines()[0] == f"note: {path} is 32x64: resized to 8x8, its centre"
+    same = json.loads(run("likelihood", pictures[0], "--model", classes, "--json").out)
+    assert json.loads(result.out)[0]["nats"] == pytest.approx(same[0]["nats"], rel=0.02)
+
+
+def test_a_size_of_choice(run: Run, classes: Path, pictures: list[Path]) -> None:
+    result = run("likelihood", pictures[0], "--size", "12x4", "--model", classes, "--json")
+    assert json.loads(result.out)[0]["dimensions"] == 3 * 12 * 4
+
+
+def test_transparency_is_laid_on_white(run: Run, classes: Path, pictures: list[Path], tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (8, 8))
+    clear.paste((255, 0, 0, 255), (2, 2, 6, 6))
+    clear.save(tmp_path / "clear.png")
+    found = json.loads(run("likelihood", pictures[0], tmp_path / "clear.png", "--model", classes, "--json").out)
+    assert found[0]["nats"] == found[1]["nats"]
+
+
+def test_bad_input(run: Run, classes: Path, pictures: list[Path], tmp_path: Path) -> None:
+    words, half = tmp_path / "words.png", tmp_path / "half.png"
+    words.write_text("no picture")
+    half.write_bytes(pictures[0].read_bytes()[:50])
+    good = pictures[0]
+    for arguments, parts in (
+        ([good, tmp_path / "missing.png"], ["missing.png", "no such file"]),
+        ([good, words], ["words.png", "no known image format"]),
+        ([half], ["half.png", "not a readable image"]),
+        ([tmp_path], [str(tmp_path), "not a readable image"]),
+        ([good, "--prompt", "star", "--prompt", "circle"], ["2 prompts for 1 pictures", "one for all"]),
+        ([good, "--size", "6x8"], ["6x8", "multiple"]),
+        ([good, "--size", "big"], ["--size is 'big'"]),
+        ([good, "--prompt", "triangle"], ["unknown class 'triangle'"]),
+        ([good, "--seed", "-1"], ["--seed is -1"]),
+        ([good, "--model", "nowhere"], ["no model 'nowhere'"]),
+    ):
+        fails(run("likelihood", "--model", classes, *arguments), *parts)

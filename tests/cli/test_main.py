@@ -1,0 +1,140 @@
+"""The table of commands, help, and errors as exit codes."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+from tests.cli.conftest import Result, Run, fails
+
+from starflow.cli import main as table
+from starflow.cli.info import InfoOptions
+from starflow.errors import UserError
+from starflow.version import __version__
+
+NAMES = [command.name for command in table.COMMANDS]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_lists_every_command_and_ends_with_examples(run: Run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert all(f"  {name} " in result.out for name in NAMES)
+    assert "examples:\n  starflow generate" in result.out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_every_command_shows_examples_of_it(run: Run, name: str) -> None:
+    result = run(name, "--help")
+    assert result.code == 0
+    assert f"examples:\n  starflow {name}" in result.out
+    assert result.err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    heavy = ["torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"]
+    code = (
+        f"import sys\nfrom starflow.cli.main import main\nassert main({arguments}) == 0\n"
+        f"print([name for name in {heavy} if name in sys.modules])\n"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_help_answers_in_half_a_second() -> None:
+    """Wall time on an idle core; the best of five, as a busy machine only adds to it."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        python("-m", "starflow", "--help")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"starflow {__version__}\n"
+
+
+def test_the_module_is_the_command() -> None:
+    done = python("-m", "starflow", "generat")
+    assert done.returncode == 2
+    assert done.stderr == "starflow: unknown command 'generat': did you mean 'generate'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["no command given", "generate"]),
+        (["zzz"], ["unknown command 'zzz'", "known are generate"]),
+        (["generate", "--sed", "1"], ["unknown option '--sed'", "'--seed'"]),
+        (["generate", "--zzz", "1"], ["unknown option '--zzz'", "starflow generate --help"]),
+        (["generate", "--num", "1"], ["unknown option '--num'"]),
+        (["generate", "a", "b"], ["unexpected argument 'b'", "in quotes"]),
+        (["generate", "--seed", "x"], ["--seed is 'x'", "a whole number"]),
+        (["generate", "--guidance", "much"], ["--guidance is 'much'", "a number"]),
+        (["generate", "--solver", "fast"], ["--solver is 'fast'", "auto, sequential, jacobi"]),
+        (["generate", "--aspect", "7:3"], ["--aspect is '7:3'", "21:9, 16:9"]),
+        (["generate", "--seed"], ["--seed", "expected one argument"]),
+        (["likelihood"], ["required", "images"]),
+        (["train"], ["required", "recipe"]),
+        (["prepare-data", "cats"], ["DATA is 'cats'", "one of glyphs"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run: Run, arguments: list[str], parts: list[str]) -> None:
+    fails(run(*arguments), *parts)
+
+
+Fail = Callable[[BaseException], Result]
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, run: Run) -> Fail:
+    """Run a command that warns and then raises."""
+
+    def call(error: BaseException) -> Result:
+        def stop(options: InfoOptions) -> NoReturn:
+            warnings.warn("look\n  here")
+            raise error
+
+        monkeypatch.setattr(table, "_load", lambda command: stop)
+        return run("info")
+
+    return call
+
+
+def test_a_users_mistake_is_one_line_and_code_2(fail: Fail) -> None:
+    result = fail(UserError("a\n  b"))
+    assert (result.code, result.err) == (2, "warning: look here\nstarflow: a b\n")
+
+
+def test_ctrl_c_is_code_130(fail: Fail) -> None:
+    result = fail(KeyboardInterrupt())
+    assert (result.code, result.err.splitlines()[-1]) == (130, "starflow: interrupted")
+
+
+def test_a_full_disk_is_one_line_and_code_2(fail: Fail) -> None:
+    result = fail(OSError(errno.ENOSPC, "No space left on device", "log.jsonl"))
+    assert (result.code, result.err.splitlines()[-1]) == (2, "starflow: log.jsonl: No space left on device")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), OSError(errno.EIO, "broken")])
+def test_a_bug_keeps_its_traceback(fail: Fail, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        fail(error)
+    assert raised.value is error
+
+
+def test_warnings_are_shown_as_before_once_the_command_is_done(run: Run) -> None:
+    before = warnings.showwarning
+    run("--version")
+    assert warnings.showwarning is before

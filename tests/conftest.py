@@ -1,0 +1,32 @@
+"""Fixtures for all tests: the device, the optional folder of shared data, and one thread."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("STARFLOW_SHARED", Path(__file__).parent.parent.parent / "shared"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the numerical tests run, e.g. cuda")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # inputs are tiny: a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared data; the test is skipped where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder of shared data at {SHARED} (set STARFLOW_SHARED)")
+    return SHARED

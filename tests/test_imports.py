@@ -1,0 +1,293 @@
+"""The map of rooms holds: an import only goes down, and heavy libraries stay inside their adapters.
+
+Imports are read from the syntax tree, so that one inside a function, under TYPE_CHECKING, relative, or by
+`importlib.import_module("...")` counts as any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "starflow"
+
+# Rooms by step; an import goes to a lower step only. Rooms of one step do not import each other, ALSO aside.
+STEPS = (
+    ("errors", "version", "bundled"),
+    ("config", "files", "hub"),
+    ("nn", "model_config"),
+    ("presets",),
+    ("flow",),
+    ("sampling", "weights", "latents", "conditioning", "data"),
+    ("pipeline", "train", "evaluate", "edit"),
+    ("cli", "serve"),
+    ("__init__", "__main__"),
+)
+RANK = {room: rank for rank, rooms in enumerate(STEPS) for room in rooms}
+ALSO = {("train", "pipeline"), ("train", "evaluate")}
+
+# What a room may import of ours, where that is less than everything below it.
+ONLY = {
+    "nn": {"errors"},
+    "evaluate": {"errors", "config", "files", "version"},
+    "__main__": {"cli"},
+}
+# Libraries that only the named files import, inside functions (or for types only).
+ADAPTERS = {
+    "diffusers": {"latents/diffusers_load.py"},
+    "transformers": {"conditioning/text.py"},
+    "gradio": {"serve"},
+    "fastapi": {"serve"},
+    "resvg_py": {"data"},
+}
+NN_LIBRARIES = {"torch"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: the absolute dotted module, the names taken from it, and where it stands."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+    at_import: bool  # it runs when the file is imported
+
+    @property
+    def library(self) -> str:
+        return self.module.split(".")[0]
+
+
+class Reader(ast.NodeVisitor):
+    """Collects every import of a file; `package` is the dotted package that relative imports start from."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package.split(".")
+        self.found: list[Import] = []
+        self.unreadable: list[int] = []
+        self.deferred = 0
+
+    def _add(self, module: str, names: tuple[str, ...], line: int) -> None:
+        self.found.append(Import(module, names, line, self.deferred == 0))
+
+    def _absolute(self, level: int, module: str) -> str:
+        base = self.package[: len(self.package) - level + 1] if level else []
+        return ".".join([*base, *([module] if module else [])])
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._add(alias.name, (), node.lineno)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        module = self._absolute(node.level, node.module or "")
+        self._add(module, tuple(alias.name for alias in node.names), node.lineno)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in ("import_module", "__import__"):
+            text = _literal_start(node.args[0]) if node.args else None
+            if text is None:
+                self.unreadable.append(node.lineno)
+            else:
+                level = len(text) - len(text.lstrip("."))
+                self._add(self._absolute(level, text.lstrip(".")).rstrip("."), (), node.lineno)
+        self.generic_visit(node)
+
+    def _visit_deferred(self, node: ast.AST) -> None:
+        self.deferred += 1
+        self.generic_visit(node)
+        self.deferred -= 1
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._visit_deferred(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self._visit_deferred(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self._visit_deferred(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if "TYPE_CHECKING" not in ast.unparse(node.test):
+            self.generic_visit(node)
+            return
+        self.deferred += 1
+        for child in node.body:
+            self.visit(child)
+        self.deferred -= 1
+        for child in node.orelse:
+            self.visit(child)
+
+
+def _literal_start(node: ast.expr) -> str | None:
+    """The string that an argument is, or that an f-string certainly starts with."""
+    if isinstance(node, ast.JoinedStr) and node.values:
+        node = node.values[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def read(source: str, package: str) -> Reader:
+    reader = Reader(package)
+    reader.visit(ast.parse(source))
+    return reader
+
+
+def room_of(path: str) -> str:
+    """The room of a file named relative to the package, e.g. "flow/block.py" -> "flow"."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def rooms_imported(found: Import) -> list[str]:
+    """The rooms of ours that an import reaches; the package itself counts as "__init__"."""
+    if found.library != "starflow":
+        return []
+    parts = found.module.split(".")
+    if len(parts) > 1:
+        return [parts[1]]
+    return [name if name in RANK else "__init__" for name in found.names] or ["__init__"]
+
+
+def faults(path: str, source: str) -> list[str]:
+    """What in one file breaks the rules; `path` is relative to the package."""
+    room, package = room_of(path), ".".join(["starflow", *path.split("/")[:-1]])
+    reader = read(source, package)
+    found = [f"{path}:{found.line} {text}" for found in reader.found for text in _faults_of(path, room, found)]
+    if path != "__init__.py":
+        found += [f"{path}:{line} imports a module whose name cannot be read" for line in reader.unreadable]
+    return found
+
+
+def _faults_of(path: str, room: str, found: Import) -> list[str]:
+    wrong = []
+    for target in rooms_imported(found):
+        if target != room and not _allowed(room, target):
+            wrong.append(f"{room} imports {target}")
+    if found.library in ADAPTERS:
+        places = ADAPTERS[found.library]
+        if path not in places and room not in places:
+            wrong.append(f"{found.library} outside its adapter")
+        elif found.at_import:
+            wrong.append(f"{found.library} at import, not inside a function")
+    if room == "nn" and found.library not in NN_LIBRARIES | sys.stdlib_module_names | {"starflow"}:
+        wrong.append(f"nn imports {found.library}")
+    lazy = found.library in sys.stdlib_module_names or found.module == "starflow.version"
+    if path == "__init__.py" and found.at_import and not lazy:
+        wrong.append("the package is not lazy")
+    return wrong
+
+
+def _allowed(room: str, target: str) -> bool:
+    if target not in RANK:
+        return False
+    if room in ONLY:
+        return target in ONLY[room]
+    return RANK[target] < RANK[room] or (room, target) in ALSO
+
+
+def files() -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files())
+def test_imports_go_down(path: str) -> None:
+    assert faults(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", files())
+def test_every_room_is_on_the_map(path: str) -> None:
+    assert room_of(path) in RANK, f"{path}: add the room to STEPS and to the design"
+
+
+FORBIDDEN = [
+    ("flow/model.py", "import starflow.sampling"),
+    ("flow/model.py", "import starflow.sampling.jacobi as j"),
+    ("flow/model.py", "from starflow.sampling import sample"),
+    ("flow/model.py", "from starflow import sampling"),
+    ("flow/model.py", "from starflow import sample"),
+    ("flow/model.py", "import starflow"),
+    ("flow/model.py", "from .. import sampling"),
+    ("flow/model.py", "from ..sampling.jacobi import solve"),
+    ("flow/__init__.py", "from ..sampling import sample"),
+    ("flow/model.py", "def f():\n    from starflow.sampling import sample"),
+    ("flow/model.py", "async def f():\n    import starflow.sampling"),
+    ("flow/model.py", "class A:\n    from starflow.sampling import sample"),
+    ("flow/model.py", "import importlib\nimportlib.import_module('starflow.sampling')"),
+    ("flow/model.py", "from importlib import import_module\nimport_module('..sampling', __package__)"),
+    ("flow/model.py", "import_module(f'starflow.sampling.{name}')"),
+    ("flow/model.py", "__import__('starflow.sampling')"),
+    ("flow/model.py", "import_module(name)"),
+    ("flow/model.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from starflow.sampling import sample"),
+    ("flow/model.py", "try:\n    import starflow.pipeline\nexcept ImportError:\n    pass"),
+    ("flow/model.py", "from starflow.attic import thing"),
+    ("nn/layers.py", "from starflow.flow import STARFlow"),
+    ("nn/layers.py", "import numpy"),
+    ("sampling/jacobi.py", "from starflow.latents import base"),
+    ("pipeline.py", "from starflow.train import loop"),
+    ("config.py", "from starflow.files import atomic"),
+    ("evaluate/statistics.py", "from starflow.flow import STARFlow"),
+    ("evaluate/statistics.py", "from starflow.latents.base import Autoencoder"),
+    ("latents/base.py", "def f():\n    import diffusers"),
+    ("latents/diffusers_load.py", "from diffusers import AutoencoderKL"),
+    ("pipeline.py", "def f():\n    from transformers import AutoModel"),
+    ("cli/main.py", "from starflow.serve import app"),
+    ("__init__.py", "import torch"),
+    ("__init__.py", "from starflow.flow import STARFlow"),
+]
+ALLOWED = [
+    ("flow/model.py", "from starflow.nn.layers import Layer\nfrom .block import Block\nfrom . import affine"),
+    ("flow/model.py", "from ..nn import cache\nfrom starflow import config"),
+    ("latents/diffusers_load.py", "def f():\n    from diffusers import AutoencoderKL"),
+    ("latents/diffusers_load.py", "if TYPE_CHECKING:\n    from diffusers import AutoencoderKL"),
+    ("train/loop.py", "from starflow.pipeline import StarFlowPipeline\nfrom starflow.evaluate import kid"),
+    ("cli/main.py", "import_module(f'starflow.cli.{name}')"),
+    ("__init__.py", "def __getattr__(name):\n    return import_module(EXPORTS[name])"),
+    ("__init__.py", "if TYPE_CHECKING:\n    from starflow.flow import STARFlow"),
+    ("__main__.py", "from starflow.cli.main import main"),
+]
+
+
+@pytest.mark.parametrize(("path", "source"), FORBIDDEN)
+def test_the_rule_sees_every_form(path: str, source: str) -> None:
+    assert faults(path, source)
+
+
+@pytest.mark.parametrize(("path", "source"), ALLOWED)
+def test_the_rule_allows_what_goes_down(path: str, source: str) -> None:
+    assert faults(path, source) == []
+
+
+def in_a_new_python(code: str) -> str:
+    """What `code` prints in an interpreter that has imported nothing of ours yet."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+def test_the_package_is_lazy() -> None:
+    heavy = ["torch", "numpy", "transformers", "diffusers", "PIL", "yaml", "huggingface_hub", "tqdm"]
+    loaded = in_a_new_python(f"import starflow; print([name for name in {heavy} if name in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_no_public_name_equals_a_room() -> None:
+    import starflow
+
+    assert starflow.__all__, "the package names what it offers"
+    assert not set(starflow.__all__) & (set(RANK) - {"__init__", "__main__"})
+
+
+def test_a_public_name_is_itself_in_every_import_order() -> None:
+    """A submodule of the same name would hide the function after `import starflow.<room>`."""
+    import starflow
+
+    rooms = [room for room in RANK if (ROOT / room / "__init__.py").exists() or (ROOT / f"{room}.py").exists()]
+    rooms = [room for room in rooms if room not in ("__init__", "__main__", "cli", "serve")]
+    code = (
+        f"import importlib, types\nfor room in {rooms}: importlib.import_module('starflow.' + room)\n"
+        f"import starflow\nprint([n for n in {list(starflow.__all__)} "
+        "if isinstance(getattr(starflow, n), types.ModuleType)])"
+    )
+    assert in_a_new_python(code) == "[]"
