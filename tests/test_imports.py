@@ -25,6 +25,7 @@ STEPS = (
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),
     ("pipeline", "train", "evaluate", "edit"),
+    ("measure",),
     ("cli", "serve"),
     ("__init__", "__main__"),
 )
@@ -34,7 +35,7 @@ ALSO = {("train", "pipeline"), ("train", "evaluate")}
 # What a room may import of ours, where that is less than everything below it.
 ONLY = {
     "nn": {"errors"},
-    "evaluate": {"errors", "config", "files", "version"},
+    "evaluate": {"errors", "config", "files", "version", "data"},
     "__main__": {"cli"},
 }
 # Libraries that only the named files import, inside functions (or for types only).

@@ -169,6 +169,13 @@ class StarFlowPipeline:
         """What both sides of a picture must be multiples of, in pixels."""
         return self.config.autoencoder.factor * self.flow.config.patch_size
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises UserError: (width, height) in pixels that the model cannot make."""
+        width, height = size
+        unit = self.size_multiple
+        if width < unit or height < unit or width % unit or height % unit:
+            raise UserError(f"size {width}x{height} cannot be made: both sides must be multiples of {unit} pixels")
+
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
@@ -226,20 +233,25 @@ class StarFlowPipeline:
             images += to_pil(self._picture(drawn, condition))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
-    @torch.no_grad()
     def log_prob(self, image: Image, prompt: str = "", *, seed: int = 0) -> LogProb:
         """Exact log-density of a picture's latent with the model's training noise added under `seed`.
 
         Raises:
             UserError: the picture's sides do not fit the model.
         """
-        latents = self._latents(image)
-        noise = noise_of([seed], tuple(latents.shape[1:])).to(self.device)
-        condition, _ = self._condition([prompt])
-        nats = float(self.flow.log_prob(latents + self.config.noise_std * noise, condition))
-        dimensions = latents.numel()
+        density, dimensions = self.log_probs(from_pil(image).to(self.device), [prompt], [seed])
+        nats = float(density)
         space = "noised pixels" if self.config.autoencoder.kind == "pixels" else "noised latent"
         return LogProb(nats, -nats / (dimensions * math.log(2)), dimensions, space)
+
+    @torch.no_grad()
+    def log_probs(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
+        """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent."""
+        latents = self.autoencoder.encode(images)
+        noise = noise_of(seeds, tuple(latents.shape[1:])).to(self.device)
+        condition, _ = self._condition(prompts)
+        density = self.flow.log_prob(latents + self.config.noise_std * noise, condition)
+        return density, latents[0].numel()
 
     @torch.no_grad()
     def encode(self, image: Image, prompt: str = "") -> Tensor:
@@ -269,9 +281,7 @@ class StarFlowPipeline:
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)
-        unit = self.size_multiple
-        if width < unit or height < unit or width % unit or height % unit:
-            raise UserError(f"size {width}x{height} cannot be made: both sides must be multiples of {unit} pixels")
+        self.check_size((width, height))
         factor = self.config.autoencoder.factor
         return self.flow.config.in_channels, height // factor, width // factor
 

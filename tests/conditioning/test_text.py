@@ -96,7 +96,7 @@ def test_the_spec_builds_the_encoder_again(bert: Path) -> None:
 
 
 def test_more_tokens_than_positions(bert: Path) -> None:
-    with pytest.raises(UserError, match="11 condition tokens, but '.*' reads at most 10"):
+    with pytest.raises(UserError, match=r"11 condition tokens, but '.*' reads at most 10"):
         TextEncoder.from_pretrained(str(bert), size=11)
 
 
@@ -128,7 +128,7 @@ def test_transformers_logging_is_left_as_it_was(bert: Path) -> None:
 
 def pretend_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     found = folder and SimpleNamespace(submodule_search_locations=[str(folder)])
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
 
 
 def no_network(*arguments: Any, **settings: Any) -> str:
@@ -162,9 +162,7 @@ def test_the_package_is_checked_by_hash(monkeypatch: pytest.MonkeyPatch, bert: P
     assert text.resolve(MINILM) == tmp_path / "model"
 
 
-def test_a_folder_goes_before_the_package(
-    monkeypatch: pytest.MonkeyPatch, bert: Path, tmp_path: Path
-) -> None:
+def test_a_folder_goes_before_the_package(monkeypatch: pytest.MonkeyPatch, bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / MINILM)
     monkeypatch.chdir(tmp_path)
     assert text.resolve(MINILM) == Path(MINILM)

@@ -107,6 +107,7 @@ def test_the_named_colour_is_the_one_seen(tmp_path: Path) -> None:
         assert order[: len(strongest[found[1]])] == strongest[found[1]], (caption, pixel)
         seen.add(found[1])
         assert found[1] == "red" or "red" not in caption.split(", ")[1:], "a tag would contradict the name"
+        assert not re.search(f"on an? [a-z ]*{found[1]} background", caption), "the ball would vanish"
     assert len(seen) >= 5
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from hypothesis import given, settings
+from tests.registry import Case, cases, randomised
 from torch import Tensor
 
 from starflow import sample
@@ -13,10 +14,9 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import build
 from starflow.flow.tokens import in_order
 from starflow.model_config import STARFlowConfig, TarFlowConfig
-from tests.registry import Case, cases, randomised
 
-EVERY_OPTION = settings(max_examples=50, deadline=None, derandomize=True)
-FEWER = settings(max_examples=25, deadline=None, derandomize=True)
+EVERY_OPTION = settings(max_examples=40, deadline=None, derandomize=True)
+FEWER = settings(max_examples=16, deadline=None, derandomize=True)
 
 
 @EVERY_OPTION
@@ -24,7 +24,7 @@ FEWER = settings(max_examples=25, deadline=None, derandomize=True)
 def test_noise_maps_back_to_the_data(case: Case) -> None:
     z, _ = case.model(case.x, case.condition)
     assert z.dtype == torch.float64
-    assert not torch.allclose(z, case.x, atol=0.1), "the map must be no identity, or this proves nothing"
+    assert (z - case.x).abs().max() > 0.01, "the map must be no identity, or this proves nothing"
     assert (sample(case.model, z, case.condition) - case.x).abs().max() < 1e-9
 
 
@@ -122,12 +122,12 @@ def test_log_prob_integrates_to_one() -> None:
     config = STARFlowConfig(
         in_channels=1, img_size=2, channels=32, head_dim=16, num_blocks=3, layers_per_block=1, soft_clip=1.0
     )
-    model = randomised(config, torch.Generator().manual_seed(3)).double()
-    line = torch.linspace(-16, 16, 321, dtype=torch.float64)
+    model = randomised(config, 3).double()
+    line = torch.linspace(-16, 16, 161, dtype=torch.float64)
     x = torch.cartesian_prod(line, line).view(-1, 1, 1, 2)
     with torch.no_grad():
         log_p = torch.cat([model.log_prob(part) for part in x.split(20_000)])
-    assert abs(log_p.exp().sum().item() * 0.1**2 - 1) < 1e-6
+    assert abs(log_p.exp().sum().item() * 0.2**2 - 1) < 1e-6
     gaussian = -0.5 * x.square().sum((1, 2, 3)) - math.log(2 * math.pi)
     assert (log_p.exp() - gaussian.exp()).abs().max() > 0.01, "it must be no plain Gaussian, or this proves nothing"
 
@@ -142,7 +142,7 @@ def test_a_new_model_is_the_identity() -> None:
         torch.testing.assert_close(logdet, torch.zeros(2), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(cases())
 def test_states_and_log_sigmas_of_a_trace_explain_its_result(case: Case) -> None:
     trace = case.model.trace(case.x, case.condition)

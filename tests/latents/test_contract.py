@@ -140,7 +140,9 @@ def test_sides_that_do_not_fit(autoencoder: Autoencoder) -> None:
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder: Autoencoder) -> None:
     channels = autoencoder.spec.channels
-    with pytest.raises(UserError, match=rf"latents have shape \(1, {channels + 1}, 4, 4\), expected \(B, {channels}, h"):
+    with pytest.raises(
+        UserError, match=rf"latents have shape \(1, {channels + 1}, 4, 4\), expected \(B, {channels}, h"
+    ):
         autoencoder.decode(torch.zeros(1, channels + 1, 4, 4))
 
 
@@ -190,9 +192,7 @@ def test_decoding_undoes_scale_and_shift(tmp_path: Path) -> None:
 def test_a_network_without_a_shift(tmp_path: Path) -> None:
     autoencoder = KLLatents.from_pretrained(str(save_kl(tmp_path, shift_factor=None, scaling_factor=0.18215)))
     network: Any = autoencoder.network
-    torch.testing.assert_close(
-        autoencoder.encode(pictures()), network.encode(pictures()).latent_dist.mean * 0.18215
-    )
+    torch.testing.assert_close(autoencoder.encode(pictures()), network.encode(pictures()).latent_dist.mean * 0.18215)
 
 
 def test_half_precision_weights_give_float32(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -15,10 +14,13 @@ from starflow.errors import UserError
 from starflow.files import read_tensors, write_tensors
 from starflow.latents.diffusers_tiny import TAESD_FILES, TinyLatents
 
-SHARED = Path(os.environ.get("STARFLOW_SHARED", Path(__file__).parents[3] / "shared")) / "weights"
-pytestmark = pytest.mark.skipif(
-    not all((SHARED / name).is_file() for name in TAESD_FILES), reason="TAESD's files are not at hand"
-)
+
+@pytest.fixture
+def taesd(shared: Path) -> Path:
+    folder = shared / "weights"
+    if not all((folder / name).is_file() for name in TAESD_FILES):
+        pytest.skip(f"TAESD's files are not in {folder}")
+    return folder
 
 
 def drawing(side: int) -> torch.Tensor:
@@ -35,8 +37,8 @@ def drawing(side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("side", "decibels"), [(64, 24.0), (128, 29.0)])
-def test_it_reconstructs(side: int, decibels: float) -> None:
-    autoencoder = TinyLatents.from_pretrained(str(SHARED))
+def test_it_reconstructs(taesd: Path, side: int, decibels: float) -> None:
+    autoencoder = TinyLatents.from_pretrained(str(taesd))
     images = drawing(side)
     latents = autoencoder.encode(images)
     assert (autoencoder.spec.channels, autoencoder.spec.factor) == (4, 8)
@@ -46,17 +48,17 @@ def test_it_reconstructs(side: int, decibels: float) -> None:
     assert -10 * torch.log10(error) > decibels
 
 
-def test_a_folder_that_lacks_a_layer(tmp_path: Path) -> None:
-    shutil.copy(SHARED / TAESD_FILES[0], tmp_path)
-    tensors = read_tensors(SHARED / TAESD_FILES[1])
+def test_a_folder_that_lacks_a_layer(taesd: Path, tmp_path: Path) -> None:
+    shutil.copy(taesd / TAESD_FILES[0], tmp_path)
+    tensors = read_tensors(taesd / TAESD_FILES[1])
     del tensors["19.weight"]
     write_tensors(tmp_path / TAESD_FILES[1], tensors)
     with pytest.raises(UserError, match=r"1 missing weights \(decoder.layers.18.weight\)"):
         TinyLatents.from_pretrained(str(tmp_path))
 
 
-def test_it_can_be_saved_for_diffusers_and_read_again(tmp_path: Path) -> None:
-    autoencoder = TinyLatents.from_pretrained(str(SHARED), dtype=torch.bfloat16)
+def test_it_can_be_saved_for_diffusers_and_read_again(taesd: Path, tmp_path: Path) -> None:
+    autoencoder = TinyLatents.from_pretrained(str(taesd), dtype=torch.bfloat16)
     autoencoder.network.save_pretrained(tmp_path)  # type: ignore[operator]
     again = TinyLatents.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert torch.equal(again.encode(drawing(64)), autoencoder.encode(drawing(64)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 
 from starflow.data.shapes import draw_shapes
 from starflow.errors import UserError
+from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
-from starflow.train.autoencoder import AutoencoderTask, ReconstructionLoss, psnr
+from starflow.train.autoencoder import AutoencoderTask, ReconstructionLoss
 from starflow.train.loop import fit
 from starflow.train.settings import TrainSettings
 
@@ -31,13 +31,9 @@ def make_task(steps: int = 40, precision: str = "float32") -> AutoencoderTask:
         checkpoint_every=steps,
     )
     model = SmallAutoencoder(SmallAutoencoderConfig(channels=8, widths=(16, 16), encoder_pairs=1, decoder_pairs=1))
-    return AutoencoderTask(model, views.images, views.names, views.images[:10], (0.1, 0.3), ReconstructionLoss(), settings)
-
-
-def test_psnr_has_its_closed_form() -> None:
-    target = torch.zeros(2, 3, 4, 4)
-    output = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])
-    assert psnr(output, target).tolist() == pytest.approx([-20 * math.log10(0.1), -20 * math.log10(0.5)])
+    return AutoencoderTask(
+        model, views.images, views.names, views.images[:10], (0.1, 0.3), ReconstructionLoss(), settings
+    )
 
 
 def test_noise_is_within_its_range_and_repeats() -> None:
@@ -47,7 +43,7 @@ def test_noise_is_within_its_range_and_repeats() -> None:
     again = task._latent_noise(images, torch.Generator().manual_seed(3))
     assert torch.equal(first, again)
     spread = first.flatten(1).std(dim=1)
-    assert 0.05 < spread.min()
+    assert spread.min() > 0.05
     assert spread.max() < 0.4
     assert spread.max() - spread.min() > 0.1
 

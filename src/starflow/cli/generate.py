@@ -103,14 +103,16 @@ def generate(options: GenerateOptions) -> None:
 
 
 def read_prompts(options: GenerateOptions) -> list[str]:
-    """The prompts that the options give, at least one.
+    """The prompts that the options give, at least one."""
+    return read_prompt_file(Path(options.prompts)) if options.prompts else [options.label or options.prompt]
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """The prompts of a text file, one a line.
 
     Raises:
         UserError: the file is missing, is no text, or holds no prompt.
     """
-    if not options.prompts:
-        return [options.label or options.prompt]
-    path = Path(options.prompts)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:

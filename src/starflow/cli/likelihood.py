@@ -71,13 +71,11 @@ def likelihood(options: LikelihoodOptions) -> None:
     from starflow.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
-    side = pipeline.config.image_size
-    rows = list(_rows(pipeline, pictures, size or (side, side), options))
-    print(
-        json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False)
-        if options.json
-        else _table(rows)
-    )
+    size = size or (pipeline.config.image_size, pipeline.config.image_size)
+    pipeline.check_size(size)
+    rows = list(_rows(pipeline, pictures, size, options))
+    as_json = [dataclasses.asdict(row) for row in rows]
+    print(json.dumps(as_json, indent=2, ensure_ascii=False) if options.json else _table(rows))
 
 
 def open_picture(name: str) -> Image:

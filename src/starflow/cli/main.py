@@ -38,6 +38,7 @@ class Command:
 COMMANDS = (
     Command("generate", "generate", "generate", "make pictures from prompts or classes"),
     Command("likelihood", "likelihood", "likelihood", "exact log-likelihoods of pictures"),
+    Command("evaluate", "evaluate", "evaluate", "measure a model on pictures: a table, JSON and a sheet"),
     Command("info", "info", "info", "what a model is made of"),
     Command("prepare-data", "prepare_data", "prepare_data", "build the glyph set"),
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),

@@ -118,8 +118,9 @@ def main_hue(rgba: Pixels) -> float | None:
     if chromatic.sum() == 0:
         return None
     strength = chromatic * saturation * value
-    trials = [float(trial) for trial in range(0, 360, 6)]
-    peak = max(trials, key=lambda trial: float(strength[_distance(hue, trial) < HUE_REACH / 2].sum()))
+    counts = np.bincount((hue // 6).astype(int).ravel(), weights=strength.ravel(), minlength=60)
+    smooth = sum(np.roll(counts, shift) for shift in range(-3, 4))  # windows of 42 degrees
+    peak = 6.0 * int(np.argmax(smooth)) + 3
     part = strength * (_distance(hue, peak) < HUE_REACH)
     mean = float(np.rad2deg(np.angle(np.sum(part * np.exp(1j * np.deg2rad(hue)))))) % 360
     distance = _distance(hue, mean)

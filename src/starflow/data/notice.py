@@ -35,7 +35,7 @@ def notice_text(sources: Sources) -> str:
     """
     lines = ["The pictures of the glyph set, and their captions, come from these packages of the npm registry:", ""]
     for package in sources.all():
-        lines.append(f"* {package.name} {package.version}: {package.art}.")
+        lines.append(f"* {package.name} {package.version}: {package.art.rstrip('.')}.")
         lines.append(f"  Licence: {package.licence} ({LICENCE_URLS[package.licence]}).")
     lines += [
         "",

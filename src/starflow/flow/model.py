@@ -100,7 +100,8 @@ class Flow(nn.Module, ABC):
         """As `forward`, with every block's input, output and log sigma."""
         tokens, grid = self.tokens(x)
         condition, rotary = self.check_condition(condition, len(x)), self.rotary(grid)
-        states, log_sigmas = [tokens], list[Tensor]()
+        states: list[Tensor] = [tokens]
+        log_sigmas: list[Tensor] = []
         for block in self.stack():
             tokens, log_sigma = block(tokens, condition, self.block_rotary(block, rotary))
             states.append(tokens)

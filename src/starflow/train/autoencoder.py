@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from starflow.data.pictures import save_grid, to_unit
 from starflow.errors import UserError
+from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
 from starflow.train.precision import network_precision
 from starflow.train.randomness import batch_indices, generator
@@ -40,12 +41,6 @@ class ReconstructionLoss:
         gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = self.squared * squared + self.absolute * absolute + self.gradient * gradient
         return loss, {"squared": squared, "absolute": absolute, "gradient": gradient}
-
-
-def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of pictures in [-1, 1]; the output is clamped first."""
-    error = (output.clamp(-1, 1) - target).float().square().flatten(1).mean(1) / 4
-    return -10 * torch.log10(error.clamp_min(1e-10))
 
 
 class AutoencoderTask:

@@ -134,4 +134,7 @@ def _override(values: dict[str, Any], dotted: str, text: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"'--{dotted}': '{section}' is no section of the recipe")
         values = inner
-    values[key] = yaml.safe_load(text)
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'--{dotted}' is '{text}', expected a value as YAML writes it, e.g. 0.1 or [1, 2]") from None

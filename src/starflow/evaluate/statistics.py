@@ -1,0 +1,115 @@
+"""Distances between two sets of feature vectors, in float64, with the counts they rest on.
+
+Features are (N, F), one row a picture. The names say which features: `kid_mobilenetv2`, `fd_mobilenetv2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starflow.errors import UserError
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean (F,) and covariance (F, F), float64, of a set of feature vectors."""
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance between two sets, and how many pictures each had: small sets have a floor above zero."""
+
+    value: float
+    count_first: int
+    count_second: int
+
+
+def moments(features: Tensor) -> Moments:
+    """Mean and unbiased covariance of features (N, F).
+
+    Raises:
+        UserError: fewer than two pictures, or features that are not finite.
+    """
+    features = _checked(features)
+    return Moments(len(features), features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> Distance:
+    """Frechet distance between the Gaussians fitted to two sets of features, each (N, F).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); Heusel et al., arXiv 1706.08500, equation 6. It is biased upwards
+    where pictures are few against F: compare only numbers of equal counts.
+
+    Raises:
+        UserError: see `moments`, or features of two widths.
+    """
+    _check_widths(first, second)
+    one, two = moments(first), moments(second)
+    return Distance(frechet_of_moments(one, two), one.count, two.count)
+
+
+def frechet_of_moments(one: Moments, two: Moments) -> float:
+    """The Frechet distance of two Gaussians given by their moments."""
+    gap = (one.mean - two.mean).square().sum()
+    # tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no complex root, and never negative.
+    cross = torch.linalg.svdvals(_root(one.covariance) @ _root(two.covariance)).sum()
+    return float(gap + one.covariance.trace() + two.covariance.trace() - 2 * cross)
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> Distance:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3: the "KID", for features (N, F) each.
+
+    Binkowski et al., arXiv 1801.01401, section 4, over all pictures at once rather than averaged over subsets (the
+    expectation is the same). Unbiased: around zero, below it too, where both sets are drawn from one distribution.
+
+    Raises:
+        UserError: see `moments`, or features of two widths.
+    """
+    _check_widths(first, second)
+    first, second = _checked(first), _checked(second)
+    within = _mean_within(first) + _mean_within(second)
+    between = _kernel_sum(first, second) / (len(first) * len(second))
+    return Distance(float(within - 2 * between), len(first), len(second))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a positive semidefinite matrix; rounding below zero is cut."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+def _kernel_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of the kernel over all pairs, a chunk of rows at a time."""
+    width = first.shape[1]
+    return torch.stack([(rows @ second.T / width + 1).pow(3).sum() for rows in first.split(CHUNK)]).sum()
+
+
+def _mean_within(features: Tensor) -> Tensor:
+    """Mean of the kernel over pairs of two different pictures."""
+    count, width = features.shape
+    with_themselves = (features.square().sum(1) / width + 1).pow(3).sum()
+    return (_kernel_sum(features, features) - with_themselves) / (count * (count - 1))
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise UserError(f"features have shape {tuple(features.shape)}, expected (N, F) with at least two pictures")
+    bad = int((~features.isfinite()).any(1).sum())
+    if bad:
+        raise UserError(f"{bad} of {len(features)} pictures have features that are not finite: look at those pictures")
+    return features.double()
+
+
+def _check_widths(first: Tensor, second: Tensor) -> None:
+    if first.shape[1:] != second.shape[1:]:
+        raise UserError(f"features of widths {tuple(first.shape[1:])} and {tuple(second.shape[1:])}: use one network")

@@ -1,0 +1,115 @@
+"""Distances against closed forms and against scipy's matrix square root."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from starflow.errors import UserError
+from starflow.evaluate import statistics
+from starflow.evaluate.statistics import (
+    Distance,
+    Moments,
+    frechet_distance,
+    frechet_of_moments,
+    kernel_distance,
+    moments,
+)
+
+
+def gaussian(count: int, width: int, seed: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(width: int, seed: int) -> Tensor:
+    root = gaussian(width, width, seed)
+    return root @ root.T
+
+
+def test_moments_are_numpys_in_float64() -> None:
+    features = gaussian(20, 3, 0).float()
+    found = moments(features)
+    assert found.count == 20
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+    numpy.testing.assert_allclose(found.mean, features.double().numpy().mean(0), atol=1e-12)
+    numpy.testing.assert_allclose(found.covariance, numpy.cov(features.double().numpy().T), atol=1e-12)
+
+
+def test_frechet_of_one_dimensional_gaussians() -> None:
+    """(m1 - m2)^2 + (s1 - s2)^2."""
+    one = Moments(2, torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
+    two = Moments(2, torch.tensor([-2.0]).double(), torch.tensor([[0.25]]).double())
+    assert frechet_of_moments(one, two) == pytest.approx(9 + 1.5**2, abs=1e-12)
+
+
+def test_frechet_against_scipy() -> None:
+    from scipy.linalg import sqrtm
+
+    one, two = (Moments(9, gaussian(6, 1, seed)[:, 0], covariance(6, seed)) for seed in (1, 2))
+    product = sqrtm(one.covariance.numpy() @ two.covariance.numpy()).real
+    expected = float((one.mean - two.mean).square().sum())
+    expected += float(one.covariance.trace() + two.covariance.trace()) - 2 * float(numpy.trace(product))
+    assert frechet_of_moments(one, two) == pytest.approx(expected, rel=1e-9)
+    assert frechet_of_moments(two, one) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_where_the_covariance_is_singular() -> None:
+    """Fewer pictures than features: the root stays real, and a set is at distance zero from itself."""
+    features = gaussian(5, 12, 3)
+    assert frechet_distance(features, features).value == pytest.approx(0, abs=1e-6)
+    shifted = frechet_distance(features, features + 2)
+    assert shifted == Distance(pytest.approx(12 * 4.0, rel=1e-6), 5, 5)  # type: ignore[arg-type]
+
+
+def kernel(x: Tensor, y: Tensor) -> float:
+    return float((x @ y / len(x) + 1) ** 3)
+
+
+def test_kernel_distance_is_the_sum_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = gaussian(5, 4, 4), gaussian(7, 4, 5) + 1
+    within = sum(kernel(first[i], first[j]) for i in range(5) for j in range(5) if i != j) / 20
+    within += sum(kernel(second[i], second[j]) for i in range(7) for j in range(7) if i != j) / 42
+    between = sum(kernel(x, y) for x in first for y in second) / 35
+    for chunk in (statistics.CHUNK, 2):
+        monkeypatch.setattr(statistics, "CHUNK", chunk)
+        assert kernel_distance(first, second) == Distance(pytest.approx(within - 2 * between), 5, 7)  # type: ignore[arg-type]
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    """Over many small draws from one distribution its mean is zero, within three standard errors."""
+    values = torch.tensor([kernel_distance(gaussian(8, 3, 2 * i), gaussian(8, 3, 2 * i + 1)).value for i in range(400)])
+    assert abs(float(values.mean())) < 3 * float(values.std()) / math.sqrt(len(values))
+    assert float(values.min()) < 0 < float(values.max())
+
+
+def test_kernel_distance_in_closed_form() -> None:
+    """Points: k(x,x) + k(y,y) - 2 k(x,y) for two sets that are each one point, repeated."""
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    expected = 1.5**3 + 3.0**3 - 2 * 1.0**3
+    assert kernel_distance(x.repeat(3, 1), y.repeat(4, 1)).value == pytest.approx(expected)
+
+
+def test_both_grow_with_the_shift() -> None:
+    base = gaussian(200, 4, 6)
+    for distance in (frechet_distance, kernel_distance):
+        values = [distance(base, gaussian(200, 4, 7) + shift).value for shift in (0.0, 0.5, 1.0)]
+        assert values == sorted(values)
+        assert values[2] > 4 * abs(values[0])
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_bad_features_are_refused(distance: Callable[[Tensor, Tensor], Distance]) -> None:
+    good = gaussian(4, 3, 8)
+    with pytest.raises(UserError, match="at least two pictures"):
+        distance(good[:1], good)
+    with pytest.raises(UserError, match="use one network"):
+        distance(good, good[:, :2])
+    bad = good.clone()
+    bad[1, 2] = torch.nan
+    with pytest.raises(UserError, match="1 of 4 pictures have features that are not finite"):
+        distance(good, bad)

@@ -1,0 +1,187 @@
+"""Models: shapes, precision, storage, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.registry import randomised
+from torch import Tensor
+
+from starflow import STARFlow, TarFlow
+from starflow.errors import UserError
+from starflow.flow.model import build
+from starflow.model_config import STARFlowConfig, TarFlowConfig
+
+SMALL = STARFlowConfig(
+    in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=2, layers_per_block=1, txt_size=3, txt_dim=5
+)
+PIXELS = TarFlowConfig(
+    in_channels=2, img_size=4, patch_size=2, channels=48, num_blocks=2, layers_per_block=1, head_dim=24, num_classes=3
+)
+X, CONDITION = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+
+
+def test_log_prob_adds_the_gaussian_with_its_constant() -> None:
+    model = randomised(SMALL, 0)
+    z, logdet = model(X, CONDITION)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3)) + logdet
+    torch.testing.assert_close(model.log_prob(X, CONDITION), expected)
+
+
+@pytest.mark.parametrize(
+    ("network", "results"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_results_are_never_less_than_float32(network: torch.dtype, results: torch.dtype) -> None:
+    trace = randomised(SMALL, 0).to(network).trace(X, CONDITION)
+    assert {trace.z.dtype, trace.logdet.dtype} == {results}
+    assert {tensor.dtype for tensor in (*trace.states, *trace.log_sigmas)} == {results}
+
+
+def test_under_autocast_the_affine_steps_stay_in_float32() -> None:
+    model = randomised(SMALL, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, logdet = model(X, CONDITION)
+    assert z.dtype == logdet.dtype == torch.float32
+    exact, exact_logdet = model(X, CONDITION)
+    assert not torch.equal(z, exact), "autocast did nothing"
+    torch.testing.assert_close(z, exact, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logdet, exact_logdet, rtol=0.1, atol=0.5)
+
+
+EVERY_LAYER_OPTION = replace(
+    SMALL, hf_style_rope=True, use_swiglu=True, use_qk_norm=True, use_post_norm=True, num_heads=4, num_kv_heads=2,
+    norm_type="rms_norm", sos=False, cond_top_only=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "condition"),
+    [(SMALL, CONDITION), (EVERY_LAYER_OPTION, CONDITION), (PIXELS, torch.tensor([0, -1])), (PIXELS, None)],
+)
+def test_a_compiler_takes_it_whole(config: STARFlowConfig | TarFlowConfig, condition: Tensor | None) -> None:
+    """No graph break and no control flow that hangs on data."""
+    model = randomised(config, 0)
+    torch.compiler.reset()
+    compiled = torch.compile(model.trace, backend="aot_eager", fullgraph=True)
+    ours, eager = compiled(X, condition), model.trace(X, condition)
+    torch.testing.assert_close(ours.z, eager.z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.logdet, eager.logdet, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_the_blocks_alternates() -> None:
+    def orders(**options: Any) -> list[bool]:
+        config = STARFlowConfig(in_channels=1, img_size=2, channels=64, layers_per_block=1, **options)
+        return [block.spec.backwards for block in STARFlow(config).stack()]
+
+    assert orders(num_blocks=6) == [True, False, True, False, True, False]
+    assert orders(num_blocks=3, seq_order="L2R") == [True, False, True]
+    assert orders(num_blocks=3, seq_order="R2L") == [False, True, False]
+    assert [block.spec.backwards for block in TarFlow(PIXELS).stack()] == [False, True]
+
+
+def test_positions_make_any_aspect_ratio_a_valid_input() -> None:
+    model = randomised(SMALL, 0)
+    for height, width in ((4, 4), (2, 8), (8, 2), (3, 5)):
+        x = torch.randn(2, 2, height, width)
+        assert model(x, CONDITION)[0].shape == x.shape
+
+
+def test_a_learned_table_has_one_size() -> None:
+    config = STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=1, layers_per_block=1,
+                            rope=False)  # fmt: skip
+    with pytest.raises(UserError, match="the input is 2 x 8, but this model's learned positions are for 4 x 4 alone"):
+        STARFlow(config)(torch.randn(1, 2, 2, 8))
+
+
+def test_labels_of_no_class_are_the_mean_of_the_classes() -> None:
+    model = randomised(PIXELS, 0)
+    none, _ = model(X)
+    assert torch.equal(model(X, torch.tensor([-1, -1]))[0], none)
+    mixed, _ = model(X, torch.tensor([-1, 2]))
+    torch.testing.assert_close(mixed[0], none[0])
+    assert not torch.allclose(mixed[1], none[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, PIXELS])
+def test_what_is_saved_is_what_loads(config: STARFlowConfig | TarFlowConfig, tmp_path: Path) -> None:
+    model, condition = randomised(config, 0), CONDITION if config is SMALL else torch.tensor([0, 2])
+    if isinstance(model, TarFlow):
+        model.var.uniform_(0.5, 2.0)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert loaded.config == config
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    for ours, saved in zip(loaded(X, condition), model(X, condition), strict=True):
+        assert torch.equal(ours, saved)
+    model.bfloat16().save_pretrained(tmp_path / "half")
+    assert type(model).from_pretrained(tmp_path / "half").network_dtype == torch.bfloat16
+
+
+def saved(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A saved model's folder, and its tensors to damage."""
+    model = build(SMALL)
+    model.save_pretrained(folder)
+    return folder, dict(model.state_dict())
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_and_unexpected_keys_are_listed(tmp_path: Path) -> None:
+    folder, tensors = saved(tmp_path)
+    tensors["blocks.0.surprise"] = tensors.pop("blocks.1.proj_txt.bias")
+    rewrite(folder, tensors)
+    with pytest.raises(UserError, match=r"1 missing: blocks\.1\.proj_txt\.bias; 1 unexpected: blocks\.0\.surprise"):
+        STARFlow.from_pretrained(folder)
+    rewrite(folder, {})
+    with pytest.raises(UserError, match=r"\d+ missing: blocks\.0\.sos_embed, .* and \d+ more"):
+        STARFlow.from_pretrained(folder)
+
+
+def test_other_shapes_are_named(tmp_path: Path) -> None:
+    folder, tensors = saved(tmp_path)
+    tensors["blocks.1.proj_txt.weight"] = torch.zeros(48, 6)
+    rewrite(folder, tensors)
+    expected = "1 other shapes: blocks.1.proj_txt.weight (48, 6) instead of (48, 5)"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        STARFlow.from_pretrained(folder)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=re.escape(f"{weights} is not a whole safetensors file")):
+        STARFlow.from_pretrained(folder)
+
+
+def test_another_kind_and_unknown_options_are_refused(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    with pytest.raises(UserError, match="holds a STARFlow, expected a TarFlow"):
+        TarFlow.from_pretrained(folder)
+    options = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**options, "use_softpluss": True}))
+    with pytest.raises(UserError, match="unknown key 'use_softpluss': did you mean 'use_softplus'"):
+        STARFlow.from_pretrained(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list, expected a mapping of options"):
+        STARFlow.from_pretrained(folder)
+
+
+def test_a_condition_of_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("shape is (2, 2, 5), expected (2, 3, 5)")):
+        STARFlow(SMALL)(X, CONDITION[:, :2])
+    free = STARFlow(STARFlowConfig(in_channels=2, img_size=4, channels=64, num_blocks=1, layers_per_block=1))
+    with pytest.raises(UserError, match=re.escape("expected None: pass no condition (None)")):
+        free(X, CONDITION)

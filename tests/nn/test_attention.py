@@ -1,0 +1,112 @@
+"""Attention: causal, grouped, and the same with a cache as without."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from starflow.nn.attention import Attention, Continuation, Layer
+from starflow.nn.cache import CachePool, CacheShape, KVCache
+from starflow.nn.layers import LayerSpec
+from starflow.nn.rope import grid_positions, rotary_table
+
+CPU = torch.device("cpu")
+TOKENS = 7
+
+
+def spec(heads: int = 4, kv_heads: int = 4, *, qk_norm: bool = False) -> LayerSpec:
+    return LayerSpec(width=24, heads=heads, kv_heads=kv_heads, head_dim=8, hidden=32, qk_norm=qk_norm)
+
+
+def table() -> Tensor:
+    return rotary_table(grid_positions(1, TOKENS, 3.0, dtype=torch.float64, device=CPU), 8, 0)
+
+
+def cache_for(layer: LayerSpec, batch: int) -> KVCache:
+    shape = CacheShape(1, batch, layer.kv_heads, TOKENS, layer.head_dim)
+    return KVCache.allocate(shape, dtype=torch.float64, device=CPU)
+
+
+def by_hand(attention: Attention, x: Tensor, rotary: Tensor | None) -> Tensor:
+    """Softmax attention written out, head by head."""
+    q, k, v = attention._queries_keys_values(x, rotary)
+    group = attention.heads // attention.kv_heads
+    future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+    heads = []
+    for head in range(attention.heads):
+        scores = q[:, head] @ k[:, head // group].transpose(1, 2) / attention.head_dim**0.5
+        heads.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, head // group])
+    out: Tensor = attention.proj(torch.cat(heads, dim=-1))
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "qk_norm"), [(4, 4, False), (4, 2, True), (3, 1, False)])
+def test_it_is_causal_softmax_attention_with_grouped_heads(heads: int, kv_heads: int, qk_norm: bool) -> None:
+    attention = Attention(spec(heads, kv_heads, qk_norm=qk_norm)).double()
+    x = torch.randn(2, TOKENS, 24, dtype=torch.float64)
+    torch.testing.assert_close(attention(x, table()), by_hand(attention, x, table()))
+    torch.testing.assert_close(attention(x, None), by_hand(attention, x, None))
+
+
+def splits() -> list[tuple[int, ...]]:
+    """Ways to cut the tokens: one by one, at once, and in pieces."""
+    return [(1,) * TOKENS, (TOKENS,), (3, 1, 3), (1, 6), (2, 5)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("pieces", splits())
+def test_cached_equals_uncached_however_the_tokens_come(kv_heads: int, pieces: tuple[int, ...]) -> None:
+    layer = Layer(spec(4, kv_heads, qk_norm=True)).double()
+    x, rotary = torch.randn(2, TOKENS, 24, dtype=torch.float64), table()
+    cache = cache_for(spec(4, kv_heads), batch=2)
+    starts = itertools.accumulate(pieces, initial=0)
+    outs = []
+    for start, count in zip(starts, pieces, strict=False):
+        onto = Continuation.at(cache, start, count)
+        rows = slice(start, start + count)
+        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], onto))
+    torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
+
+
+def test_writing_further_back_rewinds() -> None:
+    """What stood after the new tokens is never seen."""
+    layer, rotary = Layer(spec()).double(), table()
+    first, second = torch.randn(2, 1, TOKENS, 24, dtype=torch.float64)
+    cache = cache_for(spec(), batch=1)
+    layer.extend(first, rotary, cache.layers[0], Continuation.at(cache, 0, TOKENS))
+    mixed = torch.cat((first[:, :2], second[:, 2:4]), dim=1)
+    out = layer.extend(second[:, 2:4], rotary[2:4], cache.layers[0], Continuation.at(cache, 2, 2))
+    torch.testing.assert_close(out, layer(mixed, rotary[:4])[:, 2:])
+
+
+def test_query_scale_divides_the_logits_of_its_row_alone() -> None:
+    attention, x = Attention(spec()).double(), torch.randn(2, TOKENS, 24, dtype=torch.float64)
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
+    cache = cache_for(spec(), batch=2)
+    out = attention.extend(x, None, cache.layers[0], Continuation.at(cache, 0, TOKENS, scale))
+    plain = attention(x, None)
+    torch.testing.assert_close(out[0], plain[0])
+    with torch.no_grad():
+        inner = attention.heads * attention.head_dim
+        attention.qkv.weight[:inner] *= 2
+        attention.qkv.bias[:inner] *= 2
+    torch.testing.assert_close(out[1], attention(x, None)[1])
+    assert not torch.allclose(out[1], plain[1], atol=1e-3)
+
+
+def test_a_cache_is_full_at_its_length() -> None:
+    cache = cache_for(spec(), batch=1).layers[0]
+    keys = torch.zeros(1, 4, TOKENS + 1, 8, dtype=torch.float64)
+    with pytest.raises(AssertionError, match=f"{TOKENS + 1} tokens in a cache of {TOKENS}"):
+        cache.write(0, keys, keys)
+
+
+def test_a_pool_allocates_each_shape_once() -> None:
+    pool, shape = CachePool(), CacheShape(2, 1, 4, TOKENS, 8)
+    cache = pool.take(shape, dtype=torch.float32, device=CPU)
+    assert pool.take(shape, dtype=torch.float32, device=CPU) is cache
+    assert pool.take(shape._replace(batch=2), dtype=torch.float32, device=CPU) is not cache
+    assert [layer.keys_BNLH.shape for layer in cache.layers] == [(1, 4, TOKENS, 8)] * 2

@@ -1,0 +1,119 @@
+"""The commands and programs of the README run as they stand, each section in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from starflow.cli.main import main
+from starflow.config import from_dict
+from starflow.train.recipe import Recipe
+from starflow.weights.hub import BUNDLED
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN = ("make test",)  # it is what runs this test
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """Fenced blocks of a language under a heading."""
+    parts = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
+    return re.findall(rf"^```{language}\n(.*?)^```", parts[section], re.DOTALL | re.MULTILINE)
+
+
+def commands(section: str) -> list[str]:
+    return [line for block in blocks(section, "sh") for line in block.splitlines() if line and line not in NOT_RUN]
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder beside the project's recipes."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def glyphs() -> None:
+    """The bundled model, or a skip."""
+    if not all((ROOT / "src" / "starflow" / "bundled" / name / "config.json").is_file() for name in BUNDLED):
+        pytest.skip("the bundled model is not in this tree")
+
+
+def run(line: str) -> None:
+    """One `starflow` command line, in this process."""
+    name, *arguments = shlex.split(line)
+    assert name == "starflow", line
+    assert main(arguments) == 0, line
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_make_generate(tmp_path: Path) -> None:
+    (line,) = commands("Two commands")
+    up_to_date = ["make", "--question", ".venv/.installed"]
+    if subprocess.run(up_to_date, cwd=ROOT, capture_output=True, check=False).returncode != 0:
+        pytest.skip("the tests run in another environment than make's")
+    assert line.startswith("make generate ")
+    subprocess.run([*shlex.split(line), f"ARGS=--output {tmp_path}"], cwd=ROOT, check=True, timeout=300)
+    assert (tmp_path / "a-red-apple-0000.png").is_file()
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_shell(empty: Path) -> None:
+    for line in commands("From a shell"):
+        run(line)
+    assert len(list((empty / "out").glob("a-red-apple-*.png"))) == 4
+    assert (empty / "out" / "grid.png").is_file()
+    assert (empty / "car.png").is_file()
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_python(empty: Path) -> None:
+    (program,) = blocks("In Python", "python")
+    names: dict[str, Any] = {}
+    exec(compile(program, "README.md", "exec"), names)
+    assert (empty / "apple.png").is_file()
+    assert names["again"].size == names["image"].size
+
+
+@pytest.mark.slow
+def test_training(empty: Path) -> None:
+    for line in commands("Train your own"):
+        run(line)
+    assert len(list((empty / "out").glob("*.png"))) == 9
+
+
+def test_recipes_are_read() -> None:
+    (text,) = blocks("Train your own", "yaml")
+    recipe = from_dict(Recipe, yaml.safe_load(text))
+    assert recipe.data.source == "folder"
+
+
+def test_every_block_is_of_a_tested_section() -> None:
+    tested = {"sh": ("Two commands", "From a shell", "Train your own"), "python": ("In Python",)}
+    for language, sections in tested.items():
+        found = re.findall(rf"^```{language}$", TEXT, re.MULTILINE)
+        assert len(found) == sum(len(blocks(section, language)) for section in sections)
+
+
+def test_commands_that_are_only_named_exist() -> None:
+    from starflow.cli.main import COMMANDS
+
+    known = {command.name for command in COMMANDS} | {"COMMAND"}
+    assert {words.split()[0] for words in re.findall(r"`starflow (\S[^`]*)`", TEXT)} <= known
+
+
+def test_linked_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
+    absent = [link for link in links if not (ROOT / link).exists()]
+    waiting = [
+        link for link in absent if "glyphs" in link and not os.path.lexists(ROOT / "src/starflow/bundled/glyphs")
+    ]
+    assert absent == waiting
