@@ -51,6 +51,11 @@ class Case:
     condition: Tensor | None
     null_condition: Tensor | None
 
+    def to(self, device: torch.device) -> Case:
+        """The same on another device."""
+        moved = [None if tensor is None else tensor.to(device) for tensor in (self.condition, self.null_condition)]
+        return Case(self.model.to(device), self.x.to(device), *moved)
+
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """A failing example is read by its config; weights and inputs follow from the seed."""
         printer.text(f"Case({self.model.config}, x of {tuple(self.x.shape)})")
@@ -75,7 +80,7 @@ def _values(hint: Any) -> list[Any]:
 
 
 @st.composite
-def configs(draw: st.DrawFn, **fixed: Any) -> ModelConfig:
+def configs(draw: st.DrawFn, /, **fixed: Any) -> ModelConfig:
     """Any config of any kind that is valid; `fixed` options keep their value where the kind has them."""
     cls = draw(st.sampled_from(list(KINDS.values())))
     hints = typing.get_type_hints(cls)
@@ -94,7 +99,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> ModelConfig:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, **fixed: Any) -> Case:
+def cases(draw: st.DrawFn, /, dtype: torch.dtype = torch.float64, **fixed: Any) -> Case:
     """Any model, with every parameter random so that none is without effect, and inputs of a size it takes."""
     config = draw(configs(**fixed))
     rows, columns = config.grid_side, config.grid_side

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def records(tmp_path: Path) -> list[Record]:
         shape = CLASSES[number % 3]
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (8, 8), colours[shape]).save(path)
-        split = "heldout" if number >= 12 else "train"
+        split: Literal["train", "heldout"] = "heldout" if number >= 12 else "train"
         found.append(Record(path, shape, shape, split, f"p{number}", {}))
     return found
 

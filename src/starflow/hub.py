@@ -27,22 +27,37 @@ def local_or_hub(source: str, needed: Sequence[str], also: Sequence[str] = (), r
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = _snapshot(source, needed, also, remedy)
+        folder = snapshot(source, [*needed, *also], top_only=True, needed=needed, remedy=remedy)
     missing = _missing(folder, needed)
     if missing:
         raise UserError(f"{folder} has no {' and no '.join(missing)}: {remedy}")
     return folder
 
 
-def _snapshot(repo: str, needed: Sequence[str], also: Sequence[str], remedy: str) -> Path:
+def snapshot(
+    repository: str, files: Sequence[str], *, top_only: bool, needed: Sequence[str], remedy: str = REMEDY
+) -> Path:
+    """Local folder of a hub repository: the cached one where it has what is needed, else downloaded.
+
+    Args:
+        repository: such as "google/flan-t5-xl".
+        files: wildcards of what to fetch.
+        top_only: leave out sub-folders.
+        needed: wildcards, each of which must match something at the top of a cached folder for it to do.
+        remedy: what to do where this fails, for the message.
+
+    Raises:
+        UserError: the hub has no such repository or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     failure: Exception | None = None
+    ignored = ["*/*"] if top_only else []
     for local_files_only in (True, False):  # a cached model needs no network, and never changes under its user
         try:
             folder = snapshot_download(
-                repo, allow_patterns=[*needed, *also], ignore_patterns=["*/*"], local_files_only=local_files_only
+                repository, allow_patterns=list(files), ignore_patterns=ignored, local_files_only=local_files_only
             )
         except (OSError, HFValidationError) as error:  # the hub's HTTP and cache errors are OSErrors
             failure = error
@@ -50,7 +65,7 @@ def _snapshot(repo: str, needed: Sequence[str], also: Sequence[str], remedy: str
             if not local_files_only or not _missing(Path(folder), needed):
                 return Path(folder)
     reason = str(failure).strip().split("\n")[0] if failure else "incomplete"
-    raise UserError(f"'{repo}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
+    raise UserError(f"'{repository}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
 
 
 def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:

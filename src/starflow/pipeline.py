@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from starflow.latents.small import SmallLatents, save_small
 from starflow.sampling.denoise import denoise
 from starflow.sampling.sampler import sample
 from starflow.sampling.settings import SolverChoice
-from starflow.weights.hub import find_model
+from starflow.weights.hub import find_model, model_card, push_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -142,10 +143,22 @@ class StarFlowPipeline:
         files.write_json(folder / "config.json", to_dict(_portable(self.config)))
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
-        """Upload the pipeline to the hub with a generated model card; returns the commit's address."""
-        from starflow.weights.hub import push_pipeline
+        """Upload the pipeline to the hub with a generated model card; returns the commit's address.
 
-        return push_pipeline(self, repository, private)
+        Raises:
+            UserError: not logged in, no right to write, or the hub cannot be reached.
+        """
+        count = sum(parameter.numel() for parameter in self.flow.parameters())
+        condition = self.config.conditioner.kind if self.config.conditioner else "no"
+        facts = (
+            f"A normalizing flow ({type(self.flow).__name__}, {count / 1e6:.1f} M parameters, {condition} condition) "
+            f"for pictures of {self.config.image_size} px, trained with noise of {self.config.noise_std:g}."
+        )
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            files.write_text(folder / "README.md", model_card(repository, facts, "", self.config.guidance))
+            return push_folder(folder, repository, private)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> StarFlowPipeline:
         """Move everything to `device`, and the flow to `dtype`."""

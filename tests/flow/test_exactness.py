@@ -20,8 +20,9 @@ FEWER = settings(max_examples=16, deadline=None, derandomize=True)
 
 
 @EVERY_OPTION
-@given(cases())
-def test_noise_maps_back_to_the_data(case: Case) -> None:
+@given(case=cases())
+def test_noise_maps_back_to_the_data(device: torch.device, case: Case) -> None:
+    case = case.to(device)
     z, _ = case.model(case.x, case.condition)
     assert z.dtype == torch.float64
     assert (z - case.x).abs().max() > 0.01, "the map must be no identity, or this proves nothing"
@@ -29,15 +30,17 @@ def test_noise_maps_back_to_the_data(case: Case) -> None:
 
 
 @FEWER
-@given(cases())
-def test_log_determinant_is_that_of_autograds_jacobian(case: Case) -> None:
+@given(case=cases())
+def test_log_determinant_is_that_of_autograds_jacobian(device: torch.device, case: Case) -> None:
+    case = case.to(device)
     _, logdet = case.model(case.x, case.condition)
     for row in range(len(case.x)):
         condition = None if case.condition is None else case.condition[row : row + 1]
         size = case.x[row].numel()
 
         def flat(x: Tensor, row: int = row, condition: Tensor | None = condition) -> Tensor:
-            return case.model(x.view(case.x[row : row + 1].shape), condition)[0].flatten()
+            z, _ = case.model.forward(x.view(case.x[row : row + 1].shape), condition)
+            return z.flatten()
 
         jacobian = torch.autograd.functional.jacobian(flat, case.x[row].flatten())
         assert jacobian.shape == (size, size)
@@ -47,21 +50,22 @@ def test_log_determinant_is_that_of_autograds_jacobian(case: Case) -> None:
 
 
 @FEWER
-@given(cases())
-def test_jacobian_is_triangular_in_each_blocks_own_order(case: Case) -> None:
+@given(case=cases())
+def test_jacobian_is_triangular_in_each_blocks_own_order(device: torch.device, case: Case) -> None:
     """Token n's z depends on tokens up to n only, and on its own channels one by one."""
+    case = case.to(device)
     trace = case.model.trace(case.x[:1], None if case.condition is None else case.condition[:1])
     rotary = case.model.rotary((case.x.shape[2] // _patch(case), case.x.shape[3] // _patch(case)))
     condition = case.model.check_condition(None if case.condition is None else case.condition[:1], 1)
     for block, state in zip(case.model.stack(), trace.states[:-1], strict=True):
         jacobian = _block_jacobian(block, state.detach(), condition, case.model.block_rotary(block, rotary))
         tokens, channels = state.shape[1:]
-        before = torch.ones(tokens, tokens).tril(-1).bool()
-        own = torch.eye(tokens).bool()
+        before = torch.ones(tokens, tokens, device=device).tril(-1).bool()
+        own = torch.eye(tokens, device=device).bool()
         later = ~(before | own)
         by_token = jacobian.permute(0, 2, 1, 3)  # (n, m, channel of n, channel of m)
         assert (by_token[later] == 0).all()
-        diagonal = torch.eye(channels).bool()
+        diagonal = torch.eye(channels, device=device).bool()
         assert (by_token[own][:, ~diagonal] == 0).all()
         assert (by_token[own][:, diagonal] > 0).all()
         assert (by_token[before] != 0).any(dim=(1, 2)).sum() >= tokens - 2, "blocks that ignore the past prove nothing"
@@ -81,13 +85,15 @@ def _block_jacobian(
         z_BNC, _ = block(in_order(x_NC[None], backwards=backwards), condition, rotary)
         return in_order(z_BNC, backwards=backwards)[0]
 
-    return torch.autograd.functional.jacobian(own_order, in_order(state, backwards=backwards)[0])
+    jacobian: Tensor = torch.autograd.functional.jacobian(own_order, in_order(state, backwards=backwards)[0])
+    return jacobian
 
 
 @EVERY_OPTION
-@given(cases())
-def test_gradients_reach_every_parameter(case: Case) -> None:
+@given(case=cases())
+def test_gradients_reach_every_parameter(device: torch.device, case: Case) -> None:
     """Every single number of every parameter, apart from those that cannot matter by construction."""
+    case = case.to(device)
     z, logdet = case.model(case.x, case.condition)
     (0.5 * z.square().sum() - logdet.sum()).backward()
     for name, parameter in case.model.named_parameters():
@@ -143,8 +149,9 @@ def test_a_new_model_is_the_identity() -> None:
 
 
 @settings(max_examples=16, deadline=None, derandomize=True)
-@given(cases())
-def test_states_and_log_sigmas_of_a_trace_explain_its_result(case: Case) -> None:
+@given(case=cases())
+def test_states_and_log_sigmas_of_a_trace_explain_its_result(device: torch.device, case: Case) -> None:
+    case = case.to(device)
     trace = case.model.trace(case.x, case.condition)
     blocks = len(case.model.blocks)
     assert (len(trace.states), len(trace.log_sigmas)) == (blocks + 1, blocks)

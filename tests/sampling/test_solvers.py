@@ -22,13 +22,18 @@ from starflow.sampling.sequential import solve_sequential
 from starflow.sampling.settings import BlockPolicy, SampleSettings
 
 DRAWN = settings(max_examples=20, deadline=None, derandomize=True)
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding in float32 through all blocks."""
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
 
 
 @DRAWN
-@given(cases(torch.float32), st.integers(1, 5))
-def test_cached_predictions_equal_the_uncached_ones(case: Case, piece: int) -> None:
+@given(case=cases(torch.float32), piece=st.integers(1, 5))
+def test_cached_predictions_equal_the_uncached_ones(device: torch.device, case: Case, piece: int) -> None:
     """mu and log sigma of every block, given the true tokens in pieces, against one parallel pass."""
+    case = case.to(device)
     model, batch = case.model, len(case.x)
     with torch.no_grad():
         trace = model.trace(case.x, case.condition)
@@ -42,8 +47,8 @@ def test_cached_predictions_equal_the_uncached_ones(case: Case, piece: int) -> N
             for start in range(predictor.first, tokens, piece):
                 stop = min(start + piece, tokens)
                 mu, log_sigma = predictor.predict(predictor.before(x, start, stop), start)
-                torch.testing.assert_close(log_sigma, trace.log_sigmas[number][:, start:stop], **CLOSE)
-                torch.testing.assert_close(mu + log_sigma.exp() * z[:, start:stop], x[:, start:stop], **CLOSE)
+                assert_close(log_sigma, trace.log_sigmas[number][:, start:stop])
+                assert_close(mu + log_sigma.exp() * z[:, start:stop], x[:, start:stop])
 
 
 def _grid(case: Case) -> tuple[int, int]:
@@ -63,25 +68,28 @@ def weight_of(case: Case) -> float:
 
 
 @DRAWN
-@given(cases(torch.float32), st.sampled_from([None, 1, 3]), st.sampled_from(["gaussian", "linear"]))
-def test_jacobi_run_to_convergence_equals_sequential(case: Case, segment: int | None, rule: str) -> None:
-    weight = weight_of(case)
+@given(case=cases(torch.float32), segment=st.sampled_from([None, 1, 3]), rule=st.sampled_from(["gaussian", "linear"]))
+def test_jacobi_run_to_convergence_equals_sequential(
+    device: torch.device, case: Case, segment: int | None, rule: str
+) -> None:
+    case, weight = case.to(device), weight_of(case)
     exact = guided_run(case, SampleSettings(weight, guidance_rule=rule)).x  # type: ignore[arg-type]
     for tolerance in (0.0, 1e-6):
         settings = SampleSettings(weight, "jacobi", rule, tolerance=tolerance, segment=segment)  # type: ignore[arg-type]
         parallel = guided_run(case, settings)
-        torch.testing.assert_close(parallel.x, exact, **CLOSE)
+        assert_close(parallel.x, exact)
         assert all((solution.residual_B <= tolerance).all() for solution in parallel.solutions)
 
 
 @DRAWN
-@given(cases(torch.float32), st.sampled_from(["sequential", "jacobi", "auto"]))
-def test_a_picture_is_what_it_would_be_alone(case: Case, solver: str) -> None:
+@given(case=cases(torch.float32), solver=st.sampled_from(["sequential", "jacobi", "auto"]))
+def test_a_picture_is_what_it_would_be_alone(device: torch.device, case: Case, solver: str) -> None:
     """Even at a loose tolerance: a sequence stops at its own convergence, not at its batch's."""
+    case = case.to(device)
     settings = SampleSettings(weight_of(case), solver, tolerance=1e-2)  # type: ignore[arg-type]
     together = guided_run(case, settings).x
     alone = torch.cat([guided_run(case, settings, slice(row, row + 1)).x for row in range(len(case.x))])
-    torch.testing.assert_close(together, alone, **CLOSE)
+    assert_close(together, alone)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,7 @@ def test_a_batch_of_four_with_its_own_weights_is_four_batches_of_one(
     for row, weight in enumerate(weights.tolist()):
         one = slice(row, row + 1)
         alone = run(conditional, noise[one], condition[one], null, SampleSettings(weight, solver)).x  # type: ignore[arg-type]
-        torch.testing.assert_close(together[one], alone, **CLOSE)
+        assert_close(together[one], alone)
 
 
 def test_solvers_say_what_they_did(conditional: Flow, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -138,7 +146,7 @@ def test_a_segment_that_does_not_converge_in_time_is_solved_token_by_token(
     for segment, passes in ((None, 1 + 16), (8, 2 + 16)):
         hasty = [BlockPolicy("jacobi", segment, max_iterations=1)] * 3
         fallen = run(conditional, noise, condition, None, SampleSettings(solver=hasty, tolerance=1e-7))
-        torch.testing.assert_close(fallen.x, exact, **CLOSE)
+        assert_close(fallen.x, exact)
         assert [solution.iterations for solution in fallen.solutions] == [passes] * 3
         assert all((solution.residual_B == 0).all() for solution in fallen.solutions)
 

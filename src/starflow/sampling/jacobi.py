@@ -64,5 +64,6 @@ def _iterate(
 
 def _relative_change(new: Tensor, old: Tensor) -> Tensor:
     """||new - old|| / ||new|| of each sequence, (B,)."""
-    size = torch.linalg.vector_norm(new, dim=(1, 2)).clamp(min=torch.finfo(new.dtype).tiny)
-    return torch.linalg.vector_norm(new - old, dim=(1, 2)) / size
+    change_B: Tensor = torch.linalg.vector_norm(new - old, dim=(1, 2))
+    size_B: Tensor = torch.linalg.vector_norm(new, dim=(1, 2))
+    return change_B / size_B.clamp(min=torch.finfo(new.dtype).tiny)

@@ -75,9 +75,20 @@ def load_checkpoint(
         moments.setdefault(int(index), {})[key] = tensor
     state: dict[str, Any] = optimiser.state_dict()
     optimiser.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+    _lay_out_as_parameters(optimiser)
     with safe_open(path, "pt") as header:
         progress = json.loads(header.metadata()["progress"])
     return Progress(progress["step"], progress["best"])
+
+
+def _lay_out_as_parameters(optimiser: torch.optim.Optimizer) -> None:
+    """Give moments the memory format of their parameters: files know none, and fused updates rely on it being equal."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            state = optimiser.state[parameter]
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _check_same_shapes(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:

@@ -116,7 +116,7 @@ def _update(
         group["lr"] = rate
     network.train()
     loss, terms = task.loss(network, step)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(task.model.parameters(), settings.clip)
     values = {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in terms.items()}}
     values |= {"gradient_norm": float(norm), "lr": rate}

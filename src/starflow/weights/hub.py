@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from starflow.errors import UserError
-
-if TYPE_CHECKING:
-    from starflow.pipeline import StarFlowPipeline
+from starflow.hub import snapshot
 
 BUNDLED = ("glyphs",)
 """Names of the models that ship with the package."""
@@ -29,7 +25,7 @@ def find_model(name: str) -> Path:
         return bundled_folder(name)
     if name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         raise UserError(f"no model '{name}': expected a folder, a hub repository (owner/name) or {', '.join(BUNDLED)}")
-    return _download(name)
+    return snapshot(name, ["*.json", "*.safetensors", "*.md", "NOTICE"], top_only=False, needed=["config.json"])
 
 
 def bundled_folder(name: str) -> Path:
@@ -40,72 +36,42 @@ def bundled_folder(name: str) -> Path:
     return folder
 
 
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    failure: Exception | None = None
-    for local_files_only in (True, False):  # a cached model needs no network
-        try:
-            folder = snapshot_download(
-                repository,
-                allow_patterns=["*.json", "*.safetensors", "*.md", "NOTICE"],
-                local_files_only=local_files_only,
-            )
-            return Path(folder)
-        except (OSError, HFValidationError) as error:  # the hub's HTTP and cache errors are OSErrors
-            failure = error
-    reason = str(failure).strip().split("\n")[0]
-    raise UserError(
-        f"no folder '{repository}', and the hub did not give it ({reason}): check the name and the connection"
-    )
-
-
-def push_pipeline(pipeline: StarFlowPipeline, repository: str, private: bool = False) -> str:
-    """Upload a pipeline's folder with a model card; returns the commit's address.
+def push_folder(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload a folder to a hub repository, made where it is missing; returns the commit's address.
 
     Raises:
         UserError: not logged in, no right to write, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pipeline.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(pipeline), encoding="utf-8")
-        api = HfApi()
-        try:
-            api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repository, folder_path=folder)
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot push to '{repository}' ({reason}): log in with `hf auth login`") from None
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HFValidationError, OSError) as error:  # the hub's HTTP and token errors are OSErrors
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot push to '{repository}' ({reason}): log in with `hf auth login`") from None
     return str(commit.commit_url)
 
 
-def model_card(pipeline: StarFlowPipeline) -> str:
-    """A card for the hub: what the model is, its sizes, and how to use it."""
-    config, flow = pipeline.config, pipeline.flow
-    count = sum(parameter.numel() for parameter in flow.parameters())
-    reads = "no condition" if config.conditioner is None else f"{config.conditioner.kind} conditions"
+def model_card(name: str, facts: str, prompt: str, guidance: float) -> str:
+    """A card for the hub: what the model is, in one line of `facts`, and how to use it."""
     return "\n".join(
         [
             "---",
             "library_name: starflow",
             "pipeline_tag: text-to-image",
             "---",
-            f"# {config.name}",
+            f"# {name}",
             "",
-            f"A normalizing flow ({type(flow).__name__}, {count / 1e6:.1f} M parameters), {config.image_size} px,",
-            f"{reads},",
-            f"trained with noise of {config.noise_std:g} on its inputs.",
+            facts,
             "",
             "```python",
             "from starflow import StarFlowPipeline",
             "",
-            'pipe = StarFlowPipeline.from_pretrained("owner/name")',
-            f"images = pipe(num_images=4, guidance={config.guidance:g}, seed=0).images",
+            f'pipe = StarFlowPipeline.from_pretrained("{name}")',
+            f'pipe("{prompt}", num_images=4, guidance={guidance:g}, seed=0).images[0].save("picture.png")',
             "```",
             "",
         ]

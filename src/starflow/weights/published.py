@@ -63,7 +63,8 @@ def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
     with torch.device("meta"):
         model = build(config)
     if isinstance(config, TarFlowConfig):
-        kept.setdefault("var", torch.ones(model.state_dict()["var"].shape))
+        device = next(iter(kept.values())).device if kept else None
+        kept.setdefault("var", torch.ones(model.state_dict()["var"].shape, device=device))
     store.assign(model, kept, name)
     return Published(model, [key for key in tensors if key not in kept])
 
