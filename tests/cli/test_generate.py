@@ -25,7 +25,7 @@ def pixels(path: Path) -> bytes:
 
 def texts(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
-        return dict(image.info)
+        return {str(key): str(value) for key, value in image.info.items()}
 
 
 def test_writes_what_the_pipeline_makes_and_says_how_in_the_file(run: Run, text: Path, tmp_path: Path) -> None:

@@ -115,13 +115,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         (("name: smoke", ""), ["'name' is missing"]),
         (("source: shapes", "source: folder, path: /nowhere"), ["no folder of pictures at '/nowhere'", "data.path"]),
         (("name: smoke", "name: [smoke"), ["smoke.yaml is not valid"]),
+        (("prompts: [circle, star]", "prompts: [stra]"), ["unknown class 'stra'", "did you mean 'star'?"]),
     ],
 )
 def test_bad_recipes(run: Run, recipe: Path, tmp_path: Path, change: tuple[str, str], parts: list[str]) -> None:
     recipe.write_text(RECIPE.replace(*change))
     result = run("train", recipe, "--output", tmp_path / "run")
     fails(result, *parts)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*/model.safetensors"))
 
 
 @pytest.mark.parametrize(

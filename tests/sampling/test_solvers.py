@@ -151,6 +151,24 @@ def test_a_segment_that_does_not_converge_in_time_is_solved_token_by_token(
         assert all((solution.residual_B == 0).all() for solution in fallen.solutions)
 
 
+def test_later_segments_see_the_final_tokens_however_loose_the_tolerance(
+    conditional: Flow, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """The keys and values that a segment leaves are those of its last values, not of the guess before them."""
+    noise, condition, _ = inputs
+    block, (tokens, grid) = list(conditional.stack())[-1], conditional.tokens(noise)
+    rotary = conditional.block_rotary(block, conditional.rotary(grid))
+    with torch.no_grad():
+        used, fresh = (Predictor.of(block, 4, 16, [condition], rotary, None, CachePool()) for _ in range(2))
+        x = solve_jacobi(used, tokens, Effort(tolerance=10.0, segment=5), lambda _: None).x_BNC
+        fresh.prefill()
+        fresh.write(fresh.before(x, 0, 15), 0)
+    left, right = used.cache.layers[-1], fresh.cache.layers[-1]
+    seen = slice(0, condition.shape[1] + 15)
+    assert_close(left.keys_BNLH[:, :, seen], right.keys_BNLH[:, :, seen])
+    assert_close(left.values_BNLH[:, :, seen], right.values_BNLH[:, :, seen])
+
+
 class Explosive:
     """A stand-in for a predictor: sigma_n = exp(200 max(x_(n-1) - 1, 0)), mu = -1.7, x_-1 = 0.
 

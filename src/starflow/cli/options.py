@@ -13,7 +13,7 @@ import difflib
 import re
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -171,9 +171,19 @@ def _add(parser: ArgumentParser, one: Parameter) -> None:
         parser.add_argument(one.field, **{"type": one.kind, "nargs": count, **optional, **shown})
         return
     if one.several:
-        parser.add_argument(one.shown, dest=one.field, type=one.kind, action="append", **shown)
+        parser.add_argument(one.shown, dest=one.field, type=_each(one.kind), action="append", **shown)
         return
     parser.add_argument(one.shown, dest=one.field, type=one.kind, required=required, default=one.default, **shown)
+
+
+def _each(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`kind` of a value, or of every value of a list: jsonargparse checks a repeated flag again as a whole."""
+
+    def convert(value: Any) -> Any:
+        return [kind(one) for one in value] if isinstance(value, list) else kind(value)
+
+    convert.__name__ = getattr(kind, "__name__", "value")
+    return convert
 
 
 def _explain(text: str, known: Sequence[Parameter], command: str) -> str:

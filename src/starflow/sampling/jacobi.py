@@ -28,18 +28,26 @@ def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report
     for start in range(predictor.first, tokens, length):
         stop = min(start + length, tokens)
         passes, change_B = _iterate(predictor, x_BNC, noise_BNC, start, stop, effort)
+        converged_B = change_B <= effort.tolerance
         iterations += passes
-        if passes < stop - start and not bool((change_B <= effort.tolerance).all()):
-            for index in range(start, stop):
-                advance(predictor, x_BNC, noise_BNC, index)
+        if passes < stop - start and not bool(converged_B.all()):
+            _solve_the_rest(predictor, x_BNC, noise_BNC, start, stop, converged_B)
             iterations += stop - start
-        else:
-            if passes < stop - start:
-                residual_B = torch.maximum(residual_B, change_B)
-            if stop < tokens:  # what follows needs the keys and values of the final tokens
-                predictor.write(predictor.before(x_BNC, start, stop), start)
+        residual_B = torch.maximum(residual_B, torch.where(converged_B, change_B, 0))
+        if stop < tokens:  # what follows needs the keys and values of the final tokens
+            predictor.write(predictor.before(x_BNC, start, stop), start)
         report(stop - start)
     return Solution(x_BNC, iterations, residual_B)
+
+
+def _solve_the_rest(
+    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, start: int, stop: int, converged_B: Tensor
+) -> None:
+    """Tokens start..stop-1 one by one, in place, for the sequences that have not converged; the others keep theirs."""
+    kept = x_BNC[:, start:stop].clone()
+    for index in range(start, stop):
+        advance(predictor, x_BNC, noise_BNC, index)
+    x_BNC[:, start:stop] = torch.where(converged_B.view(-1, 1, 1), kept, x_BNC[:, start:stop])
 
 
 def _iterate(

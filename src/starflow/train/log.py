@@ -23,7 +23,7 @@ class RunLog:
         path = folder / "log.jsonl"
         if path.exists():
             write_text(path, "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines: a killed run leaves no gap before its checkpoint
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def step(self, step: int, terms: Mapping[str, float]) -> None:

@@ -128,7 +128,11 @@ def _train_autoencoder(run: Run, folder: Path) -> None:
 
 
 def prepare_conditioner(run: Run, views: Views | None) -> Conditioner | None:
-    """Text encoder or class labels; labels are the sorted class names of the training views."""
+    """Text encoder or class labels; labels are the sorted class names of the training views.
+
+    Raises:
+        UserError: the encoder is missing, or one of the recipe's prompts is no class.
+    """
     recipe = run.recipe.conditioning
     if recipe.kind == "none":
         return None
@@ -137,7 +141,9 @@ def prepare_conditioner(run: Run, views: Views | None) -> Conditioner | None:
         if not path.is_file():
             views = views or prepare_views(run)
             files.write_json(path, sorted({label for label in views.labels if label}))
-        return ClassLabels(files.read_json(path))
+        classes = ClassLabels(files.read_json(path))
+        classes.encode(run.recipe.prompts)
+        return classes
     conditioner = TextEncoder.from_pretrained(recipe.encoder, recipe.tokens)
     conditioner.network.to(run.device)
     return conditioner
@@ -148,9 +154,9 @@ def prepare_latents(run: Run) -> None:
     folder = run.folder / "latents"
     if is_whole(folder):
         return
-    autoencoder = prepare_autoencoder(run)
     views = prepare_views(run)
-    conditioner = prepare_conditioner(run, views)
+    conditioner = prepare_conditioner(run, views)  # before the autoencoder: what is missing shows at once, not in hours
+    autoencoder = prepare_autoencoder(run)
     info = {
         "autoencoder": to_dict(autoencoder.spec),
         "conditioner": to_dict(conditioner.spec) if conditioner else None,
