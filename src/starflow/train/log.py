@@ -23,7 +23,7 @@ class RunLog:
         path = folder / "log.jsonl"
         if path.exists():
             write_text(path, "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines: a killed run leaves no gap before its checkpoint
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # by lines: a killed run leaves no gap behind it
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def step(self, step: int, terms: Mapping[str, float]) -> None:
@@ -33,7 +33,6 @@ class RunLog:
     def evaluation(self, step: int, measures: Mapping[str, float]) -> None:
         """One held-out evaluation; keys are prefixed with `heldout_` in log.jsonl."""
         self._write(step, "heldout", {f"heldout_{name}": value for name, value in measures.items()})
-        self._file.flush()
 
     def _write(self, step: int, group: str, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
