@@ -142,6 +142,8 @@ def test_bad_input_is_refused(pixels: StarFlowPipeline, tarflow: StarFlowPipelin
         pixels("star", guidance=-1.0)
     with pytest.raises(UserError, match="unknown class 'stra': did you mean 'star'"):
         pixels("stra")
+    with pytest.raises(UserError, match="the seed is -1, expected 0 to"):
+        pixels("star", seed=-1)
     with pytest.raises(UserError, match="0 pictures"):
         pixels("star", num_images=0)
     with pytest.raises(UserError, match="learned positions"):

@@ -315,7 +315,14 @@ class StarFlowPipeline:
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (B, *shape), picture b a function of seeds[b] alone, on the CPU in float32."""
+    """Standard normal noise (B, *shape), picture b a function of seeds[b] alone, on the CPU in float32.
+
+    Raises:
+        UserError: a seed outside 0 .. 2^63 - 1.
+    """
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if wrong:
+        raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -154,6 +154,13 @@ def test_signals_are_given_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_second_interrupt_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt, match="the last checkpoint"), loop._signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_weights_in_training_are_untouched_by_evaluation() -> None:
     task = Regression()
     average = AveragedWeights(task.model, 0.9)

@@ -120,8 +120,15 @@ def _draw(records: Sequence[Record], config: ViewConfig, workers: int) -> Iterat
     import multiprocessing
 
     # Not fork: the parent may hold threads (torch's), and a forked copy of their locks hangs.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _leave_interrupts_to_the_parent) as pool:
         yield from pool.imap(one, records, chunksize=16)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; one answer to it is enough."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _views_of(record: Record, config: ViewConfig) -> list[View] | Skipped:

@@ -158,10 +158,15 @@ def _weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of an update; the list is true once one came."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of an update; the list is true once one came.
+
+    A second one does not wait for the update, the evaluation or the checkpoint.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
         received.append(number)
 
     previous: dict[int, Any] = {}

@@ -1,6 +1,6 @@
 """The stages of a recipe, each a folder of the run; a stage whose result is there is not run again.
 
-RUN/recipe.yaml     the recipe as it was run       RUN/views.safetensors   training views of the pictures
+RUN/recipe.json     the recipe as it was run       RUN/views.safetensors   training views of the pictures
 RUN/autoencoder/    log, samples, model            RUN/latents/            the latent cache
 RUN/log.jsonl, samples/, checkpoints/, best/, model/   the flow; model/ is what from_pretrained reads
 """
@@ -56,11 +56,25 @@ def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = T
     """Prepare the run's folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or holds a run whose finished stages this recipe would have made otherwise.
     """
     files.check_output_folder(folder)
-    files.write_json(folder / "recipe.json", to_dict(recipe))
+    path = folder / "recipe.json"
+    if path.is_file():
+        _check_same_stages(files.read_json(path), to_dict(recipe), folder)
+    files.write_json(path, to_dict(recipe))
     return Run(recipe, folder, device, progress)
+
+
+def _check_same_stages(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with results that the recipe no longer describes; how long to train may change."""
+    for section in ("data", "autoencoder", "conditioning"):
+        old, new = dict(before.get(section, {})), dict(now[section])
+        changed = [key for key in new if key != "train" and old.get(key) != new[key]]
+        if changed:
+            raise UserError(
+                f"{folder} was started with another {section}.{changed[0]}: choose another --output, or undo the change"
+            )
 
 
 def prepare_views(run: Run) -> Views:

@@ -18,11 +18,11 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: none of the three, or the hub has it not or cannot be reached.
     """
+    if name in BUNDLED:  # before a folder of that name in the working directory: ./glyphs is how to mean that one
+        return bundled_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name in BUNDLED:
-        return bundled_folder(name)
     if name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         raise UserError(f"no model '{name}': expected a folder, a hub repository (owner/name) or {', '.join(BUNDLED)}")
     return snapshot(name, ["*.json", "*.safetensors", "*.md", "NOTICE"], top_only=False, needed=["config.json"])

@@ -1,0 +1,39 @@
+"""A run's folder: what may change when a run goes on, and what may not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow.errors import UserError
+from starflow.latents.small import SmallAutoencoderConfig
+from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
+from starflow.train.settings import TrainSettings
+from starflow.train.stages import start
+
+RECIPE = Recipe("r", TrainSettings(steps=3), data=DataRecipe(source="shapes", shapes=20))
+CPU = torch.device("cpu")
+
+
+def test_longer_training_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    start(RECIPE, tmp_path, CPU)
+    longer = AutoencoderRecipe(train=TrainSettings(steps=9000))
+    start(replace(RECIPE, train=TrainSettings(steps=10), autoencoder=longer, guidance=4.0), tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (replace(RECIPE, data=DataRecipe(source="shapes", shapes=21)), "data.shapes"),
+        (replace(RECIPE, autoencoder=AutoencoderRecipe(model=SmallAutoencoderConfig(channels=5))), "autoencoder.model"),
+        (replace(RECIPE, autoencoder=AutoencoderRecipe(noise_max=0.5)), "autoencoder.noise_max"),
+    ],
+)
+def test_results_of_another_recipe_are_not_reused(tmp_path: Path, changed: Recipe, named: str) -> None:
+    start(RECIPE, tmp_path, CPU)
+    with pytest.raises(UserError, match=f"was started with another {named}: choose another --output"):
+        start(changed, tmp_path, CPU)
+    start(RECIPE, tmp_path, CPU)  # the refused recipe left nothing behind
