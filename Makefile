@@ -15,7 +15,7 @@ export PROMPT
 .DELETE_ON_ERROR:
 
 generate: $(STAMP)
-	@$(VENV)/bin/starflow generate "$$PROMPT" --output out $(ARGS)
+	@$(VENV)/bin/starflow generate "$$PROMPT" --num-images 4 --grid --output out $(ARGS)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest $(ARGS)
