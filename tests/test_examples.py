@@ -37,6 +37,16 @@ def test_which_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(gains) == 5
 
 
+def test_classify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("classify.py", monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        shares = [float(word) for word in line.replace(",", " ").split() if word.replace(".", "").isdigit()]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
 def test_every_example_is_run_here() -> None:
     text = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):

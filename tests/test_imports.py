@@ -21,11 +21,12 @@ STEPS = (
     ("errors", "version", "bundled"),
     ("config", "files", "hub"),
     ("nn", "model_config"),
-    ("presets",),
+    ("presets", "memory"),
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),
     ("pipeline", "train", "evaluate", "edit"),
-    ("measure",),
+    ("measure", "bench"),
+    ("claims",),
     ("cli", "serve"),
     ("__init__", "__main__"),
 )
@@ -45,6 +46,7 @@ ADAPTERS = {
     "gradio": {"serve"},
     "fastapi": {"serve"},
     "resvg_py": {"data"},
+    "torchao": {"weights/int8.py"},
 }
 NN_LIBRARIES = {"torch"}
 

@@ -109,6 +109,31 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from None
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock while a block runs; the system drops it with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # no such locks on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process writes to {folder}: wait until it ends, stop it, or choose another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def check_output_folder(folder: Path) -> Path:
     """Make `folder` and prove that it can be written, before any long work.
 

@@ -26,21 +26,31 @@ from torch import Tensor
 from starflow import files
 from starflow.conditioning import ClassLabels, Conditioner, ConditionerSpec, load_conditioner
 from starflow.config import from_dict, to_dict
-from starflow.data.pictures import from_pil, to_pil
+from starflow.data.pictures import dequantise, from_pil, to_pil
 from starflow.errors import UserError
+from starflow.flow.maps import token_log_prob
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.small import SmallLatents, save_small
+from starflow.latents.tiled import decode_in_tiles
+from starflow.sampling.calibrate import Material, calibrate
 from starflow.sampling.denoise import denoise
+from starflow.sampling.plan import Policy, keep_policy
 from starflow.sampling.sampler import sample
-from starflow.sampling.settings import SolverChoice
+from starflow.sampling.settings import CacheDtype, SampleSettings, SolverChoice
 from starflow.weights.hub import find_model, model_card, push_folder
+from starflow.weights.int8 import is_quantised, quantise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Cleaning = Literal["decoder", "tweedie", "none"]
+"""The ways out of the noise that a sample carries."""
+
 BATCH = 16
 """Pictures sampled at once by default."""
+
+CALIBRATION_PICTURES = 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,11 @@ class PipelineConfig:
     conditioner: ConditionerSpec | None = None
     guidance: float = 0.0
     """Default guidance weight."""
-    cleaning: Literal["decoder", "tweedie"] = "decoder"
-    """How samples lose the noise: a decoder trained for it, or one Tweedie step before decoding."""
+    cleaning: Cleaning = "decoder"
+    """How samples lose the noise: a decoder trained for it, one Tweedie step before decoding, or not at all (uniform
+    noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
     format: int = 1
 
 
@@ -74,7 +87,11 @@ class Generated:
 
 @dataclass(frozen=True)
 class LogProb:
-    """Exact log-density of one noised latent (or noised pixels, where there is no autoencoder)."""
+    """Exact log-density of one noised latent (or noised pixels, where there is no autoencoder).
+
+    Of "8-bit pixels" it is a log-probability: the mean over uniform dequantisations, a lower bound (Theis et al.,
+    arXiv 1511.01844, section 3.1).
+    """
 
     nats: float
     """log p(x | prompt), natural logarithm, the Gaussian's constant included."""
@@ -82,7 +99,11 @@ class LogProb:
     """-nats / (dimensions ln 2), of the flow's own input."""
     dimensions: int
     space: str
-    """What the density is of: "noised latent" or "noised pixels"."""
+    """What the density is of: "noised latent", "noised pixels" or "8-bit pixels"."""
+    draws: int = 1
+    """Draws of the noise that nats is the mean of."""
+    standard_error: float | None = None
+    """Of nats, over the draws; None for a single one."""
 
 
 class StarFlowPipeline:
@@ -99,7 +120,12 @@ class StarFlowPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        int8: bool = False,
     ) -> StarFlowPipeline:
         """Load a pipeline: the bundled "glyphs", a folder of `save_pretrained` or `starflow train`, or a hub id.
 
@@ -107,6 +133,7 @@ class StarFlowPipeline:
             model: name, folder or hub id.
             device: where everything is put.
             dtype: of the flow's network; densities and autoencoder stay in float32.
+            int8: round the weights of the block next to the noise to 8 bits, for memory; see `starflow.weights.int8`.
 
         Raises:
             UserError: nothing there, or its files are damaged or do not fit each other.
@@ -124,7 +151,10 @@ class StarFlowPipeline:
             spec = dataclasses.replace(spec, source=str(folder / spec.source))
         conditioner = load_conditioner(config.conditioner) if config.conditioner else None
         pipeline = cls(flow, load_autoencoder(spec), conditioner, config)
-        return pipeline.to(device, dtype)
+        pipeline.to(device, dtype)
+        if int8:
+            quantise(flow)
+        return pipeline
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the pipeline; `config.json` comes last, so its presence means that the folder is whole.
@@ -136,6 +166,8 @@ class StarFlowPipeline:
         Raises:
             UserError: the folder cannot be written, or the disk is full.
         """
+        if is_quantised(self.flow):
+            raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
         folder = files.check_output_folder(Path(folder))
         self.flow.save_pretrained(folder / "flow", dtype)
         if isinstance(self.autoencoder, SmallLatents):
@@ -200,7 +232,10 @@ class StarFlowPipeline:
         solver: SolverChoice = "auto",
         guidance_rule: Literal["gaussian", "linear"] = "gaussian",
         guidance_schedule: Literal["constant", "linear"] = "constant",
+        cleaning: Cleaning | None = None,
         batch_size: int = BATCH,
+        cache_dtype: CacheDtype = "network",
+        tile: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generated:
         """Draw `num_images` pictures of every prompt; picture i of the whole call has the seed `seed + i`.
@@ -214,7 +249,10 @@ class StarFlowPipeline:
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
             guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
             guidance_schedule: "constant" or "linear" (annealed).
+            cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own.
             batch_size: pictures sampled at once; changes memory, not pictures.
+            cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
+            tile: side in latent pixels of the tiles that are decoded one by one, for memory; None is whole batches.
             progress: called with (steps done, steps in all).
 
         Raises:
@@ -240,31 +278,109 @@ class StarFlowPipeline:
                 solver=solver,
                 guidance_rule=guidance_rule,
                 guidance_schedule=guidance_schedule,
+                cache_dtype=cache_dtype,
                 progress=_shifted(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
-            images += to_pil(self._picture(drawn, condition))
+            images += to_pil(self._picture(drawn, condition, cleaning or self.config.cleaning, tile))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
-    def log_prob(self, image: Image, prompt: str = "", *, seed: int = 0) -> LogProb:
-        """Exact log-density of a picture's latent with the model's training noise added under `seed`.
+    def calibrate(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        guidance: float | None = None,
+        batches: Sequence[int] = (1, 4, 16),
+        tolerance: float = 1e-3,
+        repeats: int = 3,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Policy:
+        """Measure how each block is best solved on this device; `solver="auto"` and `save_pretrained` use it after.
+
+        Args:
+            prompts: of the kind that will be drawn; None is some of our own, or the model's classes.
+            guidance: weight to measure with; by default the model's own.
+            batches: sizes to time.
+            tolerance: bound on the residual of every block and picture.
+            repeats: timed runs, of which the fastest counts.
+            note: told what is being measured.
 
         Raises:
-            UserError: the picture's sides do not fit the model.
+            UserError: a prompt that the model cannot take.
         """
-        density, dimensions = self.log_probs(from_pil(image).to(self.device), [prompt], [seed])
-        nats = float(density)
-        space = "noised pixels" if self.config.autoencoder.kind == "pixels" else "noised latent"
-        return LogProb(nats, -nats / (dimensions * math.log(2)), dimensions, space)
+        drawn = list(prompts or self._usual_prompts())
+        weight = self.config.guidance if guidance is None else guidance
+        condition, null = self._condition(drawn)
+        noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
+        material = Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
+        policy = calibrate(self.flow, material, batches, repeats, note)
+        keep_policy(self.flow, policy)
+        return policy
+
+    def _usual_prompts(self) -> list[str]:
+        if self.conditioner is None:
+            return [""] * CALIBRATION_PICTURES
+        if isinstance(self.conditioner, ClassLabels):
+            names = self.conditioner.spec.names
+            return [names[index % len(names)] for index in range(CALIBRATION_PICTURES)]
+        return [f"a {colour} {thing}" for thing in ("apple", "car", "cat", "tree") for colour in ("red", "blue")]
+
+    def log_prob(self, image: Image, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
+        """Exact log-density of a picture's latent with the model's training noise added under `seed`.
+
+        Args:
+            image: its sides must fit the model.
+            prompt: what it is said to show.
+            seed: of the noise; draw d has the seed `seed + d`.
+            draws: of the noise, to average over.
+
+        Raises:
+            UserError: the picture's sides do not fit the model, or no draws.
+        """
+        if draws < 1:
+            raise UserError(f"draws is {draws}, expected at least 1")
+        picture = from_pil(image).to(self.device)
+        found = [self.log_probs(picture, [prompt], [seed + draw]) for draw in range(draws)]
+        values, dimensions = torch.cat([nats for nats, _ in found]).double(), found[0][1]
+        nats = float(values.mean())
+        error = float(values.std()) / math.sqrt(draws) if draws > 1 else None
+        return LogProb(nats, -nats / (dimensions * math.log(2)), dimensions, self.density_space, draws, error)
+
+    @property
+    def density_space(self) -> str:
+        """What `log_prob` is the density of; see `LogProb.space`."""
+        if self.config.autoencoder.kind != "pixels":
+            return "noised latent"
+        return "8-bit pixels" if self.config.noise == "uniform" else "noised pixels"
 
     @torch.no_grad()
     def log_probs(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
         """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent."""
-        latents = self.autoencoder.encode(images)
-        noise = noise_of(seeds, tuple(latents.shape[1:])).to(self.device)
+        latents = self._noised(images, seeds)
         condition, _ = self._condition(prompts)
-        density = self.flow.log_prob(latents + self.config.noise_std * noise, condition)
-        return density, latents[0].numel()
+        dimensions = latents[0].numel()
+        return self.flow.log_prob(latents, condition) - dimensions * self._level_nats, dimensions
+
+    @torch.no_grad()
+    def log_prob_maps(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.maps`."""
+        latents = self._noised(images, seeds)
+        condition, _ = self._condition(prompts)
+        maps = token_log_prob(self.flow, latents, condition)
+        return maps - latents[0].numel() / maps[0].numel() * self._level_nats
+
+    @property
+    def _level_nats(self) -> float:
+        """log of the levels in a unit of the flow's input, which turns a density into a probability of a level."""
+        return math.log(128) if self.config.noise == "uniform" else 0.0
+
+    def _noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Pictures as the flow is trained on them: latents with the noise of each seed."""
+        latents = self.autoencoder.encode(images)
+        if self.config.noise == "uniform":
+            draws = [torch.rand(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            return dequantise(latents, torch.stack(draws).to(self.device))
+        return latents + self.config.noise_std * noise_of(seeds, tuple(latents.shape[1:])).to(self.device)
 
     @torch.no_grad()
     def encode(self, image: Image, prompt: str = "") -> Tensor:
@@ -282,15 +398,17 @@ class StarFlowPipeline:
     def _latents(self, image: Image) -> Tensor:
         return self.autoencoder.encode(from_pil(image).to(self.device))
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         with torch.no_grad():
-            return self.autoencoder.decode(latents)
+            return decode_in_tiles(self.autoencoder, latents, tile) if tile else self.autoencoder.decode(latents)
 
-    def _picture(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+    def _picture(
+        self, latents: Tensor, condition: Tensor | None, cleaning: Cleaning, tile: int | None = None
+    ) -> Tensor:
         """Sampled latents to pictures (B, 3, H, W) in [-1, 1], cleaned of the noise."""
-        if self.config.cleaning == "tweedie":
+        if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
-        return self._decode(latents)
+        return self._decode(latents, tile)
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tests.cli.conftest import CLASSES, Run, fails
-from tests.test_measure import MeanColour
+from tests.measure.test_report import MeanColour
 
-from starflow import measure
+from starflow.evaluate import extractor
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of classes, enough pictures that the hash holds some out."""
-    monkeypatch.setattr(measure, "load_mobilenet", MeanColour)
+    monkeypatch.setattr(extractor, "load_mobilenet", MeanColour)
     for number in range(60):
         folder = tmp_path / "pictures" / CLASSES[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,19 +30,48 @@ def test_table_report_and_sheets(run: Run, classes: Path, pictures: Path, tmp_pa
     sizes = ("--samples", 4, "--tuning-samples", 3, "--guidance", 0, "--guidance", 1)
     result = run("evaluate", classes, pictures, "--output", tmp_path / "report", "--prompts", prompts, *sizes)
     assert result.code == 0, result.err
-    for part in ("reconstruction, noise 0.2 (dB)", "heldout", "kid_mobilenetv2 x 1000, samples", "retrieval, grid"):
+    for part in ("reconstruction, noise 0.2 (dB)", "heldout", "kid_mobilenetv2 x 1000, samples", "retrieval, grid",
+                 "floor (training pictures)", "autoencoder, noise 0", "guidance 0", "guidance 1"):  # fmt: skip
         assert part in result.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["counts"]["samples"] == 4
     assert set(report["tuning"]) == {"0", "1"}
     assert report["counts"]["train"] + report["counts"]["heldout"] == 60
-    for name in ("grid.png", "nearest.png"):
+    html = (tmp_path / "report" / "report.html").read_text()
+    for name in ("samples.png", "nearest.png", "reconstructions.png"):
+        assert f'src="{name}"' in html
         with Image.open(tmp_path / "report" / name) as sheet:
             assert sheet.width > 2 * 8
+
+
+def test_likelihood_alone(run: Run, classes: Path, pictures: Path, tmp_path: Path) -> None:
+    options = ("--bpd", "--draws", 2, "--classify", "--outliers", pictures, "--pictures", 2)
+    result = run("evaluate", classes, pictures, "--output", tmp_path / "report", *options)
+    assert result.code == 0, result.err
+    for part in ("bits/dim of the noised pixels, heldout, 2 pictures, 2 draws", "likelihood classifier", "typicality"):
+        assert part in result.out
+    assert "kid" not in result.out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["likelihood"]["heldout"]["draws"] == 2
+    assert report["outliers"]["count_outside"] == 2
+    assert not (tmp_path / "report" / "samples.png").exists()
+
+
+def test_the_way_out_of_the_noise_is_a_choice(run: Run, classes: Path, pictures: Path, tmp_path: Path) -> None:
+    found = {}
+    for cleaning in ("tweedie", "none"):
+        sizes = ("--samples", 4, "--tuning-samples", 3, "--guidance", 0, "--cleaning", cleaning)
+        result = run("evaluate", classes, pictures, "--output", tmp_path / cleaning, *sizes)
+        assert result.code == 0, result.err
+        found[cleaning] = json.loads((tmp_path / cleaning / "report.json").read_text())["distances"]
+    assert found["tweedie"]["samples, guidance 0"] != found["none"]["samples, guidance 0"]
+    assert found["tweedie"]["autoencoder, noise 0"] == found["none"]["autoencoder, noise 0"]
 
 
 def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("evaluate", classes, tmp_path / "none", "--output", tmp_path / "r"), "none")
     fails(run("evaluate", classes, tmp_path, "--samples", 1), "--samples is 1", "at least 2")
+    fails(run("evaluate", classes, tmp_path, "--features", "resnet"), "resnet")
+    fails(run("evaluate", classes, tmp_path, "--cleaning", "soap"), "--cleaning is 'soap'", "tweedie")
     (tmp_path / "file").write_text("")
     fails(run("evaluate", classes, tmp_path, "--output", tmp_path / "file"), "is a file, expected a folder")

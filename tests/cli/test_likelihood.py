@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,38 @@ def test_a_prompt_a_picture_and_json(run: Run, classes: Path, pictures: list[Pat
     assert alone == found[1:]
 
 
+def test_several_draws_have_an_error(run: Run, text: Path, pictures: list[Path]) -> None:
+    options = ("--seed", 3, "--model", text)
+    several = run("likelihood", pictures[0], "--draws", 3, *options, "--json")
+    (found,) = json.loads(several.out)
+    each = [
+        json.loads(run("likelihood", pictures[0], "--seed", seed, "--model", text, "--json").out) for seed in (3, 4, 5)
+    ]
+    nats = [row["nats"] for (row,) in each]
+    assert found["nats"] == pytest.approx(statistics.mean(nats))
+    assert found["standard_error"] == pytest.approx(statistics.stdev(nats) / 3**0.5)
+    assert each[0][0]["standard_error"] is None
+    head, row = rows(run("likelihood", pictures[0], "--draws", 3, *options).out)
+    assert head[:3] == ["nats", "± of the draws", "bits/dim"]
+    assert float(row[1]) == pytest.approx(found["standard_error"], abs=1e-3)
+
+
+def test_maps_are_on_one_scale(run: Run, classes: Path, pictures: list[Path], tmp_path: Path) -> None:
+    result = run("likelihood", *pictures, "--model", classes, "--maps", tmp_path / "maps", "--json")
+    assert result.code == 0, result.err
+    found = sorted((tmp_path / "maps").iterdir())
+    assert [path.name for path in found] == ["000-a.png", "001-b.png"]
+    texts = []
+    for path in found:
+        with Image.open(path) as image:
+            assert image.size == (8, 8)
+            texts.append(image.text)  # type: ignore[attr-defined]
+    assert texts[0] == texts[1]
+    ends = [float(texts[0][end].split()[0]) for end in ("low", "high")]
+    means = [row["bits_per_dim"] for row in json.loads(result.out)]
+    assert ends[0] < min(means) <= max(means) < ends[1]
+
+
 def test_another_size_is_resized_with_a_note(run: Run, classes: Path, tmp_path: Path) -> None:
     small, tall = tmp_path / "small.png", tmp_path / "tall.png"
     Image.new("RGB", (8, 8), "red").save(small)
@@ -93,6 +126,8 @@ def test_bad_input(run: Run, classes: Path, pictures: list[Path], tmp_path: Path
         ([good, "--size", "big"], ["--size is 'big'"]),
         ([good, "--prompt", "triangle"], ["unknown class 'triangle'"]),
         ([good, "--seed", "-1"], ["--seed is -1"]),
+        ([good, "--draws", "0"], ["--draws is 0", "at least 1"]),
+        ([good, "--maps", words], ["is a file, expected a folder"]),
         ([good, "--model", "nowhere"], ["no model 'nowhere'"]),
     ):
         fails(run("likelihood", "--model", classes, *arguments), *parts)

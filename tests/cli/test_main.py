@@ -34,7 +34,7 @@ def test_help_lists_every_command_and_ends_with_examples(run: Run) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_every_command_shows_examples_of_it(run: Run, name: str) -> None:
-    result = run(name, "--help")
+    result = run(*name.split(), "--help")
     assert result.code == 0
     assert f"examples:\n  starflow {name}" in result.out
     assert result.err == ""

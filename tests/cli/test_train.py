@@ -88,7 +88,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(recipe: Path, t
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == f"starflow: stopped at step {stopped} of 300; the same command resumes"
     assert "Traceback" not in err
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{stopped:08d}.safetensors"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
     assert not (folder / "model").exists()
     assert 100 <= stopped < 300
     assert main(arguments) == 0
@@ -153,12 +153,12 @@ def test_bad_files(run: Run, recipe: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(run: Run, recipe: Path, tmp_path: Path) -> None:
     arguments = ["train", recipe, "--output", tmp_path / "run", "--train.steps"]
     assert run(*arguments, 2).code == 0
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002.safetensors"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002" / "model_00000.safetensors"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:-100])
     result = run(*arguments, 4)
     assert result.code == 2
-    assert "step_00000002.safetensors is not a whole safetensors file" in result.err.splitlines()[-1]
+    assert "model_00000.safetensors is not a whole safetensors file" in result.err.splitlines()[-1]
     checkpoint.write_bytes(whole)
     result = run(*arguments, 4, "--flow.channels", 32)
     assert result.code == 2

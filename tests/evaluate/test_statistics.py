@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import pytest
@@ -17,8 +18,11 @@ from starflow.evaluate.statistics import (
     Moments,
     frechet_distance,
     frechet_of_moments,
+    inception_score,
     kernel_distance,
+    load_moments,
     moments,
+    save_moments,
 )
 
 
@@ -113,3 +117,56 @@ def test_bad_features_are_refused(distance: Callable[[Tensor, Tensor], Distance]
     bad[1, 2] = torch.nan
     with pytest.raises(UserError, match="1 of 4 pictures have features that are not finite"):
         distance(good, bad)
+
+
+def test_moments_survive_a_file(tmp_path: Path) -> None:
+    made = moments(gaussian(30, 4, 0))
+    save_moments(tmp_path / "m.safetensors", made, "mobilenetv2")
+    found = load_moments(tmp_path / "m.safetensors", "mobilenetv2")
+    assert found.count == 30
+    assert torch.equal(found.mean, made.mean)
+    assert torch.equal(found.covariance, made.covariance)
+    assert frechet_of_moments(found, made) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="moments of 'mobilenetv2' features, expected 'inception'"):
+        load_moments(tmp_path / "m.safetensors", "inception")
+
+
+def test_reference_files_of_adm_are_read_without_unpickling(tmp_path: Path) -> None:
+    made = moments(gaussian(30, 4, 0))
+    numpy.savez(tmp_path / "ref.npz", mu=made.mean.numpy(), sigma=made.covariance.numpy(), mu_s=numpy.zeros(3))
+    found = load_moments(tmp_path / "ref.npz", "inception")
+    assert found.count == 0  # such a file does not say
+    assert frechet_of_moments(found, made) == pytest.approx(0, abs=1e-9)
+    numpy.savez(tmp_path / "objects.npz", mu=numpy.array([{}], dtype=object), sigma=made.covariance.numpy())
+    numpy.savez(tmp_path / "other.npz", arr_0=numpy.zeros(3))
+    numpy.savez(tmp_path / "shapes.npz", mu=numpy.zeros(3), sigma=numpy.zeros((4, 4)))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name, part in (
+        ("objects.npz", "is no reference file"),
+        ("other.npz", "'mu' and 'sigma'"),
+        ("shapes.npz", "expected"),
+        ("text.npz", "is no reference file"),
+        ("none.npz", "no such file"),
+    ):
+        with pytest.raises(UserError, match=part):
+            load_moments(tmp_path / name, "inception")
+
+
+def test_inception_score_of_known_classes() -> None:
+    """Sure and even over K classes gives K; the same class for all, or no idea at all, gives 1."""
+    sure = 100.0 * torch.eye(5).repeat(4, 1)
+    assert inception_score(sure, 1).value == pytest.approx(5)
+    assert inception_score(torch.zeros(20, 5), 4).value == pytest.approx(1)
+    assert inception_score(sure[:1].repeat(20, 1), 4).value == pytest.approx(1)
+    found = inception_score(sure[:18], 4)  # 18 pictures in 4 splits: none is dropped
+    assert found.count == 18
+    with pytest.raises(UserError, match="splits"):
+        inception_score(sure, 21)
+
+
+def test_inception_score_against_the_definition() -> None:
+    logits = gaussian(12, 5, 3)
+    probabilities = logits.softmax(1)
+    marginal = probabilities.mean(0)
+    divergence = (probabilities * (probabilities / marginal).log()).sum(1).mean()
+    assert inception_score(logits, 1).value == pytest.approx(math.exp(divergence))

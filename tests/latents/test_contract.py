@@ -249,3 +249,15 @@ def test_a_folder_with_a_class_that_is_not_named(tmp_path: Path) -> None:
     config.write_text(json.dumps(values))
     shutil.copytree(tmp_path / "kl", tmp_path / "copy")
     assert KLLatents.from_pretrained(str(tmp_path / "copy")).spec.channels == 4
+
+
+def test_grey_pixels_are_the_mean_and_decode_to_grey() -> None:
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
+    grey = PixelLatents(1)
+    assert grey.spec.channels == 1
+    latents = grey.encode(images)
+    torch.testing.assert_close(latents, images.mean(1, keepdim=True))
+    assert torch.equal(grey.decode(latents), latents.expand(-1, 3, -1, -1))
+    assert load_autoencoder(grey.spec).spec == grey.spec
+    with pytest.raises(UserError, match="2 channels"):
+        PixelLatents(2)

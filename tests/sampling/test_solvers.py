@@ -178,6 +178,8 @@ class Explosive:
 
     first, tokens = 0, 6
 
+    engine = None
+
     def prefill(self) -> None:
         pass
 

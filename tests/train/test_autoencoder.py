@@ -61,8 +61,8 @@ def test_training_improves_reconstruction_and_is_saved(tmp_path: Path) -> None:
 
 def test_bfloat16_gives_float32_losses_close_to_float32() -> None:
     low, full = make_task(precision="bfloat16"), make_task()
-    loss, _ = low.loss(low.model, 0)
-    expected, _ = full.loss(full.model, 0)
+    loss, _ = low.loss(low.model, low.batch(0, range(16)))
+    expected, _ = full.loss(full.model, full.batch(0, range(16)))
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(expected), rel=0.02)
     assert float(loss) != float(expected)

@@ -10,7 +10,7 @@ import torch
 
 from starflow.data.latent_cache import CachedPicture, LatentCache
 from starflow.errors import UserError
-from starflow.flow.model import STARFlow, TarFlow
+from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.model_config import STARFlowConfig, TarFlowConfig
 from starflow.train.flow import FlowTask
 from starflow.train.objective import TracedLoss, bits_per_dim, nats_per_dim
@@ -43,7 +43,7 @@ def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> L
 def make_task(cache: LatentCache, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
     settings = TrainSettings(steps=3, batch=8)
-    nothing = lambda path: None  # noqa: E731
+    nothing = lambda flow, path: None  # noqa: E731
     return FlowTask(flow or random_flow(), cache, objective, settings, draw=nothing, save=nothing)
 
 
@@ -75,10 +75,23 @@ def test_penalty_is_the_mean_square_of_what_flows_between_blocks() -> None:
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
     task = make_task(make_cache(std=0.5), Objective(noise_std=0.3))
-    first = [task.loss(task.model, step)[0].item() for step in (0, 1, 2)]
-    again = [task.loss(task.model, step)[0].item() for step in (2, 1, 0)]
+    rows = range(8)
+    first = [task.loss(task.model, task.batch(step, rows))[0].item() for step in (0, 1, 2)]
+    again = [task.loss(task.model, task.batch(step, rows))[0].item() for step in (2, 1, 0)]
     assert first == again[::-1]
     assert len(set(first)) == 3
+
+
+def test_draws_of_a_batch_do_not_depend_on_how_it_is_cut() -> None:
+    task = make_task(make_cache(std=0.5), Objective(noise_std=0.3, drop_condition=0.5))
+    x, condition = task.batch(1, range(8))
+    assert condition is not None
+    for rows in (range(3), range(3, 8)):
+        part, states = task.batch(1, rows)
+        assert states is not None
+        assert torch.equal(part, x[rows.start : rows.stop])
+        assert torch.equal(states, condition[rows.start : rows.stop])
+        assert task.batch_names(1, rows) == task.batch_names(1, range(8))[rows.start : rows.stop]
 
 
 @pytest.mark.parametrize("std", [None, 0.4])
@@ -86,7 +99,7 @@ def test_noise_and_posterior_have_their_spread(std: float | None) -> None:
     cache = make_cache(count=2000, std=std)
     task = make_task(cache, Objective(noise_std=0.3))
     indices = torch.arange(2000)
-    added = task._noised(indices, 0, 0) - cache.mean.float()
+    added = task._noised(indices, 0, 0, range(2000)) - cache.mean.float()
     assert float(added.std()) == pytest.approx(math.hypot(0.3, std or 0.0), rel=0.02)
 
 
@@ -94,8 +107,9 @@ def test_noise_and_posterior_have_their_spread(std: float | None) -> None:
 def test_dropped_conditions_are_the_null_condition(share: float) -> None:
     cache = make_cache()
     task = make_task(cache, Objective(drop_condition=share))
-    _, terms = task.loss(task.model, 0)
-    noised, rows = task._noised(task._indices(0), 0, 0), task._indices(0)
+    _, terms = task.loss(task.model, task.batch(0, range(8)))
+    rows = task._indices(0, range(8))
+    noised = task._noised(rows, 0, 0, range(8))
     null = torch.eye(4)[3].expand(8, 1, 4)
     own = torch.eye(4)[[cache.pictures[i].condition for i in rows.tolist()]][:, None]
     _, squares, _, _ = task.model(noised, null if share else own)
@@ -127,8 +141,11 @@ def test_a_split_without_pictures_is_refused() -> None:
 
 
 def test_saving_and_drawing_reach_their_callables(tmp_path: Path) -> None:
-    called: list[Path] = []
-    task = FlowTask(random_flow(), make_cache(), Objective(), TrainSettings(steps=1), called.append, called.append)
+    called: list[tuple[Flow, Path]] = []
+    note = lambda flow, path: called.append((flow, path))  # noqa: E731
+    task = FlowTask(random_flow(), make_cache(), Objective(), TrainSettings(steps=1), note, note)
+    other = TracedLoss(random_flow(), 0.0)
     task.draw(task.model, tmp_path / "a")
-    task.save(task.model, tmp_path / "b")
-    assert called == [tmp_path / "a", tmp_path / "b"]
+    task.save(other, tmp_path / "b")
+    assert isinstance(task.model, TracedLoss)
+    assert called == [(task.model.flow, tmp_path / "a"), (other.flow, tmp_path / "b")]

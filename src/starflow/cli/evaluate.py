@@ -1,86 +1,149 @@
-"""`starflow evaluate`: every measure of a model on a folder of pictures, as a table, JSON and a sheet."""
+"""`starflow evaluate`: every measure of a model on a set of pictures, as a table, JSON and a page with sheets."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Flag
 from starflow.cli.values import Device, pick_device
 from starflow.errors import UserError
-from starflow.files import check_output_folder, write_json
+from starflow.files import check_output_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from starflow.measure import Report
+    from starflow.measure import Plan, Report
+    from starflow.measure.plan import Sheets
+    from starflow.pipeline import StarFlowPipeline
 
 COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a model on pictures: reconstruction, likelihood of both splits, kernel distance of samples, retrieval.
+    """Measure a model on pictures: likelihood of both splits, reconstruction, distances of samples, retrieval.
 
-    DATA is the glyph set or any folder of pictures; 5 % are held out where it does not say. Writes report.json,
-    grid.png (the prompts' pictures) and nearest.png (the nearest training picture of each).
+    DATA is the glyph set, any folder of pictures (5 % are held out where it does not say), 'fashion-mnist', or a folder
+    with its four files. Writes report.json, report.html and its sheets: samples, the nearest training picture of each,
+    reconstructions. Under torchrun the work is shared, with the same result.
+
+    Distances are named after their features: --features inception gives fid, kid and is, by torch-fidelity or by
+    inception=MODULE:CLASS with --feature-weights; the others end in the network's name.
     """
 
     EXAMPLES: ClassVar[str] = """
         starflow evaluate glyphs data/glyphs --prompts recipes/prompts.txt
         starflow evaluate runs/mine/model photos --samples 500 --output report
+        starflow evaluate runs/fashion-mnist/model fashion-mnist --bpd --draws 4 --classify --outliers digits
+        starflow evaluate runs/mine/model photos --features inception --reference VIRTUAL_imagenet256.npz
     """
 
     model: Annotated[str, Argument("bundled name, folder, or hub repository", "MODEL")]
-    data: Annotated[str, Argument("a folder of pictures", "DATA")]
+    data: Annotated[str, Argument("a folder of pictures, or fashion-mnist", "DATA")]
     output: Annotated[str, Flag("the report's folder", "PATH")] = "evaluation"
-    samples: Annotated[int, Flag("samples for the kernel distance", "N")] = 1000
+    bpd: Annotated[bool, Flag("likelihoods alone: no reconstructions, samples or distances")] = False
+    draws: Annotated[int, Flag("draws of the noise that a likelihood is averaged over", "N")] = 1
+    pictures: Annotated[int, Flag("pictures a split, at most, for likelihoods; 0 is all held out", "N")] = 0
+    classify: Annotated[bool, Flag("measure argmax_c log p(x | c) as a classifier of the labels")] = False
+    outliers: Annotated[str, Flag("tell this set apart by likelihood: a folder, or digits (MNIST)", "DATA")] = ""
+    samples: Annotated[int, Flag("samples for the distances", "N")] = 1000
     tuning_samples: Annotated[int, Flag("samples per guidance weight when the best is chosen", "N")] = 250
+    references: Annotated[int, Flag("pictures a split, at most, that distances are measured to", "N")] = 5000
     guidance: Annotated[tuple[float, ...], Flag("a weight to try; may be repeated (default: 0 to 4)", "W")] = ()
-    prompts: Annotated[str, Flag("prompts of the grid, one a line", "FILE")] = ""
+    prompts: Annotated[str, Flag("prompts of the sheet, one a line (default: some held-out ones)", "FILE")] = ""
+    features: Annotated[str, Flag("mobilenetv2, inception, or NAME=MODULE:CLASS", "NETWORK")] = "mobilenetv2"
+    feature_weights: Annotated[str, Flag("weights of a network of your own", "FILE")] = ""
+    reference: Annotated[str, Flag("moments to measure a Frechet distance to, e.g. ADM's .npz", "FILE")] = ""
+    cleaning: Annotated[Literal["model", "decoder", "tweedie", "none"], Flag("the samples' way out of the noise")] = (
+        "model"
+    )
     device: Annotated[Device, Flag("where to compute")] = "auto"
     json: Annotated[bool, Flag("print the report as JSON")] = False
 
     def __post_init__(self) -> None:
-        for name, value in (("--samples", self.samples), ("--tuning-samples", self.tuning_samples)):
-            if value < 2:
-                raise UserError(f"{name} is {value}, expected at least 2")
+        least = (
+            ("--samples", self.samples, 2),
+            ("--tuning-samples", self.tuning_samples, 2),
+            ("--draws", self.draws, 1),
+        )
+        for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
+            if value < lowest:
+                raise UserError(f"{name} is {value}, expected at least {lowest}")
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Run the command."""
     folder = check_output_folder(Path(options.output).expanduser())
-    from starflow.cli.generate import read_prompt_file
-    from starflow.data.records import read_folder
-    from starflow.evaluate import save_sheet
-    from starflow.measure import Plan, measure
+    from starflow.evaluate import load_extractor
+    from starflow.evaluate.gather import is_first, process_group
+    from starflow.measure import measure, open_pictures
     from starflow.pipeline import StarFlowPipeline
 
-    prompts = tuple(read_prompt_file(Path(options.prompts))) if options.prompts else ()
-    records = read_folder(Path(options.data).expanduser())
-    pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
-    weights = {"guidance": options.guidance} if options.guidance else {}
-    plan = Plan(options.samples, options.tuning_samples, prompts=prompts, **weights)
-    report = measure(pipeline, records, plan, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
-    write_json(folder / "report.json", {"model": options.model, "data": options.data, **report.as_json()})
-    if prompts:
-        save_sheet(folder / "grid.png", report.grid, prompts, COLUMNS)
-        save_sheet(folder / "nearest.png", report.nearest, prompts, COLUMNS)
+    with process_group():
+        plan = _plan(options)
+        weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
+        extractor = None if options.bpd else load_extractor(options.features, weights)
+        pipeline = _with_cleaning(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        pictures = open_pictures(options.data, pipeline.config.image_size)
+
+        def say(text: str) -> None:
+            if is_first():
+                print(f"{text} ...", file=sys.stderr, flush=True)
+
+        report = measure(pipeline, pictures, plan, say, extractor, options.outliers)
+        if is_first():
+            write(folder, report, options)
+
+
+def write(folder: Path, report: Report, options: EvaluateOptions) -> None:
+    """The report's files, and the table or the JSON on stdout."""
+    from starflow.measure.table import page, table
+
+    values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
+    write_json(folder / "report.json", values)
+    sheets = _save_sheets(folder, report.sheets) if report.sheets.samples else []
+    write_text(folder / "report.html", page(report, f"{options.model} on {options.data}", sheets))
     print(json.dumps(report.as_json(), indent=2) if options.json else table(report))
 
 
-def table(report: Report) -> str:
-    """The report as lines of text."""
-    rows = [(f"reconstruction, {noise} (dB)", f"{value:.2f}") for noise, value in report.reconstruction.items()]
-    rows += [
-        (f"{split}, {found.count} pictures (nats/dim of the noised latent)", f"{found.nats_per_dim:.4f}")
-        for split, found in report.likelihood.items()
+def _save_sheets(folder: Path, sheets: Sheets) -> list[tuple[str, str]]:
+    from starflow.evaluate import save_sheet
+
+    save_sheet(folder / "samples.png", sheets.samples, sheets.prompts, COLUMNS)
+    save_sheet(folder / "nearest.png", sheets.nearest, sheets.prompts, COLUMNS)
+    both = [picture for pair in zip(sheets.originals, sheets.reconstructions, strict=True) for picture in pair]
+    captions = [caption for _ in sheets.originals for caption in ("held out", "reconstructed")]
+    save_sheet(folder / "reconstructions.png", both, captions, COLUMNS)
+    return [
+        ("Samples", "samples.png"),
+        ("The nearest training picture of each", "nearest.png"),
+        ("Reconstructions, with the flow's noise on the latents", "reconstructions.png"),
     ]
-    rows.append(("guidance", f"{report.guidance:g}"))
-    rows += [
-        (f"kid_mobilenetv2 x 1000, {name}", f"{1000 * value:.1f}") for name, value in report.kid_mobilenetv2.items()
-    ]
-    rows += [(f"retrieval, {name}", f"{100 * value:.0f} %") for name, value in report.retrieval.items()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value:>8}" for name, value in rows)
+
+
+def _plan(options: EvaluateOptions) -> Plan:
+    from starflow.cli.generate import read_prompt_file
+    from starflow.measure import Plan
+
+    weights = {"guidance": options.guidance} if options.guidance else {}
+    return Plan(
+        samples=options.samples,
+        tuning_samples=options.tuning_samples,
+        prompts=tuple(read_prompt_file(Path(options.prompts))) if options.prompts else (),
+        references=options.references,
+        pictures=options.pictures,
+        draws=options.draws,
+        only_likelihood=options.bpd,
+        classify=options.classify,
+        reference_moments=options.reference,
+        **weights,
+    )
+
+
+def _with_cleaning(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
+    if options.cleaning != "model":
+        pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
+    return pipeline

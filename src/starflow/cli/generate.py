@@ -15,6 +15,7 @@ from starflow.cli.target import Target
 from starflow.cli.values import (
     ASPECTS,
     Aspect,
+    CacheDtype,
     Device,
     Precision,
     aspect_size,
@@ -61,6 +62,9 @@ class GenerateOptions:
     batch_size: Annotated[int, Flag("pictures at once: memory depends on it, pictures do not", "N")] = 16
     device: Annotated[Device, Flag("where to compute")] = "auto"
     dtype: Annotated[Precision, Flag("precision of the network")] = "float32"
+    int8: Annotated[bool, Flag("weights of one byte next to the noise, for memory (needs torchao)")] = False
+    cache_dtype: Annotated[CacheDtype, Flag("precision of the attention's cache")] = "network"
+    tile: Annotated[int | None, Flag("decode in tiles of so many latent pixels, for memory", "N")] = None
     json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
 
     def __post_init__(self) -> None:
@@ -128,7 +132,9 @@ def read_prompt_file(path: Path) -> list[str]:
 def _load(options: GenerateOptions) -> StarFlowPipeline:
     from starflow.pipeline import StarFlowPipeline
 
-    pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    pipeline = StarFlowPipeline.from_pretrained(
+        options.model, pick_device(options.device), pick_dtype(options.dtype), int8=options.int8
+    )
     kind = pipeline.config.conditioner.kind if pipeline.config.conditioner else "none"
     if options.label and kind != "class":
         raise UserError(f"'{options.model}' has no classes (its condition: {kind}): give a prompt instead of --class")
@@ -182,6 +188,8 @@ def _sample(
             size=size,
             solver=options.solver,
             batch_size=options.batch_size,
+            cache_dtype=options.cache_dtype,
+            tile=options.tile,
             progress=progress,
         )
     except torch.OutOfMemoryError:

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Say what a model is made of: its parts, parameters, sizes, training noise and default guidance."""
+    """Say what a model is made of: its parts, parameters, sizes, training noise and default guidance.
+
+    With --memory: what sampling and training it take, computed from its configuration before anything is loaded.
+    """
 
     EXAMPLES: ClassVar[str] = """
         starflow info
         starflow info runs/tiny/model --json
+        starflow info starflow-t2i-3b --memory
     """
 
-    model: Annotated[str, Argument("bundled name, folder, or hub repository")] = "glyphs"
+    model: Annotated[str, Argument("bundled name, folder, hub repository, or with --memory a preset")] = "glyphs"
+    memory: Annotated[bool, Flag("predict the memory of sampling and training")] = False
     json: Annotated[bool, Flag("print it as JSON")] = False
 
 
@@ -33,6 +38,12 @@ def info(options: InfoOptions) -> None:
     """Run the command."""
     from starflow.weights.hub import find_model
 
+    if options.memory:
+        from starflow.cli.memory_table import describe_memory, memory_text
+
+        predicted = describe_memory(options.model)
+        print(json.dumps(predicted, indent=2) if options.json else memory_text(predicted))
+        return
     facts = describe_model(find_model(options.model))
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else _text(facts))
 

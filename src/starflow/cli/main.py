@@ -27,12 +27,19 @@ FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errn
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the table; `function` lies in `starflow.cli.<module>` and takes the command's options."""
+    """One row of the table; `function` lies in `starflow.cli.<module>` and takes the command's options.
+
+    A name may have two words, as in "bench sample".
+    """
 
     name: str
     module: str
     function: str
     summary: str
+
+    @property
+    def words(self) -> int:
+        return len(self.name.split())
 
 
 COMMANDS = (
@@ -43,7 +50,11 @@ COMMANDS = (
     Command("prepare-data", "prepare_data", "prepare_data", "build the glyph set"),
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),
     Command("train-autoencoder", "train", "train_autoencoder", "run a recipe's autoencoder stage alone"),
+    Command("train-decoder", "train_decoder", "train_decoder", "fine-tune an autoencoder's decoder on noisy latents"),
     Command("cache-latents", "train", "cache_latents", "run a recipe's stages up to its latents"),
+    Command("bench train", "bench_train", "bench_train", "time training against the machine's own matrix product"),
+    Command("bench calibrate", "bench_calibrate", "bench_calibrate", "measure how a model is best sampled here, once"),
+    Command("bench sample", "bench_sample", "bench_sample", "time sampling against the machine's limits and others"),
 )
 
 EXAMPLES = """\
@@ -84,18 +95,35 @@ def _dispatch(words: list[str]) -> int:
     if name == "--version":
         print(f"starflow {__version__}")
         return 0
-    command = next((command for command in COMMANDS if command.name == name), None)
+    command = next((command for command in COMMANDS if words[: command.words] == command.name.split()), None)
     if command is None:
-        raise UserError(_unknown(name))
+        return _group(words)
     from starflow.cli.options import parse
 
     run = _load(command)
     try:
-        options = parse(typing.get_type_hints(run)["options"], command.name, words[1:])
+        options = parse(typing.get_type_hints(run)["options"], command.name, words[command.words :])
     except SystemExit as stop:  # --help has printed
         return int(stop.code or 0)
     run(options)
     return 0
+
+
+def _group(words: list[str]) -> int:
+    """What is no command: the first word of some of two words, or a mistake."""
+    rows = [command for command in COMMANDS if command.words > 1 and command.name.split()[:1] == words[:1]]
+    if rows and words[1:2] in (["-h"], ["--help"]):
+        print("\n".join([f"usage: starflow {words[0]} COMMAND ...", "", "commands:", *_rows(rows)]))
+        return 0
+    if rows:
+        known = ", ".join(command.name.split()[1] for command in rows)
+        raise UserError(f"'{' '.join(words[:2])}' is no command, expected {words[0]} and one of {known}")
+    raise UserError(_unknown(words[0] if words else ""))
+
+
+def _rows(commands: Sequence[Command]) -> list[str]:
+    width = max(len(command.name) for command in COMMANDS)
+    return [f"  {command.name:{width}}  {command.summary}" for command in commands]
 
 
 def _load(command: Command) -> Callable[[Any], None]:
@@ -114,8 +142,6 @@ def _unknown(name: str) -> str:
 
 
 def _help() -> str:
-    width = max(len(command.name) for command in COMMANDS)
-    rows = [f"  {command.name:{width}}  {command.summary}" for command in COMMANDS]
     return "\n".join(
         [
             "usage: starflow COMMAND ... [--help] [--version]",
@@ -123,7 +149,7 @@ def _help() -> str:
             "Latent normalizing flows for pictures: sample from a prompt, train, and read exact likelihoods.",
             "",
             "commands:",
-            *rows,
+            *_rows(COMMANDS),
             "",
             EXAMPLES,
             "",

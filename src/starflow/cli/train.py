@@ -12,6 +12,7 @@ from starflow.cli.options import Argument, Flag
 from starflow.cli.values import Device, pick_device
 
 if TYPE_CHECKING:
+    from starflow.latents import Autoencoder
     from starflow.train.stages import Run
 
 
@@ -31,12 +32,14 @@ class TrainOptions(StageOptions):
 
     Ctrl-C writes a checkpoint and stops. The run's folder holds log.jsonl (a line a step), samples/, tensorboard/,
     checkpoints/, best/ (the best held-out average) and model/, which generate and likelihood read. Any key of the
-    recipe may be given as an option: --train.lr 1e-4, --data.path FOLDER, --guidance 3.
+    recipe may be given as an option: --train.lr 1e-4, --data.path FOLDER, --guidance 3. torchrun starts it on many
+    GPUs: the processes share every batch, and train.parallel says how they share the weights.
     """
 
     EXAMPLES: ClassVar[str] = """
         starflow train recipes/tiny.yaml
         starflow train recipes/tiny.yaml --output runs/long --train.steps 2000 --train.lr 5e-4
+        torchrun --nproc-per-node 8 -m starflow train recipes/glyphs-64.yaml --train.parallel.layout sharded
     """
 
 
@@ -65,7 +68,8 @@ def train(options: TrainOptions) -> None:
         from starflow.train.stages import train_flow
 
         folder = train_flow(run)
-        print(f"done: starflow generate --model {folder}")
+        if run.world.main:
+            print(f"done: starflow generate --model {folder}")
 
 
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
@@ -73,8 +77,7 @@ def train_autoencoder(options: TrainAutoencoderOptions) -> None:
     with _started(options) as run:
         from starflow.train.stages import prepare_autoencoder
 
-        autoencoder = prepare_autoencoder(run)
-        print(f"done: {autoencoder.spec.source or autoencoder.spec.kind}")
+        run.world.first(lambda: print(f"done: {_name(prepare_autoencoder(run))}"))
 
 
 def cache_latents(options: CacheLatentsOptions) -> None:
@@ -82,13 +85,19 @@ def cache_latents(options: CacheLatentsOptions) -> None:
     with _started(options) as run:
         from starflow.train.stages import prepare_latents
 
-        prepare_latents(run)
-        print(f"done: {run.folder / 'latents'}")
+        run.world.first(lambda: prepare_latents(run))
+        if run.world.main:
+            print(f"done: {run.folder / 'latents'}")
+
+
+def _name(autoencoder: Autoencoder) -> str:
+    return autoencoder.spec.source or autoencoder.spec.kind
 
 
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
+    from starflow.train.distributed.world import join
     from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
     from starflow.train.stages import start
@@ -96,6 +105,7 @@ def _started(options: StageOptions) -> Iterator[Run]:
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
     try:
-        yield start(recipe, folder, pick_device(options.device))
+        with join(pick_device(options.device), recipe.train.parallel.timeout) as world:
+            yield start(recipe, folder, world.device, world=world)
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None

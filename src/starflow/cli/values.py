@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "bfloat16"]
+CacheDtype = Literal["network", "bfloat16"]
 Aspect = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
 """The ratios of STARFlow (arXiv 2506.06276), width : height."""
 ASPECTS = typing.get_args(Aspect)

@@ -24,6 +24,16 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def dequantise(images: Tensor, draw: Tensor) -> Tensor:
+    """Pictures whose 8-bit levels are spread evenly: (level + draw) / 128 - 1, in [-1, 1).
+
+    Args:
+        images: float in [-1, 1], levels of `to_unit`; rounded back to the level where float16 has moved them.
+        draw: of the same shape, uniform in [0, 1). With it, log P(levels) >= mean of log p(result) - D log 128.
+    """
+    return (((images.float() + 1) * 127.5).round() + draw) / 128 - 1
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Float (B, 3, H, W) in [-1, 1] -> uint8 in 0..255 on the CPU, clamped and rounded."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

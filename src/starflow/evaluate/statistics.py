@@ -5,12 +5,16 @@ Features are (N, F), one row a picture. The names say which features: `kid_mobil
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from starflow.errors import UserError
+from starflow.files import read_tensors, write_tensors
 
 CHUNK = 1024
 
@@ -20,8 +24,61 @@ class Moments:
     """Count, mean (F,) and covariance (F, F), float64, of a set of feature vectors."""
 
     count: int
+    """0 where the file that they were read from does not say."""
     mean: Tensor
     covariance: Tensor
+
+
+def save_moments(path: Path, found: Moments, name: str) -> None:
+    """Write `path` (.safetensors): float64 `mean` and `covariance`; the header has the count and the features' name."""
+    tensors = {"mean": found.mean.double(), "covariance": found.covariance.double()}
+    write_tensors(path, tensors, {"moments": json.dumps({"count": found.count, "features": name})})
+
+
+def load_moments(path: Path, name: str) -> Moments:
+    """Read what `save_moments` wrote, or a reference file of ADM or of the FID codes (.npz with `mu` and `sigma`).
+
+    Args:
+        path: a .npz is read without unpickling; its count is unknown, 0.
+        name: the features that they must be of; a .npz does not say.
+
+    Raises:
+        UserError: no such file, a foreign one, moments of other features, or shapes that do not fit.
+    """
+    found = _read_npz(path) if path.suffix == ".npz" else _read_moments(path, name)
+    width = found.mean.shape[0] if found.mean.ndim == 1 else -1
+    if found.covariance.shape != (width, width):
+        shapes = f"mean {tuple(found.mean.shape)} and covariance {tuple(found.covariance.shape)}"
+        raise UserError(f"{path} holds a {shapes}, expected (F,) and (F, F)")
+    return found
+
+
+def _read_moments(path: Path, name: str) -> Moments:
+    from safetensors import safe_open
+
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as header:
+        told = json.loads((header.metadata() or {}).get("moments", "{}"))
+    if not {"mean", "covariance"} <= tensors.keys() or "count" not in told:
+        raise UserError(f"{path} holds no moments of features: expected a file that `save_moments` wrote")
+    if told.get("features") != name:
+        raise UserError(f"{path} has moments of '{told.get('features')}' features, expected '{name}': use one network")
+    return Moments(int(told["count"]), tensors["mean"].double(), tensors["covariance"].double())
+
+
+def _read_npz(path: Path) -> Moments:
+    import zipfile
+
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            mean, covariance = arrays["mu"], arrays["sigma"]
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no reference file ({error}): expected a .npz with 'mu' and 'sigma'") from None
+    return Moments(0, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
 
 
 @dataclass(frozen=True)
@@ -63,6 +120,33 @@ def frechet_of_moments(one: Moments, two: Moments) -> float:
     # tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no complex root, and never negative.
     cross = torch.linalg.svdvals(_root(one.covariance) @ _root(two.covariance)).sum()
     return float(gap + one.covariance.trace() + two.covariance.trace() - 2 * cross)
+
+
+@dataclass(frozen=True)
+class InceptionScore:
+    """exp of the mean divergence of a picture's classes from the set's: its mean and spread over splits."""
+
+    value: float
+    spread: float
+    count: int
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> InceptionScore:
+    """exp E KL(p(y|x) || p(y)) of class logits (N, K), in as many parts of the set as `splits`; float64.
+
+    Salimans et al., arXiv 1606.03498, section 4. Parts differ by one picture at most where N is no multiple.
+
+    Raises:
+        UserError: fewer pictures than splits.
+    """
+    if logits.ndim != 2 or not 1 <= splits <= len(logits):
+        raise UserError(f"logits of shape {tuple(logits.shape)} in {splits} splits: expected (N, K) with N >= splits")
+    values = []
+    for part in logits.double().log_softmax(1).tensor_split(splits):
+        together = part.logsumexp(0) - math.log(len(part))
+        values.append((part.exp() * (part - together)).sum(1).mean().exp())
+    found = torch.stack(values)
+    return InceptionScore(float(found.mean()), float(found.std(correction=0)), len(logits))
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> Distance:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ class Flow(nn.Module, ABC):
     def __init__(self, specs: Sequence[BlockSpec]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(AutoregressiveBlock(spec) for spec in specs)
+        self.policy: dict[str, Any] | None = None
+        """What is known of how to sample it, as it lies beside the weights; nothing here reads it."""
+        self.kept: dict[str, object] = {}
+        """What a room above keeps with the model while it lives, by name; never saved."""
 
     @property
     @abstractmethod
@@ -180,6 +184,8 @@ class Flow(nn.Module, ABC):
             UserError: the folder cannot be written.
         """
         store.save(Path(folder), self.config, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
+        if self.policy is not None:
+            store.write_policy(Path(folder), self.policy)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> Self:
@@ -195,6 +201,7 @@ class Flow(nn.Module, ABC):
             kind = type(model).__name__
             raise UserError(f"{folder_or_hub_id} holds a {kind}, expected a {cls.__name__}: load it as a {kind}")
         store.assign(model, tensors, str(folder_or_hub_id))
+        model.policy = store.read_policy(folder_or_hub_id)
         return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from starflow.model_config import ModelConfig, config_from_dict, config_to_dict
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+POLICY_NAME = "policy.json"
 _LISTED = 8
 
 
@@ -34,11 +36,32 @@ def load(folder_or_hub_id: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises:
         UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
     """
-    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME, WEIGHTS_NAME))
+    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME, WEIGHTS_NAME), also=(POLICY_NAME,))
     options = files.read_json(folder / CONFIG_NAME)
     if not isinstance(options, dict):
         raise UserError(f"{folder / CONFIG_NAME} holds a {type(options).__name__}, expected a mapping of options")
     return config_from_dict(options), files.read_tensors(folder / WEIGHTS_NAME)
+
+
+def read_policy(folder_or_hub_id: str | Path) -> dict[str, Any] | None:
+    """The sampling policy beside the weights, as it stands there, or None; whoever samples checks it.
+
+    Raises:
+        UserError: the file is no JSON, or holds no mapping.
+    """
+    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME,), also=(POLICY_NAME,))
+    if not (folder / POLICY_NAME).is_file():
+        return None
+    values = files.read_json(folder / POLICY_NAME)
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / POLICY_NAME} holds a {type(values).__name__}, expected a mapping: calibrate again")
+    return values
+
+
+def write_policy(folder: Path, policy: Mapping[str, Any]) -> Path:
+    """Put a sampling policy beside the weights; returns the file."""
+    files.write_json(folder / POLICY_NAME, dict(policy))
+    return folder / POLICY_NAME
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

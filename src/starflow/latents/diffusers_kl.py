@@ -22,7 +22,7 @@ class KLLatents:
         """Wrap an AutoencoderKL; `noise_std` is the latent noise its decoder was fine-tuned for, 0 for none."""
         self.network = freeze(network)
         config: Any = network.config
-        self._shift = float(config.shift_factor or 0.0)
+        self.shift = float(config.shift_factor or 0.0)
         self._spec = AutoencoderSpec(
             kind="diffusers_kl",
             channels=int(config.latent_channels),
@@ -54,7 +54,7 @@ class KLLatents:
         check_images(images, self._spec)
         network: Any = self.network
         posterior = network.encode(images.to(network.dtype)).latent_dist
-        mean: Tensor = (posterior.mean.float() - self._shift) * self._spec.scaling
+        mean: Tensor = (posterior.mean.float() - self.shift) * self._spec.scaling
         std: Tensor = posterior.std.float() * self._spec.scaling
         return mean, std
 
@@ -72,6 +72,6 @@ class KLLatents:
         """See `Autoencoder.decode`."""
         check_latents(latents, self._spec)
         network: Any = self.network
-        raw = latents.float() / self._spec.scaling + self._shift
+        raw = latents.float() / self._spec.scaling + self.shift
         images: Tensor = network.decode(raw.to(network.dtype)).sample.float()
         return images.clamp(-1, 1)

@@ -32,7 +32,7 @@ def load_autoencoder(spec: AutoencoderSpec) -> Autoencoder:
 
 def _load(spec: AutoencoderSpec) -> Autoencoder:
     if spec.kind == "pixels":
-        return PixelLatents()
+        return PixelLatents(1 if spec.channels == 1 else 3)
     if spec.kind == "diffusers_kl":
         return KLLatents.from_pretrained(spec.source, noise_std=spec.noise_std)
     if spec.kind == "diffusers_tiny":

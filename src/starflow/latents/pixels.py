@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from torch import Generator, Tensor, nn
 
+from starflow.errors import UserError
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 
 class PixelLatents:
-    """Pictures are their own latents: 3 channels, factor 1, exact within [-1, 1]."""
+    """Pictures are their own latents: factor 1, exact within [-1, 1].
 
-    def __init__(self) -> None:
-        self._spec = AutoencoderSpec("pixels", channels=3, factor=1)
+    With 3 channels they are red, green and blue; with 1 they are the mean of the three, and decode to grey.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        """Raises UserError: neither 3 channels nor 1."""
+        if channels not in (1, 3):
+            raise UserError(f"pixels with {channels} channels: expected 3 (colour) or 1 (grey)")
+        self._spec = AutoencoderSpec("pixels", channels=channels, factor=1)
         self.network = nn.Identity()
 
     @property
@@ -21,9 +28,9 @@ class PixelLatents:
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""
         check_images(images, self._spec)
-        return images.float()
+        return images.float() if self._spec.channels == 3 else images.float().mean(1, keepdim=True)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
         check_latents(latents, self._spec)
-        return latents.float().clamp(-1, 1)
+        return latents.float().clamp(-1, 1).expand(-1, 3, -1, -1)

@@ -65,7 +65,8 @@ class Attention(nn.Module):
         if onto.query_scale is not None:
             q_BNTH = q_BNTH * onto.query_scale.to(q_BNTH.dtype)
         k_BKLH, v_BKLH = cache.write(onto.start, k_BKTH, v_BKTH)
-        return self._output(self._attend(q_BNTH, k_BKLH, v_BKLH, causal=onto.start == 0, mask=onto.mask_TL))
+        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=onto.start == 0, mask=onto.mask_TL)
+        return self._output(out.to(x_BTD.dtype))
 
     def _queries_keys_values(self, x_BTD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, self.head_dim))

@@ -59,14 +59,18 @@ class KVCache:
 
 
 class CachePool:
-    """Caches by shape, each allocated once: whoever takes one overwrites what its last user left."""
+    """Caches by shape, each allocated once: whoever takes one overwrites what its last user left.
 
-    def __init__(self) -> None:
+    With a `dtype` of its own, keys and values are kept in that precision, whatever the network's.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
         self._caches: dict[tuple[CacheShape, torch.dtype, torch.device], KVCache] = {}
 
     def take(self, shape: CacheShape, *, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """The pool's cache of this shape."""
-        key = (shape, dtype, device)
+        """The pool's cache of this shape, in the pool's precision or else in `dtype`."""
+        key = (shape, self.dtype or dtype, device)
         if key not in self._caches:
-            self._caches[key] = KVCache.allocate(shape, dtype=dtype, device=device)
+            self._caches[key] = KVCache.allocate(shape, dtype=self.dtype or dtype, device=device)
         return self._caches[key]

@@ -1,77 +1,191 @@
-"""Noise to data in parallel: block-wise fixed-point iteration (GS-Jacobi, arXiv 2505.12849).
+"""Noise to data in parallel: block-wise fixed-point iteration (GS-Jacobi, arXiv 2505.12849; SeJD, arXiv 2505.24791).
 
-Contract: a segment of tokens starts from the noise and repeats x = mu(x) + sigma(x) z against the cache of
-the segments before it. After i iterations its first i tokens are exact, so as many iterations as tokens
-give the sequential answer up to rounding. Each sequence stops at its own convergence: a picture does not
-depend on the others of its batch.
+Contract: a segment of tokens starts from a guess and repeats x = F(x) = mu(x) + sigma(x) z against the cache of the
+segments before it. A sequence is done when its residual ||F(x) - x|| / ||F(x)|| over the segment is within the
+tolerance; what is returned is that x, the one that the residual was measured at, and the cache holds the keys and
+values of that x. So `residual_B` is verified and never an estimate: of the returned values, in their own scale, the
+largest over the segments. A sequence that is not done within its iterations is solved token by token, which is exact,
+and so are as many iterations as a segment has tokens: both report 0.
 
-Shapes: B batch, N tokens, C token channels.
+Every sequence goes its own way: those that are done leave the batch, and a picture does not depend on the others.
+
+Shapes: B batch, P pictures of it that are still iterated, N tokens, C token channels.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from starflow.flow import affine
+from starflow.sampling.draft import can_draft, draft_of
 from starflow.sampling.predictor import Effort, Predictor, Report, Solution
-from starflow.sampling.sequential import advance
+from starflow.sampling.rows import give_back, narrow
+from starflow.sampling.sequential import advance, solve_sequential
+
+DRAFT_FLOOR = 1e-3
+"""Residual under which a draft's own rounding is all that is left of it."""
+DRAFT_GAIN = 2.0
+"""A draft need not be within the tolerance: its values are those after one more step, which brings them nearer, to less
+than a half of the distance wherever iterating pays."""
 
 
 def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report: Report) -> Solution:
-    """Invert one block, segment by segment; a segment that does not converge in time is solved token by token."""
+    """Invert one block, segment by segment."""
     x_BNC = noise_BNC.clone()
     predictor.prefill()
     report(predictor.first)
-    tokens, iterations, residual_B = predictor.tokens, 0, noise_BNC.new_zeros(len(noise_BNC))
-    length = effort.segment or tokens
-    for start in range(predictor.first, tokens, length):
-        stop = min(start + length, tokens)
-        passes, change_B = _iterate(predictor, x_BNC, noise_BNC, start, stop, effort)
-        converged_B = change_B <= effort.tolerance
-        iterations += passes
-        if passes < stop - start and not bool(converged_B.all()):
-            _solve_the_rest(predictor, x_BNC, noise_BNC, start, stop, converged_B)
-            iterations += stop - start
-        residual_B = torch.maximum(residual_B, torch.where(converged_B, change_B, 0))
-        if stop < tokens:  # what follows needs the keys and values of the final tokens
-            predictor.write(predictor.before(x_BNC, start, stop), start)
-        report(stop - start)
-    return Solution(x_BNC, iterations, residual_B)
+    draft = draft_of(predictor) if effort.draft and can_draft(predictor) else None
+    tally = _Tally(noise_BNC.new_zeros(len(noise_BNC)))
+    length = effort.segment or predictor.tokens
+    for start in range(predictor.first, predictor.tokens, length):
+        span = Span(start, min(start + length, predictor.tokens))
+        _guess(x_BNC, span, effort)
+        if draft is not None:
+            rule = Rule(max(DRAFT_GAIN * effort.tolerance, DRAFT_FLOOR), _budget(span, effort), draft=True)
+            tally.drafts += iterate(draft, x_BNC, noise_BNC, span, rule).passes
+        outcome = iterate(predictor, x_BNC, noise_BNC, span, Rule(effort.tolerance, _budget(span, effort)))
+        tally.passes += outcome.passes
+        tally.residual_B = torch.maximum(tally.residual_B, outcome.residual_B)
+        if len(outcome.left_P):
+            _solve_the_rest(predictor, x_BNC, noise_BNC, span, outcome.left_P)
+            tally.single += span.count
+        report(span.count)
+    return Solution(x_BNC, tally.passes + tally.single, tally.residual_B, tally.drafts, tally.single)
 
 
-def _solve_the_rest(
-    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, start: int, stop: int, converged_B: Tensor
-) -> None:
-    """Tokens start..stop-1 one by one, in place, for the sequences that have not converged; the others keep theirs."""
-    kept = x_BNC[:, start:stop].clone()
-    for index in range(start, stop):
-        advance(predictor, x_BNC, noise_BNC, index)
-    x_BNC[:, start:stop] = torch.where(converged_B.view(-1, 1, 1), kept, x_BNC[:, start:stop])
+@dataclass(frozen=True)
+class Span:
+    """Tokens start..stop-1."""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
 
 
-def _iterate(
-    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, start: int, stop: int, effort: Effort
-) -> tuple[int, Tensor]:
-    """Iterate tokens start..stop-1 in place; returns the iterations and the last relative change of each sequence."""
-    z = noise_BNC[:, start:stop]
-    budget = min(stop - start, effort.max_iterations or stop - start)
-    active = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    change_B = z.new_full((len(z),), torch.inf)
-    for iteration in range(1, budget + 1):
-        # A guess may overflow before the tokens it hangs on are right; 0 * inf would then spoil the whole segment.
-        guess = torch.where(x_BNC.isfinite(), x_BNC, noise_BNC)
-        new = affine.inverse(z, *predictor.predict(predictor.before(guess, start, stop), start))
-        change_B = torch.where(active, _relative_change(new, x_BNC[:, start:stop]), change_B)
-        x_BNC[:, start:stop] = torch.where(active.view(-1, 1, 1), new, x_BNC[:, start:stop])
-        active = active & ~(change_B <= effort.tolerance)
-        if not bool(active.any()):
-            return iteration, change_B
-    return budget, change_B
+@dataclass(frozen=True)
+class Rule:
+    """When to stop iterating a sequence."""
+
+    tolerance: float
+    limit: int
+    """Passes; as many as tokens are exact, whatever the residual."""
+    draft: bool = False
+    """The result is a guess: take the last step unverified, and stop where steps no longer shrink."""
 
 
-def _relative_change(new: Tensor, old: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Outcome:
+    """What iterating did."""
+
+    passes: int
+    residual_B: Tensor
+    """Of the values that the sequences are left with; 0 for those in `left_P`."""
+    left_P: Tensor
+    """Sequences that are not done."""
+
+
+@dataclass
+class _Tally:
+    """Sums over the segments."""
+
+    residual_B: Tensor
+    passes: int = 0
+    drafts: int = 0
+    single: int = 0
+
+
+def _budget(span: Span, effort: Effort) -> int:
+    return min(span.count, effort.max_iterations or span.count)
+
+
+def _guess(x_BNC: Tensor, span: Span, effort: Effort) -> None:
+    """Where a segment starts from, in place: it holds the noise, which is the block's before too."""
+    if effort.guess == "zero" or (effort.guess == "previous" and span.start == 0):
+        x_BNC[:, span.start : span.stop] = 0
+    elif effort.guess == "previous":
+        x_BNC[:, span.start : span.stop] = x_BNC[:, span.start - 1 : span.start]
+
+
+def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: Rule) -> Outcome:
+    """Iterate the span's tokens in place, each sequence until it is done; the cache gets their keys and values."""
+    left_P = torch.arange(len(x_BNC), device=x_BNC.device)
+    residual_B = x_BNC.new_zeros(len(x_BNC))
+    before_P = x_BNC.new_full((len(x_BNC),), torch.inf)
+    some, passes = predictor, 0
+    while len(left_P) and passes < rule.limit:
+        x_PNC, z_PNC = x_BNC[left_P], noise_BNC[left_P]
+        new_PTC = step(some, x_PNC, z_PNC, span)
+        change_P = relative_change(new_PTC, x_PNC[:, span.start : span.stop])
+        passes += 1
+        exact = passes == span.count and not rule.draft
+        done_P = (change_P <= rule.tolerance) | exact
+        if rule.draft:
+            done_P |= change_P > 0.5 * before_P
+        settled = left_P[done_P]
+        if not rule.draft and not exact:
+            residual_B[settled] = change_P[done_P]
+            new_PTC[done_P] = x_PNC[done_P, span.start : span.stop]  # the values that were verified
+        x_BNC[left_P, span.start : span.stop] = new_PTC
+        before_P = change_P[~done_P]
+        some, left_P = _leave(predictor, some, left_P, done_P, span)
+    return Outcome(passes, residual_B, left_P)
+
+
+def step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> Tensor:
+    """F(x) of the span's tokens, (B, T, C); the cache takes the keys and values of x."""
+    # A guess may overflow before the tokens it hangs on are right; 0 * inf would then spoil the whole segment.
+    guess_BNC = torch.where(x_BNC.isfinite(), x_BNC, noise_BNC)
+    mu, log_sigma = predictor.predict(predictor.before(guess_BNC, span.start, span.stop), span.start)
+    return affine.inverse(noise_BNC[:, span.start : span.stop], mu, log_sigma)
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """||new - old|| / ||new|| of each sequence, (B,)."""
     change_B: Tensor = torch.linalg.vector_norm(new - old, dim=(1, 2))
     size_B: Tensor = torch.linalg.vector_norm(new, dim=(1, 2))
     return change_B / size_B.clamp(min=torch.finfo(new.dtype).tiny)
+
+
+def _leave(whole: Predictor, some: Predictor, left_P: Tensor, done_P: Tensor, span: Span) -> tuple[Predictor, Tensor]:
+    """Take what is done out of the batch, with its keys and values; the predictor of the others, and who they are."""
+    count = int(done_P.sum())  # the one place of a pass that waits for the device
+    if count == 0:
+        return some, left_P
+    more = span.stop < whole.tokens  # what follows needs the keys and values
+    if some is not whole and more:
+        places = done_P.nonzero().flatten()
+        give_back(some, places, whole, left_P[done_P], *_positions(whole, span))
+    if count == len(left_P):
+        return some, left_P[:0]
+    filled = _positions(whole, span)[0]
+    return narrow(some, (~done_P).nonzero().flatten(), filled), left_P[~done_P]
+
+
+def _positions(predictor: Predictor, span: Span) -> tuple[int, int]:
+    """Where the cache has the inputs that predict the span's tokens."""
+    prefixed = 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
+    return prefixed + span.start - predictor.first, prefixed + span.stop - predictor.first
+
+
+def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, left_P: Tensor) -> None:
+    """The span's tokens one by one, in place, for the sequences that are not done."""
+    everyone = len(left_P) == len(x_BNC)
+    start, stop = _positions(predictor, span)
+    some = predictor if everyone else narrow(predictor, left_P, start)
+    z_PNC = noise_BNC[left_P]
+    if span == Span(predictor.first, predictor.tokens):
+        x_BNC[left_P] = solve_sequential(some, z_PNC, Effort(), lambda _: None).x_BNC
+        return
+    x_PNC = x_BNC[left_P]
+    for index in range(span.start, span.stop):
+        advance(some, x_PNC, z_PNC, index)
+    x_BNC[left_P] = x_PNC
+    if not everyone and span.stop < predictor.tokens:
+        everything = torch.arange(len(left_P), device=left_P.device)
+        give_back(some, everything, predictor, left_P, start, stop)

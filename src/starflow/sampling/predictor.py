@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,11 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import Continuation
 from starflow.nn.cache import CachePool, CacheShape, KVCache
 from starflow.sampling import guidance as rules
+from starflow.sampling.engine.native import Engine
 from starflow.sampling.guidance import Guidance
+
+Guess = Literal["noise", "zero", "previous"]
+"""Start of an iteration: the noise, which is what the block before gave; zeros; or the last token that is solved."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Predictor:
     guidance: Guidance | None
     query_scale: Tensor | None
     """(R, 1, 1, 1) factor on the attention logits, or None."""
+    engine: Engine | None = None
+    """Compiled code that may take the place of the network, where it covers the block."""
 
     @staticmethod
     def of(
@@ -48,6 +55,7 @@ class Predictor:
         rotary: Tensor | None,
         guidance: Guidance | None,
         caches: CachePool,
+        engine: Engine | None = None,
     ) -> Predictor:
         """For a batch of pictures of N tokens; `conditions` are those of the branches: one, or with guidance two."""
         given = [condition for condition in conditions if condition is not None]
@@ -62,7 +70,7 @@ class Predictor:
             device=weight.device,
         )
         query_scale = None if guidance is None else guidance.query_scale()
-        return Predictor(block, tokens, cache, rotary, prefix_RSD, class_R1D, guidance, query_scale)
+        return Predictor(block, tokens, cache, rotary, prefix_RSD, class_R1D, guidance, query_scale, engine)
 
     @property
     def first(self) -> int:
@@ -115,11 +123,15 @@ class Effort:
     """How hard a parallel solver tries."""
 
     tolerance: float = 1e-3
-    """Relative change of a sequence under which it counts as converged."""
+    """Residual ||F(x) - x|| / ||F(x)|| of a sequence within which it counts as solved."""
     segment: int | None = None
     """Tokens solved at once; None is all of them."""
     max_iterations: int | None = None
     """Iterations a segment before it is solved token by token; None is as many as it has tokens, which is exact."""
+    guess: Guess = "noise"
+    """What a segment's tokens start from."""
+    draft: bool = False
+    """Start with passes whose products run in bfloat16; see `starflow.sampling.draft`."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +140,13 @@ class Solution:
 
     x_BNC: Tensor
     iterations: int
-    """Passes over some tokens that gave new values."""
+    """Passes over some tokens, drafts aside."""
     residual_B: Tensor
-    """Largest relative change of each sequence's last iteration; 0 is exact."""
+    """||F(x) - x|| / ||F(x)|| of each sequence, verified on the values returned; 0 is exact."""
+    drafts: int = 0
+    """Passes in lower precision that only gave guesses."""
+    single: int = 0
+    """Tokens solved one by one because iterating them gave no answer in time."""
 
 
 Report = Callable[[int], None]

@@ -8,6 +8,7 @@ Shapes: B pictures, C x H x W data, N tokens, D token channels, R rows of a guid
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ from starflow.errors import UserError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.cache import CachePool
+from starflow.sampling.engine.native import engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.jacobi import solve_jacobi
+from starflow.sampling.plan import Situation, machine_of
+from starflow.sampling.planner import Planner, Question, planner_of
 from starflow.sampling.predictor import Effort, Predictor, Report, Solution, Solver
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.settings import SampleSettings, SolverChoice
+from starflow.sampling.settings import BlockPolicy, CacheDtype, SampleSettings, SolverChoice
+from starflow.sampling.timing import wait
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
 
@@ -43,6 +48,7 @@ def sample(
     tolerance: float = 1e-3,
     segment: int | None = None,
     progress: Progress | None = None,
+    cache_dtype: CacheDtype = "network",
 ) -> Tensor:
     """Map noise to data; the inverse of `model(x, condition)` when unguided.
 
@@ -53,14 +59,16 @@ def sample(
         null_condition: what "no condition" is, as `condition` or one row for all; STARFlow needs it where
             guidance is above 0; TarFlow has its own and takes None.
         guidance: weight w >= 0, one for all or (B,); 0 is unguided.
-        solver: "sequential" (exact), "jacobi", "auto" (see `SampleSettings.policies`), or a BlockPolicy for
+        solver: "sequential" (exact), "jacobi", "auto" (see `starflow.sampling.planner`), or a BlockPolicy for
             each block from the data to the noise.
         guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
         guidance_schedule: "constant", or "linear": annealed, w n / (N - 1) for token n.
         attention_temperature: divides the null branch's attention logits; under 1 it guides TarFlow without a label.
-        tolerance: relative change of a sequence under which Jacobi stops; 0 iterates to the sequential answer.
+        tolerance: bound on the residual ||x - F(x)|| / ||x|| that every block leaves of every sequence; 0 is the
+            sequential answer.
         segment: tokens that "jacobi" and "auto" solve at once; None is all of them.
         progress: called with the tokens solved so far and in all.
+        cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
 
     Returns:
         (B, C, H, W), float32 (float64 when the model is float64).
@@ -69,7 +77,7 @@ def sample(
         UserError: shapes or values that the model or the solver cannot take.
     """
     settings = SampleSettings(
-        guidance, solver, guidance_rule, guidance_schedule, attention_temperature, tolerance, segment
+        guidance, solver, guidance_rule, guidance_schedule, attention_temperature, tolerance, segment, cache_dtype
     )
     return run(model, noise, condition, null_condition, settings, progress).x
 
@@ -95,28 +103,65 @@ def run(
     """As `sample`, and what the solvers did; a caller that samples again may keep the caches."""
     tokens_BND, grid = model.tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
-    policies = settings.policies(len(model.blocks), tokens)
+    policies = settings.policies(len(model.blocks))
     guidance = settings.guidance_for(tokens_BND)
-    conditions = _conditions(model, condition, null_condition, batch, guidance)
+    conditions = conditions_of(model, condition, null_condition, batch, guidance)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens_BND = tokens_BND * prior.exp()
-    report = _counter(progress, tokens * len(policies))
-    caches = caches or CachePool()
+    report = _counter(progress, tokens * len(model.blocks))
+    caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
+    planner = planner_of(model) if policies is None else None
+    situation = _situation(tokens_BND, model, guided=guidance is not None)
+    engine = engine_of(model)
     solutions = []
-    for block, policy, guided in reversed(list(zip(model.stack(), policies, model.guided, strict=True))):
+    for number, block in reversed(list(enumerate(model.stack()))):
+        guided = model.guided[number]
         rows = conditions if guided else conditions[:1]
         block_rotary = model.block_rotary(block, rotary)
-        predictor = Predictor.of(block, batch, tokens, rows, block_rotary, guidance if guided else None, caches)
-        effort = Effort(settings.tolerance, policy.segment, policy.max_iterations)
-        backwards = block.spec.backwards
-        solution = SOLVERS[policy.solver](predictor, in_order(tokens_BND, backwards=backwards), effort, report)
-        tokens_BND = in_order(solution.x_BNC, backwards=backwards)
+        rule = guidance if guided else None
+        predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
+        noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
+        if policies is not None:
+            solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
+        else:
+            assert planner is not None
+            question = Question(number, len(model.blocks), situation, settings.tolerance, settings.segment)
+            solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
+        tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
     return Sampling(model.picture(tokens_BND, grid), solutions[::-1])
 
 
-def _conditions(
+def solve(predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, report: Report) -> Solution:
+    """Invert one block by a policy."""
+    effort = Effort(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    return SOLVERS[policy.solver](predictor, noise_BNC, effort, report)
+
+
+def _solve_as_planned(
+    planner: Planner, question: Question, predictor: Predictor, noise_BNC: Tensor, report: Report
+) -> Solution:
+    """Let the planner choose, and tell it how that went."""
+    policy = planner.choose(question, predictor, noise_BNC)
+    if policy.solver == "sequential":
+        return solve(predictor, noise_BNC, policy, question.tolerance, report)
+    device = noise_BNC.device
+    wait(device)
+    started = time.perf_counter()
+    solution = solve(predictor, noise_BNC, policy, question.tolerance, report)
+    wait(device)
+    planner.learn(question, solution, time.perf_counter() - started)
+    return solution
+
+
+def _situation(tokens_BND: Tensor, model: Flow, *, guided: bool) -> Situation:
+    batch, tokens = tokens_BND.shape[:2]
+    dtype = str(model.network_dtype).removeprefix("torch.")
+    return Situation(machine_of(tokens_BND.device), dtype, batch, tokens, guided)
+
+
+def conditions_of(
     model: Flow, condition: Tensor | None, null_condition: Tensor | None, batch: int, guidance: Guidance | None
 ) -> list[Tensor | None]:
     """The condition as the blocks take it, and with guidance the null condition after it."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.sampling.guidance import Guidance, Rule, Schedule
+from starflow.sampling.predictor import Guess
 
 BlockSolver = Literal["sequential", "jacobi"]
+CacheDtype = Literal["network", "bfloat16"]
 SolverName = Literal["sequential", "jacobi", "auto"]
 
 
@@ -26,11 +28,16 @@ class BlockPolicy:
     """Tokens that Jacobi solves at once; None is all of them."""
     max_iterations: int | None = None
     """Jacobi iterations a segment before it is solved token by token; None is no limit, which is exact."""
+    guess: Guess = "noise"
+    """What Jacobi starts from."""
+    draft: bool = False
+    """Whether Jacobi's first passes run their products in bfloat16; the residual is that of the network itself."""
 
     def __post_init__(self) -> None:
         _check_choice("a block's solver", self.solver, get_args(BlockSolver))
         _check_count("segment", self.segment)
         _check_count("max_iterations", self.max_iterations)
+        _check_choice("guess", self.guess, get_args(Guess))
 
 
 SolverChoice = SolverName | Sequence[BlockPolicy]
@@ -51,12 +58,14 @@ class SampleSettings:
     attention_temperature: float = 1.0
     tolerance: float = 1e-3
     segment: int | None = None
+    cache_dtype: CacheDtype = "network"
 
     def __post_init__(self) -> None:
         if isinstance(self.solver, str):
             _check_choice("solver", self.solver, get_args(SolverName))
         _check_choice("guidance_rule", self.guidance_rule, get_args(Rule))
         _check_choice("guidance_schedule", self.guidance_schedule, get_args(Schedule))
+        _check_choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         _check_count("segment", self.segment)
         if not self.tolerance >= 0:
             raise UserError(f"tolerance is {self.tolerance}, expected at least 0")
@@ -80,11 +89,8 @@ class SampleSettings:
         rule, schedule = self.guidance_rule, self.guidance_schedule
         return Guidance(weight_B.expand(len(like)), rule, schedule, self.attention_temperature)
 
-    def policies(self, blocks: int, tokens: int) -> list[BlockPolicy]:
-        """The policy of each block, from the data to the noise.
-
-        "auto" solves the block next to the noise token by token and the others by Jacobi iteration, which
-        converges fast there, and gives up on it where it does not (SeJD, arXiv 2505.24791).
+    def policies(self, blocks: int) -> list[BlockPolicy] | None:
+        """The policy of each block, from the data to the noise; None where a planner is to choose ("auto").
 
         Raises:
             UserError: not one policy a block.
@@ -94,12 +100,9 @@ class SampleSettings:
             if len(policies) != blocks or not all(isinstance(policy, BlockPolicy) for policy in policies):
                 raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")
             return policies
-        if self.solver == "sequential":
-            return [BlockPolicy("sequential")] * blocks
-        if self.solver == "jacobi":
-            return [BlockPolicy("jacobi", self.segment)] * blocks
-        budget = max(4, (self.segment or tokens) // 4)
-        return [BlockPolicy("jacobi", self.segment, budget)] * (blocks - 1) + [BlockPolicy("sequential")]
+        if self.solver == "auto":
+            return None
+        return [BlockPolicy(self.solver, self.segment if self.solver == "jacobi" else None)] * blocks
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -70,6 +70,8 @@ class AutoencoderTask:
     def _indices(self, step: int) -> Tensor:
         return batch_indices(len(self.images), self.settings.batch, self.settings.seed, step)
 
+    flops = 0.0
+
     def _latent_noise(self, images: Tensor, draw: torch.Generator) -> Tensor:
         config = self.autoencoder.config
         count, height, width = len(images), images.shape[2] // config.factor, images.shape[3] // config.factor
@@ -77,15 +79,20 @@ class AutoencoderTask:
         sigma = low + (high - low) * torch.rand(count, 1, 1, 1, generator=draw)
         return (sigma * torch.randn(count, config.channels, height, width, generator=draw)).to(self._device)
 
-    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        draw = generator(self.settings.seed, "autoencoder", step)
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] and the noise of their latents."""
         images = to_unit(self.images[self._indices(step)].to(self._device))
+        noise = self._latent_noise(images, generator(self.settings.seed, "autoencoder", step))
+        return images[rows.start : rows.stop], noise[rows.start : rows.stop]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, noise = batch
         with network_precision(self.settings, self._device):
-            output = network(images, self._latent_noise(images, draw))
+            output = model(images, noise)
         return self.reconstruction_loss(output, images)
 
-    def batch_names(self, step: int) -> list[str]:
-        return [self.names[i] for i in self._indices(step).tolist()]
+    def batch_names(self, step: int, rows: range) -> list[str]:
+        return [self.names[i] for i in self._indices(step)[rows.start : rows.stop].tolist()]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -22,7 +22,7 @@ from starflow.data.latent_cache import (
 from starflow.data.pictures import to_unit
 from starflow.data.views import Views
 from starflow.latents.base import Autoencoder
-from starflow.train.randomness import generator
+from starflow.train.randomness import normal
 
 BATCH = 64
 
@@ -99,9 +99,9 @@ def _cache_conditions(views: Views, conditioner: Conditioner | None, folder: Pat
     return [distinct[key] for key in keys]
 
 
-def posterior_sample(mean: Tensor, std: Tensor | None, seed: int, step: int) -> Tensor:
-    """Latents (B, C, h, w) in float32: the mean, or a draw from the posterior where it has a spread."""
+def posterior_sample(mean: Tensor, std: Tensor | None, seed: int, step: int, rows: range) -> Tensor:
+    """Latents (B, C, h, w) of these rows of a batch, float32: the mean, or a draw where the posterior has a spread."""
     latents = mean.float()
     if std is None:
         return latents
-    return latents + std.float() * torch.randn(latents.shape, generator=generator(seed, "posterior", step))
+    return latents + std.float() * normal(rows, latents.shape[1:], seed, "posterior", step)

@@ -1,23 +1,37 @@
-"""Checkpoints of one process: a safetensors file a checkpoint, whole or not at all, the newest two kept.
+"""Checkpoints: a folder each, whole or not at all, the newest two kept; any layout reads any other's.
 
-Holds the model, its average, the optimiser's moments, and in the header the step and the settings. Random numbers
-need no state: data order is a function of (seed, epoch) and noise of (seed, step), so a resumed run repeats the
-uninterrupted one bit for bit.
+    checkpoints/step_00000200/model_00000.safetensors        weights that process 0 holds
+                              average_00000.safetensors      their averages
+                              exp_avg_00000.safetensors ..   the optimiser's moments
+                              index.json                     progress, and of every tensor its shape and pieces
+
+Every process writes its own pieces into a temporary folder; the main one adds the index and renames the folder, so
+that a kill at any moment leaves the old checkpoints as they were. Random numbers and the data's order need no state:
+they are functions of the seed and the step, so a resumed run repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from starflow.config import from_dict
 from starflow.errors import UserError
-from starflow.files import read_tensors, write_tensors
-from starflow.train.optimiser import AveragedWeights
+from starflow.files import read_json, write_json, write_tensors
+from starflow.train.distributed.pieces import first_row, is_writer, local, named_parameters, named_state
+from starflow.train.distributed.world import World
+from starflow.train.engine import Engine
+
+INDEX = "index.json"
+KEPT = 2
 
 
 @dataclass
@@ -28,71 +42,187 @@ class Progress:
     """Updates done."""
     best: float | None = None
     """Lowest held-out loss of the averaged weights so far."""
-
-
-def save_checkpoint(
-    folder: Path, progress: Progress, model: nn.Module, average: AveragedWeights, optimiser: torch.optim.Optimizer
-) -> Path:
-    """Write `folder/step_XXXXXXXX.safetensors` and drop all but the newest two."""
-    tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"average/{k}": v for k, v in average.state.items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    path = folder / f"step_{progress.step:08d}.safetensors"
-    write_tensors(path, tensors, {"progress": json.dumps({"step": progress.step, "best": progress.best})})
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
-    return path
+    norm: float = 0.0
+    """Running value of the gradient norm."""
+    skipped: int = 0
+    """Updates skipped for a gradient norm far above it."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step_*.safetensors"))
+    return sorted(path.parent for path in folder.glob(f"step_*/{INDEX}"))
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, average: AveragedWeights, optimiser: torch.optim.Optimizer
-) -> Progress:
-    """Restore everything that `save_checkpoint` wrote.
+def save_checkpoint(folder: Path, progress: Progress, engine: Engine) -> Path:
+    """Write `folder/step_XXXXXXXX` and drop all but the newest two; collective.
 
     Raises:
-        UserError: the file is damaged, or belongs to a model of another shape.
+        UserError: a process could not write; the old checkpoints are unchanged.
     """
-    from safetensors import safe_open
-
-    tensors = read_tensors(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
-    for name, tensor in tensors.items():
-        part, _, key = name.partition("/")
-        parts[part][key] = tensor
-    _check_same_shapes(path, model.state_dict(), parts["model"])
-    model.load_state_dict(parts["model"])
-    for name, tensor in parts["average"].items():
-        average.state[name].copy_(tensor)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimiser"].items():
-        index, _, key = name.partition("/")
-        moments.setdefault(int(index), {})[key] = tensor
-    state: dict[str, Any] = optimiser.state_dict()
-    optimiser.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-    _lay_out_as_parameters(optimiser)
-    with safe_open(path, "pt") as header:
-        progress = json.loads(header.metadata()["progress"])
-    return Progress(progress["step"], progress["best"])
+    world = engine.world
+    target = folder / f"step_{progress.step:08d}"
+    temporary = folder / f".step_{progress.step:08d}.tmp"
+    with _together(world, target):
+        if world.main:
+            _sweep(folder)
+            temporary.mkdir(parents=True)
+    world.wait()
+    with _together(world, target):
+        for part, tensors in _parts(engine).items():
+            _write_part(temporary / f"{part}_{world.rank:05d}.safetensors", part, tensors, main=world.main)
+    with _together(world, target):
+        if world.main:
+            index = {"progress": asdict(progress), "processes": world.size, "tensors": _index(temporary)}
+            write_json(temporary / INDEX, index)
+            _publish(temporary, target)
+    return target
 
 
-def _lay_out_as_parameters(optimiser: torch.optim.Optimizer) -> None:
-    """Give moments the memory format of their parameters: files know none, and fused updates rely on it being equal."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            state = optimiser.state[parameter]
-            for name, value in state.items():
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+@contextlib.contextmanager
+def _together(world: World, target: Path) -> Iterator[None]:
+    """Where one process cannot write, all stop, and each says so.
+
+    Raises:
+        UserError: the block failed here or elsewhere.
+    """
+    failure = ""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        failure = str(error)
+    if world.agree(failed=bool(failure)):
+        if world.main:
+            shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
+        kept = [path.name for path in checkpoints(target.parent)]
+        stands = f"the last checkpoint is still {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"cannot write checkpoint {target} ({failure or 'another process says why'}): {stands}; make room, then "
+            "run the same command again"
+        )
 
 
-def _check_same_shapes(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    wrong = sorted(k for k in expected.keys() & got.keys() if expected[k].shape != got[k].shape)
+def _parts(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """Everything that a checkpoint holds, by part and name."""
+    parts = {"model": named_state(engine.model), "average": engine.average.state}
+    for name, parameter in named_parameters(engine.model).items():
+        for kind, value in engine.optimiser.state.get(parameter, {}).items():
+            parts.setdefault(kind, {})[name] = value
+    return parts
+
+
+def _write_part(path: Path, part: str, tensors: Mapping[str, Tensor], *, main: bool) -> None:
+    """One file of this process's pieces; where each lies in its whole stands in the header."""
+    mine = {name: tensor for name, tensor in tensors.items() if is_writer(tensor, main=main)}
+    if mine:
+        places = {name: f"{first_row(tensor)} {list(tensor.shape)}" for name, tensor in mine.items()}
+        write_tensors(path, {name: local(tensor) for name, tensor in mine.items()}, {"part": part, **places})
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """Every tensor with its shape and its pieces, (file, first row), read back from the files' headers."""
+    tensors: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _opened(path) as file:
+            header = file.metadata()
+            for name in sorted(header.keys() - {"part"}):
+                first, _, shape = header[name].partition(" ")
+                sizes = [int(size) for size in shape.strip("[]").split(",") if size.strip()]
+                entry = tensors.setdefault(f"{header['part']}/{name}", {"shape": sizes, "pieces": []})
+                entry["pieces"].append([path.name, int(first)])
+    return tensors
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Rename, make the rename last, and only then drop old checkpoints."""
+    _sync(temporary)
+    if target.exists():  # a run that repeats the step of a checkpoint from before it was damaged
+        target.rename(target.with_name(f".{target.name}.old"))
+    temporary.rename(target)
+    _sync(target.parent)
+    for old in checkpoints(target.parent)[:-KEPT]:
+        old.rename(old.with_name(f".{old.name}.old"))  # never half a folder under a checkpoint's name
+    _sweep(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Drop what killed writes and half-done deletions left."""
+    for left in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")]:
+        shutil.rmtree(left)
+
+
+def load_checkpoint(path: Path, engine: Engine) -> Progress:
+    """Restore everything that `save_checkpoint` wrote, in any layout; not collective.
+
+    Raises:
+        UserError: a file is damaged, or belongs to a model of another shape.
+    """
+    index = read_json(path / INDEX)
+    tensors: dict[str, Any] = index["tensors"]
+    _make_moments(engine, tensors.keys())
+    expected = {f"{part}/{name}": t for part, named in _parts(engine).items() for name, t in named.items()}
+    _check_same_shapes(path, expected, tensors)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for name, tensor in expected.items():
+            for file, first in tensors[name]["pieces"]:
+                if file not in files:
+                    files[file] = stack.enter_context(_opened(path / file))
+                _read_overlap(files[file], name.partition("/")[2], first, tensor)
+    return from_dict(Progress, index["progress"])
+
+
+def _make_moments(engine: Engine, stored: Collection[str]) -> None:
+    """Give parameters the optimiser's state that was stored for them, to be filled."""
+    for name, parameter in named_parameters(engine.model).items():
+        if f"exp_avg/{name}" in stored:
+            engine.optimiser.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+def _read_overlap(file: Any, name: str, first: int, tensor: Tensor) -> None:
+    """Copy the rows that a stored piece, which begins at row `first`, shares with this process's."""
+    piece, mine = file.get_slice(name), local(tensor)
+    if mine.ndim == 0:
+        mine.copy_(file.get_tensor(name))
+        return
+    start = first_row(tensor)
+    low, high = max(first, start), min(first + piece.get_shape()[0], start + len(mine))
+    if low < high:
+        mine[low - start : high - start].copy_(piece[low - first : high - first])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        UserError: missing, truncated or foreign.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): delete {path.parent} to go on from an older checkpoint"
+        ) from None
+    with file as opened:
+        yield opened
+
+
+def _check_same_shapes(path: Path, expected: Mapping[str, Tensor], got: Mapping[str, Any]) -> None:
+    wrong = sorted(k for k in expected.keys() & got.keys() if list(expected[k].shape) != got[k]["shape"])
     wrong += sorted(expected.keys() ^ got.keys())
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")

@@ -1,11 +1,13 @@
 """Training of the flow on cached latents; see `starflow.train.loop.Task`.
 
-Every update draws, as functions of (seed, step): the pictures, the posterior's sample, the noise that makes the density
-continuous (section 3.3 of STARFlow, arXiv 2506.06276), and which conditions are dropped for the null one.
+Every update draws, as functions of (seed, step, place in the batch): the pictures, the posterior's sample, the noise
+that makes the density continuous (section 3.3 of STARFlow, arXiv 2506.06276), and which conditions are dropped for the
+null one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from starflow.data.latent_cache import LatentCache
+from starflow.data.pictures import dequantise
 from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow
 from starflow.train.cache import posterior_sample
+from starflow.train.distributed.world import World
+from starflow.train.flops import training_flops
 from starflow.train.objective import TracedLoss, bits_per_dim, nats_per_dim
 from starflow.train.precision import network_precision
-from starflow.train.randomness import batch_indices, generator
+from starflow.train.randomness import batch_indices, generator, normal, uniform
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
 
@@ -34,10 +39,14 @@ class FlowTask:
         cache: LatentCache,
         objective: Objective,
         settings: TrainSettings,
-        draw: Callable[[Path], None],
-        save: Callable[[Path], None],
+        draw: Callable[[Flow, Path], None],
+        save: Callable[[Flow, Path], None],
+        world: World | None = None,
     ) -> None:
-        self.flow = flow
+        """`flow` may be on the meta device; `draw` and `save` are handed the one to use."""
+        self.world = world or World(device=next(flow.parameters()).device)
+        self.reads_labels, self.flops = isinstance(flow, TarFlow), training_flops(flow)
+        self.null_label = flow.config.num_classes if isinstance(flow, TarFlow) else 0
         self.model: nn.Module = TracedLoss(flow, objective.latent_penalty)
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
@@ -49,16 +58,18 @@ class FlowTask:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.flow.parameters()).device
+        return self.world.device
 
-    def _indices(self, step: int) -> Tensor:
+    def _indices(self, step: int, rows: range) -> Tensor:
         seed, batch = self.settings.seed, self.settings.batch
-        return self.train[batch_indices(len(self.train), batch, seed, step)]
+        return self.train[batch_indices(len(self.train), batch, seed, step)[rows.start : rows.stop]]
 
-    def _noised(self, indices: Tensor, seed: int, step: int) -> Tensor:
+    def _noised(self, indices: Tensor, seed: int, step: int, rows: range) -> Tensor:
         std = None if self.cache.std is None else self.cache.std[indices]
-        latents = posterior_sample(self.cache.mean[indices], std, seed, step)
-        noise = torch.randn(latents.shape, generator=generator(seed, "noise", step))
+        latents = posterior_sample(self.cache.mean[indices], std, seed, step, rows)
+        if self.objective.noise == "uniform":
+            return dequantise(latents, uniform(rows, latents.shape[1:], seed, "noise", step)).to(self._device)
+        noise = normal(rows, latents.shape[1:], seed, "noise", step)
         return (latents + self.objective.noise_std * noise).to(self._device)
 
     def _conditions(self, indices: Tensor, dropped: Tensor | None) -> Tensor | None:
@@ -70,50 +81,63 @@ class FlowTask:
         if dropped is not None:
             assert self.cache.null is not None
             states[dropped] = self.cache.null.float()
-        if isinstance(self.flow, TarFlow):  # reads labels, -1 for no class; the cache holds one-hot rows
+        if self.reads_labels:  # -1 is no class; the cache holds one-hot rows
             labels = states[:, 0].argmax(dim=-1)
-            return labels.where(labels < self.flow.config.num_classes, -1).to(self._device)
+            return labels.where(labels < self.null_label, -1).to(self._device)
         return states.to(self._device)
 
-    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        indices, seed = self._indices(step), self.settings.seed
-        dropped = torch.rand(len(indices), generator=generator(seed, "drop", step)) < self.objective.drop_condition
-        with network_precision(self.settings, self._device):
-            loss, squares, logdet, penalty = network(
-                self._noised(indices, seed, step), self._conditions(indices, dropped)
-            )
-        return loss, {"squares": squares, "logdet": logdet, "penalty": penalty}
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor | None]:
+        """Noised latents (B, C, H, W) and their conditions."""
+        indices, seed = self._indices(step, rows), self.settings.seed
+        dropped = uniform(rows, (), seed, "drop", step) < self.objective.drop_condition
+        return self._noised(indices, seed, step, rows), self._conditions(indices, dropped)
 
-    def batch_names(self, step: int) -> list[str]:
-        return [self.cache.pictures[i].name for i in self._indices(step).tolist()]
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        with network_precision(self.settings, self._device):
+            loss, squares, logdet, penalty = model(*batch)
+        bits = bits_per_dim(squares.detach() - logdet.detach())
+        return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
+
+    def batch_names(self, step: int, rows: range) -> list[str]:
+        return [self.cache.pictures[i].name for i in self._indices(step, rows).tolist()]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Nats and bits per dimension of noised held-out latents, and of as many training ones."""
         count = len(self.heldout)
         some = self.train[torch.randperm(len(self.train), generator=generator(0, "evaluation", 0))[:count]]
         heldout, train = self._likelihood(model, self.heldout), self._likelihood(model, some)
+        # A density of evenly dequantised pixels, in units of a level, bounds the log-probability of the levels.
+        level = math.log(128) if self.objective.noise == "uniform" else 0.0
         return {
             "loss": heldout,
-            "nats_per_dim": nats_per_dim(heldout),
-            "bits_per_dim": bits_per_dim(heldout),
-            "train_nats_per_dim": nats_per_dim(train),
+            "nats_per_dim": nats_per_dim(heldout) + level,
+            "bits_per_dim": bits_per_dim(heldout + level),
+            "train_nats_per_dim": nats_per_dim(train) + level,
         }
 
     def _likelihood(self, model: nn.Module, indices: Tensor) -> float:
-        total = 0.0
-        for start in range(0, len(indices), EVALUATION_BATCH):
+        """Mean over these pictures, the batches dealt out to the processes."""
+        total = torch.zeros(1, device=self._device)
+        starts = list(range(0, len(indices), EVALUATION_BATCH))
+        rounds = -(-len(starts) // self.world.size)
+        for turn in range(rounds):  # a sharded model needs all processes in every pass: some may count for nothing
+            place = turn * self.world.size + self.world.rank
+            start = starts[place % len(starts)]
             batch = indices[start : start + EVALUATION_BATCH]
+            noised = self._noised(batch, 0, 0, range(start, start + len(batch)))
             with network_precision(self.settings, self._device):
-                _, squares, logdet, _ = model(self._noised(batch, 0, start), self._conditions(batch, None))
-            total += float(squares - logdet) * len(batch)
-        return total / len(indices)
+                _, squares, logdet, _ = model(noised, self._conditions(batch, None))
+            total += (squares - logdet) * (len(batch) if place < len(starts) else 0)
+        return self.world.total(total)[0] / len(indices)
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
-        self._draw(path)
+        assert isinstance(model, TracedLoss)
+        self._draw(model.flow, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        self._save(folder)
+        assert isinstance(model, TracedLoss)
+        self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
         loss = terms["squares"] - terms["logdet"]

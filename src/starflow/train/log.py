@@ -1,4 +1,11 @@
-"""A run's log: log.jsonl (one line a step, and one an evaluation) and TensorBoard files."""
+"""A run's log: log.jsonl (one line a step, and one an evaluation), TensorBoard files and, if asked for, W&B.
+
+What a line of an update holds, means over the whole batch: `loss` and the task's terms (of the flow: `squares` and
+`logdet`, nats a dimension, `penalty`, `bits_per_dim`), `gradient_norm`, `lr`, `skipped` (updates skipped so far),
+`pictures_per_second`, `data_wait` (seconds an update waited for its pictures), `memory_gib` (the most that a process
+has held), and of a task that counts its operations `tflops` (10^12 a second and process) and `utilisation` (their
+share of what the device can do).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +13,23 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from starflow.errors import UserError
 from starflow.files import write_text
 
 
 class RunLog:
-    """Appends to `folder/log.jsonl` and `folder/tensorboard`.
+    """Appends to `folder/log.jsonl`, `folder/tensorboard` and, where a project is named, to Weights & Biases.
 
     On resume, lines of steps after the checkpoint are dropped first: those updates are done again.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, project: str = "") -> None:
+        """Raises UserError: W&B is asked for and not installed."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._weights_and_biases = _open_wandb(project, folder) if project else None
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         if path.exists():
@@ -34,10 +45,23 @@ class RunLog:
         """One held-out evaluation; keys are prefixed with `heldout_` in log.jsonl."""
         self._write(step, "heldout", {f"heldout_{name}": value for name, value in measures.items()})
 
+    def picture(self, step: int, path: Path) -> None:
+        """A sample grid, as a PNG."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.picture(step, path)
+
     def _write(self, step: int, group: str, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.scalars(step, {f"{group}/{name}": value for name, value in values.items()})
 
     def __enter__(self) -> RunLog:
         return self
@@ -47,6 +71,37 @@ class RunLog:
     ) -> None:
         self._file.close()
         self._board.close()
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.close()
+
+
+class _WeightsAndBiases:
+    """The one place that knows wandb. A resumed run goes on in the same W&B run, named after its folder."""
+
+    def __init__(self, wandb: Any, project: str, folder: Path) -> None:
+        self._wandb = wandb
+        self._run = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        self._run.log({"samples": self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _open_wandb(project: str, folder: Path) -> _WeightsAndBiases:
+    import importlib
+
+    try:
+        wandb = importlib.import_module("wandb")
+    except ModuleNotFoundError:
+        raise UserError(
+            f"train.wandb is '{project}' and wandb is not installed: pip install wandb, or leave the key out"
+        ) from None
+    return _WeightsAndBiases(wandb, project, folder.absolute())
 
 
 def _whole_lines(path: Path) -> list[str]:

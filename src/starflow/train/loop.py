@@ -1,8 +1,9 @@
-"""The training loop, for every model alike.
+"""The training loop, for every model alike, in one process or many.
 
-A `Task` knows the data, the loss, the held-out measure and the pictures; the loop knows optimisation, averaging,
-logging, checkpoints and stopping. Contract: the loss of update t is a function of the weights, the settings' seed and t
-alone, so that a resumed run repeats an uninterrupted one bit for bit.
+A `Task` knows the data, the loss, the held-out measure and the pictures; the `Engine` holds what training changes; the
+loop knows when to do what. Contract: the loss of update t is a function of the weights, the settings' seed and t
+alone, whatever the number of processes and parts that share its batch, so that a resumed run repeats an uninterrupted
+one bit for bit, and another layout repeats it up to rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,10 +24,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from starflow.errors import UserError
+from starflow.files import alone_in
 from starflow.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from starflow.train.distributed.world import World
+from starflow.train.engine import Engine
+from starflow.train.flops import measured_peak
 from starflow.train.log import RunLog
-from starflow.train.optimiser import AveragedWeights, learning_rate, make_optimiser
+from starflow.train.optimiser import learning_rate
+from starflow.train.precision import network_dtype
 from starflow.train.settings import TrainSettings
+
+NORM_MEMORY = 0.02
+"""Weight of the newest gradient norm in its running value."""
+NORMS_BEFORE_SKIPS = 100
 
 
 class Interrupted(Exception):
@@ -33,20 +44,30 @@ class Interrupted(Exception):
 
 
 class Task(Protocol):
-    """What is trained. `network` is the model, compiled or not, and shares its weights."""
+    """What is trained.
+
+    `model` is wrapped in place by the loop; every other method is handed the model to use, which is that one or a
+    plain copy of it. Methods other than `draw` and `save` are called by all processes alike.
+    """
 
     model: nn.Module
+    flops: float
+    """Operations of one picture's forward and backward pass, or 0 where nobody counted."""
 
-    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss of update `step` and named terms to log (float32 scalars)."""
+    def batch(self, step: int, rows: range) -> Any:
+        """These rows of the batch of update `step`, as `loss` takes them; the time spent here is logged as a wait."""
         ...
 
-    def batch_names(self, step: int) -> list[str]:
-        """Names of the pictures in the batch of update `step`, for messages."""
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and named terms to log (float32 scalars), all means over the pictures."""
+        ...
+
+    def batch_names(self, step: int, rows: range) -> list[str]:
+        """Names of these pictures, for messages."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out measures; the key "loss" decides which average is best (lower is better)."""
+        """Held-out measures, equal in all processes; the key "loss" decides which average is best (lower is better)."""
         ...
 
     def draw(self, model: nn.Module, path: Path) -> None:
@@ -62,110 +83,239 @@ class Task(Protocol):
         ...
 
 
-def fit(task: Task, settings: TrainSettings, folder: Path, show_progress: bool = True) -> Progress:
+def fit(
+    task: Task, settings: TrainSettings, folder: Path, show_progress: bool = True, world: World | None = None
+) -> Progress:
     """Train until `settings.steps`, resuming from the newest checkpoint in `folder/checkpoints`.
 
     Writes log.jsonl, tensorboard/, samples/, checkpoints/, best/ (best held-out average) and model/ (the last average).
 
+    Args:
+        task: see `Task`.
+        settings: see `TrainSettings`.
+        folder: of the run; all processes must see the same one.
+        show_progress: draw a bar.
+        world: the processes that train together; None is this one alone.
+
     Raises:
-        UserError: loss not finite (nothing is updated), damaged checkpoint, unwritable folder.
+        UserError: loss not finite (nothing is updated), damaged checkpoint, unwritable folder, full disk, a batch or
+            a layout that the processes cannot share.
         Interrupted: after a signal, once a checkpoint has been written.
     """
-    optimiser = make_optimiser(task.model, settings)
-    average = AveragedWeights(task.model, settings.average)
-    found = checkpoints(folder / "checkpoints")
-    progress = load_checkpoint(found[-1], task.model, average, optimiser) if found else Progress()
-    network: nn.Module = torch.compile(task.model) if settings.compile else task.model  # type: ignore[assignment]
-
-    def checkpoint() -> None:
-        save_checkpoint(folder / "checkpoints", progress, task.model, average, optimiser)
-
-    with RunLog(folder, progress.step) as log, _signals() as stop, _bar(settings, progress, show_progress) as bar:
+    world = world or World(device=next(task.model.parameters()).device)
+    rows = settings.rows(world.rank, world.size)
+    engine = Engine(task.model, settings, world)
+    progress = _resume(folder / "checkpoints", engine)
+    meter = _Meter(task, settings, world) if progress.step < settings.steps else None
+    bar = _bar(settings, progress, show_progress and world.main)
+    with bar, _log(folder, progress, settings, world) as log, _signals(alone=world.size == 1) as stop:
         while progress.step < settings.steps:
-            terms = _update(task, network, average, optimiser, settings, progress)
-            bar.set_postfix(task.describe(terms), refresh=False)
-            bar.update()
-            log.step(progress.step, terms)
+            terms, stopping = _update(task, rows, engine, stop, progress)
+            assert meter is not None
+            terms |= meter.read()
             last = progress.step == settings.steps
+            _report(task, log, bar, progress, terms)
             if progress.step % settings.evaluate_every == 0 or last:
-                _evaluate(task, average, progress, folder, log)
+                _evaluate(task, engine, progress, folder, log)
             if progress.step % settings.sample_every == 0 or last:
-                with _weights(task.model, average.state):
-                    task.draw(task.model, folder / "samples" / f"step_{progress.step:08d}.png")
-            if progress.step % settings.checkpoint_every == 0 or last or stop:
-                checkpoint()
-            if stop and not last:
+                _draw(task, engine, progress, folder, log)
+            stopping |= world.size == 1 and bool(stop)
+            if progress.step % settings.checkpoint_every == 0 or last or stopping:
+                save_checkpoint(folder / "checkpoints", progress, engine)
+            if stopping and not last:
                 raise Interrupted(f"stopped at step {progress.step} of {settings.steps}; the same command resumes")
-    with _weights(task.model, average.state):
-        task.save(task.model, folder / "model")
+            meter.start()
+    _save(task, engine, folder / "model")
     return progress
 
 
-def _update(
-    task: Task,
-    network: nn.Module,
-    average: AveragedWeights,
-    optimiser: torch.optim.Optimizer,
-    settings: TrainSettings,
-    progress: Progress,
-) -> dict[str, float]:
-    started = time.perf_counter()
-    step = progress.step
-    rate = learning_rate(settings, step)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    network.train()
-    loss, terms = task.loss(network, step)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(task.model.parameters(), settings.clip)
-    values = {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in terms.items()}}
-    values |= {"gradient_norm": float(norm), "lr": rate}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-        names = ", ".join(task.batch_names(step)[:4])
+def _resume(folder: Path, engine: Engine) -> Progress:
+    """Load the newest checkpoint, or start at 0.
+
+    Raises:
+        UserError: damaged, of another model, or not the same for every process.
+    """
+    found = checkpoints(folder)
+    step = float(found[-1].name.removeprefix("step_")) if found else 0.0
+    seen = engine.world.total(torch.tensor([step, step * step], dtype=torch.float64, device=engine.world.device))
+    if seen != [engine.world.size * step, engine.world.size * step * step]:
         raise UserError(
-            f"loss {values['loss']} and gradient norm {values['gradient_norm']} at step {step} (batch: {names}, ...): "
-            "nothing was updated; lower train.lr or look at these pictures, then run again from the last checkpoint"
+            f"process {engine.world.rank} sees checkpoint {int(step)} in {folder} and another process a different "
+            "one: put the run's folder (--output) on a file system that all hosts share"
         )
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    average.update(task.model, step)
+    return load_checkpoint(found[-1], engine) if found else Progress()
+
+
+def _update(
+    task: Task, rows: list[range], engine: Engine, stop: list[int], progress: Progress
+) -> tuple[dict[str, float], bool]:
+    """One update of the weights, or none where the gradient is far above its running norm.
+
+    Returns:
+        What to log, and whether a process was told to stop.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    settings, step = engine.settings, progress.step
+    rate = learning_rate(settings, step)
+    engine.set_rate(rate)
+    engine.model.train()
+    sums: dict[str, Tensor] = {}
+    waited = 0.0
+    for part in rows:
+        started = time.perf_counter()
+        batch = task.batch(step, part)
+        waited += time.perf_counter() - started
+        engine.before_part(last=part == rows[-1])
+        loss, terms = task.loss(engine.model, batch)
+        (loss / len(rows)).backward()
+        for name, term in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0.0) + term.detach().float() / len(rows)
+    norm_on_device = engine.gradient_norm()
+    values, bad, stopping = _agree(sums, waited, stop, engine.world)
+    norm = float(norm_on_device)
+    if bad or not math.isfinite(norm) or not math.isfinite(values["loss"]):
+        _refuse(task, rows, engine.world, bad, f"loss {values['loss']} and gradient norm {norm} at step {step}")
+    if _is_far_above(norm, progress, settings):
+        progress.skipped += 1
+    else:
+        engine.apply(norm, step)
+    engine.forget_gradients()
+    _remember(norm, progress, settings)
     progress.step += 1
-    values["pictures_per_second"] = settings.batch / (time.perf_counter() - started)
-    return values
+    return {**values, "gradient_norm": norm, "lr": rate, "skipped": progress.skipped}, stopping
 
 
-def _evaluate(task: Task, average: AveragedWeights, progress: Progress, folder: Path, log: RunLog) -> None:
-    with _weights(task.model, average.state), torch.no_grad():
-        measures = task.evaluate(task.model)
+def _agree(
+    sums: Mapping[str, Tensor], waited: float, stop: list[int], world: World
+) -> tuple[dict[str, float], list[int], bool]:
+    """Means over all processes, the ranks whose loss is not finite, and whether one was told to stop."""
+    bad = torch.zeros(world.size, device=world.device)
+    bad[world.rank] = (~sums["loss"].isfinite()).float()
+    own = torch.tensor([waited, float(bool(stop))], device=world.device)
+    totals = world.total(torch.cat((torch.stack(list(sums.values())).to(world.device), own, bad)))
+    values = {name: total / world.size for name, total in zip([*sums, "data_wait"], totals, strict=False)}
+    ranks = [rank for rank, count in enumerate(totals[len(sums) + 2 :]) if count]
+    return values, ranks, totals[len(sums) + 1] > 0
+
+
+def _refuse(task: Task, rows: list[range], world: World, bad: list[int], what: str) -> None:
+    """Raise; the process whose own pictures did it names them."""
+    whose = ""
+    if world.rank in bad or not bad:
+        step = int(what.rpartition(" ")[2])
+        names = [name for part in rows for name in task.batch_names(step, part)]
+        whose = f" (batch: {', '.join(names[:4])}, ...)"
+    else:
+        whose = f" (process {bad[0]} names its pictures)"
+    raise UserError(
+        f"{what}{whose}: nothing was updated; lower train.lr or look at these pictures, then run again from the last "
+        "checkpoint"
+    )
+
+
+def _is_far_above(norm: float, progress: Progress, settings: TrainSettings) -> bool:
+    return progress.step >= NORMS_BEFORE_SKIPS and 0 < settings.skip_above * progress.norm < norm
+
+
+def _remember(norm: float, progress: Progress, settings: TrainSettings) -> None:
+    """Move the running norm; what is far above it counts as just so far, so that a lasting rise is followed."""
+    if progress.step >= NORMS_BEFORE_SKIPS and settings.skip_above:
+        norm = min(norm, settings.skip_above * progress.norm)
+    weight = max(NORM_MEMORY, 1 / (progress.step + 1))
+    progress.norm += weight * (norm - progress.norm)
+
+
+class _Meter:
+    """Pictures a second, memory, and the share of what the device can do."""
+
+    def __init__(self, task: Task, settings: TrainSettings, world: World) -> None:
+        self.batch, self.world = settings.batch, world
+        self.flops = task.flops * settings.batch / world.size
+        self.peak = 0.0
+        if self.flops:
+            self.peak = settings.peak_tflops * 1e12 or measured_peak(
+                world.device, network_dtype(settings, world.device)
+            )
+        self.start()
+
+    def start(self) -> None:
+        """An update begins."""
+        self.started = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """It has ended; evaluations, pictures and checkpoints come after."""
+        seconds = time.perf_counter() - self.started
+        values = {"pictures_per_second": self.batch / seconds, "memory_gib": peak_memory(self.world.device) / 2**30}
+        if self.flops:
+            rate = self.flops / seconds
+            values |= {"tflops": rate / 1e12, "utilisation": rate / self.peak}
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: of the GPU, or of the host where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _report(task: Task, log: RunLog | None, bar: tqdm[Any], progress: Progress, terms: dict[str, float]) -> None:
+    bar.set_postfix(task.describe(terms), refresh=False)
+    bar.update()
+    if log is not None:
+        log.step(progress.step, terms)
+
+
+def _evaluate(task: Task, engine: Engine, progress: Progress, folder: Path, log: RunLog | None) -> None:
+    with engine.averaged() as model, torch.no_grad():
+        measures = task.evaluate(model)
+    if log is not None:
         log.evaluation(progress.step, measures)
-        if progress.best is None or measures["loss"] < progress.best:
-            progress.best = measures["loss"]
-            task.save(task.model, folder / "best")
+    if progress.best is None or measures["loss"] < progress.best:
+        progress.best = measures["loss"]
+        _save(task, engine, folder / "best")
+
+
+def _draw(task: Task, engine: Engine, progress: Progress, folder: Path, log: RunLog | None) -> None:
+    path = folder / "samples" / f"step_{progress.step:08d}.png"
+    with engine.whole_average() as model:
+        if model is not None:
+            task.draw(model, path)
+    if log is not None and path.is_file():
+        log.picture(progress.step, path)
+
+
+def _save(task: Task, engine: Engine, folder: Path) -> None:
+    with engine.whole_average() as model:
+        if model is not None:
+            task.save(model, folder)
 
 
 @contextlib.contextmanager
-def _weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Run a block with `state` in the model, in eval mode, and put everything back."""
-    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(state)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.load_state_dict(own)
-        model.train()
+def _log(folder: Path, progress: Progress, settings: TrainSettings, world: World) -> Iterator[RunLog | None]:
+    """The run's log, which the main process writes, and which nobody else's may write meanwhile."""
+    if not world.main:
+        yield None
+        return
+    with alone_in(folder), RunLog(folder, progress.step, settings.wandb) as log:
+        yield log
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(*, alone: bool) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying in the middle of an update; the list is true once one came.
 
-    A second one does not wait for the update, the evaluation or the checkpoint.
+    Alone, a second one does not wait for the update, the evaluation or the checkpoint. Beside others it says nothing
+    new: Ctrl-C reaches every process, and torchrun sends its own signal after it.
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and alone:
             raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
         received.append(number)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from starflow.flow.model import Flow, Trace
+
+Number = TypeVar("Number", float, Tensor)
 
 
 class TracedLoss(nn.Module):
@@ -32,11 +35,11 @@ def likelihood_terms(trace: Trace) -> tuple[Tensor, Tensor]:
     return 0.5 * trace.z.square().mean(), trace.logdet.mean() / trace.z[0].numel()
 
 
-def nats_per_dim(loss: float) -> float:
+def nats_per_dim(loss: Number) -> Number:
     """Negative log-likelihood per dimension, in nats: the loss (without penalty) and the Gaussian's constant."""
     return loss + 0.5 * math.log(2 * math.pi)
 
 
-def bits_per_dim(loss: float) -> float:
+def bits_per_dim(loss: Number) -> Number:
     """`nats_per_dim` in bits; of the noised latents or pixels that the flow models."""
     return nats_per_dim(loss) / math.log(2)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from starflow.train.distributed.pieces import local, named_state
 from starflow.train.settings import TrainSettings
 
 
@@ -37,14 +38,14 @@ def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's state (parameters and floating buffers), in float32.
+    """Exponential moving average of a model's state (parameters and floating buffers), in float32, split as it is.
 
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.state = {name: tensor.clone() for name, tensor in named_state(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -52,10 +53,10 @@ class AveragedWeights:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = []
         current: list[Tensor] = []
-        for name, tensor in model.state_dict().items():
+        for name, tensor in named_state(model).items():
             if tensor.is_floating_point():
-                averaged.append(self.state[name])
-                current.append(tensor)
+                averaged.append(local(self.state[name]))
+                current.append(local(tensor))
             else:
                 self.state[name].copy_(tensor)
         torch._foreach_lerp_(averaged, current, weight)

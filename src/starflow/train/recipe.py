@@ -23,8 +23,9 @@ from starflow.train.settings import TrainSettings
 class DataRecipe:
     """Where pictures come from."""
 
-    source: Literal["glyphs", "folder", "shapes"] = "folder"
-    """The glyph set (`starflow prepare-data glyphs`), any folder of pictures, or coloured shapes drawn on the spot."""
+    source: Literal["glyphs", "folder", "shapes", "fashion-mnist"] = "folder"
+    """The glyph set (`starflow prepare-data glyphs`), any folder of pictures, coloured shapes drawn on the spot, or
+    Fashion-MNIST (`path` is the folder of its four files; empty is where Debian's package puts them)."""
     path: str = ""
     """The folder; empty for shapes."""
     shapes: int = 256
@@ -39,6 +40,8 @@ class AutoencoderRecipe:
     kind: Literal["small", "diffusers_kl", "diffusers_tiny", "pixels"] = "small"
     source: str = ""
     """Folder or hub id of a pretrained one; empty means: train `model` as a stage of this run."""
+    channels: int = 3
+    """Of pixels: 3, or 1 for grey."""
     model: SmallAutoencoderConfig = field(default_factory=SmallAutoencoderConfig)
     noise_min: float = 0.1
     noise_max: float = 0.3
@@ -68,6 +71,8 @@ class ConditioningRecipe:
 class Objective:
     """Maximum likelihood of noised latents, and its stabilisers (STARFlow, arXiv 2506.06276, section 3)."""
 
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    """Gaussian, of `noise_std`; or uniform within a pixel's 8-bit level, which makes exact bits per dimension."""
     noise_std: float = 0.3
     """Noise added to latents (or pixels), in their units."""
     drop_condition: float = 0.1

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from starflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How several processes (torchrun) share a model, and what is traded for memory."""
+
+    layout: Literal["replicated", "sharded", "hybrid"] = "replicated"
+    """Every process holds all weights; or a part of them (FSDP2); or a part within a group of processes, replicated
+    over the groups. One process alone always holds all."""
+    shard_size: int = 0
+    """Processes of a hybrid group; 0 is those of one host."""
+    accumulate: int = 1
+    """Parts that a process's share of the batch is cut into, one after the other, before an update."""
+    checkpoint_attention: bool = False
+    """Compute attention again in the backward pass instead of keeping its activations."""
+    checkpoint_mlp: bool = False
+    """The same for the MLPs, which hold most of a layer's activations."""
+    timeout: float = 600.0
+    """Seconds after which an update gives up on a process that does not answer."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.shard_size < 0 or self.timeout <= 0:
+            raise UserError("expected accumulate >= 1, shard_size >= 0 and timeout > 0")
 
 
 @dataclass(frozen=True)
@@ -18,7 +41,7 @@ class TrainSettings:
     steps: int
     """Updates in all."""
     batch: int = 32
-    """Pictures per update."""
+    """Pictures per update, over all processes and accumulated parts."""
     lr: float = 1e-4
     """Learning rate after warm-up."""
     min_lr: float = 0.0
@@ -34,18 +57,30 @@ class TrainSettings:
     weight_decay: float = 1e-4
     clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down."""
+    skip_above: float = 10.0
+    """An update whose gradient norm is more than this many times its running value is skipped, once 100 updates have
+    been seen; 0 is never."""
     average: float = 0.999
     """Decay per update of the averaged weights, reached from below as (1 + t) / (10 + t)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the network; "auto" is bfloat16 on a GPU that has it, else float32. Losses are always float32."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile every Transformer layer with torch.compile."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     evaluate_every: int = 500
     """Updates between held-out evaluations of the averaged weights; the best average is kept apart."""
     sample_every: int = 500
     """Updates between pictures."""
     checkpoint_every: int = 200
     """Updates between checkpoints; the newest two are kept."""
+    peak_tflops: float = 0.0
+    """What a device can do, in 10^12 floating-point operations a second, which the log's utilisation is a share of;
+    0 measures a large matrix product at the start."""
+    wandb: str = ""
+    """A Weights & Biases project to log to beside TensorBoard; needs the package wandb."""
+    init_from: str = ""
+    """Where the first weights come from instead of chance: the bundled model's name, a folder or a hub id. A flow may
+    also take a Gemma-style language model for its deep block."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,3 +93,21 @@ class TrainSettings:
             raise UserError(f"expected 0 <= min_lr <= lr and lr > 0, got lr {self.lr} and min_lr {self.min_lr}")
         if not 0 <= self.decay <= 1 or not 0 <= self.average < 1 or self.clip <= 0:
             raise UserError("expected 0 <= decay <= 1, 0 <= average < 1 and clip > 0")
+        if self.skip_above and self.skip_above <= 1:
+            raise UserError(f"'skip_above' is {self.skip_above}, expected more than 1, or 0 for never")
+
+    def rows(self, rank: int, size: int) -> list[range]:
+        """Which of the batch's pictures a process sees, one range an accumulated part.
+
+        Raises:
+            UserError: the batch cannot be cut into equal parts.
+        """
+        parts = size * self.parallel.accumulate
+        if self.batch % parts:
+            raise UserError(
+                f"train.batch is {self.batch}, expected a multiple of {parts} ({size} processes x "
+                f"{self.parallel.accumulate} accumulated parts): every part has the same number of pictures"
+            )
+        each = self.batch // parts
+        first = rank * self.parallel.accumulate
+        return [range((first + part) * each, (first + part + 1) * each) for part in range(self.parallel.accumulate)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,25 @@ from tqdm import tqdm
 from starflow import files
 from starflow.conditioning import ClassLabels, Conditioner, TextEncoder
 from starflow.config import to_dict
+from starflow.data.fashion_mnist import read_fashion_mnist
 from starflow.data.latent_cache import is_whole, read_cache
 from starflow.data.pictures import from_pil, save_grid
 from starflow.data.records import read_folder
 from starflow.data.shapes import draw_shapes
 from starflow.data.views import Views, load_views, make_views, save_views
 from starflow.errors import UserError
-from starflow.flow.model import STARFlow, TarFlow, build
+from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.small import SmallAutoencoder, load_small
 from starflow.model_config import config_from_dict
-from starflow.pipeline import PipelineConfig, StarFlowPipeline
+from starflow.pipeline import Cleaning, PipelineConfig, StarFlowPipeline
 from starflow.train.autoencoder import AutoencoderTask
 from starflow.train.cache import cache_latents
+from starflow.train.distributed.world import World
 from starflow.train.flow import FlowTask
+from starflow.train.init_from import autoencoder_folder, fill, read_initial
 from starflow.train.loop import fit
-from starflow.train.recipe import Recipe
+from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Run:
     folder: Path
     device: torch.device
     progress: bool = True
+    world: World = field(default_factory=World)
 
     def say(self, text: str) -> None:
         """One line about what happens next."""
@@ -52,8 +56,8 @@ class Run:
             tqdm.write(text)
 
 
-def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = True) -> Run:
-    """Prepare the run's folder.
+def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = True, world: World | None = None) -> Run:
+    """Prepare the run's folder; `world` is the processes that train together, None this one alone.
 
     Raises:
         UserError: it cannot be written, or holds a run whose finished stages this recipe would have made otherwise.
@@ -62,8 +66,10 @@ def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = T
     path = folder / "recipe.json"
     if path.is_file():
         _check_same_stages(files.read_json(path), to_dict(recipe), folder)
-    files.write_json(path, to_dict(recipe))
-    return Run(recipe, folder, device, progress)
+    world = world or World(device=device)
+    if world.main:
+        files.write_json(path, to_dict(recipe))
+    return Run(recipe, folder, world.device, progress and world.main, world)
 
 
 def _check_same_stages(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -89,6 +95,8 @@ def _draw_views(run: Run) -> Views:
     data = run.recipe.data
     if data.source == "shapes":
         return draw_shapes(data.shapes, data.views.size, data.views.seed)
+    if data.source == "fashion-mnist":
+        return read_fashion_mnist(Path(data.path) if data.path else None)
     if not Path(data.path).is_dir():
         fix = "run `starflow prepare-data glyphs`" if data.source == "glyphs" else "set data.path to your pictures"
         raise UserError(f"no folder of pictures at '{data.path}': {fix}")
@@ -104,10 +112,10 @@ def prepare_autoencoder(run: Run) -> Autoencoder:
     """The recipe's autoencoder: pretrained, identity, or trained here unless its model is there already."""
     recipe = run.recipe.autoencoder
     if recipe.kind != "small":
-        spec = AutoencoderSpec(recipe.kind, channels=3, factor=1, source=recipe.source)
+        spec = AutoencoderSpec(recipe.kind, channels=recipe.channels, factor=1, source=recipe.source)
         return _on(load_autoencoder(spec) if recipe.kind == "pixels" else _pretrained(recipe.kind, recipe.source), run)
     if recipe.source:
-        return _on(load_small(Path(recipe.source)), run)
+        return _on(load_small(autoencoder_folder(recipe.source)), run)
     folder = run.folder / "autoencoder"
     if not (folder / "model" / "config.json").is_file():
         _train_autoencoder(run, folder)
@@ -116,8 +124,10 @@ def prepare_autoencoder(run: Run) -> Autoencoder:
 
 def _pretrained(kind: str, source: str) -> Autoencoder:
     from starflow.latents import KLLatents, TinyLatents
+    from starflow.latents.trainable import decoder_noise
 
-    return KLLatents.from_pretrained(source) if kind == "diffusers_kl" else TinyLatents.from_pretrained(source)
+    adapter = KLLatents if kind == "diffusers_kl" else TinyLatents
+    return adapter.from_pretrained(source, noise_std=decoder_noise(source))
 
 
 def _on(autoencoder: Autoencoder, run: Run) -> Autoencoder:
@@ -133,12 +143,30 @@ def _train_autoencoder(run: Run, folder: Path) -> None:
     train = [index for index, split in enumerate(views.splits) if split == "train"]
     heldout = [index for index, split in enumerate(views.splits) if split == "heldout"]
     torch.manual_seed(recipe.train.seed)
-    model = SmallAutoencoder(recipe.model).to(run.device)
+    if recipe.train.init_from:
+        model = _trained_before(recipe).to(run.device)
+    else:
+        model = SmallAutoencoder(recipe.model).to(run.device)
     names = [views.names[index] for index in train]
     noise = (recipe.noise_min, recipe.noise_max)
     task = AutoencoderTask(model, views.images[train], names, views.images[heldout], noise, recipe.loss, recipe.train)
     run.say(f"autoencoder: {recipe.train.steps} steps on {len(train)} views")
     fit(task, recipe.train, folder, run.progress)
+
+
+def _trained_before(recipe: AutoencoderRecipe) -> SmallAutoencoder:
+    """The autoencoder that `autoencoder.train.init_from` names, to go on with.
+
+    Raises:
+        UserError: it is of another shape than `autoencoder.model`.
+    """
+    found = load_small(autoencoder_folder(recipe.train.init_from)).network
+    if found.config != recipe.model:
+        raise UserError(
+            f"autoencoder.model is {to_dict(recipe.model)}, but '{recipe.train.init_from}' has "
+            f"{to_dict(found.config)}: give the same sizes"
+        )
+    return found.train().requires_grad_(True)
 
 
 def prepare_conditioner(run: Run, views: Views | None) -> Conditioner | None:
@@ -180,16 +208,21 @@ def prepare_latents(run: Run) -> None:
 
 
 def train_flow(run: Run) -> Path:
-    """Run every missing stage, then train the flow; returns the folder of the finished pipeline."""
-    prepare_latents(run)
+    """Run every missing stage, then train the flow; returns the folder of the finished pipeline.
+
+    The main process runs the stages before the flow alone; all of them train it.
+    """
+    run.world.first(lambda: prepare_latents(run))
     cache = read_cache(run.folder / "latents")
     autoencoder = prepare_autoencoder(run)
     conditioner = prepare_conditioner(run, None)
-    torch.manual_seed(run.recipe.train.seed)
-    flow = build_flow(run.recipe, autoencoder.spec, conditioner, side=cache.mean.shape[-1]).to(run.device)
-    pipeline = StarFlowPipeline(
-        flow, autoencoder, conditioner, _pipeline_config(run, autoencoder, conditioner, cache.info)
-    )
+    flow = _first_flow(run, autoencoder.spec, conditioner, side=cache.mean.shape[-1])
+    config = _pipeline_config(run, autoencoder, conditioner, cache.info)
+
+    def pipeline(trained: Flow) -> StarFlowPipeline:
+        assert isinstance(trained, (STARFlow, TarFlow))
+        return StarFlowPipeline(trained, autoencoder, conditioner, config)
+
     count = sum(parameter.numel() for parameter in flow.parameters())
     run.say(
         f"flow: {count / 1e6:.1f} M parameters, {run.recipe.train.steps} steps on {len(cache.split('train'))} views"
@@ -199,22 +232,37 @@ def train_flow(run: Run) -> Path:
         cache,
         run.recipe.objective,
         run.recipe.train,
-        draw=lambda path: _draw_samples(run.recipe, pipeline, path),
-        save=pipeline.save_pretrained,
+        draw=lambda trained, path: _draw_samples(run.recipe, pipeline(trained), path),
+        save=lambda trained, folder: pipeline(trained).save_pretrained(folder),
+        world=run.world,
     )
-    fit(task, run.recipe.train, run.folder, run.progress)
+    fit(task, run.recipe.train, run.folder, run.progress, run.world)
     return run.folder / "model"
 
 
+def _first_flow(run: Run, latents: AutoencoderSpec, conditioner: Conditioner | None, side: int) -> STARFlow | TarFlow:
+    """The recipe's flow: on the meta device, or with the weights that `train.init_from` names."""
+    recipe, source = run.recipe, run.recipe.train.init_from
+    initial = read_initial(source, recipe.flow) if source else None
+    with torch.device("meta"):  # the engine gives every process its part of the first weights
+        flow = build_flow(initial.options if initial else recipe.flow, latents, conditioner, side)
+    if initial is not None:
+        # Several processes may share the weights of a model that one of them cannot hold.
+        device = run.device if run.world.size == 1 else torch.device("cpu")
+        fresh = fill(flow, initial, recipe.train.seed, device)
+        run.say(f"first weights from {source}" + (f"; {len(fresh)} start anew, {fresh[0]} first" if fresh else ""))
+    return flow
+
+
 def build_flow(
-    recipe: Recipe, latents: AutoencoderSpec, conditioner: Conditioner | None, side: int
+    own: Mapping[str, Any], latents: AutoencoderSpec, conditioner: Conditioner | None, side: int
 ) -> STARFlow | TarFlow:
-    """A new flow of the recipe's shape for these latents of `side` x `side` and this condition.
+    """A new flow of these options for these latents of `side` x `side` and this condition.
 
     Raises:
         UserError: an unknown option, or options that do not fit.
     """
-    options: dict[str, Any] = {"in_channels": latents.channels, "img_size": side, **recipe.flow}
+    options: dict[str, Any] = {"in_channels": latents.channels, "img_size": side, **own}
     if options.get("kind") == "tarflow":
         return build(config_from_dict({"num_classes": _classes(conditioner), **options}))
     layers = options.get("layers_per_block")
@@ -237,12 +285,24 @@ def _pipeline_config(
     return PipelineConfig(
         name=run.recipe.name,
         image_size=int(info["image_size"]),
-        noise_std=run.recipe.objective.noise_std,
+        noise=run.recipe.objective.noise,
+        noise_std=run.recipe.objective.noise_std if run.recipe.objective.noise == "gaussian" else 0.0,
         autoencoder=autoencoder.spec,
         conditioner=conditioner.spec if conditioner else None,
         guidance=run.recipe.guidance if conditioner else 0.0,
-        cleaning="decoder" if autoencoder.spec.noise_std > 0 else "tweedie",
+        cleaning=_cleaning(run.recipe.objective, autoencoder),
     )
+
+
+def _cleaning(objective: Objective, autoencoder: Autoencoder) -> Cleaning:
+    """The way out of the noise: none to leave, a decoder trained for it, or else a Tweedie step."""
+    if objective.noise == "uniform":
+        if autoencoder.spec.kind != "pixels":
+            raise UserError(
+                f"objective.noise is uniform, which is for pixels: the autoencoder is a '{autoencoder.spec.kind}'"
+            )
+        return "none"
+    return "decoder" if autoencoder.spec.noise_std > 0 else "tweedie"
 
 
 def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> None:

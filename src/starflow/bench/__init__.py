@@ -1,0 +1,1 @@
+"""Measurements of speed against what the machine can do."""

@@ -1,0 +1,68 @@
+"""`python -m starflow.claims NAME`: compute what is missing of a claim, draw its plot, write its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from starflow.claims.cells import Result, document, write_result
+
+NAMES = ("universality", "deep-shallow", "guidance")
+
+
+def main() -> int:
+    """Run one claim and return the exit code."""
+    from starflow.errors import UserError
+
+    parser = argparse.ArgumentParser(prog="python -m starflow.claims", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--output", type=Path, help="the claim's folder (default: results/NAME)")
+    parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
+    parser.add_argument("--quick", action="store_true", help="a minute's run that proves the code, not the claim")
+    parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the claim's own)")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four files (default: Debian's)")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    folder: Path = options.output or Path("results") / options.name
+    try:
+        result = _run(options, folder)
+    except UserError as error:
+        print(f"starflow.claims: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
+    write_result(folder, result)
+    if options.document and not options.quick:
+        document(options.document, result, folder / f"{result.name}.png")
+    print(result.verdict)
+    return 0
+
+
+def _run(options: argparse.Namespace, folder: Path) -> Result:
+    import dataclasses
+
+    import torch
+
+    from starflow.claims import deep_shallow, guidance, universality
+
+    command = " ".join(["python -m starflow.claims", *sys.argv[1:]])
+    changed = {"steps": options.steps} if options.steps else {}
+    device = torch.device(options.device)
+    if options.name == "universality":
+        budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
+        return universality.run(folder, budget, _say, command)
+    if options.name == "deep-shallow":
+        deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
+        return deep_shallow.run(folder, deep, _say, command, options.data, device)
+    guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
+    return guidance.run(folder, guided, _say, command, options.data, device)
+
+
+def _say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""An autoencoder's decoder as something to train, and the autoencoder written back with what its decoder undoes.
+
+A folder written here is what the adapter of its kind reads, and `noise.json` beside the weights says which latent
+noise the decoder was fine-tuned for (diffusers' own configs have no place for it).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from starflow.errors import UserError
+from starflow.files import check_output_folder, read_json, write_json
+from starflow.hub import local_or_hub
+from starflow.latents.base import Autoencoder
+from starflow.latents.diffusers_kl import KLLatents
+from starflow.latents.diffusers_tiny import TAESD_FILES, TinyLatents
+from starflow.latents.small import SmallLatents, load_small, save_small
+
+NOISE = "noise.json"
+Trainable = KLLatents | TinyLatents | SmallLatents
+
+
+class Decoder(nn.Module):
+    """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), unclamped, so that gradients reach what is too bright.
+
+    It holds the weights that decoding uses, and no others, and shares them with the autoencoder.
+    """
+
+    def __init__(self, autoencoder: Trainable) -> None:
+        super().__init__()
+        network: Any = autoencoder.network
+        self.decoder = network.decoder
+        self.post_quant_conv = getattr(network, "post_quant_conv", None)
+        # A bound method is no module, so the encoder's weights stay out of this one's.
+        self._decode, self._scaling = network.decode, autoencoder.spec.scaling
+        self._shift = autoencoder.shift if isinstance(autoencoder, KLLatents) else 0.0
+        self._wrapped = not isinstance(autoencoder, SmallLatents)
+        self.requires_grad_(True)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third of the time on a CPU
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """See the class."""
+        raw = (latents / self._scaling + self._shift).contiguous(memory_format=torch.channels_last)
+        images: Tensor = self._decode(raw, return_dict=False)[0] if self._wrapped else self._decode(raw)
+        return images
+
+
+def decoder_noise(source: str) -> float:
+    """The latent noise that the decoder in a folder was fine-tuned for; 0 where nothing says so."""
+    path = Path(source).expanduser() / NOISE
+    return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
+
+
+def open_trainable(source: str) -> Trainable:
+    """The autoencoder in a folder or hub repository, by what its config.json says it is.
+
+    Raises:
+        UserError: nothing there, or nothing with a decoder of its own.
+    """
+    folder = Path(source).expanduser()
+    if all((folder / name).is_file() for name in TAESD_FILES) and not (folder / "config.json").exists():
+        return TinyLatents.from_pretrained(source)
+    values = read_json(local_or_hub(source, ("config.json",), ("*.safetensors",)) / "config.json")
+    kind = values.get("_class_name") if isinstance(values, dict) else None
+    if kind == "AutoencoderKL":
+        return KLLatents.from_pretrained(source, noise_std=decoder_noise(source))
+    if kind == "AutoencoderTiny":
+        return TinyLatents.from_pretrained(source, noise_std=decoder_noise(source))
+    if isinstance(values, dict) and values.get("kind") == "small":
+        return load_small(folder)
+    raise UserError(
+        f"'{source}' is a {kind or 'folder of something else'}, expected an AutoencoderKL, an AutoencoderTiny or ours"
+    )
+
+
+def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> None:
+    """Write the autoencoder and the noise that its decoder undoes; its config comes last.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if isinstance(autoencoder, SmallLatents):
+        save_small(autoencoder.network, folder, noise_std)
+        return
+    check_output_folder(folder)
+    network: Any = autoencoder.network
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        network.save_pretrained(name, safe_serialization=True)
+        write_json(Path(name) / NOISE, {"noise_std": noise_std})
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)

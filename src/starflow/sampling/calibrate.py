@@ -1,0 +1,251 @@
+"""Measure once how each block of a trained model converges, and which policy is the fastest here.
+
+Contract: every candidate is judged on what the model itself makes of the given noise and conditions, against the exact
+sequential answer; a policy is a plan's choice only if it met the tolerance for every picture, without help token by
+token, in less time than going token by token. (GS-Jacobi, arXiv 2505.12849; SeJD, arXiv 2505.24791.)
+
+Shapes: B batch, N tokens, C token channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.model import Flow
+from starflow.flow.tokens import in_order
+from starflow.model_config import config_to_dict
+from starflow.nn.cache import CachePool
+from starflow.sampling.draft import can_draft
+from starflow.sampling.engine.native import engine_of
+from starflow.sampling.guidance import Guidance
+from starflow.sampling.jacobi import Span, relative_change, step
+from starflow.sampling.plan import Candidate, Choice, Convergence, Plan, Policy, Situation, machine_of
+from starflow.sampling.planner import MARGIN, SLACK
+from starflow.sampling.predictor import Guess, Predictor, Solution
+from starflow.sampling.sampler import conditions_of, run, solve
+from starflow.sampling.settings import BlockPolicy, SampleSettings
+from starflow.sampling.timing import Clock, fastest
+
+SEGMENTS = (4, 8, 16, 32, 64)
+HOPELESS = 0.6
+"""Contraction above which whole sequences are not tried: a residual of 1e-3 would take over 13 passes."""
+LONG = 1.5
+"""Candidates whose predicted time is above this many times that of going token by token are not run."""
+
+Note = Callable[[str], None]
+"""Told what is being done."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to calibrate with; the more pictures, the surer."""
+
+    noise: Tensor
+    """(B, C, H, W)"""
+    condition: Tensor | None
+    null_condition: Tensor | None
+    settings: SampleSettings
+    """Guidance, its rule, and the tolerance."""
+
+    def first(self, batch: int) -> Material:
+        """`batch` pictures of it, repeated where there are fewer."""
+        index = torch.arange(batch, device=self.noise.device) % len(self.noise)
+        null = self.null_condition
+        return Material(
+            self.noise[index],
+            None if self.condition is None else self.condition[index],
+            null if null is None or len(null) == 1 else null[index],
+            self.settings,
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One block with its exact answer."""
+
+    number: int
+    predictor: Predictor
+    noise_BNC: Tensor
+    x_BNC: Tensor
+
+    @property
+    def span(self) -> Span:
+        return Span(self.predictor.first, self.predictor.tokens)
+
+
+@torch.no_grad()
+def calibrate(model: Flow, material: Material, batches: Sequence[int], repeats: int = 3, note: Note = print) -> Policy:
+    """The policy of a model on the device that it is on.
+
+    Args:
+        model: trained; random weights converge at once or never and say nothing.
+        material: pictures of the kind that will be sampled.
+        batches: sizes to time.
+        repeats: runs of which the fastest counts.
+        note: told of every block.
+
+    Raises:
+        UserError: noise or conditions that the model cannot take.
+    """
+    solved = solve_exactly(model, material)
+    convergence = []
+    for block in solved:
+        note(f"block {block.number}: how it converges")
+        convergence.append(converge(block, material.settings.tolerance))
+    plans = []
+    for batch in batches:
+        note(f"batch {batch}: what is fastest")
+        plans.append(_plan(model, material.first(batch), convergence, repeats))
+    tolerance = material.settings.tolerance
+    return Policy(config_to_dict(model.config), tolerance, tuple(convergence), tuple(plans))
+
+
+def solve_exactly(model: Flow, material: Material) -> list[Solved]:
+    """Every block with the noise that reaches it and its exact answer, from the data to the noise."""
+    tokens_BND, grid = model.tokens(material.noise)
+    guidance = material.settings.guidance_for(tokens_BND)
+    conditions = conditions_of(model, material.condition, material.null_condition, len(tokens_BND), guidance)
+    rotary, prior = model.rotary(grid), model.prior_log_std()
+    if prior is not None:
+        tokens_BND = tokens_BND * prior.exp()
+    found = []
+    for number, block in reversed(list(enumerate(model.stack()))):
+        guided = model.guided[number]
+        predictor = _predictor(model, block, tokens_BND, conditions, rotary, guidance if guided else None)
+        noise = in_order(tokens_BND, backwards=block.spec.backwards)
+        x = solve(predictor, noise, BlockPolicy(), 0.0, _silent).x_BNC
+        found.append(Solved(number, predictor, noise, x))
+        tokens_BND = in_order(x, backwards=block.spec.backwards)
+    return found[::-1]
+
+
+def _predictor(
+    model: Flow,
+    block: AutoregressiveBlock,
+    tokens_BND: Tensor,
+    conditions: list[Tensor | None],
+    rotary: Tensor | None,
+    guidance: Guidance | None,
+) -> Predictor:
+    batch, tokens = tokens_BND.shape[:2]
+    rows = conditions if guidance is not None else conditions[:1]
+    block_rotary = model.block_rotary(block, rotary)
+    return Predictor.of(block, batch, tokens, rows, block_rotary, guidance, CachePool(), engine_of(model))
+
+
+def converge(block: Solved, tolerance: float) -> Convergence:
+    """How a block converges, and the parallel policies that meet the tolerance."""
+    starts = {guess: _distance(start(block, guess), block) for guess in get_args(Guess)}
+    whole: Guess = "noise" if starts["noise"] <= starts["zero"] else "zero"
+    contraction = contraction_of(block, start(block, whole))
+    tried = [BlockPolicy("jacobi", None, None, whole)] if contraction < HOPELESS else []
+    within: Guess = "previous" if starts["previous"] < starts[whole] else whole
+    length = block.predictor.tokens
+    tried += [BlockPolicy("jacobi", segment, None, within) for segment in SEGMENTS if segment < length]
+    found = []
+    for policy in tried:
+        for draft in (False, True) if can_draft(block.predictor) else (False,):
+            candidate = _try(block, dataclasses.replace(policy, draft=draft), tolerance)
+            found += [] if candidate is None else [candidate]
+    return Convergence(contraction, starts, tuple(sorted(found, key=lambda one: one.passes)))
+
+
+def start(block: Solved, guess: Guess) -> Tensor:
+    """x_0 of a whole sequence; "previous" as if every token were the first of a segment."""
+    if guess == "noise":
+        return block.noise_BNC
+    if guess == "zero":
+        return torch.zeros_like(block.x_BNC)
+    return torch.nn.functional.pad(block.x_BNC, (0, 0, 1, 0))[:, :-1]
+
+
+def contraction_of(block: Solved, guess_BNC: Tensor, steps: int = 4) -> float:
+    """Geometric mean of ||F(x_k) - x|| / ||x_k - x|| over the first steps, the worst picture's."""
+    block.predictor.prefill()
+    x_BNC, errors = guess_BNC.clone(), [relative_change(block.x_BNC, guess_BNC)]
+    for _ in range(steps):
+        x_BNC[:, block.span.start :] = step(block.predictor, x_BNC, block.noise_BNC, block.span)
+        errors.append(relative_change(block.x_BNC, x_BNC))
+    floor = torch.finfo(errors[0].dtype).eps
+    ratios = (errors[-1].clamp(min=floor) / errors[0].clamp(min=floor)) ** (1 / steps)
+    value = float(ratios.max())
+    return value if math.isfinite(value) else math.inf
+
+
+def _distance(guess_BNC: Tensor, block: Solved) -> float:
+    return float(relative_change(block.x_BNC, guess_BNC).max())
+
+
+def _try(block: Solved, policy: BlockPolicy, tolerance: float) -> Candidate | None:
+    """The policy with its passes, if it meets the tolerance in fewer passes than half its tokens."""
+    tokens = block.span.count
+    length = policy.segment or tokens
+    limit = max(1, length // 2)
+    found = solve(
+        block.predictor, block.noise_BNC, dataclasses.replace(policy, max_iterations=limit), tolerance, _silent
+    )
+    if found.single or found.iterations + found.drafts >= tokens:
+        return None
+    most = limit if policy.segment else max(found.iterations, found.drafts) + SLACK
+    return Candidate(dataclasses.replace(policy, max_iterations=most), found.iterations, found.drafts)
+
+
+def _plan(model: Flow, material: Material, convergence: Sequence[Convergence], repeats: int) -> Plan:
+    choices = [
+        _choose(block, known.candidates, material.settings.tolerance, repeats)
+        for block, known in zip(solve_exactly(model, material), convergence, strict=True)
+    ]
+    policies = [choice.policy for choice in choices]
+    inputs = (model, material.noise, material.condition, material.null_condition)
+    exact = run(*inputs, dataclasses.replace(material.settings, solver="sequential")).x
+    ours = run(*inputs, dataclasses.replace(material.settings, solver=policies)).x
+    deviation = relative_change(exact.flatten(2), ours.flatten(2))
+    tokens_BND, _ = model.tokens(material.noise)
+    return Plan(situation_of(model, tokens_BND, material.settings), tuple(choices), float(deviation.max()))
+
+
+def situation_of(model: Flow, tokens_BND: Tensor, settings: SampleSettings) -> Situation:
+    """Where and how a batch of tokens is sampled."""
+    dtype = str(model.network_dtype).removeprefix("torch.")
+    guided = settings.guidance_for(tokens_BND) is not None
+    batch, tokens = tokens_BND.shape[:2]
+    return Situation(machine_of(tokens_BND.device), dtype, batch, tokens, guided)
+
+
+def _choose(block: Solved, candidates: Sequence[Candidate], tolerance: float, repeats: int) -> Choice:
+    """The fastest of the candidates that may win, or going token by token."""
+    solutions: list[Solution] = []
+
+    def once(policy: BlockPolicy) -> float:
+        def action() -> None:
+            solutions.append(solve(block.predictor, block.noise_BNC, policy, tolerance, _silent))
+
+        return fastest(action, block.predictor, repeats)
+
+    sequential = once(BlockPolicy())
+    best = Choice(BlockPolicy(), sequential, sequential)
+    clock = Clock()
+    for candidate in candidates:
+        segment = candidate.policy.segment
+        price = candidate.passes * clock.step(block.predictor, block.noise_BNC, segment, draft=False)
+        if candidate.drafts:
+            price += candidate.drafts * clock.step(block.predictor, block.noise_BNC, segment, draft=True)
+        if price > LONG * sequential:
+            continue
+        seconds = once(candidate.policy)
+        better = seconds < (sequential / MARGIN if best.policy.solver == "sequential" else best.seconds)
+        if better and not solutions[-1].single:
+            best = Choice(candidate.policy, seconds, sequential, float(solutions[-1].residual_B.max()))
+    return best
+
+
+def _silent(_: int) -> None:
+    pass

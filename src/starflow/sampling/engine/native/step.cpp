@@ -1,0 +1,670 @@
+// One block of a flow, noise to data, token by token: every layer of every token inside one call.
+//
+// Contract: the arithmetic of a row (a picture's branch) is the same whatever the other rows, their number and the
+// number of threads, so a picture is bit for bit what it would be alone. Everything is float32; weights and cache may
+// be stored in bfloat16. Nothing is allocated, locked or printed; the caller gives the memory.
+//
+// A product reads its weights once, in the order in which they lie: panels of PANEL outputs, inputs outside. A panel
+// stays in registers' reach for all rows, so that at 4 to 8 rows a product takes the time that reading its weights takes.
+// Threads share out the panels and meet after every stage.
+//
+// The structs are mirrored in layout.py.
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#if defined(__x86_64__) || defined(__i386__)
+#define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() asm volatile("yield")
+#else
+#define RELAX() ((void)0)
+#endif
+
+extern "C" {
+struct Layer {
+    const void *qkv, *proj, *up, *down;  // panels; `up` alternates gate and up where the MLP is gated
+    const float *qkv_bias, *proj_bias, *up_bias, *down_bias;
+    const float *norm1, *norm1_bias, *norm2, *norm2_bias;  // an RMSNorm's weight comes as 1 + w
+    const float *query_norm, *key_norm, *post1, *post2;    // or null
+    void *keys, *values;                                   // (rows, kv_heads, length, head_dim)
+};
+
+struct Block {
+    int32_t pictures, rows, width, heads, kv_heads, head_dim, hidden, layers;
+    int32_t channels, length, tokens, first, prefix, threads;
+    int32_t rms, gated, half_split, softplus, rule, half_weights, half_cache;  // rule: 0 none, 1 gaussian, 2 linear
+    float clip;
+    const Layer *layer;
+    const float *proj_in, *proj_in_bias, *proj_out, *proj_out_bias;  // always float32
+    const float *final_norm;                                         // 1 + w, or null
+    const float *rotary;                                             // (positions, head_dim / 2, 2), or null
+    const float *table;                                              // (inputs, padded width), or null
+    const float *class_vector;                                       // (rows, padded width), or null
+    const float *start;                                              // (channels), or null
+    const float *query_scale;                                        // (rows), or null
+    const float *weight;                                             // (pictures, tokens), of guidance
+    const float *noise;                                              // (pictures, tokens, channels)
+    float *x;                                                        // likewise
+    float *work;                                                     // workspace_floats() of it
+};
+}
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VW = 16, PV = 2, TILE = 8;  // floats of a vector, vectors of a panel, rows of a tile
+#elif defined(__AVX__)
+constexpr int VW = 8, PV = 2, TILE = 6;
+#elif defined(__aarch64__)
+constexpr int VW = 4, PV = 4, TILE = 6;
+#else
+constexpr int VW = 4, PV = 2, TILE = 4;
+#endif
+constexpr int PANEL = VW * PV;
+constexpr int LINE = 16;           // floats of a cache line
+#ifndef AHEAD
+#define AHEAD (16 * PANEL)
+#endif
+
+typedef float vf __attribute__((vector_size(4 * VW)));
+typedef int32_t vi __attribute__((vector_size(4 * VW)));
+typedef uint32_t vu __attribute__((vector_size(4 * VW)));
+typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+typedef uint16_t half;  // a bfloat16
+
+inline vf splat(float a) { return a - vf{}; }
+inline vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vf load(const half *p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline float one(const float *p) { return *p; }
+inline float one(const half *p) {
+    uint32_t bits = uint32_t(*p) << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+inline void keep(float *p, float v) { *p = v; }
+inline void keep(half *p, float v) {  // round to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    *p = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+inline float sum(vf v) {  // by halves, always in the same order
+    float lane[VW];
+    store(lane, v);
+    for (int n = VW / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    return lane[0];
+}
+
+inline vf exponential(vf x) {  // within 1e-7 of the value, and 0 for what underflows
+    const vf log2e = splat(1.44269504f), magic = splat(12582912.f);
+    const vf low = splat(-87.33f), high = splat(88.37f);
+    const vi under = x < low;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vf shifted = x * log2e + magic, n = shifted - magic;
+    const vf r = (x - n * splat(0.693145752f)) - n * splat(1.42860677e-6f);
+    vf p = splat(1.f / 5040);
+    const float rest[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
+    for (float c : rest) p = p * r + splat(c);
+    const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+    return under ? vf{} : scaled;
+}
+
+// x Phi(x). Phi(-a) = exp(-a^2 / 2) P(1 / (1 + 0.34 a)), P fitted to 2e-8 of the value for a from 0 to 14.
+inline vf gelu(vf x) {
+    const vf a = x < 0 ? -x : x;
+    const vf t = splat(1.f) / (splat(1.f) + splat(0.34f) * a);
+    const float rest[] = {-0.02711653235f, 0.1441224912f, -0.2822009644f, 0.2119660957f, -0.05104301232f, 0.1178573011f, 0.114611359f, 0.1361866724f, 0.1356165912f};
+    vf p = splat(rest[0]);
+    for (int i = 1; i < 9; i++) p = p * t + splat(rest[i]);
+    const vf tail = x * (p * t * exponential(splat(-0.5f) * a * a));
+    return x < 0 ? tail : (x > splat(15.f) ? x : x - tail);
+}
+
+inline vf tanh_gelu(vf x) {
+    const vf u = splat(-1.59576912f) * (x + splat(0.044715f) * x * x * x);
+    return x / (splat(1.f) + exponential(u));
+}
+
+// ---- products ----
+
+inline void panel_row(const float *w, vf *b) {
+    for (int j = 0; j < PV; j++) b[j] = load(w + j * VW);
+}
+inline void panel_row(const half *w, vf *b) {  // each word holds a value of one vector and, above it, of the next
+    for (int j = 0; j < PV / 2; j++) {
+        vu word;
+        memcpy(&word, w + 2 * j * VW, sizeof word);
+        b[2 * j] = (vf)(word << 16);
+        b[2 * j + 1] = (vf)(word & 0xffff0000u);
+    }
+}
+
+// out[p][r][:] = sum_k x[r][k] w[p][k][:] for R rows and P panels, k in order.
+template <int R, int P, class W>
+void tile(const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
+    const ptrdiff_t next = ptrdiff_t(K) * PANEL;
+    vf acc[P][R][PV] = {};
+    for (int k = 0; k < K; k++) {
+        vf b[P][PV];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            __builtin_prefetch(w + p * next + k * PANEL + AHEAD);
+            if (sizeof(W) * PANEL > 64) __builtin_prefetch(w + p * next + k * PANEL + AHEAD + LINE);
+            panel_row(w + p * next + k * PANEL, b[p]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vf a = splat(x[r * stride + k]);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                for (int j = 0; j < PV; j++) acc[p][r][j] += a * b[p][j];
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < PV; j++) store(out + (p * R + r) * PANEL + j * VW, acc[p][r][j]);
+}
+
+template <int R, class W>
+void tiles(int panels, const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
+    if constexpr (R <= TILE) {
+        if constexpr (4 * R <= TILE)
+            if (panels == 4) return tile<R, 4>(x, stride, w, K, out);
+        if constexpr (2 * R <= TILE)
+            if (panels == 2) return tile<R, 2>(x, stride, w, K, out);
+        tile<R, 1>(x, stride, w, K, out);
+    }
+}
+
+template <class W>
+void tiles_of(int rows, int panels, const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
+    switch (rows) {
+        case 1: return tiles<1>(panels, x, stride, w, K, out);
+        case 2: return tiles<2>(panels, x, stride, w, K, out);
+        case 3: return tiles<3>(panels, x, stride, w, K, out);
+        case 4: return tiles<4>(panels, x, stride, w, K, out);
+        case 5: return tiles<5>(panels, x, stride, w, K, out);
+        case 6: return tiles<6>(panels, x, stride, w, K, out);
+        case 7: return tiles<7>(panels, x, stride, w, K, out);
+        default: return tiles<8>(panels, x, stride, w, K, out);
+    }
+}
+
+struct Share {
+    int from, to;
+    Share(int count, int thread, int threads)
+        : from(int(int64_t(count) * thread / threads)), to(int(int64_t(count) * (thread + 1) / threads)) {}
+};
+
+inline int panels_of(int outputs) { return (outputs + PANEL - 1) / PANEL; }
+inline int padded(int outputs) { return panels_of(outputs) * PANEL; }
+
+// x (rows, K) times panels share.from .. share.to-1; done(panel, row, values) takes PANEL outputs of a row.
+template <class W, class Done>
+void product(int rows, const float *x, ptrdiff_t stride, const W *w, int K, Share share, Done done) {
+    const int steps = (rows + TILE - 1) / TILE;
+    const int most = rows > TILE / 2 ? 1 : rows > TILE / 4 ? 2 : 4;
+    float out[TILE * PANEL];
+    for (int p = share.from; p < share.to;) {
+        int count = most;
+        while (count > share.to - p) count /= 2;
+        for (int s = 0; s < steps; s++) {
+            const Share some(rows, s, steps);
+            const int n = some.to - some.from;
+            tiles_of(n, count, x + some.from * stride, stride, w + ptrdiff_t(p) * K * PANEL, K, out);
+            for (int q = 0; q < count; q++)
+                for (int r = 0; r < n; r++) done(p + q, some.from + r, out + (q * n + r) * PANEL);
+        }
+        p += count;
+    }
+}
+
+// ---- rows ----
+
+inline float total(const float *x, int n) {
+    vf v{};
+    int i = 0;
+    for (; i + VW <= n; i += VW) v += load(x + i);
+    float s = sum(v);
+    for (; i < n; i++) s += x[i];
+    return s;
+}
+inline float squares(const float *x, int n, float mean) {
+    vf v{};
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        const vf d = load(x + i) - splat(mean);
+        v += d * d;
+    }
+    float s = sum(v);
+    for (; i < n; i++) s += (x[i] - mean) * (x[i] - mean);
+    return s;
+}
+inline void scaled(float *y, const float *x, int n, float mean, float scale, const float *w, const float *b) {
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        const vf v = (load(x + i) - splat(mean)) * splat(scale) * load(w + i);
+        store(y + i, b ? v + load(b + i) : v);
+    }
+    for (; i < n; i++) y[i] = (x[i] - mean) * scale * w[i] + (b ? b[i] : 0.f);
+}
+inline void rms_norm(float *y, const float *x, int n, const float *w) {
+    scaled(y, x, n, 0.f, 1.f / std::sqrt(squares(x, n, 0.f) / n + 1e-6f), w, nullptr);
+}
+inline void layer_norm(float *y, const float *x, int n, const float *w, const float *b) {
+    const float mean = total(x, n) / n;
+    scaled(y, x, n, mean, 1.f / std::sqrt(squares(x, n, mean) / n + 1e-5f), w, b);
+}
+
+inline void rotate(float *h, const float *angle, int n, bool half_split) {
+    const int pairs = n / 2, apart = half_split ? pairs : 1, step = half_split ? 1 : 2;
+    for (int i = 0; i < pairs; i++) {
+        const float c = angle[2 * i], s = angle[2 * i + 1];
+        float &a = h[i * step], &b = h[i * step + apart];
+        const float turned = a * c - b * s;
+        b = a * s + b * c;
+        a = turned;
+    }
+}
+
+// ---- threads ----
+
+class Barrier {
+    std::atomic<int> waiting{0}, phase{0};
+    const int count;
+
+   public:
+    explicit Barrier(int threads) : count(threads) {}
+    void wait() {
+        if (count == 1) return;
+        const int now = phase.load(std::memory_order_relaxed);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins++)
+            if (spins < 2000)
+                RELAX();
+            else
+                std::this_thread::yield();  // the other was put aside: give it our place
+    }
+};
+
+struct Room {  // where things lie in the workspace; strides are padded to whole panels
+    int width, qkv, inner, hidden, outputs, scores;
+    float *x, *heads, *attended, *expanded, *out, *spare, *own;
+    size_t own_size, floats;
+
+    Room(const Block &b, int rows, float *work) {
+        width = padded(b.width), inner = padded(b.heads * b.head_dim), hidden = padded(b.hidden);
+        qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim), outputs = padded(2 * b.channels);
+        scores = padded(b.length) + 2 * padded(b.head_dim);
+        float *p = work;
+        auto take = [&](size_t n) { return (p += (n + LINE - 1) / LINE * LINE) - (n + LINE - 1) / LINE * LINE; };
+        x = take(size_t(rows) * width), heads = take(size_t(rows) * qkv), attended = take(size_t(rows) * inner);
+        expanded = take(size_t(rows) * hidden), out = take(size_t(rows) * outputs), spare = take(size_t(rows) * width);
+        own = p;
+        const int most = width > padded(b.channels) ? width : padded(b.channels);
+        own_size = (size_t(rows) * most + scores + LINE - 1) / LINE * LINE + LINE;
+        floats = size_t(p - work) + own_size * b.threads;
+    }
+};
+
+struct Worker {
+    const Block &b;
+    const Room &room;
+    Barrier &barrier;
+    const int thread;
+    float *normed, *scratch;
+
+    Worker(const Block &block, const Room &r, Barrier &bar, int t, int rows)
+        : b(block), room(r), barrier(bar), thread(t), normed(r.own + t * r.own_size),
+          scratch(normed + (r.own_size - LINE - (r.scores + LINE - 1) / LINE * LINE)) {
+        (void)rows;
+    }
+
+    Share share(int count) const { return Share(count, thread, b.threads); }
+
+    // Every thread norms all rows for itself: less work than meeting once more.
+    const float *norm(int rows, const float *w, const float *bias) {
+        for (int r = 0; r < rows; r++) {
+            const float *x = room.x + size_t(r) * room.width;
+            float *y = normed + size_t(r) * room.width;
+            b.rms ? rms_norm(y, x, b.width, w) : layer_norm(y, x, b.width, w, bias);
+        }
+        return normed;
+    }
+
+    // The residual takes a product's outputs, through a norm where there is one.
+    template <class W>
+    void add(int rows, const float *y, ptrdiff_t stride, const W *w, int K, const float *bias, const float *post) {
+        float *to = post ? room.spare : room.x;
+        product(rows, y, stride, w, K, share(panels_of(b.width)), [&](int panel, int row, const float *sums) {
+            float *out = to + size_t(row) * room.width + panel * PANEL;
+            for (int j = 0; j < PANEL; j += VW) {
+                const vf v = load(sums + j) + load(bias + panel * PANEL + j);
+                store(out + j, post ? v : v + load(out + j));
+            }
+        });
+        barrier.wait();
+        if (!post) return;
+        const Share mine = share(rows);
+        for (int r = mine.from; r < mine.to; r++) {
+            float *x = room.x + size_t(r) * room.width, *y = room.spare + size_t(r) * room.width;
+            rms_norm(y, y, b.width, post);
+            for (int j = 0; j < b.width; j++) x[j] += y[j];
+        }
+        barrier.wait();
+    }
+
+    template <int FIXED, class C>
+    void attend(const Layer &layer, int row, int kv, int position, int count) {
+        const int H = FIXED ? FIXED : b.head_dim, group = b.heads / b.kv_heads;
+        const size_t start = (size_t(row) * b.kv_heads + kv) * b.length * H;
+        C *keys = (C *)layer.keys + start, *values = (C *)layer.values + start;
+        float *const q = scratch, *const acc = scratch + padded(b.head_dim), *const score = acc + padded(b.head_dim);
+        auto head = [&](int t, int h) { return room.heads + (size_t(row) * count + t) * room.qkv + size_t(h) * H; };
+        auto turn = [&](float *to, const float *from, const float *w, int at) {
+            w ? rms_norm(to, from, H, w) : (void)memcpy(to, from, 4 * H);
+            if (b.rotary) rotate(to, b.rotary + size_t(at) * (H / 2) * 2, H, b.half_split);
+        };
+        for (int t = 0; t < count; t++) {
+            turn(q, head(t, b.heads + kv), layer.key_norm, position + t);
+            const float *v = head(t, b.heads + b.kv_heads + kv);
+            for (int i = 0; i < H; i++) {
+                keep(keys + size_t(position + t) * H + i, q[i]);
+                keep(values + size_t(position + t) * H + i, v[i]);
+            }
+        }
+        const float scale = (b.query_scale ? b.query_scale[row] : 1.f) / std::sqrt(float(H));
+        for (int t = 0; t < count; t++)
+            for (int g = 0; g < group; g++) {
+                turn(q, head(t, kv * group + g), layer.query_norm, position + t);
+                for (int i = 0; i < H; i++) q[i] *= scale;
+                const int seen = position + t + 1;
+                const float inverse = soften<FIXED>(q, keys, score, seen, H);
+                mix<FIXED>(score, values, acc, seen, H);
+                float *to = room.attended + (size_t(row) * count + t) * room.inner + size_t(kv * group + g) * H;
+                for (int i = 0; i < H; i++) to[i] = acc[i] * inverse;
+            }
+    }
+
+    // score[l] = exp(q . k_l - max), and returns one over their sum.
+    template <int FIXED, class C>
+    static float soften(const float *q, const C *keys, float *score, int seen, int H) {
+        float most = -INFINITY;
+        for (int l = 0; l < seen; l++) {
+            const C *k = keys + size_t(l) * H;
+            vf v{};
+            int i = 0;
+#pragma GCC unroll 8
+            for (; i + VW <= H; i += VW) v += load(q + i) * load(k + i);
+            float s = sum(v);
+            for (; i < H; i++) s += q[i] * one(k + i);
+            score[l] = s;
+            most = s > most ? s : most;
+        }
+        vf all{};
+        int l = 0;
+        for (; l + VW <= seen; l += VW) {
+            const vf e = exponential(load(score + l) - splat(most));
+            store(score + l, e);
+            all += e;
+        }
+        float s = sum(all);
+        for (; l < seen; l++) s += score[l] = std::exp(score[l] - most);
+        return 1.f / s;
+    }
+
+    // acc = sum_l score[l] v_l
+    template <int FIXED, class C>
+    static void mix(const float *score, const C *values, float *acc, int seen, int H) {
+        if constexpr (FIXED > 0 && FIXED % VW == 0 && FIXED / VW <= 16) {
+            constexpr int N = FIXED / VW;
+            vf even[N] = {}, odd[N] = {};
+            int l = 0;
+            for (; l + 2 <= seen; l += 2) {
+                const vf a = splat(score[l]), c = splat(score[l + 1]);
+#pragma GCC unroll 16
+                for (int i = 0; i < N; i++) {
+                    even[i] += a * load(values + size_t(l) * FIXED + i * VW);
+                    odd[i] += c * load(values + size_t(l + 1) * FIXED + i * VW);
+                }
+            }
+            if (l < seen)
+                for (int i = 0; i < N; i++) even[i] += splat(score[l]) * load(values + size_t(l) * FIXED + i * VW);
+            for (int i = 0; i < N; i++) store(acc + i * VW, even[i] + odd[i]);
+        } else {
+            for (int i = 0; i < H; i++) acc[i] = 0;
+            for (int l = 0; l < seen; l++)
+                for (int i = 0; i < H; i++) acc[i] += score[l] * one(values + size_t(l) * H + i);
+        }
+    }
+
+    template <class C>
+    void attention(const Layer &layer, int position, int count) {
+        const Share tasks = share(b.rows * b.kv_heads);
+        for (int task = tasks.from; task < tasks.to; task++) {
+            const int row = task / b.kv_heads, kv = task % b.kv_heads;
+            if (b.head_dim == 64)
+                attend<64, C>(layer, row, kv, position, count);
+            else
+                attend<0, C>(layer, row, kv, position, count);
+        }
+    }
+
+    template <class W>
+    void expand(const Layer &layer, int rows, const float *y) {
+        const W *w = (const W *)layer.up;
+        if (!b.gated) {
+            product(rows, y, room.width, w, b.width, share(panels_of(b.hidden)), [&](int p, int row, const float *sums) {
+                float *out = room.expanded + size_t(row) * room.hidden + p * PANEL;
+                for (int j = 0; j < PANEL; j += VW)
+                    store(out + j, gelu(load(sums + j) + load(layer.up_bias + p * PANEL + j)));
+            });
+            return;
+        }
+        Share pairs = share(panels_of(b.hidden));  // both panels of a pair are this thread's
+        pairs.from *= 2, pairs.to *= 2;
+        product(rows, y, room.width, w, b.width, pairs, [&](int p, int row, const float *sums) {
+            float *out = room.expanded + size_t(row) * room.hidden + p / 2 * PANEL;
+            for (int j = 0; j < PANEL; j += VW) {
+                const vf v = load(sums + j) + load(layer.up_bias + p * PANEL + j);
+                store(out + j, p % 2 ? v * load(out + j) : tanh_gelu(v));
+            }
+        });
+    }
+
+    // All layers for `count` tokens from `position`, in place in room.x, (rows * count, width).
+    template <class W>
+    void layers(int position, int count) {
+        const int rows = b.rows * count, inner = b.heads * b.head_dim;
+        for (int i = 0; i < b.layers; i++) {
+            const Layer &layer = b.layer[i];
+            const float *y = norm(rows, layer.norm1, layer.norm1_bias);
+            const int heads = (b.heads + 2 * b.kv_heads) * b.head_dim;
+            product(rows, y, room.width, (const W *)layer.qkv, b.width, share(panels_of(heads)),
+                    [&](int panel, int row, const float *sums) {
+                        float *out = room.heads + size_t(row) * room.qkv + panel * PANEL;
+                        for (int j = 0; j < PANEL; j += VW)
+                            store(out + j, load(sums + j) + load(layer.qkv_bias + panel * PANEL + j));
+                    });
+            barrier.wait();
+            b.half_cache ? attention<half>(layer, position, count) : attention<float>(layer, position, count);
+            barrier.wait();
+            add(rows, room.attended, room.inner, (const W *)layer.proj, inner, layer.proj_bias, layer.post1);
+            y = norm(rows, layer.norm2, layer.norm2_bias);
+            expand<W>(layer, rows, y);
+            barrier.wait();
+            add(rows, room.expanded, room.hidden, (const W *)layer.down, b.hidden, layer.down_bias, layer.post2);
+        }
+    }
+
+    // Input number `index` of the block: the token before the one that it predicts, or the start token.
+    void embed(int index) {
+        const int token = index + b.first;
+        for (int r = 0; r < b.rows; r++) {
+            const float *from = b.x + (size_t(r % b.pictures) * b.tokens + token - 1) * b.channels;
+            memcpy(normed + size_t(r) * b.channels, token ? from : b.start, 4 * b.channels);
+        }
+        product(b.rows, normed, b.channels, b.proj_in, b.channels, share(panels_of(b.width)),
+                [&](int panel, int row, const float *sums) {
+                    const int at = panel * PANEL;
+                    for (int j = 0; j < PANEL; j += VW) {
+                        vf v = load(sums + j) + load(b.proj_in_bias + at + j);
+                        if (b.table) v += load(b.table + size_t(index) * room.width + at + j);
+                        if (b.class_vector) v += load(b.class_vector + size_t(row) * room.width + at + j);
+                        store(room.x + size_t(row) * room.width + at + j, v);
+                    }
+                });
+        barrier.wait();
+    }
+
+    void project() {
+        const float *y = room.x;
+        if (b.final_norm) {
+            for (int r = 0; r < b.rows; r++)
+                rms_norm(normed + size_t(r) * room.width, room.x + size_t(r) * room.width, b.width, b.final_norm);
+            y = normed;
+        }
+        product(b.rows, y, room.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
+                [&](int panel, int row, const float *sums) {
+                    float *out = room.out + size_t(row) * room.outputs + panel * PANEL;
+                    for (int j = 0; j < PANEL; j += VW)
+                        store(out + j, load(sums + j) + load(b.proj_out_bias + panel * PANEL + j));
+                });
+        barrier.wait();
+    }
+
+    double output(int row, int i) const {
+        const double o = room.out[size_t(row) * room.outputs + i];
+        return b.clip ? b.clip * std::tanh(o / b.clip) : o;
+    }
+    double log_sigma(double a) const {
+        if (!b.softplus) return a;
+        const double y = a + 0.541324854612918;  // flow/affine.py's softplus and its two ends
+        return y < -30 ? y : std::log(y > 40 ? y : std::log1p(std::exp(y)));
+    }
+
+    // x = mu + sigma z of a token, guided (sampling/guidance.py has the rules).
+    void invert(int token) {
+        const Share mine = share(b.pictures * b.channels);
+        for (int e = mine.from; e < mine.to; e++) {
+            const int picture = e / b.channels, c = e % b.channels, null = picture + b.pictures;
+            double scale = output(picture, c), mu = output(picture, b.channels + c), spread;
+            const double w = b.rule ? b.weight[size_t(picture) * b.tokens + token] : 0.;
+            if (b.rule == 2) {
+                scale += w * (scale - output(null, c));
+                mu += w * (mu - output(null, b.channels + c));
+            }
+            spread = log_sigma(scale);
+            if (b.rule == 1) {
+                const double apart = spread - log_sigma(output(null, c));
+                const double ratio = std::exp(2 * (apart > 0 ? 0. : apart)), precision = 1 + w - w * ratio;
+                mu = ((1 + w) * mu - w * ratio * output(null, b.channels + c)) / precision;
+                spread -= 0.5 * std::log(precision);
+            }
+            const size_t at = (size_t(picture) * b.tokens + token) * b.channels + c;
+            b.x[at] = float(mu + std::exp(spread) * b.noise[at]);
+        }
+        barrier.wait();
+    }
+
+    void forward(int position, int count) {
+        b.half_weights ? layers<half>(position, count) : layers<float>(position, count);
+    }
+
+    void solve(int from, int to) {
+        for (int token = from; token < to; token++) {
+            embed(token - b.first);
+            forward(b.prefix + token - b.first, 1);
+            project();
+            invert(token);
+        }
+    }
+};
+
+template <class Work>
+void on_threads(const Block &b, int rows, Work work) {
+    const Room room(b, rows, b.work);
+    Barrier barrier(b.threads);
+    std::vector<std::thread> others;
+    for (int t = 1; t < b.threads; t++)
+        others.emplace_back([&, t] {
+            Worker worker(b, room, barrier, t, rows);
+            work(worker, room);
+        });
+    Worker worker(b, room, barrier, 0, rows);
+    work(worker, room);
+    for (auto &other : others) other.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t starflow_version() { return 1; }
+int32_t starflow_panel() { return PANEL; }
+int32_t starflow_vector() { return VW; }
+
+// Floats of the workspace for `count` tokens at once.
+int64_t starflow_workspace(const Block *b, int32_t count) { return int64_t(Room(*b, b->rows * count, nullptr).floats); }
+
+// Tokens from .. to-1, given those before them in x and their keys and values in the cache.
+void starflow_solve(const Block *b, int32_t from, int32_t to) {
+    on_threads(*b, b->rows, [=](Worker &worker, const Room &) { worker.solve(from, to); });
+}
+
+// All layers for hidden states (rows, count, width) that continue the cache at `position`, in place.
+void starflow_extend(const Block *b, float *hidden, int32_t position, int32_t count) {
+    const int rows = b->rows * count;
+    on_threads(*b, rows, [=](Worker &worker, const Room &room) {
+        const Share mine = worker.share(rows);
+        for (int r = mine.from; r < mine.to; r++)
+            memcpy(room.x + size_t(r) * room.width, hidden + size_t(r) * b->width, 4 * b->width);
+        worker.barrier.wait();
+        worker.forward(position, count);
+        for (int r = mine.from; r < mine.to; r++)
+            memcpy(hidden + size_t(r) * b->width, room.x + size_t(r) * room.width, 4 * b->width);
+    });
+}
+
+// y = gelu(x), or its tanh form, of n values in whole vectors: for tests.
+void starflow_gelu(const float *x, float *y, int32_t n, int32_t tanh_form) {
+    for (int i = 0; i + VW <= n; i += VW) store(y + i, tanh_form ? tanh_gelu(load(x + i)) : gelu(load(x + i)));
+}
+
+// Ask for large pages where the system has them: panels are read as one long stream.
+void starflow_advise(void *start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = uintptr_t(1) << 21, from = (uintptr_t(start) + page - 1) / page * page;
+    const uintptr_t to = (uintptr_t(start) + uintptr_t(bytes)) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+}

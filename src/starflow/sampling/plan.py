@@ -1,0 +1,147 @@
+"""What is known of how a model's blocks converge, and which policy won where it was timed: policy.json.
+
+Contract: how a block converges belongs to its weights and holds on every device; how long a pass or a token takes
+belongs to a machine, and is believed only on that machine. A policy of another model is refused, one of another
+machine gives its candidates and no more.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starflow.config import from_dict, to_dict
+from starflow.errors import UserError
+from starflow.flow.model import Flow
+from starflow.model_config import config_to_dict
+from starflow.sampling.settings import BlockPolicy
+
+FORMAT = 1
+REACH = 2
+"""A plan holds for batches up to this factor from the one it was measured at."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a plan's times hold for."""
+
+    machine: str
+    """The device's name and, for a CPU, the threads."""
+    dtype: str
+    """Of the network."""
+    batch: int
+    tokens: int
+    guided: bool
+
+    def near(self, other: Situation) -> bool:
+        """Whether what was measured in the other holds here: all equal, and a batch not far from it."""
+        same = all(
+            getattr(self, field.name) == getattr(other, field.name) for field in fields(self) if field.name != "batch"
+        )
+        return same and max(self.batch, other.batch) <= REACH * min(self.batch, other.batch)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A parallel policy of a block, and the passes it took to meet the tolerance, all segments together."""
+
+    policy: BlockPolicy
+    passes: int
+    drafts: int
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How one block converges on data that its model makes, whatever the device.
+
+    The figures follow the two metrics of GS-Jacobi (arXiv 2505.12849, sections 3 and 4): one that ranks the blocks by
+    how hard they are to iterate, one that ranks the starts. Here both are measured on the solved sequence x itself.
+    """
+
+    contraction: float
+    """Geometric mean, over the first iterations from the best start, of ||F(x_k) - x|| / ||x_k - x||."""
+    starts: dict[str, float]
+    """||x_0 - x|| / ||x|| of every start."""
+    candidates: tuple[Candidate, ...]
+    """Those that met the tolerance in fewer passes than there are tokens, fewest first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What won for one block in one situation, and the seconds it took against those of going token by token."""
+
+    policy: BlockPolicy
+    seconds: float
+    sequential_seconds: float
+    residual: float = 0.0
+    """The largest of any sequence, verified."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every block, from the data to the noise."""
+
+    situation: Situation
+    choices: tuple[Choice, ...]
+    deviation: float = 0.0
+    """||x - x_sequential|| / ||x_sequential|| of the samples, the largest of the batch."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What policy.json holds."""
+
+    model: dict[str, Any]
+    """The config of the model it is of."""
+    tolerance: float
+    """The residual that every candidate met."""
+    convergence: tuple[Convergence, ...]
+    """Of each block, from the data to the noise."""
+    plans: tuple[Plan, ...]
+    format: int = FORMAT
+
+    def plan(self, situation: Situation) -> Plan | None:
+        """The plan whose batch is nearest, if any holds here."""
+        near = [plan for plan in self.plans if plan.situation.near(situation)]
+        return min(near, key=lambda plan: abs(plan.situation.batch - situation.batch), default=None)
+
+
+def read_policy(model: Flow) -> Policy | None:
+    """The policy that lies beside a model's weights, if it is of this model.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if model.policy is None or model.policy.get("model") != config_to_dict(model.config):
+        return None
+    if model.policy.get("format") != FORMAT:
+        raise UserError(f"policy.json has format {model.policy.get('format')}, expected {FORMAT}: calibrate again")
+    return from_dict(Policy, model.policy, "policy.json: ")
+
+
+def keep_policy(model: Flow, policy: Policy) -> None:
+    """Put the policy where `model.save_pretrained` takes it from; what a planner had decided is forgotten."""
+    model.policy = to_dict(policy)
+    model.kept.pop("planner", None)
+
+
+def machine_of(device: torch.device) -> str:
+    """The name under which times of a device are kept."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,73 @@
+"""Seconds of tokens and passes, measured with the very predictor that is about to be used.
+
+Contract: what is timed runs twice and the faster run counts, so that packing, compiling and first touches do not; the
+device is waited for. The cache is left as a solver may find it.
+
+Shapes: B batch, N tokens, C token channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from starflow.sampling.draft import draft_of
+from starflow.sampling.jacobi import Span, step
+from starflow.sampling.predictor import Effort, Predictor
+from starflow.sampling.sequential import solve_sequential
+
+TOKENS = 8
+"""Tokens that are solved to know the price of all: the first ones, whose caches are the shortest, so never too dear."""
+
+
+class Meter(Protocol):
+    """What tells the planner how long things take."""
+
+    def tokens(self, predictor: Predictor, noise_BNC: Tensor) -> float:
+        """Seconds of solving a block token by token."""
+        ...
+
+    def step(self, predictor: Predictor, noise_BNC: Tensor, segment: int | None, *, draft: bool) -> float:
+        """Seconds of one pass over a segment, the block's last."""
+        ...
+
+
+class Clock:
+    """The meter that measures."""
+
+    def tokens(self, predictor: Predictor, noise_BNC: Tensor) -> float:
+        few = min(predictor.first + TOKENS, predictor.tokens)
+        start, noise = dataclasses.replace(predictor, tokens=few), noise_BNC[:, :few]
+        seconds = fastest(lambda: solve_sequential(start, noise, Effort(), lambda _: None), predictor)
+        return seconds * (predictor.tokens - predictor.first) / max(1, few - predictor.first)
+
+    def step(self, predictor: Predictor, noise_BNC: Tensor, segment: int | None, *, draft: bool) -> float:
+        length = min(segment or predictor.tokens, predictor.tokens - predictor.first)
+        span = Span(predictor.tokens - length, predictor.tokens)
+        block = draft_of(predictor) if draft else predictor
+        return fastest(lambda: step(block, noise_BNC, noise_BNC, span), predictor)
+
+
+def fastest(action: Callable[[], object], predictor: Predictor, times: int = 2) -> float:
+    """Seconds of the fastest of some runs."""
+    device = predictor.block.proj_in.weight.device
+    return min(_seconds(action, device) for _ in range(times))
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    wait(device)
+    started = time.perf_counter()
+    action()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,1 @@
+"""Several processes that train one model: who is there, how weights are split, and how they begin."""

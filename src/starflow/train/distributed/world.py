@@ -1,0 +1,122 @@
+"""The processes of a training run, as torchrun starts them.
+
+Contract: every process runs the same program and calls the same collectives in the same order. A `World` of one
+process (the default) does nothing anywhere, so that code is written once. Nothing is pickled on the wire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from starflow.errors import UserError
+
+PATIENCE = timedelta(days=30)
+"""How long the others wait for work that the first process does alone, such as encoding a data set."""
+LOST = ("gloo", "connection", "nccl", "timed out", "timeout", "socket", "recvbytes", "broken pipe")
+"""Words of the errors that a collective raises when a process is gone."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and the others. Build the one of torchrun with `join`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    """Processes on this host."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: float = 600.0
+    """Seconds that a collective may take in training."""
+    patient: dist.ProcessGroup | None = None
+    """A group on the CPU whose barriers may take days; None in a world of one."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the log, the pictures and the model."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> list[float]:
+        """Sums of a vector's entries over all processes; the one wait for the device in an update."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        totals: list[float] = values.tolist()
+        return totals
+
+    def agree(self, *, failed: bool) -> bool:
+        """Whether `failed` holds in any process."""
+        return self.total(torch.tensor([float(failed)], device=self.device))[0] > 0
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.patient is not None:
+            dist.barrier(self.patient)
+
+    def first(self, work: Callable[[], None]) -> None:
+        """`work` in the main process alone, while the others wait for it."""
+        if self.main:
+            work()
+        self.wait()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def join(device: torch.device, timeout: float) -> Iterator[World]:
+    """The world that torchrun's environment describes, or a world of one without it.
+
+    Args:
+        device: of the computation; "cuda" becomes this process's own.
+        timeout: seconds after which a collective gives up on a process that does not answer.
+
+    Raises:
+        UserError: the others are not to be reached, or one was lost on the way.
+    """
+    if not launched():
+        yield World(device=device)
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    with lost_process(rank, size):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield World(rank, size, local_rank, local_size, device, timeout, patient)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_process(rank: int, size: int) -> Iterator[None]:
+    """Say in one line that another process is gone, where a collective says it in many.
+
+    Raises:
+        UserError: a collective failed or timed out.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except RuntimeError as error:  # gloo and NCCL raise this or a child of it
+        text = " ".join(str(error).split())
+        if not any(word in text.lower() for word in LOST):
+            raise
+        raise UserError(
+            f"process {rank} of {size} lost another one ({text[:160]}): the job ends; the same command goes on from "
+            "the last checkpoint (by itself under torchrun --max-restarts)"
+        ) from None

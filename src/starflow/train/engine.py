@@ -1,0 +1,128 @@
+"""The state that training changes (weights, averages, moments), in one process or many, and one update of it.
+
+Contract: gradients are means over the whole batch, in float32, whatever the layout, the number of processes and the
+accumulated parts. All processes take the same decisions: they compare numbers that were summed over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from starflow.train.distributed.initial import initialise
+from starflow.train.distributed.mesh import Layout, make_layout
+from starflow.train.distributed.pieces import local, named_state, whole
+from starflow.train.distributed.world import World
+from starflow.train.distributed.wrap import compile_units, recompute, shard
+from starflow.train.optimiser import AveragedWeights, make_optimiser
+from starflow.train.precision import network_dtype
+from starflow.train.settings import TrainSettings
+
+
+class Engine:
+    """A model, wrapped in place for its world, with its optimiser and its average."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, world: World) -> None:
+        """`model` is real, and then equal in every process, or on the meta device: its flow is then initialised here.
+
+        Raises:
+            UserError: a layout that these processes cannot have.
+        """
+        self.model, self.settings, self.world = model, settings, world
+        self.layout: Layout | None = None
+        blank = all(parameter.is_meta for parameter in model.parameters())
+        if world.size > 1:
+            self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save
+            self.layout = make_layout(settings.parallel, world)
+        recompute(model, settings.parallel)
+        if settings.compile:
+            compile_units(model)
+        if self.layout is not None:
+            gathered = network_dtype(settings, world.device)
+            shard(model, self.layout, None if gathered == torch.float32 else gathered)
+        if blank:
+            model.to_empty(device=world.device)
+            initialise(model, settings.seed)
+        self.optimiser = make_optimiser(model, settings)
+        self.average = AveragedWeights(model, settings.average)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def before_part(self, *, last: bool) -> None:
+        """Hold back what need not be exchanged before the last accumulated part."""
+        if self.layout is not None and isinstance(self.model, FSDPModule):
+            if self.layout.shards == 1:
+                self.model.set_requires_gradient_sync(last)
+            elif self.layout.copies > 1:
+                self.model.set_requires_all_reduce(last)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients, float32, on the device; collective."""
+        norms = torch._foreach_norm(self._gradients())
+        squares = torch.stack([norm.float() for norm in norms]).square().sum()
+        if self.layout is not None and self.layout.shards > 1:
+            dist.all_reduce(squares, group=self.layout.group)
+        return squares.sqrt()
+
+    def apply(self, norm: float, step: int) -> None:
+        """Clip gradients of that norm, update the weights and then their average."""
+        factor = self.settings.clip / (norm + 1e-6)
+        if factor < 1:
+            torch._foreach_mul_(self._gradients(), factor)
+        self.optimiser.step()
+        self.average.update(self.model, step)
+
+    def forget_gradients(self) -> None:
+        """Free the gradients."""
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[Tensor]:
+        return [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Run a block with the averaged weights in the model, in eval mode, and put everything back bit for bit."""
+        self._swap()
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self._swap()
+            self.model.train()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in named_state(self.model).items():
+            mine, other = local(tensor), local(self.average.state[name])
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
+
+    @contextlib.contextmanager
+    def whole_average(self) -> Iterator[nn.Module | None]:
+        """The averaged model as a plain one in the main process, None in the others; they wait for the block's end."""
+        if self.layout is None:
+            with self.averaged() as model:
+                yield model
+            return
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.average.state.items():
+            gathered = whole(tensor)
+            if self.world.main:
+                state[name] = gathered
+        if self.world.main:
+            model = copy.deepcopy(self._plain)
+            model.load_state_dict(state, assign=True)
+            yield model.eval()
+        else:
+            yield None
+        self.world.wait()

@@ -1,0 +1,128 @@
+"""First weights from a model that is there: to fine-tune it, or to go on at another size.
+
+The new flow has the source's shape, but for what its recipe says otherwise; positions go on spanning what the source
+was trained on (STARFlow, arXiv 2506.06276, section on RoPE), so a larger picture is a finer grid over the same span.
+What a changed condition leaves without a source (the projection of condition tokens of another width, the vectors of
+other classes) starts anew; anything else that does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow import files
+from starflow.errors import UserError
+from starflow.flow import store
+from starflow.flow.model import STARFlow, TarFlow
+from starflow.hub import local_or_hub
+from starflow.model_config import ModelConfig, STARFlowConfig, config_to_dict
+from starflow.train.distributed.initial import initialise
+from starflow.weights.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
+from starflow.weights.hub import BUNDLED, find_model
+
+_OF_THE_CONDITION = re.compile(r"blocks\.\d+\.(proj_txt\.weight|class_embed)")
+_FROM_ELSEWHERE = frozenset({"in_channels", "img_size", "txt_size", "txt_dim", "num_classes"})
+"""Options that follow from the latents and the condition of the new recipe."""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a source says of a flow: some of its options, and some of its weights."""
+
+    source: str
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+    partial: bool = False
+    """Whether the weights are of a part of the flow only; the rest then starts anew."""
+
+
+def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
+    """The flow of a bundled name, a pipeline's, run's or flow's folder, or a hub id; or a Gemma-style language model.
+
+    Args:
+        source: where it is.
+        own: the recipe's flow section, which the source's options lie under.
+
+    Raises:
+        UserError: nothing of that name, or none of these.
+    """
+    folder = _flow_folder(source)
+    if is_gemma(folder):
+        listed = own.get("layers_per_block")
+        options = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
+        tensors = gemma_tensors(folder, options["num_blocks"] - 1, options["layers_per_block"][-1])
+        return Initial(source, {**options, **own}, tensors, partial=True)
+    config, tensors = store.load(folder)
+    return Initial(source, {**_options(config), **own}, tensors)
+
+
+def _flow_folder(source: str) -> Path:
+    """Where the flow's own config.json and weights are."""
+    folder = Path(source).expanduser()
+    if source not in BUNDLED and not folder.is_dir():
+        if source.count("/") != 1 or folder.is_absolute() or source.startswith("."):
+            find_model(source)  # says what is expected
+        folder = local_or_hub(source, needed=("config.json",), also=(*GEMMA_FILES, "flow/*", "flow/config.json"))
+    elif source in BUNDLED:
+        folder = find_model(source)
+    for inner in (folder, folder / "model"):
+        if (inner / "flow" / "config.json").is_file():
+            return inner / "flow"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"train.init_from is '{source}', which holds no model: expected a config.json in it")
+    return folder
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """Options of a new flow of the same shape, its positions spanning what the source's do."""
+    options = {key: value for key, value in config_to_dict(config).items() if key not in _FROM_ELSEWHERE}
+    if isinstance(config, STARFlowConfig) and config.rope:
+        options["pt_seq_len"] = config.span
+    return options
+
+
+def fill(flow: STARFlow | TarFlow, initial: Initial, seed: int, device: torch.device) -> list[str]:
+    """Give a flow on the meta device real weights on `device`, float32; returns the names of those that start anew.
+
+    Raises:
+        UserError: the flow has weights that the source has not, or of other shapes.
+    """
+    flow.to_empty(device=device)
+    expected = flow.state_dict()
+    fits = {
+        name for name, tensor in initial.tensors.items() if expected.get(name, torch.empty(0)).shape == tensor.shape
+    }
+    fresh = [name for name in expected if name not in fits]
+    foreign = [name for name in initial.tensors if name not in fits]
+    wrong = [] if initial.partial else [name for name in fresh if not _OF_THE_CONDITION.fullmatch(name)]
+    wrong += [name for name in foreign if not _OF_THE_CONDITION.fullmatch(name) and name not in wrong]
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise UserError(
+            f"train.init_from: {len(wrong)} weights of '{initial.source}' and of the recipe's flow differ ({shown}): "
+            "leave the recipe's flow section out, or keep to the source's options"
+        )
+    if fresh:
+        initialise(flow, seed)
+    flow.load_state_dict({name: initial.tensors[name] for name in fits}, strict=False)
+    return fresh
+
+
+def autoencoder_folder(source: str) -> Path:
+    """The folder of an autoencoder: itself, or that of a pipeline (a bundled name, a folder, a hub id).
+
+    Raises:
+        UserError: no such model, or its autoencoder is not in its folder.
+    """
+    folder = find_model(source)
+    for inner in (folder, folder / "autoencoder", folder / "model" / "autoencoder", folder / "model"):
+        if (inner / "config.json").is_file() and "autoencoder" not in files.read_json(inner / "config.json"):
+            return inner
+    raise UserError(f"'{source}' holds no autoencoder: expected a folder that one was trained into, or a model of ours")

@@ -1,0 +1,68 @@
+"""AUROC against its definition, the classifier's counts, and typicality where raw likelihood fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starflow.errors import UserError
+from starflow.evaluate import auroc, classify, outliers
+
+SCORES = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, float("inf")]), min_size=1, max_size=12)
+
+
+@given(SCORES, SCORES)
+def test_auroc_is_the_share_of_pairs_in_order(inside: list[float], outside: list[float]) -> None:
+    pairs = [(high > low) + 0.5 * (high == low) for low in inside for high in outside]
+    assert auroc(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@given(SCORES, SCORES)
+def test_auroc_turns_over(inside: list[float], outside: list[float]) -> None:
+    one, two = torch.tensor(inside), torch.tensor(outside)
+    assert auroc(one, two) + auroc(two, one) == pytest.approx(1)
+
+
+def test_auroc_of_two_gaussians() -> None:
+    """Phi(d / sqrt 2) for unit Gaussians d apart."""
+    draw = torch.Generator().manual_seed(0)
+    one, two = torch.randn(20_000, generator=draw), torch.randn(20_000, generator=draw) + 1.5
+    expected = float(torch.distributions.Normal(0, 1).cdf(torch.tensor(1.5 / 2**0.5)))
+    assert auroc(one, two) == pytest.approx(expected, abs=0.01)
+
+
+def test_auroc_refuses_what_it_cannot_rank() -> None:
+    with pytest.raises(UserError, match="0 and 2 scores"):
+        auroc(torch.zeros(0), torch.zeros(2))
+    with pytest.raises(UserError, match="1 of 4 scores are not numbers"):
+        auroc(torch.tensor([0.0, torch.nan]), torch.zeros(2))
+
+
+def test_typicality_sees_pictures_that_are_too_likely() -> None:
+    """Foreign pictures in the middle of a Gaussian of 100 dimensions are likelier than all that belong."""
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.distributions.Normal(0, 1)
+
+    def log_prob(scale: float) -> torch.Tensor:
+        found: torch.Tensor = normal.log_prob(scale * torch.randn(500, 100, generator=draw)).sum(1)
+        return found
+
+    found = outliers(log_prob(1.0), log_prob(0.5), log_prob(1.0))
+    assert found.auroc_likelihood < 0.01
+    assert found.auroc_typicality > 0.99
+    assert found.mean_nats_outside > found.mean_nats_inside
+    assert (found.count_inside, found.count_outside) == (500, 500)
+
+
+def test_the_classifier_counts() -> None:
+    log_probs = torch.tensor([[0.0, -1.0], [-3.0, -2.0], [0.0, -5.0], [-9.0, -8.0]])
+    found = classify(log_probs, torch.tensor([0, 1, 1, 1]))
+    assert found.accuracy == 0.75
+    assert found.confusion == ((1, 0), (1, 2))
+    assert found.count == 4
+    with pytest.raises(UserError, match="1 of 4 pictures"):
+        classify(log_probs.clone().fill_diagonal_(torch.nan)[[0, 2, 3, 3]], torch.tensor([0, 1, 1, 1]))
+    with pytest.raises(UserError, match=r"\(4, 2\) and labels \(3,\)"):
+        classify(log_probs, torch.zeros(3))

@@ -1,0 +1,118 @@
+"""Predicted memory is that of the built model, of its caches and of its passes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.registry import configs, randomised
+
+from starflow import memory
+from starflow.cli.main import main
+from starflow.errors import UserError
+from starflow.flow.model import build
+from starflow.model_config import ModelConfig, STARFlowConfig
+from starflow.nn.cache import CachePool
+from starflow.presets import PRESETS
+from starflow.sampling.sampler import run
+from starflow.sampling.settings import SampleSettings
+
+DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@DRAWN
+@given(config=configs())
+def test_parameters_are_counted_as_built(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = build(config)
+    for number, block in enumerate(model.stack()):
+        assert memory.block_parameters(config, number) == sum(one.numel() for one in block.parameters())
+    assert memory.parameters(config) == sum(one.numel() for one in model.parameters())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sos": False}, {"num_kv_heads": 1}, {"cond_top_only": False}])
+def test_caches_take_what_is_predicted(options: dict[str, object], guided: bool) -> None:
+    config = STARFlowConfig(
+        in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=(1, 2, 1), txt_size=3,
+        txt_dim=5, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    pool, noise, condition = CachePool(), torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    weight = 1.0 if guided else 0.0
+    run(randomised(config, 0), noise, condition, condition, SampleSettings(weight), caches=pool)
+    held = sum(
+        layer.keys_BNLH.nbytes + layer.values_BNLH.nbytes for cache in pool._caches.values() for layer in cache.layers
+    )
+    assert memory.cache_bytes(config, 2, 16, "float32", guided=guided) == held
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_training_keeps_is_about_what_is_predicted(precision: memory.Precision) -> None:
+    config = STARFlowConfig(
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(1, 3), txt_size=4, txt_dim=16
+    )
+    model, sizes, kept = build(config), {}, []
+    weights = {one.data_ptr() for one in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), low:
+        model(torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16))
+    predicted = memory.training_memory(config, 8, precision=precision).activations
+    held = sum(sizes.values())
+    assert 0.8 * held < predicted < 1.4 * held
+
+
+def test_sharding_divides_the_states_and_nothing_else() -> None:
+    config = PRESETS["starflow-t2i-3b"].config
+    whole = memory.training_memory(config, 8)
+    for gpus, sharding, parts in ((8, "sharded", 8), (64, "sharded", 64), (64, "hybrid", 8), (64, "replicated", 1)):
+        share = memory.training_memory(config, 8, gpus=gpus, sharding=sharding)  # type: ignore[arg-type]
+        for name in ("parameters", "gradients", "moments", "average"):
+            assert math.isclose(getattr(share, name) * parts, getattr(whole, name), rel_tol=1e-6)
+        assert share.activations == whole.activations
+    assert memory.training_memory(config, 8, checkpointing=True).activations < whole.activations / 5
+    assert 3.8e9 < memory.parameters(config) < 3.9e9
+    assert whole.peak == sum(vars(whole).values())
+
+
+@DRAWN
+@given(batch=st.integers(1, 64), guided=st.booleans())
+def test_less_precision_and_smaller_tiles_take_less(batch: int, guided: bool) -> None:
+    config, coder = PRESETS["starflow-t2i-3b"].config, memory.AUTOENCODERS["diffusers_kl"]
+
+    def peak(**options: object) -> int:
+        known = {"guided": guided, "autoencoder": coder}
+        return memory.sampling_memory(config, batch, **known, **options).peak  # type: ignore[arg-type]
+
+    assert peak(dtype="bfloat16", int8=True) < peak(dtype="bfloat16") < peak(cache_dtype="bfloat16") < peak()
+    assert peak(tile=16) <= peak()
+
+
+def test_impossible_amounts_are_refused() -> None:
+    config = PRESETS["tarflow-afhq-256"].config
+    with pytest.raises(UserError, match="0 pictures of 1024 tokens: both must be at least 1"):
+        memory.sampling_memory(config, 0)
+    with pytest.raises(UserError, match="1 pictures on 0 GPUs"):
+        memory.training_memory(config, 1, gpus=0)
+
+
+@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256"])
+def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", model, "--memory", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {row["kind"] for row in facts["sampling"]} == {"float32", "bfloat16", "int8"}
+    assert {row["gpus"] for row in facts["training"]} == {1, 8, 64}
+    assert main(["info", model, "--memory"]) == 0
+    assert f"{facts['parameters']:,} parameters" in capsys.readouterr().out
+    assert main(["info", "nothing-here", "--memory"]) == 2

@@ -1,0 +1,90 @@
+"""What each of two processes does for tests/train/distributed/test_layouts.py: `torchrun ... worker FOLDER`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
+
+from starflow.errors import UserError
+from starflow.flow.model import build
+from starflow.train.distributed.pieces import local
+from starflow.train.distributed.world import World, join
+from starflow.train.engine import Engine
+from starflow.train.objective import TracedLoss
+from starflow.train.precision import network_precision
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with join(torch.device("cpu"), timeout=30) as world:
+        train(folder / "replicated", settings(), world)
+        train(folder / "sharded", settings(layout="sharded"), world)
+        thrifty = settings(layout="sharded", accumulate=2, checkpoint_attention=True, checkpoint_mlp=True)
+        train(folder / "thrifty", thrifty, world)
+        train(folder / "parts", settings(accumulate=4), world)
+        train(folder / "real", settings(layout="sharded"), world, real=True)
+        train(folder / "bfloat16", replace(settings(layout="sharded"), precision="bfloat16"), world)
+        (folder / f"rounded-{world.rank}.json").write_text(json.dumps(rounded(world)))
+        (folder / f"bytes-{world.rank}.json").write_text(json.dumps(state_bytes(world)))
+        for layout in ("replicated", "sharded"):
+            stopped(folder / f"{layout}-resumed", layout, world)
+            train(folder / f"{layout}-resumed", settings(layout=layout), world)
+        train(folder / "one-to-two", settings(layout="sharded"), world)
+        stopped(folder / "two-to-one", "sharded", world)
+        stopped(folder / "across", "replicated", world)
+        train(folder / "across", settings(layout="sharded"), world)
+        try:
+            train(folder / "nan", settings(layout="sharded"), world, nan_at=5)
+        except UserError as error:
+            (folder / f"nan-{world.rank}.txt").write_text(str(error))
+
+
+def rounded(world: World) -> list[tuple[str, float]]:
+    """Precision of what each block of a bfloat16 model gives, and the share of its z that bfloat16 can hold."""
+    with torch.device("meta"):
+        flow = build(CONFIG)
+    told = replace(settings(layout="sharded"), precision="bfloat16")
+    engine = Engine(TracedLoss(flow, 0.0), told, world)
+    found: list[tuple[str, float]] = []
+
+    def look(block: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        z, log_sigma = outputs
+        found.append((f"{z.dtype} {log_sigma.dtype}", float((z == z.bfloat16().float()).float().mean())))
+
+    for block in flow.blocks:
+        block.register_forward_hook(look)
+    with network_precision(told, world.device):
+        engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))
+    return found
+
+
+def state_bytes(world: World) -> dict[str, int]:
+    """What this process holds of a sharded model after an update, without activations."""
+    with torch.device("meta"):
+        flow = build(CONFIG)
+    engine = Engine(TracedLoss(flow, 0.0), settings(layout="sharded"), world)
+    engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))[0].backward()
+    engine.apply(1.0, 0)
+    weights = list(engine.model.parameters())
+    moments = [engine.optimiser.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq")]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    average = list(engine.average.state.values())
+    held: dict[str, list[torch.Tensor]] = {"parameters": [*weights], "gradients": gradients, "moments": moments}
+    held["average"] = average
+    return {name: sum(local(one).nbytes for one in tensors) for name, tensors in held.items()}
+
+
+def stopped(folder: Path, layout: str, world: World) -> None:
+    """A run that ends after update 5 with its last checkpoint after update 3."""
+    with contextlib.suppress(Stopped):
+        train(folder, settings(layout=layout), world, stop_at=5)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

