@@ -47,6 +47,7 @@ ADAPTERS = {
     "fastapi": {"serve"},
     "resvg_py": {"data"},
     "torchao": {"weights/int8.py"},
+    "pyarrow": {"data/parquet_source.py"},
 }
 NN_LIBRARIES = {"torch"}
 
