@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from starflow.data.records import SUFFIXES, ImageError, Skipped
 from starflow.data.remote import expand, is_url, open_url, read_range
@@ -58,7 +58,7 @@ class TarSource:
         short = PurePosixPath(name).name
         try:
             with open_url(name) if is_url(name) else Path(name).open("rb") as stream:
-                for sample in _samples(stream):
+                for sample in _samples(_Tail(stream)):
                     yield sample.found(shard, short, sizes=sizes)
         except _BROKEN as error:
             yield Skipped(short, " ".join(str(error).split()) or type(error).__name__)
@@ -79,6 +79,25 @@ class TarSource:
 
     def class_names(self, labels: set[str]) -> dict[str, str]:
         return {}
+
+
+class _Tail:
+    """A stream that remembers how it ended: tarfile takes a cut in front of a header for the archive's end."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._last = stream, b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._last = (self._last + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+    def check(self) -> None:
+        """Raises tarfile.ReadError: the last block is not one of zeros."""
+        while self.read(1 << 20):
+            pass
+        if self._last.strip(b"\0") or len(self._last) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 @dataclass
@@ -113,10 +132,11 @@ class _Sample:
         return Found(name, caption, label, size, (shard, self.offset, len(self.picture)))
 
 
-def _samples(stream: Any) -> Iterator[_Sample]:
-    """The samples of a shard in its order, each read once."""
+def _samples(stream: _Tail) -> Iterator[_Sample]:
+    """The samples of a shard in its order, each read once; of a shard that is cut short not the one at the cut."""
     sample: _Sample | None = None
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    archive_stream: Any = stream
+    with tarfile.open(fileobj=archive_stream, mode="r|") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
             stem, dot, suffix = path.name.partition(".")
@@ -129,5 +149,6 @@ def _samples(stream: Any) -> Iterator[_Sample]:
                     yield sample
                 sample = _Sample(key)
             sample.add(suffix.lower(), content.read(), member.offset_data)
+    stream.check()
     if sample is not None:
         yield sample
