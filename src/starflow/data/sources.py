@@ -142,7 +142,8 @@ def picture_size(file: Path | bytes, name: str) -> tuple[int, int]:
 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
+            # Of a PNG Pillow would decode everything to find its EXIF.
+            turned = image.format in TURNABLE and image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError:
         raise ImageError(Path(name), "no such file") from None
@@ -154,6 +155,7 @@ def picture_size(file: Path | bytes, name: str) -> tuple[int, int]:
 
 ORIENTATION, QUARTER_TURNS = 0x0112, 5
 """The EXIF tag, and its first value that swaps width and height."""
+TURNABLE = ("JPEG", "MPO", "TIFF", "WEBP")
 
 
 def texts_of(fields: dict[str, Any]) -> tuple[str, str | None]:
