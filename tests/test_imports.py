@@ -42,7 +42,7 @@ ONLY = {
 # Libraries that only the named files import, inside functions (or for types only).
 ADAPTERS = {
     "diffusers": {"latents/diffusers_load.py"},
-    "transformers": {"conditioning/text.py"},
+    "transformers": {"conditioning/text.py", "conditioning/tokens.py"},
     "gradio": {"serve"},
     "fastapi": {"serve"},
     "resvg_py": {"data"},

@@ -433,7 +433,7 @@ class StarFlowPipeline:
             numbers = [self.conditioner.number(prompt) for prompt in prompts]
             labels = torch.tensor(numbers, device=self.device)
             return labels.where(labels < self.flow.config.num_classes, -1), None
-        if self.config.aspects and self.conditioner.spec.kind == "text":
+        if self.config.aspects and self.conditioner.spec.kind != "class":
             aspect = nearest_aspect(shape[-1], shape[-2], self.config.aspects)
             prompts = [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
         return self.conditioner.encode(prompts), self.conditioner.null(len(prompts))

@@ -46,7 +46,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def write_shards(folder: Path) -> Path:
     """Seven pictures in two shards, with captions of every kind."""
     first = {f"{n}.png": encoded(n) for n in range(3)}
-    members = {}
+    members: dict[str, bytes] = {}
     for n in range(3):
         members |= {f"{n}.png": first[f"{n}.png"], f"{n}.txt": f"picture\n{n}".encode()}
     write_tar(folder / "a-00.tar", members)

@@ -26,6 +26,7 @@ from starflow.data.index import IndexedPictures
 from starflow.data.latent_cache import read_cache
 from starflow.data.sources import open_source
 from starflow.errors import UserError
+from starflow.files import read_tensors
 from starflow.latents import AutoencoderSpec
 from starflow.train import cache as stage
 from starflow.train.cache import Cache, cache_latents, plan
@@ -120,7 +121,7 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedPicture
         read_cache(tmp_path / "cache")
     second = Means()
     fill(pictures, tmp_path / "cache", second)
-    assert second.seen == 39 - sum(len(latent_cache.read_tensors(path)["numbers"]) for path in kept)
+    assert second.seen == 39 - sum(len(read_tensors(path)["numbers"]) for path in kept)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 

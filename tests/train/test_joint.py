@@ -77,7 +77,7 @@ def test_both_losses_fall() -> None:
     model, images, noise = make_model()
     with torch.no_grad():
         last = model.autoencoder.encoder[-1]
-        last.weight /= model.autoencoder.encode(images).std()  # type: ignore[operator]
+        last.weight /= model.autoencoder.encode(images).std()  # type: ignore[operator, arg-type]
     optimiser = torch.optim.Adam(model.parameters(), 2e-3)
     seen = []
     for step in range(60):

@@ -44,6 +44,8 @@ def test_it_sees_what_the_cached_training_sees(pictures: IndexedPictures, tmp_pa
     cached = FlowTask(STARFlow(CONFIG), cache, Objective(), SETTINGS, nothing, nothing)
     for step in range(12):
         for mine, other in zip(live.batch(step, range(4)), cached.batch(step, range(4)), strict=True):
+            assert mine is not None
+            assert other is not None
             assert torch.allclose(mine, other, atol=2e-3)
         assert live.batch_names(step, range(4)) == cached.batch_names(step, range(4))
     a, b = live.evaluate(live.model), cached.evaluate(cached.model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from starflow import files
-from starflow.conditioning import ClassLabels, Conditioner, TextEncoder
+from starflow.conditioning import ClassLabels, Conditioner, TextEncoder, TokenEmbeddings
 from starflow.config import to_dict
 from starflow.data import index, latent_cache
 from starflow.data.buckets import Buckets
@@ -198,7 +198,8 @@ def prepare_conditioner(run: Run, pictures: Pictures | None) -> Conditioner | No
         classes = ClassLabels(files.read_json(path))
         classes.encode(run.recipe.prompts)
         return classes
-    conditioner = TextEncoder.from_pretrained(recipe.encoder, recipe.tokens)
+    adapter = TokenEmbeddings if recipe.kind == "embeddings" else TextEncoder
+    conditioner = adapter.from_pretrained(recipe.encoder, recipe.tokens)
     conditioner.network.to(run.device)
     return conditioner
 

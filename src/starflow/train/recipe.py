@@ -99,9 +99,10 @@ class AutoencoderRecipe:
 class ConditioningRecipe:
     """What the flow is told about a picture."""
 
-    kind: Literal["text", "class", "none"] = "text"
+    kind: Literal["text", "embeddings", "class", "none"] = "text"
+    """A text encoder's states, a language model's token embeddings (which its own deep block reads), or classes."""
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Text encoder: a folder or a hub id; the default is also found as an installed package."""
+    """Text encoder or language model: a folder or a hub id; the default is also found as an installed package."""
     tokens: int = 16
     """Condition tokens of a caption; longer captions are cut."""
 
@@ -139,23 +140,49 @@ class Recipe:
     sizes follow from the other sections."""
     objective: Objective = field(default_factory=Objective)
     prompts: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a dog")
-    """Prompts (or class names) of the sample grids."""
+    """Prompts (or class names) of the sample grids; none is the first classes."""
     guidance: float = 2.0
     """Guidance weight of the sample grids and of the finished pipeline's default."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe; `overrides` maps dotted keys to YAML values, e.g. {"train.lr": "1e-4"}.
+    """Read a recipe, over its base where it names one.
+
+    `overrides` maps dotted keys to YAML values, e.g. {"train.lr": "1e-4"}.
 
     Raises:
         UserError: no such file, unknown key (the nearest is named), wrong value.
     """
-    values = read_mapping(path)
+    values = _with_base(path)
     for dotted, text in (overrides or {}).items():
         _override(values, dotted, text)
+    if isinstance(values.get("flow"), dict):
+        values["flow"] = {key: value for key, value in values["flow"].items() if value is not None}
     recipe = from_dict(Recipe, values)
     _check_flow_keys(recipe.flow)
     return recipe
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's values laid over those of the recipe that its key `base` names, relative to it."""
+    values = read_mapping(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"'base' of {path} is {base!r}, expected the name of a recipe beside it")
+    if path.resolve() in above:
+        raise UserError(f"the base of {path} comes back to {path}: take one of them out")
+    return _laid_over(_with_base(path.parent / base, (*above, path.resolve())), values)
+
+
+def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, section by section; null in `flow` takes an option out."""
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _check_flow_keys(options: Mapping[str, Any]) -> None:

@@ -245,9 +245,15 @@ def _cleaning(objective: Objective, latents: AutoencoderSpec) -> Cleaning:
     return "decoder" if latents.noise_std > 0 else "tweedie"
 
 
+def _grid_prompts(recipe: Recipe, conditioner: Conditioner | None) -> list[str]:
+    """The recipe's prompts, or the first classes where it has none, or none."""
+    own = [] if conditioner is None else list(recipe.prompts or conditioner.spec.names[:8])
+    return own or [""] * 8
+
+
 def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> None:
     """One picture a prompt of the recipe, seeds counting from 0, one row a guidance weight (0 and the recipe's)."""
-    prompts = list(recipe.prompts) if pipeline.conditioner else [""] * 8
+    prompts = _grid_prompts(recipe, pipeline.conditioner)
     weights = (0.0, recipe.guidance) if pipeline.conditioner else (0.0,)
     pictures = [picture for weight in weights for picture in pipeline(prompts, guidance=weight).images]
     save_grid(torch.cat([from_pil(picture) for picture in pictures]), path, columns=len(prompts))
