@@ -28,9 +28,9 @@ def engine_for(library: Library | None) -> Engine:
 def drawn(case: Case, settings: SampleSettings, library: Library | None, rows: slice | None = None) -> Tensor:
     """Samples of a case, its x as the noise, compiled or eagerly; with a library it must have been used."""
     rows = rows or slice(None)
-    given = [None if one is None else one[rows] for one in (case.x, case.condition, case.null_condition)]
+    condition, null = (None if one is None else one[rows] for one in (case.condition, case.null_condition))
     engine = case.model.kept["engine"] = engine_for(library)
-    x = run(case.model, *given, settings).x  # type: ignore[arg-type]
+    x = run(case.model, case.x[rows], condition, null, settings).x
     assert len(engine._packed) == (len(case.model.blocks) if library else 0)
     return x
 
