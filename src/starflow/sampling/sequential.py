@@ -22,7 +22,7 @@ def solve_sequential(predictor: Predictor, noise_BNC: Tensor, _effort: Effort, r
     predictor.prefill()
     report(predictor.first)
     engine = predictor.engine
-    if engine is not None and noise_BNC.dtype == torch.float32 and engine.ready(predictor, predictor.tokens):
+    if engine is not None and noise_BNC.dtype == torch.float32 and engine.ready(predictor):
         engine.solve(predictor, x_BNC, noise_BNC, report)
     else:
         for index in range(predictor.first, predictor.tokens):

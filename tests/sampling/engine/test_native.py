@@ -22,8 +22,10 @@ from starflow.flow.model import Flow
 from starflow.model_config import STARFlowConfig
 from starflow.nn.attention import Continuation
 from starflow.nn.cache import CachePool, CacheShape
+from starflow.sampling.draft import draft_of
 from starflow.sampling.engine.build import Library
 from starflow.sampling.engine.layout import layers_of
+from starflow.sampling.engine.native import engine_of
 from starflow.sampling.predictor import Predictor
 from starflow.sampling.rows import narrow
 from starflow.sampling.sampler import run
@@ -220,16 +222,18 @@ def test_weights_made_in_inference_mode_count_no_writes_and_are_packed_anew_all_
 
 def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
     case = text_case()
-    engine = engine_for(library)
-    assert engine.ready(solving(case, 1).predictor, 1)
-    assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor, 1)
-    case.model.double()
-    assert not engine.ready(solving(dataclasses.replace(case, x=case.x.double()), 1).predictor, 1)
-    other = text_case()
-    layer = next(layers_of(list(other.model.stack())[1]))
+    engine = case.model.kept["engine"] = engine_for(library)
+    assert engine.ready(solving(case, 1).predictor)
+    assert not engine.ready(draft_of(solving(case, 1).predictor))
+    assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
+    layer = next(layers_of(list(case.model.stack())[1]))
     layer.attention.proj = Other(layer.attention.proj)
-    assert not engine.ready(solving(other, 1).predictor, 1)
-    assert engine.ready(solving(other, 0).predictor, 1)
+    assert engine_of(case.model) is engine
+    assert not engine.ready(solving(case, 1).predictor)
+    assert engine.ready(solving(case, 0).predictor)
+    case.model.double()
+    run(case.model, case.x, case.condition, case.null_condition, SampleSettings(1.0))
+    assert not engine.ready(solving(dataclasses.replace(case, x=case.x.double()), 0).predictor)
 
 
 class Other(torch.nn.Linear):

@@ -76,6 +76,8 @@ class Engine:
     _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, PackedBlock] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
+    """Of the blocks as they are in this call."""
     _work: list[Tensor] = field(default_factory=list)
     """Memory of the calls that are over."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -89,20 +91,21 @@ class Engine:
         """Memory that packed weights take."""
         return sum(packed.bytes for packed in list(self._packed.values()))
 
-    def ready(self, predictor: Predictor, passes: int) -> bool:
-        """Whether it covers a predictor and is built, or worth building by now.
-
-        Args:
-            predictor: what it would take the place of.
-            passes: how many there are to come.
-        """
-        if self.closed or not covers(predictor):
+    def ready(self, predictor: Predictor) -> bool:
+        """Whether it takes the place of a pass or more: it covers the predictor, and is built, or worth it by now."""
+        if self.closed or not self._covers(predictor):
             return False
         if self.library is None:
             with self._lock:
                 self._open()
-                self._spent += _eager_seconds(predictor.block, passes)
+                self._spent += _pass_seconds(predictor.block)
         return self.library is not None
+
+    def _covers(self, predictor: Predictor) -> bool:
+        block = predictor.block
+        if block not in self._covered:
+            self._covered[block] = covers_block(block)
+        return self._covered[block] and covers_cache(predictor.cache)
 
     def _open(self) -> None:
         """Load the library; compile it only if that takes less time than it saves."""
@@ -173,6 +176,7 @@ class Engine:
     def forget_changed(self) -> None:
         """Drop what was packed of weights that have been written to since, whichever way."""
         with self._lock:
+            self._covered.clear()
             for block, packed in list(self._packed.items()):
                 if packed.mark != self._mark(block):
                     del self._packed[block]
@@ -213,15 +217,15 @@ def engine_of(model: Flow) -> Engine:
     found = model.kept.get("engine")
     if not isinstance(found, Engine):
         tokens = model.config.grid_side**2
-        found = model.kept["engine"] = Engine(sum(_eager_seconds(block, tokens) for block in model.stack()))
+        found = model.kept["engine"] = Engine(tokens * sum(map(_pass_seconds, model.stack())))
     found.forget_changed()
     return found
 
 
-def _eager_seconds(block: AutoregressiveBlock, passes: int) -> float:
-    """What the eager path takes for passes over a few tokens of a block, about."""
+def _pass_seconds(block: AutoregressiveBlock) -> float:
+    """What the eager path takes for a pass over a few tokens, about."""
     calls = len(block.attn_blocks) * TOKEN_SECONDS
-    return passes * (calls + sum(map(bytes_of, block.parameters())) / BYTES_A_SECOND)
+    return calls + sum(map(bytes_of, block.parameters())) / BYTES_A_SECOND
 
 
 def _rows(predictor: Predictor) -> int:
@@ -256,21 +260,22 @@ def _on_large_pages(packed: PackedBlock, library: Library) -> PackedBlock:
     return replace(packed, layers=layers)
 
 
-def covers(predictor: Predictor) -> bool:
-    """Whether the compiled loop can take the place of a predictor's network."""
-    block, cache = predictor.block, predictor.cache.layers
+def covers_block(block: AutoregressiveBlock) -> bool:
+    """Whether the compiled loop knows every part of a block."""
     dtype = block.proj_in.weight.dtype
-    tensors = [tensor for layer in cache for tensor in (layer.keys_BNLH, layer.values_BNLH)]
-    caches = all(tensor.is_contiguous() and tensor.dtype == tensors[0].dtype for tensor in tensors)
-    plain = all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
     return (
-        plain
-        and caches
-        and tensors[0].dtype in PRECISIONS
-        and dtype in PRECISIONS
-        and all(_readable(parameter) and parameter.dtype == dtype for parameter in block.parameters())
+        dtype in PRECISIONS
         and block.spec.layer.head_dim % 2 == 0
+        and all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
+        and all(_readable(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
+
+
+def covers_cache(cache: KVCache) -> bool:
+    """Whether keys and values lie as the compiled loop expects them."""
+    dtype = cache.layers[0].keys_BNLH.dtype
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys_BNLH, layer.values_BNLH)]
+    return dtype in PRECISIONS and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
 
 
 def _readable(parameter: Tensor) -> bool:
