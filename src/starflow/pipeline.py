@@ -308,14 +308,20 @@ class StarFlowPipeline:
         Raises:
             UserError: a prompt that the model cannot take.
         """
+        material = self.material(prompts, guidance=guidance, tolerance=tolerance)
+        policy = calibrate(self.flow, material, batches, repeats, note)
+        keep_policy(self.flow, policy)
+        return policy
+
+    def material(
+        self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
+    ) -> Material:
+        """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
         noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
-        material = Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
-        policy = calibrate(self.flow, material, batches, repeats, note)
-        keep_policy(self.flow, policy)
-        return policy
+        return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
         if self.conditioner is None:

@@ -17,6 +17,7 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 import warnings
@@ -70,6 +71,10 @@ class Engine:
     library: Library | None = None
     closed: bool = False
     """Whether the eager path is all there is."""
+    build_seconds: float = 0.0
+    """What compiling, or loading, took."""
+    compiled: bool = False
+    """Whether it was compiled for this engine, rather than found."""
     _recipe: Recipe | None = None
     _spent: float = 0.0
     """Seconds that went by, about, where it would have been of use and was not built."""
@@ -107,14 +112,23 @@ class Engine:
             self._covered[block] = covers_block(block)
         return self._covered[block] and covers_cache(predictor.cache)
 
+    def build(self) -> None:
+        """Build it now, whether or not that pays."""
+        with self._lock:
+            self._spent = math.inf
+            self._open()
+
     def _open(self) -> None:
         """Load the library; compile it only if that takes less time than it saves."""
         if self.closed or self.library is not None:
             return
         try:
             self._recipe = self._recipe or Recipe.here()
-            if self._recipe.built() or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
+            found = self._recipe.built()
+            if found or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
+                began = time.perf_counter()
                 self.library = self._recipe.build()
+                self.build_seconds, self.compiled = time.perf_counter() - began, not found
         except BuildError as error:
             self.closed = True
             warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
