@@ -154,6 +154,8 @@ def _joint_task(run: Run) -> JointTask:
     pictures = prepare_pictures(run)
     conditioner = prepare_conditioner(run, pictures)
     autoencoder = first_autoencoder(recipe.autoencoder).to(run.device)
+    if run.world.size > 1:  # FSDP2 takes no other
+        autoencoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     spec = joint_latents(copy.deepcopy(autoencoder), recipe.objective).spec
     flow = _first_flow(run, spec, conditioner, pictures.buckets.side // spec.factor)
     if next(flow.parameters()).is_meta:
