@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / "src" / "starflow"
 STEPS = (
     ("errors", "version", "bundled"),
     ("config", "files", "hub"),
-    ("nn", "model_config"),
+    ("nn", "model_config", "shards"),
     ("presets", "memory"),
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),

@@ -229,7 +229,7 @@ class StarFlowPipeline:
         prompt: str | Sequence[str] = "",
         *,
         num_images: int = 1,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | Tensor | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         solver: SolverChoice = "auto",
@@ -246,7 +246,7 @@ class StarFlowPipeline:
         Args:
             prompt: text, or a class's name or number; "" is unconditional.
             num_images: pictures a prompt.
-            guidance: weight w >= 0, 0 is unguided; by default the model's own.
+            guidance: weight w >= 0, 0 is unguided: one, or one a picture of the whole call; by default the model's own.
             seed: of the first picture.
             size: (width, height) in pixels; by default that of training.
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
@@ -259,12 +259,12 @@ class StarFlowPipeline:
             progress: called with (steps done, steps in all).
 
         Raises:
-            UserError: a prompt or size that the model cannot take, negative guidance.
+            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture.
         """
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
-        weight = self.config.guidance if guidance is None else guidance
+        weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
         shape = self._latent_shape(size)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
@@ -277,7 +277,7 @@ class StarFlowPipeline:
                 noise_of(seeds[start : start + batch_size], shape).to(self.device),
                 condition,
                 null_condition=null,
-                guidance=weight,
+                guidance=weights[start : start + batch_size],
                 solver=solver,
                 guidance_rule=guidance_rule,
                 guidance_schedule=guidance_schedule,
@@ -311,14 +311,20 @@ class StarFlowPipeline:
         Raises:
             UserError: a prompt that the model cannot take.
         """
+        material = self.material(prompts, guidance=guidance, tolerance=tolerance)
+        policy = calibrate(self.flow, material, batches, repeats, note)
+        keep_policy(self.flow, policy)
+        return policy
+
+    def material(
+        self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
+    ) -> Material:
+        """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
         noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
-        material = Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
-        policy = calibrate(self.flow, material, batches, repeats, note)
-        keep_policy(self.flow, policy)
-        return policy
+        return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
         if self.conditioner is None:
@@ -449,6 +455,19 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     if wrong:
         raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tensor:
+    """The weight of each picture.
+
+    Raises:
+        UserError: neither one weight for all nor one a picture.
+    """
+    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    if weights.shape not in ((), (1,), (pictures,)):
+        got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
+        raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
+    return weights.expand(pictures)
 
 
 def _portable(config: PipelineConfig) -> PipelineConfig:
