@@ -102,7 +102,11 @@ def train_flow(run: Run) -> Path:
         task = _cached_task(run)
     count, told = sum(parameter.numel() for parameter in task.model.parameters()), run.recipe.train
     run.say(f"flow: {count / 1e6:.1f} M parameters, {told.steps} steps of {told.batch} pictures")
-    fit(task, run.recipe.train, run.folder, run.progress, run.world)
+    try:
+        fit(task, run.recipe.train, run.folder, run.progress, run.world)
+    finally:
+        if isinstance(task, LiveFlowTask):
+            task.feed.close()
     return run.folder / "model"
 
 
