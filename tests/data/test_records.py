@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow.data.records import ImageError, Record, open_image, read_folder, unit_hash, write_index
+from starflow.data.records import ImageError, Record, decode_image, open_image, read_folder, unit_hash, write_index
 from starflow.errors import UserError
 
 
@@ -157,6 +157,16 @@ def test_modes_become_rgb_or_rgba(tmp_path: Path) -> None:
     palette = Image.new("P", (4, 4))
     palette.save(tmp_path / "palette.png", transparency=0)
     assert open_image(tmp_path / "palette.png").mode == "RGBA"
+
+
+def test_a_large_jpeg_comes_reduced_but_not_below_the_side(tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((800, 600)).convert("RGB").save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert decode_image(data, "a").size == (800, 600)
+    reduced = decode_image(data, "a", side=140)
+    assert reduced.size == (200, 150)
+    small = np.asarray(decode_image(data, "a").resize((200, 150)), dtype=float)
+    assert np.abs(np.asarray(reduced, dtype=float) - small).mean() < 2
 
 
 def test_photographs_are_turned_upright(tmp_path: Path) -> None:

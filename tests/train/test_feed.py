@@ -113,6 +113,18 @@ def test_the_thread_stays_ahead_and_ends(pictures: IndexedPictures) -> None:
     assert sorted(waits)[len(waits) // 2] < 0.02, "the next batch is ready when it is asked for"
 
 
+def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedPictures) -> None:
+    feed, (rows,) = feed_of(pictures)
+    feed.steps = 3
+    whole = [feed.batch(step, rows).numbers.tolist() for step in range(3)]
+    assert feed._coming is not None
+    assert next(feed._coming, None) is None
+    assert feed.batch(3, rows).numbers.tolist() == feed.numbers(3, rows), "what is asked for all the same is read"
+    assert len(whole) == 3
+    feed.close()
+    assert feed.batch(1, rows).numbers.tolist() == whole[1]
+
+
 def test_steps_in_turn_use_one_stream(pictures: IndexedPictures) -> None:
     feed, (rows,) = feed_of(pictures)
     streams = []

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from starflow import load_published
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
+from starflow.files import read_json, read_tensors
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import AutoencoderSpec
 from starflow.model_config import STARFlowConfig, TarFlowConfig
@@ -115,3 +117,18 @@ def test_the_bundled_model_goes_on_on_other_pictures(tmp_path: Path) -> None:
     assert (folder / "flow" / "model.safetensors").is_file()
     again = replace(recipe, train=replace(recipe.train, init_from=str(tmp_path / "run"), steps=1))
     train_flow(start(again, tmp_path / "second", CPU, progress=False))
+
+
+def test_published_weights_go_on(shared: Path, tmp_path: Path) -> None:
+    """A checkpoint in the published layout, once it is a folder of ours."""
+    options = read_json(shared / "conformance" / "t2i_head64.json")
+    stored = read_tensors(shared / "conformance" / "t2i_head64.safetensors")
+    weights = {name.removeprefix("weights/"): one for name, one in stored.items() if name.startswith("weights/")}
+    flow = load_published(weights, options)
+    flow.save_pretrained(tmp_path / "flow")
+    initial = read_initial(str(tmp_path / "flow"), {})
+    latents = AutoencoderSpec("diffusers_kl", channels=flow.config.in_channels, factor=8)
+    with torch.device("meta"):
+        again = build_flow(initial.options, latents, ClassLabels(["a", "b", "c"]), side=2 * flow.config.img_size)
+    fresh = fill(again, initial, 0, CPU)
+    assert fresh == [f"blocks.{len(flow.blocks) - 1}.proj_txt.weight"]

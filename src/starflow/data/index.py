@@ -154,8 +154,10 @@ class IndexedPictures:
     def read(self, number: int) -> Tensor:
         """See `Pictures.read`."""
         line = self._lines[number]
-        image = decode_image(self.source.read(tuple(line["at"])), line["name"])
-        return picture_tensor(image, self.buckets.size(int(self._kinds["bucket"][number])))
+        size = self.buckets.size(int(self._kinds["bucket"][number]))
+        # Twice the size leaves the antialiased reduction to picture_tensor.
+        image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
+        return picture_tensor(image, size)
 
     def like(self, number: int) -> Sequence[int]:
         """See `Pictures.like`."""

@@ -6,10 +6,12 @@ parent, and ends with it.
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,14 +96,19 @@ def decoded(
         pin_memory=pin,
         # Not fork: the parent holds threads, and a forked copy of their locks hangs.
         multiprocessing_context="spawn",
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_begin_worker,
     )
     return iter(loader)
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """Leave interrupts to the parent, and end without tearing the interpreter down.
+
+    A worker that is told to stop while its queue's thread is inside torch would abort there, with a message of C++'s.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    util.Finalize(None, os._exit, args=(0,), exitpriority=-1)
 
 
 def _in_thread(answer: Callable[[list[int]], Decoded], requests: Iterable[list[int]]) -> Iterator[Decoded]:

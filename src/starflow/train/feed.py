@@ -7,6 +7,7 @@ is named once, counted, and replaced by its neighbour, so that a batch keeps its
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from starflow.data.picture_set import Pictures, all_numbers
@@ -25,10 +26,12 @@ class Feed:
         parts: Sequence[range],
         workers: int = 0,
         *,
+        steps: int = sys.maxsize,
         pin: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        """`parts` are the rows of a batch that this process will ask for, in turn."""
+        """`parts` are the rows of a batch that this process will ask for, in turn, in updates before `steps`."""
+        self.steps = steps
         self.pictures, self.order, self.parts = pictures, order, list(parts)
         self.workers, self.pin, self._say = workers, pin, say
         self._coming: Iterator[Decoded] | None = None
@@ -50,7 +53,7 @@ class Feed:
         Raises:
             ImageError: a picture and all of its neighbours cannot be read.
         """
-        if rows not in self.parts:
+        if rows not in self.parts or step >= self.steps:
             return self._note(Decoder(self.pictures, replace=True)[self.numbers(step, rows)])
         if self._coming is None or self._next != (step, rows):
             self._coming = decoded(self.pictures, self._requests(step, rows), self.workers, replace=True, pin=self.pin)
@@ -58,9 +61,13 @@ class Feed:
         self._next = (step + place // len(self.parts), self.parts[place % len(self.parts)])
         return self._note(next(self._coming))
 
+    def close(self) -> None:
+        """End the workers, whatever they have ready."""
+        self._coming = None
+
     def _requests(self, step: int, rows: range) -> Iterator[list[int]]:
         place = self.parts.index(rows)
-        while True:
+        while step < self.steps:
             yield self.numbers(step, self.parts[place])
             place = (place + 1) % len(self.parts)
             step += place == 0

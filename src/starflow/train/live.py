@@ -75,7 +75,8 @@ class FeedSettings:
 def make_feed(pictures: Pictures, order: Order, settings: TrainSettings, world: World, how: FeedSettings) -> Feed:
     """The feed of this process's parts of every batch."""
     parts = settings.rows(world.rank, world.size)
-    return Feed(pictures, order, parts, how.workers, pin=world.device.type == "cuda", say=how.say)
+    pin = world.device.type == "cuda"
+    return Feed(pictures, order, parts, how.workers, steps=settings.steps, pin=pin, say=how.say)
 
 
 class LiveFlowTask(FlowTask):

@@ -154,7 +154,10 @@ def _train_autoencoder(run: Run, pictures: Pictures, folder: Path) -> None:
     noise = (recipe.noise_min, recipe.noise_max)
     task = AutoencoderTask(model, feed, noise, recipe.loss, recipe.train, mirror=how.mirror)
     run.say(f"autoencoder: {recipe.train.steps} steps on {sum(map(len, order.buckets))} pictures")
-    fit(task, recipe.train, folder, run.progress)
+    try:
+        fit(task, recipe.train, folder, run.progress)
+    finally:
+        feed.close()
 
 
 def first_autoencoder(recipe: AutoencoderRecipe) -> SmallAutoencoder:

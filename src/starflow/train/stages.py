@@ -102,7 +102,11 @@ def train_flow(run: Run) -> Path:
         task = _cached_task(run)
     count, told = sum(parameter.numel() for parameter in task.model.parameters()), run.recipe.train
     run.say(f"flow: {count / 1e6:.1f} M parameters, {told.steps} steps of {told.batch} pictures")
-    fit(task, run.recipe.train, run.folder, run.progress, run.world)
+    try:
+        fit(task, run.recipe.train, run.folder, run.progress, run.world)
+    finally:
+        if isinstance(task, LiveFlowTask):
+            task.feed.close()
     return run.folder / "model"
 
 
@@ -154,6 +158,8 @@ def _joint_task(run: Run) -> JointTask:
     pictures = prepare_pictures(run)
     conditioner = prepare_conditioner(run, pictures)
     autoencoder = first_autoencoder(recipe.autoencoder).to(run.device)
+    if run.world.size > 1:  # FSDP2 takes no other
+        autoencoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     spec = joint_latents(copy.deepcopy(autoencoder), recipe.objective).spec
     flow = _first_flow(run, spec, conditioner, pictures.buckets.side // spec.factor)
     if next(flow.parameters()).is_meta:
