@@ -4,6 +4,16 @@ from starflow.conditioning.base import Conditioner, ConditionerSpec
 from starflow.conditioning.classes import ClassLabels
 from starflow.conditioning.emoji import name_emoji
 from starflow.conditioning.load import load_conditioner
+from starflow.conditioning.released import ReleasedText
 from starflow.conditioning.text import MINILM, TextEncoder
 
-__all__ = ["MINILM", "ClassLabels", "Conditioner", "ConditionerSpec", "TextEncoder", "load_conditioner", "name_emoji"]
+__all__ = [
+    "MINILM",
+    "ClassLabels",
+    "Conditioner",
+    "ConditionerSpec",
+    "ReleasedText",
+    "TextEncoder",
+    "load_conditioner",
+    "name_emoji",
+]
