@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # inputs are tiny: a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whether the compiled loop was built on this machine changes nothing here, unless STARFLOW_CACHE says where."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "STARFLOW_CACHE" not in os.environ:
+            patch.setenv("STARFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

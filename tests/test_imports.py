@@ -42,11 +42,12 @@ ONLY = {
 # Libraries that only the named files import, inside functions (or for types only).
 ADAPTERS = {
     "diffusers": {"latents/diffusers_load.py"},
-    "transformers": {"conditioning/text.py"},
+    "transformers": {"conditioning/text.py", "conditioning/tokens.py"},
     "gradio": {"serve"},
     "fastapi": {"serve"},
     "resvg_py": {"data"},
     "torchao": {"weights/int8.py"},
+    "pyarrow": {"data/parquet_source.py"},
 }
 NN_LIBRARIES = {"torch"}
 

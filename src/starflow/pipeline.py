@@ -26,6 +26,7 @@ from torch import Tensor
 from starflow import files
 from starflow.conditioning import ClassLabels, Conditioner, ConditionerSpec, load_conditioner
 from starflow.config import from_dict, to_dict
+from starflow.data.buckets import Aspect, caption_with_ratio, nearest_aspect
 from starflow.data.pictures import dequantise, from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.maps import token_log_prob
@@ -71,6 +72,8 @@ class PipelineConfig:
     noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
     noise: Literal["gaussian", "uniform"] = "gaussian"
     """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
+    aspects: tuple[Aspect, ...] = ()
+    """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
     format: int = 1
 
 
@@ -226,7 +229,7 @@ class StarFlowPipeline:
         prompt: str | Sequence[str] = "",
         *,
         num_images: int = 1,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | Tensor | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         solver: SolverChoice = "auto",
@@ -243,7 +246,7 @@ class StarFlowPipeline:
         Args:
             prompt: text, or a class's name or number; "" is unconditional.
             num_images: pictures a prompt.
-            guidance: weight w >= 0, 0 is unguided; by default the model's own.
+            guidance: weight w >= 0, 0 is unguided: one, or one a picture of the whole call; by default the model's own.
             seed: of the first picture.
             size: (width, height) in pixels; by default that of training.
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
@@ -256,25 +259,25 @@ class StarFlowPipeline:
             progress: called with (steps done, steps in all).
 
         Raises:
-            UserError: a prompt or size that the model cannot take, negative guidance.
+            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture.
         """
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
-        weight = self.config.guidance if guidance is None else guidance
+        weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
         shape = self._latent_shape(size)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
-            condition, null = self._condition(some)
+            condition, null = self._condition(some, shape)
             drawn = sample(
                 self.flow,
                 noise_of(seeds[start : start + batch_size], shape).to(self.device),
                 condition,
                 null_condition=null,
-                guidance=weight,
+                guidance=weights[start : start + batch_size],
                 solver=solver,
                 guidance_rule=guidance_rule,
                 guidance_schedule=guidance_schedule,
@@ -308,14 +311,20 @@ class StarFlowPipeline:
         Raises:
             UserError: a prompt that the model cannot take.
         """
+        material = self.material(prompts, guidance=guidance, tolerance=tolerance)
+        policy = calibrate(self.flow, material, batches, repeats, note)
+        keep_policy(self.flow, policy)
+        return policy
+
+    def material(
+        self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
+    ) -> Material:
+        """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
         noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
-        material = Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
-        policy = calibrate(self.flow, material, batches, repeats, note)
-        keep_policy(self.flow, policy)
-        return policy
+        return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
         if self.conditioner is None:
@@ -357,7 +366,7 @@ class StarFlowPipeline:
     def log_probs(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
         """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent."""
         latents = self._noised(images, seeds)
-        condition, _ = self._condition(prompts)
+        condition, _ = self._condition(prompts, latents.shape)
         dimensions = latents[0].numel()
         return self.flow.log_prob(latents, condition) - dimensions * self._level_nats, dimensions
 
@@ -365,7 +374,7 @@ class StarFlowPipeline:
     def log_prob_maps(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.maps`."""
         latents = self._noised(images, seeds)
-        condition, _ = self._condition(prompts)
+        condition, _ = self._condition(prompts, latents.shape)
         maps = token_log_prob(self.flow, latents, condition)
         return maps - latents[0].numel() / maps[0].numel() * self._level_nats
 
@@ -385,13 +394,14 @@ class StarFlowPipeline:
     @torch.no_grad()
     def encode(self, image: Image, prompt: str = "") -> Tensor:
         """A picture to the flow's noise z (1, C, h, w), through its latent, without added noise."""
-        condition, _ = self._condition([prompt])
-        z: Tensor = self.flow(self._latents(image), condition)[0]
+        latents = self._latents(image)
+        condition, _ = self._condition([prompt], latents.shape)
+        z: Tensor = self.flow(latents, condition)[0]
         return z
 
     def decode(self, z: Tensor, prompt: str = "") -> Image:
         """Noise z (1, C, h, w) to a picture: the exact inverse of `encode` on latents, not through the autoencoder."""
-        condition, _ = self._condition([prompt] * len(z))
+        condition, _ = self._condition([prompt] * len(z), z.shape)
         latents = sample(self.flow, z.to(self.device), condition)
         return to_pil(self._decode(latents))[0]
 
@@ -416,8 +426,8 @@ class StarFlowPipeline:
         factor = self.config.autoencoder.factor
         return self.flow.config.in_channels, height // factor, width // factor
 
-    def _condition(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Condition and null condition of a batch, as the flow takes them."""
+    def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:
+        """Condition and null condition of a batch, as the flow takes them; `shape` ends with the latents' (h, w)."""
         if self.conditioner is None:
             if any(prompts):
                 raise UserError(
@@ -429,6 +439,9 @@ class StarFlowPipeline:
             numbers = [self.conditioner.number(prompt) for prompt in prompts]
             labels = torch.tensor(numbers, device=self.device)
             return labels.where(labels < self.flow.config.num_classes, -1), None
+        if self.config.aspects and self.conditioner.spec.kind != "class":
+            aspect = nearest_aspect(shape[-1], shape[-2], self.config.aspects)
+            prompts = [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
         return self.conditioner.encode(prompts), self.conditioner.null(len(prompts))
 
 
@@ -442,6 +455,19 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     if wrong:
         raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tensor:
+    """The weight of each picture.
+
+    Raises:
+        UserError: neither one weight for all nor one a picture.
+    """
+    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    if weights.shape not in ((), (1,), (pictures,)):
+        got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
+        raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
+    return weights.expand(pictures)
 
 
 def _portable(config: PipelineConfig) -> PipelineConfig:

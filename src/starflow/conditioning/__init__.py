@@ -1,4 +1,4 @@
-"""Condition tokens from prompts: class labels, and text encoders by transformers."""
+"""Condition tokens from prompts: class labels, text encoders by transformers, and token embeddings."""
 
 from starflow.conditioning.base import Conditioner, ConditionerSpec
 from starflow.conditioning.classes import ClassLabels
@@ -6,6 +6,7 @@ from starflow.conditioning.emoji import name_emoji
 from starflow.conditioning.load import load_conditioner
 from starflow.conditioning.released import ReleasedText
 from starflow.conditioning.text import MINILM, TextEncoder
+from starflow.conditioning.tokens import TokenEmbeddings
 
 __all__ = [
     "MINILM",
@@ -14,6 +15,7 @@ __all__ = [
     "ConditionerSpec",
     "ReleasedText",
     "TextEncoder",
+    "TokenEmbeddings",
     "load_conditioner",
     "name_emoji",
 ]

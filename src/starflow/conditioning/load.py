@@ -6,6 +6,7 @@ from starflow.conditioning.base import Conditioner, ConditionerSpec
 from starflow.conditioning.classes import ClassLabels
 from starflow.conditioning.released import DTYPES, ReleasedText
 from starflow.conditioning.text import TextEncoder, resolve
+from starflow.conditioning.tokens import TokenEmbeddings
 from starflow.errors import UserError
 from starflow.hub import HERE, Fetch
 
@@ -26,6 +27,8 @@ def load_conditioner(spec: ConditionerSpec, fetch: Fetch = HERE, keep: bool | No
     """
     if spec.kind == "class":
         found: Conditioner = ClassLabels(spec.names)
+    elif spec.kind == "embeddings":
+        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, fetch)
     elif keep or (keep is None and _bytes(spec.source, fetch) < LARGE):
         found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], fetch)
     else:

@@ -79,7 +79,11 @@ class Predictor:
 
     def prefill(self) -> None:
         """Put the condition's keys and values into the cache, in one pass."""
-        if self.prefix_RSD is not None:
+        if self.prefix_RSD is None:
+            return
+        if self.engine is not None and self.engine.ready(self):
+            self.engine.prefill(self)
+        else:
             self._extend(self.prefix_RSD, 0)
 
     def before(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
@@ -113,6 +117,8 @@ class Predictor:
         return self._extend(hidden, prefixed + index)
 
     def _extend(self, hidden_RTD: Tensor, position: int) -> Tensor:
+        if self.engine is not None and self.engine.ready(self):
+            return self.engine.extend(self, hidden_RTD, position)
         count = hidden_RTD.shape[1]
         rotary = None if self.rotary is None else self.rotary[position : position + count]
         return self.block.extend(hidden_RTD, rotary, Continuation.at(self.cache, position, count, self.query_scale))

@@ -10,18 +10,22 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from starflow.sampling.engine.layout import BlockStruct, Panels
+from torch import Tensor
+
+from starflow.sampling.engine.layout import BlockStruct, Panels, bytes_of
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_SECONDS = 120
-VERSION = 1
+VERSION = 2
 """Of the functions and structs that step.cpp shares with layout.py."""
 
 
@@ -51,6 +55,11 @@ class Library:
         """The layers for hidden states at an address, (rows, count, width), in place."""
         self.handle.starflow_extend(ctypes.byref(block), hidden, position, count)
 
+    def mark(self, values: Tensor) -> int:
+        """A number that changes with a tensor's values."""
+        values = values.detach().contiguous()
+        return int(self.handle.starflow_mark(values.data_ptr(), bytes_of(values)))
+
     def advise(self, address: int, size: int) -> None:
         """Ask for large pages."""
         self.handle.starflow_advise(address, size)
@@ -61,6 +70,8 @@ class Recipe:
     """How the library is made here, and where it lies."""
 
     command: tuple[str, ...]
+    target: str
+    """The flag for this very processor; a compiler that does not know it goes without."""
     path: Path
 
     @staticmethod
@@ -70,39 +81,43 @@ class Recipe:
         Raises:
             BuildError: no compiler, or no folder of our own.
         """
+        if sys.byteorder != "little":
+            raise BuildError("the packed layout is for processors that store the low byte first")
         compiler = _compiler()
         machine = platform.machine().lower()
         target = "-mcpu=native" if machine in ("arm64", "aarch64") else "-march=native"
-        command = (compiler, "-O3", target, "-std=c++17", "-shared", "-fPIC", "-pthread")
-        known = (SOURCE.read_text(), *command, _output(compiler, "--version"), machine, _processor())
+        command = (*compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+        known = (SOURCE.read_text(), *command, target, _output(*compiler, "--version"), machine, _processor())
         key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:20]
-        return Recipe(command, cache_folder() / f"step-{key}.so")
+        return Recipe(command, target, cache_folder() / f"step-{key}.so")
 
     def built(self) -> bool:
         return self.path.is_file()
 
     def build(self) -> Library:
-        """Compile it where it is missing, some seconds, and load it.
+        """Compile it where it is missing, or damaged, and load it; some seconds.
 
         Raises:
             BuildError: the compiler fails, or its result does not load.
         """
-        if not self.built():
-            self._compile()
-        try:
-            library = Library(_typed(ctypes.CDLL(str(self.path))))
-        except OSError as error:
-            raise BuildError(f"{self.path} does not load: {str(error).splitlines()[0]}") from None
-        return library
+        if self.built():
+            try:
+                return _load(self.path)
+            except BuildError:
+                self.path.unlink(missing_ok=True)
+        self._compile()
+        return _load(self.path)
 
     def _compile(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.path.parent) as name:
             made = Path(name) / self.path.name
-            done = _run([*self.command, str(SOURCE), "-o", str(made)])
-            if done.returncode or not made.is_file():
-                lines = done.stderr.strip().splitlines() or ["it gave no reason"]
-                raise BuildError(f"{self.command[0]} failed: {lines[0]}")
-            made.replace(self.path)
+            for flags in ((self.target,), ()):
+                done = _run([*self.command, *flags, str(SOURCE), "-o", str(made)])
+                if done.returncode == 0 and made.is_file():
+                    made.replace(self.path)
+                    return
+        lines = done.stderr.strip().splitlines() or ["it gave no reason"]
+        raise BuildError(f"{self.command[0]} failed: {lines[0]}")
 
 
 def cache_folder() -> Path:
@@ -125,12 +140,13 @@ def cache_folder() -> Path:
     return folder
 
 
-def _compiler() -> str:
-    wanted = os.environ.get("CXX")
-    found = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+def _compiler() -> tuple[str, ...]:
+    """A path, and what CXX may have after it ("ccache g++")."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    found = next(filter(None, map(shutil.which, given[:1] or COMPILERS)), None)
     if found is None:
-        raise BuildError(f"no C++ compiler ({wanted or ', '.join(COMPILERS)}): install one, or set CXX")
-    return found
+        raise BuildError(f"no C++ compiler ({' '.join(given) or ', '.join(COMPILERS)}): install one, or set CXX")
+    return found, *given[1:]
 
 
 def _processor() -> str:
@@ -153,6 +169,13 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise BuildError(f"{command[0]} does not run: {error}") from None
 
 
+def _load(path: Path) -> Library:
+    try:
+        return Library(_typed(ctypes.CDLL(str(path))))
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} does not load: {str(error).splitlines()[0]}") from None
+
+
 def _typed(handle: ctypes.CDLL) -> ctypes.CDLL:
     """The handle with its functions' arguments declared; one of another version is refused."""
     block, number, address = ctypes.POINTER(BlockStruct), ctypes.c_int32, ctypes.c_void_p
@@ -164,6 +187,7 @@ def _typed(handle: ctypes.CDLL) -> ctypes.CDLL:
         "solve": (None, (block, number, number)),
         "extend": (None, (block, address, number, number)),
         "gelu": (None, (address, address, number, number)),
+        "mark": (ctypes.c_uint64, (address, ctypes.c_int64)),
         "advise": (None, (address, ctypes.c_int64)),
     }
     for name, (result, arguments) in signatures.items():

@@ -1,7 +1,7 @@
 """The structs of native/step.cpp, field by field, and a block's weights in the order in which it reads them.
 
 Contract: packed weights are copies, the only ones that are made: as many bytes again as the block's own. They hold for
-the parameters as they were; `stamp_of` tells whether they still are.
+the parameters as they were; `stamp_of` and a mark of their values tell whether they still are.
 
 Shapes: D width, K inputs and N outputs of a linear layer, R rows (B pictures, twice with guidance).
 """
@@ -94,17 +94,27 @@ class PackedBlock:
     ends: dict[str, Tensor]
     """The rest, by the names of `BLOCK_POINTERS`."""
     stamp: tuple[tuple[int, int], ...]
+    """Where the parameters lay, and how often they had been written to; see `stamp_of`."""
+    mark: tuple[int, ...] = ()
+    """Of the values that they had."""
 
     @property
     def bytes(self) -> int:
         """Memory that the copies take."""
-        tensors = [tensor for tensors in (*self.layers, self.ends) for tensor in tensors.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(bytes_of(tensor) for tensors in (*self.layers, self.ends) for tensor in tensors.values())
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Memory of its values."""
+    return tensor.numel() * tensor.element_size()
 
 
 def stamp_of(block: AutoregressiveBlock) -> tuple[tuple[int, int], ...]:
-    """Changes with the block's parameters: where they lie, and how often they were written to."""
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
+    """Changes with the block's parameters: where they lie, and how often they were written to.
+
+    It costs nothing, but misses what goes by `parameter.data`, and inference tensors count no writes.
+    """
+    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in block.parameters())
 
 
 def pack(block: AutoregressiveBlock, panels: Panels) -> PackedBlock:
@@ -134,7 +144,7 @@ def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
 
 
 def _layer(layer: Layer, panels: Panels) -> dict[str, Tensor]:
-    attention, mlp = layer.attention, layer.mlp
+    attention, mlp = layer.attention, _mlp(layer)
     width = attention.proj.out_features
     found = {
         **_linear("qkv", [attention.qkv], panels),
@@ -158,9 +168,15 @@ def _layer(layer: Layer, panels: Panels) -> dict[str, Tensor]:
 
 def linears_of(layer: Layer) -> list[Any]:
     """Every linear map of a layer."""
-    mlp = layer.mlp
+    mlp = _mlp(layer)
     inside = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if isinstance(mlp, GatedMLP) else [_first(mlp), _last(mlp)]
     return [layer.attention.qkv, layer.attention.proj, *inside]
+
+
+def _mlp(layer: Layer) -> MLP | GatedMLP:
+    """The MLP itself: one that training recomputes is wrapped, and passes on its attributes but not its type."""
+    found: MLP | GatedMLP = getattr(layer.mlp, "_checkpoint_wrapped_module", layer.mlp)
+    return found
 
 
 def _first(mlp: MLP) -> Any:

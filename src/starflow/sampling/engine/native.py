@@ -6,9 +6,10 @@ stopped. What it does not cover goes the eager way: devices other than a CPU, pr
 bfloat16, and linear layers that are not plain ones (quantised weights). Networks in bfloat16 are computed in float32
 from their bfloat16 weights and cache.
 
-An engine belongs to a model and is kept with it (`engine_of`): packed weights, the memory of a call, and the decision
-whether to build. `extend` runs the layers over any number of tokens (a segment, or the condition) and is what an
-iteration over few tokens may use instead of the block's own: from 1 to some hundred rows the panels are read once.
+An engine belongs to a model and is kept with it (`engine_of`): packed weights, and the decision whether to build. It
+builds where that takes less time than it saves: at once for a large model, and for a small one when as much has been
+spent without it. Several threads may sample with one model at once. `extend` runs the layers over any number of tokens,
+a segment or the condition, and takes the place of the block's own.
 
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
 """
@@ -16,11 +17,14 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,11 +32,13 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
+from starflow.nn.cache import KVCache, LayerCache
 from starflow.sampling.engine.build import BuildError, Library, Recipe
 from starflow.sampling.engine.layout import (
     BlockStruct,
     LayerStruct,
     PackedBlock,
+    bytes_of,
     layers_of,
     linears_of,
     pack,
@@ -48,6 +54,8 @@ TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
 """Of the eager path, about: a layer's calls at one token, and how fast it reads weights."""
 CALL_SECONDS = 0.2
 """About how long a call may take: between calls, progress is told and Ctrl-C is heard."""
+LARGE = 4 * 2**20
+"""Bytes from which large pages are worth asking for."""
 RULES = {"gaussian": 1, "linear": 2}
 PRECISIONS = (torch.float32, torch.bfloat16)
 
@@ -63,80 +71,151 @@ class Engine:
     library: Library | None = None
     closed: bool = False
     """Whether the eager path is all there is."""
+    build_seconds: float = 0.0
+    """What compiling, or loading, took."""
+    compiled: bool = False
+    """Whether it was compiled for this engine, rather than found."""
+    _recipe: Recipe | None = None
+    _spent: float = 0.0
+    """Seconds that went by, about, where it would have been of use and was not built."""
     _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, PackedBlock] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    _work: Tensor = field(default_factory=lambda: torch.empty(0))
+    _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
+    """Of the blocks as they are in this call."""
+    _work: list[Tensor] = field(default_factory=list)
+    """Memory of the calls that are over."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Engine:
-        """A copied model packs its own weights."""
-        return Engine(self.eager_seconds, self.library, self.closed)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled model opens and packs for itself."""
+        return Engine, (self.eager_seconds, None, self.closed)
 
     @property
     def bytes(self) -> int:
         """Memory that packed weights take."""
-        return sum(packed.bytes for packed in self._packed.values())
+        return sum(packed.bytes for packed in list(self._packed.values()))
 
     def ready(self, predictor: Predictor) -> bool:
-        """Whether it covers a predictor and is built, or worth building for what lies ahead."""
-        if self.closed or not covers(predictor):
+        """Whether it takes the place of a pass or more: it covers the predictor, and is built, or worth it by now."""
+        if self.closed or not self._covers(predictor):
             return False
         if self.library is None:
-            self._open()
+            with self._lock:
+                self._open()
+                self._spent += _pass_seconds(predictor.block)
         return self.library is not None
+
+    def _covers(self, predictor: Predictor) -> bool:
+        block = predictor.block
+        if block not in self._covered:
+            self._covered[block] = covers_block(block)
+        return self._covered[block] and covers_cache(predictor.cache)
+
+    def build(self) -> None:
+        """Build it now, whether or not that pays."""
+        with self._lock:
+            self._spent = math.inf
+            self._open()
 
     def _open(self) -> None:
         """Load the library; compile it only if that takes less time than it saves."""
+        if self.closed or self.library is not None:
+            return
         try:
-            recipe = Recipe.here()
-            if recipe.built() or self.eager_seconds > BUILD_SECONDS:
-                self.library = recipe.build()
+            self._recipe = self._recipe or Recipe.here()
+            found = self._recipe.built()
+            if found or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
+                began = time.perf_counter()
+                self.library = self._recipe.build()
+                self.build_seconds, self.compiled = time.perf_counter() - began, not found
         except BuildError as error:
             self.closed = True
-            if self.eager_seconds > BUILD_SECONDS:
-                warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
-        self.closed = self.closed or self.library is None
+            warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
 
     def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
         """Tokens from the first on, in place; the condition is in the cache already."""
         assert self.library is not None
-        call = self._call(predictor, x_BNC, noise_BNC, 1)
-        start, count = predictor.first, 1
-        while start < predictor.tokens:
-            stop = min(start + count, predictor.tokens)
-            began = time.perf_counter()
-            self.library.solve(call.block, start, stop)
-            report(stop - start)
-            rate = (time.perf_counter() - began) / (stop - start)
-            start, count = stop, max(1, min(4 * count, int(CALL_SECONDS / max(rate, 1e-6))))
+        wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
+        assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
+        assert _prefixed(predictor) + predictor.tokens - predictor.first <= _length(predictor)
+        with self._call(predictor, x_BNC, noise_BNC, 1) as call:
+            start, count = predictor.first, 1
+            while start < predictor.tokens:
+                stop = min(start + count, predictor.tokens)
+                began = time.perf_counter()
+                self.library.solve(call.block, start, stop)
+                report(stop - start)
+                rate = (time.perf_counter() - began) / (stop - start)
+                start, count = stop, max(1, min(4 * count, int(CALL_SECONDS / max(rate, 1e-6))))
+
+    def prefill(self, predictor: Predictor) -> None:
+        """The condition's keys and values; pictures with the same condition share the work."""
+        prefix_RSD = predictor.prefix_RSD
+        assert prefix_RSD is not None
+        if predictor.query_scale is not None:  # the same condition is another one in the null branch
+            self.extend(predictor, prefix_RSD, 0)
+            return
+        some_KX, place_R = torch.unique(prefix_RSD.flatten(1), dim=0, return_inverse=True)
+        layers = predictor.cache.layers
+        count, length = len(some_KX), prefix_RSD.shape[1]
+        first = tuple(LayerCache(layer.keys_BNLH[:count], layer.values_BNLH[:count]) for layer in layers)
+        self.extend(replace(predictor, cache=KVCache(first), guidance=None), some_KX.unflatten(1, (length, -1)), 0)
+        for layer in layers:
+            for cache_BNLH in (layer.keys_BNLH, layer.values_BNLH):
+                cache_BNLH[:, :, :length] = cache_BNLH[place_R, :, :length]
 
     def extend(self, predictor: Predictor, hidden_RTD: Tensor, position: int) -> Tensor:
         """The layers for hidden states that continue the cache at `position`; as `AutoregressiveBlock.extend`."""
         assert self.library is not None
-        out_RTD = hidden_RTD.float().contiguous()
-        out_RTD = out_RTD.clone() if out_RTD.data_ptr() == hidden_RTD.data_ptr() else out_RTD
-        count = out_RTD.shape[1]
-        nothing = out_RTD.new_zeros(len(out_RTD), 0, 0)
-        call = self._call(predictor, nothing, nothing, count)
-        self.library.extend(call.block, out_RTD.data_ptr(), position, count)
+        rows, count, width = hidden_RTD.shape
+        assert (rows, width) == (_rows(predictor), predictor.block.spec.layer.width), hidden_RTD.shape
+        assert 0 <= position <= _length(predictor) - count, f"{count} tokens at {position} of {_length(predictor)}"
+        out_RTD = hidden_RTD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        nothing = out_RTD.new_zeros(0)
+        with self._call(predictor, nothing, nothing, count) as call:
+            self.library.extend(call.block, out_RTD.data_ptr(), position, count)
         return out_RTD.to(hidden_RTD.dtype)
 
     def packed(self, block: AutoregressiveBlock) -> PackedBlock:
         """A block's packed weights, made anew where its parameters have changed."""
         assert self.library is not None
-        found = self._packed.get(block)
-        if found is None or found.stamp != stamp_of(block):
-            found = self._packed[block] = pack(block, self.library.panels)
-        return found
+        with self._lock:
+            found = self._packed.get(block)
+            if found is None or found.stamp != stamp_of(block):
+                found = _on_large_pages(pack(block, self.library.panels), self.library)
+                found = self._packed[block] = replace(found, mark=self._mark(block))
+            return found
 
-    def _call(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int) -> _Call:
+    def forget_changed(self) -> None:
+        """Drop what was packed of weights that have been written to since, whichever way."""
+        with self._lock:
+            self._covered.clear()
+            for block, packed in list(self._packed.items()):
+                if packed.mark != self._mark(block):
+                    del self._packed[block]
+
+    def _mark(self, block: AutoregressiveBlock) -> tuple[int, ...]:
+        library = self.library
+        assert library is not None
+        return tuple(library.mark(one) if _readable(one) else -1 for one in block.parameters())
+
+    @contextmanager
+    def _call(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int) -> Iterator[_Call]:
+        """A filled struct with memory of its own, which the next call may have."""
         assert self.library is not None
         call = _prepare(predictor, self.packed(predictor.block), x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
-        if self._work.numel() < needed:
-            self._work = torch.empty(needed)
-        call.block.work = self._work.data_ptr()
-        return call
+        with self._lock:
+            work = self._work.pop() if self._work else torch.empty(0)
+        if work.numel() < needed:
+            work = torch.empty(needed)
+        call.block.work = work.data_ptr()
+        try:
+            yield call
+        finally:
+            with self._lock:
+                self._work.append(work)
 
 
 @dataclass(frozen=True)
@@ -148,39 +227,74 @@ class _Call:
 
 
 def engine_of(model: Flow) -> Engine:
-    """The engine that is kept with the model."""
+    """The engine that is kept with the model; what it has packed is of the weights as they are now."""
     found = model.kept.get("engine")
     if not isinstance(found, Engine):
-        found = model.kept["engine"] = Engine(_eager_seconds(model))
+        tokens = model.config.grid_side**2
+        found = model.kept["engine"] = Engine(tokens * sum(map(_pass_seconds, model.stack())))
+    found.forget_changed()
     return found
 
 
-def _eager_seconds(model: Flow) -> float:
-    """What the eager path takes for one batch of pictures of the size of training, about."""
-    tokens = model.config.grid_side**2
-    calls = sum(len(block.attn_blocks) for block in model.stack()) * TOKEN_SECONDS
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return tokens * (calls + size / BYTES_A_SECOND)
+def _pass_seconds(block: AutoregressiveBlock) -> float:
+    """What the eager path takes for a pass over a few tokens, about."""
+    calls = len(block.attn_blocks) * TOKEN_SECONDS
+    return calls + sum(map(bytes_of, block.parameters())) / BYTES_A_SECOND
 
 
-def covers(predictor: Predictor) -> bool:
-    """Whether the compiled loop can take the place of a predictor's network."""
-    block, cache = predictor.block, predictor.cache.layers
+def _rows(predictor: Predictor) -> int:
+    return predictor.cache.layers[0].keys_BNLH.shape[0]
+
+
+def _length(predictor: Predictor) -> int:
+    """Positions of the cache."""
+    return predictor.cache.layers[0].keys_BNLH.shape[2]
+
+
+def _prefixed(predictor: Predictor) -> int:
+    """Condition tokens before the first."""
+    return 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
+
+
+def _pictures(predictor: Predictor) -> int:
+    return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
+
+
+def _on_large_pages(packed: PackedBlock, library: Library) -> PackedBlock:
+    """The same in memory that is asked for in large pages: the panels are read as one long stream."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if bytes_of(tensor) < LARGE:
+            return tensor
+        room = torch.empty_like(tensor)
+        library.advise(room.data_ptr(), bytes_of(room))
+        return room.copy_(tensor)
+
+    layers = tuple({name: moved(tensor) for name, tensor in layer.items()} for layer in packed.layers)
+    return replace(packed, layers=layers)
+
+
+def covers_block(block: AutoregressiveBlock) -> bool:
+    """Whether the compiled loop knows every part of a block."""
     dtype = block.proj_in.weight.dtype
-    tensors = [tensor for layer in cache for tensor in (layer.keys_BNLH, layer.values_BNLH)]
-    caches = all(tensor.is_contiguous() and tensor.dtype == tensors[0].dtype for tensor in tensors)
-    plain = all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
     return (
-        plain
-        and caches
-        and tensors[0].dtype in PRECISIONS
-        and dtype in PRECISIONS
-        and all(
-            type(parameter) is nn.Parameter and parameter.dtype == dtype and parameter.device.type == "cpu"
-            for parameter in block.parameters()
-        )
+        dtype in PRECISIONS
         and block.spec.layer.head_dim % 2 == 0
+        and all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
+        and all(_readable(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
+
+
+def covers_cache(cache: KVCache) -> bool:
+    """Whether keys and values lie as the compiled loop expects them."""
+    dtype = cache.layers[0].keys_BNLH.dtype
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys_BNLH, layer.values_BNLH)]
+    return dtype in PRECISIONS and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
+
+
+def _readable(parameter: Tensor) -> bool:
+    """Whether its values are plain numbers in this machine's memory."""
+    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
 
 
 def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
@@ -189,8 +303,8 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
     layer, guidance = spec.layer, predictor.guidance
     keys = predictor.cache.layers[0].keys_BNLH
     struct = BlockStruct(
-        pictures=len(noise_BNC) if guidance is None or not noise_BNC.numel() else len(guidance.weight_B),
-        rows=keys.shape[0],
+        pictures=_pictures(predictor),
+        rows=_rows(predictor),
         width=layer.width,
         heads=layer.heads,
         kv_heads=layer.kv_heads,
@@ -198,11 +312,11 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         hidden=layer.hidden,
         layers=spec.layers,
         channels=spec.token_channels,
-        length=keys.shape[2],
+        length=_length(predictor),
         tokens=predictor.tokens,
         first=predictor.first,
-        prefix=0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1],
-        threads=torch.get_num_threads(),
+        prefix=_prefixed(predictor),
+        threads=max(1, min(torch.get_num_threads(), layer.width // library.panels.panel)),
         rms=layer.norm_type == "rms_norm",
         gated=layer.swiglu,
         half_split=layer.half_split_rope,
@@ -236,8 +350,7 @@ def _given(predictor: Predictor, library: Library) -> dict[str, Tensor]:
     if predictor.rotary is not None:
         found["rotary"] = predictor.rotary
     if predictor.class_R1D is not None:
-        rows = predictor.cache.layers[0].keys_BNLH.shape[0]
-        found["class_vector"] = library.panels.rows_of(predictor.class_R1D.flatten(1).expand(rows, -1))
+        found["class_vector"] = library.panels.rows_of(predictor.class_R1D.flatten(1).expand(_rows(predictor), -1))
     if predictor.query_scale is not None:
         found["query_scale"] = predictor.query_scale.flatten()
     if predictor.guidance is not None:

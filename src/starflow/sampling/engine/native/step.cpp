@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -72,6 +74,7 @@ constexpr int VW = 4, PV = 2, TILE = 4;
 #endif
 constexpr int PANEL = VW * PV;
 constexpr int LINE = 16;           // floats of a cache line
+constexpr int ALONE = 32;          // rows that every thread norms for itself
 #ifndef AHEAD
 #define AHEAD (16 * PANEL)
 #endif
@@ -126,8 +129,8 @@ inline vf exponential(vf x) {  // within 1e-7 of the value, and 0 for what under
     vf p = splat(1.f / 5040);
     const float rest[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
     for (float c : rest) p = p * r + splat(c);
-    const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-    return under ? vf{} : scaled;
+    const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
+    return under ? vf{} : (x == x ? scaled : x);  // the bits of a NaN are no exponent
 }
 
 // x Phi(x). Phi(-a) = exp(-a^2 / 2) P(1 / (1 + 0.34 a)), P fitted to 2e-8 of the value for a from 0 to 14.
@@ -315,8 +318,9 @@ class Barrier {
 
 struct Room {  // where things lie in the workspace; strides are padded to whole panels
     int width, qkv, inner, hidden, outputs, scores;
-    float *x, *heads, *attended, *expanded, *out, *spare, *own;
-    size_t own_size, floats;
+    bool together;  // whether threads share out the norms of rows, and meet once more for it
+    float *x, *heads, *attended, *expanded, *out, *spare, *common, *own;
+    size_t normed_size, own_size, floats;
 
     Room(const Block &b, int rows, float *work) {
         width = padded(b.width), inner = padded(b.heads * b.head_dim), hidden = padded(b.hidden);
@@ -326,9 +330,12 @@ struct Room {  // where things lie in the workspace; strides are padded to whole
         auto take = [&](size_t n) { return (p += (n + LINE - 1) / LINE * LINE) - (n + LINE - 1) / LINE * LINE; };
         x = take(size_t(rows) * width), heads = take(size_t(rows) * qkv), attended = take(size_t(rows) * inner);
         expanded = take(size_t(rows) * hidden), out = take(size_t(rows) * outputs), spare = take(size_t(rows) * width);
-        own = p;
         const int most = width > padded(b.channels) ? width : padded(b.channels);
-        own_size = (size_t(rows) * most + scores + LINE - 1) / LINE * LINE + LINE;
+        together = rows > ALONE && b.threads > 1;
+        normed_size = (size_t(rows) * most + LINE - 1) / LINE * LINE;
+        if (together) common = take(normed_size), normed_size = 0;
+        own = p;
+        own_size = normed_size + (size_t(scores) + LINE - 1) / LINE * LINE + LINE;  // a line apart from the next thread's
         floats = size_t(p - work) + own_size * b.threads;
     }
 };
@@ -340,21 +347,28 @@ struct Worker {
     const int thread;
     float *normed, *scratch;
 
-    Worker(const Block &block, const Room &r, Barrier &bar, int t, int rows)
-        : b(block), room(r), barrier(bar), thread(t), normed(r.own + t * r.own_size),
-          scratch(normed + (r.own_size - LINE - (r.scores + LINE - 1) / LINE * LINE)) {
-        (void)rows;
+    Worker(const Block &block, const Room &r, Barrier &bar, int t)
+        : b(block), room(r), barrier(bar), thread(t) {
+        float *mine = r.own + t * r.own_size;
+        normed = r.together ? r.common : mine, scratch = mine + r.normed_size;
     }
 
     Share share(int count) const { return Share(count, thread, b.threads); }
 
-    // Every thread norms all rows for itself: less work than meeting once more.
+    // Fill rows of `normed`: few of them every thread for itself, which is less work than meeting once more.
+    template <class Fill>
+    void fill(int rows, Fill one_row) {
+        const Share mine = room.together ? share(rows) : Share(rows, 0, 1);
+        for (int r = mine.from; r < mine.to; r++) one_row(r);
+        if (room.together) barrier.wait();
+    }
+
     const float *norm(int rows, const float *w, const float *bias) {
-        for (int r = 0; r < rows; r++) {
+        fill(rows, [&](int r) {
             const float *x = room.x + size_t(r) * room.width;
             float *y = normed + size_t(r) * room.width;
             b.rms ? rms_norm(y, x, b.width, w) : layer_norm(y, x, b.width, w, bias);
-        }
+        });
         return normed;
     }
 
@@ -526,10 +540,10 @@ struct Worker {
     // Input number `index` of the block: the token before the one that it predicts, or the start token.
     void embed(int index) {
         const int token = index + b.first;
-        for (int r = 0; r < b.rows; r++) {
-            const float *from = b.x + (size_t(r % b.pictures) * b.tokens + token - 1) * b.channels;
-            memcpy(normed + size_t(r) * b.channels, token ? from : b.start, 4 * b.channels);
-        }
+        fill(b.rows, [&](int r) {
+            const float *from = token ? b.x + (size_t(r % b.pictures) * b.tokens + token - 1) * b.channels : b.start;
+            memcpy(normed + size_t(r) * b.channels, from, 4 * b.channels);
+        });
         product(b.rows, normed, b.channels, b.proj_in, b.channels, share(panels_of(b.width)),
                 [&](int panel, int row, const float *sums) {
                     const int at = panel * PANEL;
@@ -546,8 +560,9 @@ struct Worker {
     void project() {
         const float *y = room.x;
         if (b.final_norm) {
-            for (int r = 0; r < b.rows; r++)
+            fill(b.rows, [&](int r) {
                 rms_norm(normed + size_t(r) * room.width, room.x + size_t(r) * room.width, b.width, b.final_norm);
+            });
             y = normed;
         }
         product(b.rows, y, room.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
@@ -607,18 +622,31 @@ struct Worker {
     }
 };
 
+// `work` on the block's threads, or on as many of them as the system gives.
 template <class Work>
-void on_threads(const Block &b, int rows, Work work) {
-    const Room room(b, rows, b.work);
-    Barrier barrier(b.threads);
+void on_threads(const Block &given, int rows, Work work) {
+    Block b = given;
+    std::atomic<int> count{0};  // known once all have been asked for: none may wait for one that never came
     std::vector<std::thread> others;
-    for (int t = 1; t < b.threads; t++)
-        others.emplace_back([&, t] {
-            Worker worker(b, room, barrier, t, rows);
-            work(worker, room);
-        });
-    Worker worker(b, room, barrier, 0, rows);
-    work(worker, room);
+    std::unique_ptr<Room> room;
+    std::unique_ptr<Barrier> barrier;
+    auto run = [&](int t) {
+        Worker worker(b, *room, *barrier, t);
+        work(worker, *room);
+    };
+    try {
+        for (int t = 1; t < given.threads; t++)
+            others.emplace_back([&, t] {
+                while (!count.load(std::memory_order_acquire)) std::this_thread::yield();
+                run(t);
+            });
+    } catch (const std::exception &) {
+    }
+    b.threads = int(others.size()) + 1;
+    room.reset(new Room(b, rows, b.work));
+    barrier.reset(new Barrier(b.threads));
+    count.store(b.threads, std::memory_order_release);
+    run(0);
     for (auto &other : others) other.join();
 }
 
@@ -626,12 +654,14 @@ void on_threads(const Block &b, int rows, Work work) {
 
 extern "C" {
 
-int32_t starflow_version() { return 1; }
+int32_t starflow_version() { return 2; }
 int32_t starflow_panel() { return PANEL; }
 int32_t starflow_vector() { return VW; }
 
 // Floats of the workspace for `count` tokens at once.
-int64_t starflow_workspace(const Block *b, int32_t count) { return int64_t(Room(*b, b->rows * count, nullptr).floats); }
+int64_t starflow_workspace(const Block *b, int32_t count) {
+    return int64_t(Room(*b, b->rows * count, (float *)64).floats);  // no address is read
+}
 
 // Tokens from .. to-1, given those before them in x and their keys and values in the cache.
 void starflow_solve(const Block *b, int32_t from, int32_t to) {
@@ -655,6 +685,25 @@ void starflow_extend(const Block *b, float *hidden, int32_t position, int32_t co
 // y = gelu(x), or its tanh form, of n values in whole vectors: for tests.
 void starflow_gelu(const float *x, float *y, int32_t n, int32_t tanh_form) {
     for (int i = 0; i + VW <= n; i += VW) store(y + i, tanh_form ? tanh_gelu(load(x + i)) : gelu(load(x + i)));
+}
+
+// A number that changes with what the bytes are and where they stand, at the speed of reading them.
+uint64_t starflow_mark(const void *start, int64_t bytes) {
+    const unsigned char *p = (const unsigned char *)start;
+    vu lanes[4] = {};
+    constexpr int64_t STRIDE = sizeof lanes;
+    int64_t i = 0;
+    for (; i + STRIDE <= bytes; i += STRIDE)
+        for (int j = 0; j < 4; j++) {
+            vu words;
+            memcpy(&words, p + i + j * int64_t(sizeof words), sizeof words);
+            lanes[j] = lanes[j] * 0x9e3779b1u + words;
+        }
+    uint64_t mark = uint64_t(bytes);
+    for (int j = 0; j < 4; j++)
+        for (int k = 0; k < VW; k++) mark = mark * 0x100000001b3u + lanes[j][k];
+    for (; i < bytes; i++) mark = mark * 0x100000001b3u + p[i];
+    return mark;
 }
 
 // Ask for large pages where the system has them: panels are read as one long stream.

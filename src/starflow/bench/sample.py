@@ -1,0 +1,348 @@
+"""Speed of sampling: ours, the machine's limits, and other ways to draw a picture, all in one run.
+
+What is timed is the flow: from noise and an encoded condition to latents, without text encoder and autoencoder. The
+limit is the larger of two times, at the ceilings of the same run: that of reading weights and cache once a token, and
+that of the arithmetic. A time is the fastest of a few runs. Those that are compared take turns, so that what else the
+machine does slows all of them. Going token by token costs the same whatever the weights; how fast iterating is hangs on
+them, so that solver "auto" is timed for trained ones only.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow import files
+from starflow.bench.baselines import Baseline, Task, load_baselines
+from starflow.bench.ceilings import Ceilings, measure_ceilings
+from starflow.bench.train import architecture
+from starflow.bench.work import Work, sampling_work
+from starflow.flow.model import Flow, STARFlow, TarFlow, build
+from starflow.nn.cache import CachePool
+from starflow.pipeline import StarFlowPipeline, noise_of
+from starflow.presets import PRESETS
+from starflow.sampling.engine.native import Engine, covers_block, engine_of
+from starflow.sampling.jacobi import relative_change
+from starflow.sampling.plan import machine_of
+from starflow.sampling.sampler import Sampling, run
+from starflow.sampling.settings import SampleSettings, SolverName
+from starflow.sampling.timing import wait
+from starflow.weights.hub import find_model
+
+RANDOM = "57m"
+"""What is sampled without a name: 57 M random parameters."""
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is timed, and what it is given."""
+
+    name: str
+    model: Flow
+    trained: bool
+    condition: Tensor | None
+    """Of as many pictures as there are prompts; batches repeat them."""
+    null_condition: Tensor | None
+
+    def task(self, batch: int, guidance: float) -> Task:
+        """`batch` pictures with seeds 0, 1, .."""
+        config, device = self.model.config, next(self.model.parameters()).device
+        noise = noise_of(range(batch), (config.in_channels, config.img_size, config.img_size)).to(device)
+        if self.condition is None:
+            return Task(self.model, noise, None, None, guidance)
+        index = torch.arange(batch, device=device) % len(self.condition)
+        null = None if self.null_condition is None else self.null_condition[index]
+        return Task(self.model, noise, self.condition[index], null, guidance)
+
+    @property
+    def can_guide(self) -> bool:
+        return self.condition is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    guidance: float = 3.0
+    compare_at: int = 4
+    """The batch at which others are timed too."""
+    repeats: int = 3
+    """Runs of which the fastest counts."""
+    baselines: Path | None = None
+    """Folder; see `starflow.bench.baselines`."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One way to sample, at one batch size."""
+
+    solver: SolverName
+    batch: int
+    guidance: float
+    seconds: float
+    """Of the batch, as all times are."""
+    seconds_per_picture: float
+    pictures_per_second: float
+    tokens_per_second: float
+    bytes_per_second: float
+    """Weights and cache read once a token, over the time that it took."""
+    flops_per_second: float
+    limit_seconds: float
+    limited_by: str
+    share_of_limit: float
+    deviation: float
+    """||x - x_sequential|| / ||x_sequential||, the largest of the batch."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """A baseline, at `Plan.compare_at`."""
+
+    name: str
+    seconds: float
+    """Of the whole batch, scaled up where a part of the way was timed."""
+    limits: float
+    """Of our model's limit."""
+    speedup: dict[str, float]
+    """Of each of our solvers over it, from runs that took turns with it."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Once:
+    """What is paid once."""
+
+    first_picture_seconds: float
+    """The first picture of the process, the model in memory, with all that is built, packed and measured for it."""
+    build_seconds: float
+    """Of the compiled loop: compiling where it was not there, else loading. 0 where there is none."""
+    compiled: bool
+    """Whether it was compiled in this run."""
+    pack_seconds: float
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of one run."""
+
+    model: str
+    trained: bool
+    parameters: int
+    tokens: int
+    dtype: str
+    machine: str
+    torch: str
+    date: str
+    load: tuple[tuple[float, ...], tuple[float, ...]]
+    """Averages over 1, 5 and 15 minutes, before and after."""
+    ceilings: Ceilings
+    once: Once
+    speeds: tuple[Speed, ...]
+    compare_at: int
+    guidance: float
+    others: tuple[Other, ...]
+
+
+def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """A trained model by its folder, bundled name or hub id, or random weights of "57m" or a preset.
+
+    Raises:
+        UserError: no such model.
+    """
+    if name in (RANDOM, *PRESETS):
+        return _given_noise(name, _random_model(name).to(device, dtype), trained=False)
+    folder = find_model(name)
+    values: Any = files.read_json(folder / "config.json")
+    if isinstance(values, dict) and "autoencoder" in values:
+        pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
+        material = pipeline.material()
+        return Subject(name, pipeline.flow, True, material.condition, material.null_condition)
+    kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
+    flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
+    return _given_noise(name, flow, trained=False)
+
+
+def _random_model(name: str) -> STARFlow | TarFlow:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build(architecture(name)).requires_grad_(False)
+        for block in model.stack():
+            torch.nn.init.normal_(block.proj_out.weight, std=0.02)  # a new model is the identity
+    return model
+
+
+def _given_noise(name: str, model: STARFlow | TarFlow, *, trained: bool) -> Subject:
+    """A flow without its conditioner: random conditions, on which no trained model is itself."""
+    parameter, draw = next(model.parameters()), torch.Generator().manual_seed(0)
+    if isinstance(model, TarFlow):
+        classes = model.config.num_classes
+        labels = torch.randint(classes, (16,), generator=draw).to(parameter.device) if classes else None
+        return Subject(name, model, trained, labels, None)
+    if not model.config.txt_size:
+        return Subject(name, model, trained, None, None)
+    condition = torch.randn(16, model.config.txt_size, model.config.txt_dim, generator=draw).to(parameter.device)
+    return Subject(name, model, trained, condition, torch.zeros_like(condition))
+
+
+@torch.no_grad()
+def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
+    """Time everything that the plan names.
+
+    Raises:
+        UserError: a folder without baselines.
+    """
+    model, parameter = given.model, next(given.model.parameters())
+    load = os.getloadavg()
+    guidance = plan.guidance if given.can_guide else 0.0
+    solvers: tuple[SolverName, ...] = ("sequential", "auto") if given.trained else ("sequential",)
+    note("the first picture")
+    once = _paid_once(model, _seconds(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter))
+    note("ceilings")
+    ceilings = measure_ceilings(parameter.device, parameter.dtype)
+    times: list[_Timed] = []
+    for weight in dict.fromkeys((guidance, 0.0)):
+        for batch in plan.batches:
+            note(f"batch {batch}, guidance {weight:g}")
+            times += _time(given.task(batch, weight), solvers, (), plan.repeats)[0]
+    task = given.task(plan.compare_at, guidance)
+    baselines = load_baselines(plan.baselines, task) if plan.baselines else []
+    note(f"batch {plan.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
+    compared, seconds = _time(task, solvers, baselines, plan.repeats)
+    ceilings = ceilings.better(measure_ceilings(parameter.device, parameter.dtype))
+    return Report(
+        model=given.name,
+        trained=given.trained,
+        parameters=sum(one.numel() for one in model.parameters()),
+        tokens=_tokens(model),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        machine=machine_of(parameter.device),
+        torch=torch.__version__,
+        date=time.strftime("%Y-%m-%d"),
+        load=(load, os.getloadavg()),
+        ceilings=ceilings,
+        once=once,
+        speeds=tuple(_speed(timed, model, ceilings) for timed in _best(times + compared)),
+        compare_at=plan.compare_at,
+        guidance=guidance,
+        others=tuple(
+            _other(one, found, compared, model, ceilings) for one, found in zip(baselines, seconds, strict=True)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    solver: SolverName
+    batch: int
+    guidance: float
+    seconds: float
+    deviation: float
+
+
+def _time(
+    task: Task, solvers: Sequence[SolverName], baselines: Sequence[Baseline], repeats: int
+) -> tuple[list[_Timed], list[float]]:
+    """Ours, and seconds of the baselines, in turn; a run of each before does not count."""
+    drawn = {solver: _draw(task, solver).x.flatten(2) for solver in solvers}
+    for one in baselines:
+        one.action()
+    pool, batch = CachePool(), len(task.noise)
+    actions: list[Callable[[], object]] = [functools.partial(_draw, task, solver, pool) for solver in solvers]
+    seconds = in_turn([*actions, *(one.action for one in baselines)], task.noise, repeats)
+    ours = [
+        _Timed(solver, batch, task.guidance, found, float(relative_change(drawn["sequential"], drawn[solver]).max()))
+        for solver, found in zip(solvers, seconds, strict=False)
+    ]
+    return ours, [one.scale * found for one, found in zip(baselines, seconds[len(solvers) :], strict=True)]
+
+
+def in_turn(actions: Sequence[Callable[[], object]], like: Tensor, repeats: int) -> list[float]:
+    """Seconds of the fastest run of each, one after the other in every round."""
+    rounds = [[_seconds(action, like) for action in actions] for _ in range(repeats)]
+    return [min(times) for times in zip(*rounds, strict=True)]
+
+
+def _best(times: Sequence[_Timed]) -> list[_Timed]:
+    """One of each kind, the fastest."""
+    found: dict[tuple[str, int, float], _Timed] = {}
+    for one in times:
+        key = (one.solver, one.batch, one.guidance)
+        if key not in found or one.seconds < found[key].seconds:
+            found[key] = one
+    return list(found.values())
+
+
+def _speed(timed: _Timed, model: Flow, ceilings: Ceilings) -> Speed:
+    tokens = _tokens(model)
+    work = sampling_work(model, timed.batch, tokens, guided=timed.guidance > 0)
+    limit, by = _limit(work, ceilings)
+    return Speed(
+        solver=timed.solver,
+        batch=timed.batch,
+        guidance=timed.guidance,
+        seconds=timed.seconds,
+        seconds_per_picture=timed.seconds / timed.batch,
+        pictures_per_second=timed.batch / timed.seconds,
+        tokens_per_second=timed.batch * tokens / timed.seconds,
+        bytes_per_second=work.bytes / timed.seconds,
+        flops_per_second=work.flops / timed.seconds,
+        limit_seconds=limit,
+        limited_by=by,
+        share_of_limit=limit / timed.seconds,
+        deviation=timed.deviation,
+    )
+
+
+def _limit(work: Work, ceilings: Ceilings) -> tuple[float, str]:
+    reads, arithmetic = ceilings.seconds(work.bytes, work.flops)
+    return max((reads, "reads"), (arithmetic, "arithmetic"))
+
+
+def _other(one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: Ceilings) -> Other:
+    work = sampling_work(model, ours[0].batch, _tokens(model), guided=ours[0].guidance > 0)
+    speedup = {str(timed.solver): seconds / timed.seconds for timed in ours}
+    return Other(one.name, seconds, seconds / _limit(work, ceilings)[0], speedup, one.note)
+
+
+def _tokens(model: Flow) -> int:
+    return int(model.config.grid_side**2)
+
+
+def _draw(task: Task, solver: SolverName, caches: CachePool | None = None) -> Sampling:
+    settings = SampleSettings(task.guidance, solver)
+    return run(task.model, task.noise, task.condition, task.null_condition, settings, caches=caches)
+
+
+def _seconds(action: Callable[[], object], like: Tensor) -> float:
+    wait(like.device)
+    started = time.perf_counter()
+    action()
+    wait(like.device)
+    return time.perf_counter() - started
+
+
+def _paid_once(model: Flow, first: float) -> Once:
+    """Build, whether or not it pays for this model, and pack anew; each timed apart."""
+    engine = engine_of(model)
+    if next(model.parameters()).device.type == "cpu":
+        engine.build()
+    if engine.library is None:
+        return Once(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
+    fresh = model.kept["engine"] = Engine(engine.eager_seconds, engine.library)
+    started = time.perf_counter()
+    for block in model.stack():
+        if covers_block(block):
+            fresh.packed(block)
+    return Once(first, engine.build_seconds, engine.compiled, time.perf_counter() - started, fresh.bytes)
