@@ -24,6 +24,7 @@ STEPS = (
     ("presets", "memory"),
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),
+    ("components",),
     ("pipeline", "train", "evaluate", "edit"),
     ("measure", "bench"),
     ("claims",),

@@ -111,6 +111,7 @@ def snapshot(
         "allow_patterns": list(files),
         "ignore_patterns": [] if any("/" in pattern for pattern in files) else ["*/*"],
     }
+    expected: tuple[type[BaseException], ...] = (_Absent, HFValidationError, *hub_errors())
     try:
         folder = _cached(repository, settings)
         if folder is not None and not _missing(folder, needed) and _has_shards(folder):
@@ -118,7 +119,7 @@ def snapshot(
         if fetch.offline:
             raise _Absent
         return _download(repository, settings)
-    except (_Absent, HFValidationError, *_hub_errors()) as error:
+    except expected as error:
         reason, better = explain(error, repository, revision)
         remedy = better if better and remedy == REMEDY else remedy
         raise UserError(f"'{repository}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
@@ -210,7 +211,7 @@ def explain(error: BaseException, repository: str, revision: str | None = None) 
     return lines[0].rstrip(":. ") if lines else type(error).__name__, ""
 
 
-def _hub_errors() -> tuple[type[BaseException], ...]:
+def hub_errors() -> tuple[type[BaseException], ...]:
     """What huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -12,7 +12,8 @@ from PIL import Image
 from tests.cli.conftest import Run, fails
 
 from starflow.cli.target import Target, slug
-from starflow.cli.values import ASPECTS, aspect_size, parse_size
+from starflow.cli.values import parse_size
+from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
 from starflow.files import read_tensors, write_tensors
 from starflow.pipeline import StarFlowPipeline

@@ -76,6 +76,10 @@ class ReleasedText:
         self.load().save(folder)
         _free(next(self.network.buffers()).device)
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts together that are going to be asked for apart."""
+        self._recall(list(dict.fromkeys(prompts))[:REMEMBERED])
+
     def _recall(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of prompts, without padding, on the CPU."""
         wanted = list(dict.fromkeys(prompts))
