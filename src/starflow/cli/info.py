@@ -63,7 +63,11 @@ def _verified(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     total = total_bytes(places(folder, config))
     with tqdm(total=total, unit="B", unit_scale=True, desc="sha256", leave=False, disable=None, delay=2) as bar:
-        found = verify(folder, config, lambda count: bar.update(count) and None)
+
+        def count(read: int) -> None:
+            bar.update(read)
+
+        found = verify(folder, config, count)
     unknown = [str(one.path) for one in found if one.state == "unknown" and one.path.suffix == ".safetensors"]
     return {"verified": sum(one.state == "ok" for one in found), "without_a_digest": unknown}
 

@@ -12,6 +12,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +211,21 @@ def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and remarks, which would stand between ours."""
+    """Without transformers' own progress bars and remarks, and torchao's, which it imports where that is there."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    others = [getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [one.level for one in others]
+    for one in others:
+        one.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        for one, before in zip(others, levels, strict=True):
+            one.setLevel(before)
         if bars:
             logging.enable_progress_bar()
