@@ -37,11 +37,14 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
     Raises:
         UserError: a file differs from its digest; every such file is named. A file is missing.
     """
-    found = [checked for place in places(folder, config) for checked in _of_folder(place, read)]
+    folders = places(folder, config)
+    found = [checked for place in folders for checked in _of_folder(place, read)]
     wrong = [one for one in found if one.state == "damaged"]
     if wrong:
         named = ", ".join(f"{one.path} (by {one.by})" for one in wrong)
         raise UserError(f"{len(wrong)} of {len(found)} files are damaged: {named}; {shards.AGAIN}")
+    for inner in {path.parent for place in folders for path in _files(place)}:
+        shards.check_sizes(inner)  # of what has no digest, and for what is missing
     return found
 
 
@@ -78,8 +81,6 @@ def _of_folder(folder: Path, read: Callable[[int], None]) -> Iterator[Verified]:
             continue
         fine = path.stat().st_size == known.bytes and shards.sha256_of(path, read) == known.sha256
         yield Verified(path, "ok" if fine else "damaged", shards.CHECKSUMS)
-    for inner in {path.parent for path in _files(folder)}:
-        shards.check_sizes(inner)  # of what nothing lists, and for what is missing
 
 
 def _by_the_cache(path: Path) -> tuple[State, str]:
