@@ -185,7 +185,7 @@ def is_intact(path: Path) -> bool | None:
 
 def explain(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
     """An error of the hub's client in words, and what to do about it ("" where nothing better is known)."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
     if isinstance(error, errors.GatedRepoError):
@@ -196,6 +196,8 @@ def explain(error: BaseException, repository: str, revision: str | None = None) 
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision '{revision}'", "name a branch, tag or commit that the repository has"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401 and not get_token():
+        return "it asks for a token, and there is none", "log in with `hf auth login`"
     if status == 401:
         return "it does not accept the token", "log in with `hf auth login`, or correct HF_TOKEN"
     if status == 403:

@@ -110,7 +110,7 @@ def test_a_repository_that_is_not_there(hub: Hub, model: Path) -> None:
     assert "it has no revision 'v9'): name a branch, tag or commit" in refusal(f"{NAME}@v9")
     hub.repositories["someone/empty"] = Repository()
     hub.repositories["someone/empty"].commit({"README.md": b"# nothing"})
-    with pytest.raises(UserError, match=r"no such file: .*config.json"):
+    with pytest.raises(UserError, match=r"'someone/empty' holds no model of ours: it has no config.json"):
         picture("someone/empty")
 
 
@@ -213,7 +213,7 @@ def test_the_card_is_what_yaml_and_python_read(hub: Hub, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("token", "said"),
     [
-        (None, "(it does not accept the token): log in with `hf auth login`"),
+        (None, "(it asks for a token, and there is none): log in with `hf auth login`"),
         ("hf_bad", "(it does not accept the token): log in with `hf auth login`, or correct HF_TOKEN"),
         (READ_ONLY, "(the token has no right to it): use a token with that right"),
     ],
@@ -224,7 +224,7 @@ def test_a_push_that_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch, token
     with pytest.raises(UserError) as raised:
         pipeline().push_to_hub(NAME)
     assert str(raised.value).startswith(f"cannot push to '{NAME}' (")
-    assert said in str(raised.value) or (token is None and "log in with `hf auth login`" in str(raised.value))
+    assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert NAME not in hub.repositories
 

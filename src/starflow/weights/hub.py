@@ -34,7 +34,10 @@ def find_model(name: str, fetch: Fetch = HERE) -> Path:
     repository, _ = split_revision(name, fetch)
     if repository.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         raise UserError(f"no model '{name}': expected a folder, a hub repository (owner/name) or {', '.join(BUNDLED)}")
-    return snapshot(name, FILES, needed=["config.json"], fetch=fetch)
+    folder = snapshot(name, FILES, needed=["config.json"], fetch=fetch)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the hub's '{name}' holds no model of ours: it has no config.json, as push_to_hub writes it")
+    return folder
 
 
 def bundled_folder(name: str) -> Path:
