@@ -265,3 +265,19 @@ def test_a_shard_of_the_cache_that_rots_is_named(hub: Hub, model: Path) -> None:
 def test_an_index_says_where_tensors_are(model: Path) -> None:
     values = json.loads((model / "flow" / "model.safetensors.index.json").read_text())
     assert set(values["weight_map"]) == set(pipeline().flow.state_dict())
+
+
+def test_the_guides_python_runs(hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both blocks of docs/hub.md as they stand, but for the folder of the cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    shutil.copytree(model, tmp_path / "runs" / "tiny" / "model")
+    hub.put("owner/name", model, "main", "v1")
+    text = (Path(__file__).parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    exec("\n".join(blocks).replace("/data/models", str(constants.HF_HUB_CACHE)), {})
+    assert "README.md" in hub.repositories["owner/name"].files
+    assert (tmp_path / "folder" / "config.json").is_file()
