@@ -18,12 +18,13 @@ ROOT = Path(__file__).parent.parent / "src" / "starflow"
 
 # Rooms by step; an import goes to a lower step only. Rooms of one step do not import each other, ALSO aside.
 STEPS = (
-    ("errors", "version", "bundled"),
+    ("errors", "version", "bundled", "quiet"),
     ("config", "files", "hub"),
     ("nn", "model_config", "shards"),
     ("presets", "memory"),
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),
+    ("components",),
     ("pipeline", "train", "evaluate", "edit"),
     ("measure", "bench"),
     ("claims",),

@@ -73,8 +73,8 @@ def test_seeds_and_prompts_are_reported_in_order(pixels: StarFlowPipeline) -> No
 
 
 def test_guidance_and_prompt_change_the_picture_and_the_seed_fixes_it(pixels: StarFlowPipeline) -> None:
-    plain = pixels("circle", guidance=0.0, seed=1).latents
-    assert torch.equal(plain, pixels("circle", guidance=0.0, seed=1).latents)
+    plain = pixels("circle", guidance=0.0, seed=1, solver="sequential").latents
+    assert torch.equal(plain, pixels("circle", guidance=0.0, seed=1, solver="sequential").latents)
     for other in (pixels("circle", guidance=2.0, seed=1), pixels("star", guidance=0.0, seed=1)):
         assert not torch.allclose(plain, other.latents, atol=1e-3)
 
@@ -85,7 +85,8 @@ def test_disk_there_and_back(name: str, tmp_path: Path, request: pytest.FixtureR
     pipeline.save_pretrained(tmp_path / "model")
     loaded = StarFlowPipeline.from_pretrained(tmp_path / "model")
     assert type(loaded.flow) is type(pipeline.flow)
-    before, after = pipeline("star", seed=2), loaded("star", seed=2)
+    # "auto" chooses by timing, anew for every model that is loaded: a solver that is named gives the same bits.
+    before, after = (one("star", seed=2, solver="sequential") for one in (pipeline, loaded))
     torch.testing.assert_close(after.latents, before.latents, rtol=0, atol=1e-5)  # products round by where tensors lie
     assert (from_pil(before.images[0]) - from_pil(after.images[0])).abs().max() <= 2 / 127.5
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()

@@ -7,7 +7,8 @@
 
 Contract: picture i of a call depends on the weights, its prompt, its guidance weight and seed + i alone, not on the
 batch it is in.
-Sizes are (width, height) in pixels. A pipeline is a folder: config.json, flow/, and autoencoder/ where it is our own.
+Sizes are (width, height) in pixels. A pipeline is a folder: config.json, flow/, and the
+parts that it holds itself, autoencoder/ and conditioner/ (`starflow.components`).
 """
 
 from __future__ import annotations
@@ -15,66 +16,47 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from starflow import files
-from starflow.conditioning import ClassLabels, Conditioner, ConditionerSpec, load_conditioner
+from starflow.components import folder as components
+from starflow.components import sizes
+from starflow.components.card import facts_of, model_card
+from starflow.components.config import Cleaning as Cleaning
+from starflow.components.config import PipelineConfig as PipelineConfig
+from starflow.components.folder import Parts
+from starflow.conditioning import ClassLabels, Conditioner, ReleasedText
 from starflow.config import from_dict, to_dict
-from starflow.data.buckets import Aspect, caption_with_ratio, nearest_aspect
 from starflow.data.pictures import dequantise, from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.maps import token_log_prob
 from starflow.flow.model import STARFlow, TarFlow
-from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
-from starflow.latents.small import SmallLatents, save_small
+from starflow.hub import Fetch
+from starflow.latents import Autoencoder
 from starflow.latents.tiled import decode_in_tiles
 from starflow.sampling.calibrate import Material, calibrate
 from starflow.sampling.denoise import denoise
 from starflow.sampling.plan import Policy, keep_policy
 from starflow.sampling.sampler import sample
 from starflow.sampling.settings import CacheDtype, SampleSettings, SolverChoice
-from starflow.weights.hub import find_model, model_card, push_folder
+from starflow.shards import SHARD_BYTES
+from starflow.weights.hub import find_model, push_folder
 from starflow.weights.int8 import is_quantised, quantise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Cleaning = Literal["decoder", "tweedie", "none"]
-"""The ways out of the noise that a sample carries."""
-
 BATCH = 16
 """Pictures sampled at once by default."""
 
 CALIBRATION_PICTURES = 8
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """What config.json of a pipeline holds."""
-
-    name: str
-    image_size: int
-    """Side in pixels that the model was trained at."""
-    noise_std: float
-    """Standard deviation of the noise in the flow's training data, in the flow's units."""
-    autoencoder: AutoencoderSpec
-    conditioner: ConditionerSpec | None = None
-    guidance: float = 0.0
-    """Default guidance weight."""
-    cleaning: Cleaning = "decoder"
-    """How samples lose the noise: a decoder trained for it, one Tweedie step before decoding, or not at all (uniform
-    noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
-    noise: Literal["gaussian", "uniform"] = "gaussian"
-    """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
-    aspects: tuple[Aspect, ...] = ()
-    """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
-    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +102,8 @@ class StarFlowPipeline:
         config: PipelineConfig,
     ) -> None:
         self.flow, self.autoencoder, self.conditioner, self.config = flow.eval(), autoencoder, conditioner, config
+        self.decoder: Autoencoder | None = None
+        """What decodes instead of the autoencoder, if anything."""
 
     @classmethod
     def from_pretrained(
@@ -129,42 +113,68 @@ class StarFlowPipeline:
         dtype: torch.dtype = torch.float32,
         *,
         int8: bool = False,
+        decoder: str | None = None,
+        keep_text_encoder: bool | None = None,
+        revision: str | None = None,
+        cache: str | Path | None = None,
+        offline: bool = False,
     ) -> StarFlowPipeline:
         """Load a pipeline: the bundled "glyphs", a folder of `save_pretrained` or `starflow train`, or a hub id.
 
         Args:
-            model: name, folder or hub id.
+            model: name, folder (of a pipeline, or of a training run) or hub id, "owner/name" or "owner/name@revision".
             device: where everything is put.
             dtype: of the flow's network; densities and autoencoder stay in float32.
             int8: round the weights of the block next to the noise to 8 bits, for memory; see `starflow.weights.int8`.
+            decoder: folder or hub id of another autoencoder that turns latents into pictures: a small one of the same
+                latents, such as TAESD for sd-vae's, or one with a decoder of `starflow train-decoder`.
+            keep_text_encoder: whether it stays in memory between calls; None keeps one whose files are under a
+                gigabyte, and loads and releases a larger one where it is needed.
+            revision: of the repository: a branch, tag or commit.
+            cache: folder of downloads; None is huggingface_hub's own.
+            offline: take only what is cached.
 
         Raises:
             UserError: nothing there, or its files are damaged or do not fit each other.
         """
-        folder = find_model(str(model))
+        fetch = Fetch(revision, cache, offline)
+        folder = find_model(str(model), fetch)
         values = files.read_json(folder / "config.json")
         if not isinstance(values, dict) or "autoencoder" not in values:
             raise UserError(
                 f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it"
             )
         config = from_dict(PipelineConfig, values)
-        flow = _load_flow(folder / "flow").requires_grad_(False)
-        spec = config.autoencoder
-        if spec.kind == "small":
-            spec = dataclasses.replace(spec, source=str(folder / spec.source))
-        conditioner = load_conditioner(config.conditioner) if config.conditioner else None
-        pipeline = cls(flow, load_autoencoder(spec), conditioner, config)
+        flow = components.open_flow(folder).requires_grad_(False)
+        conditioner = None
+        if config.conditioner:
+            conditioner = components.open_conditioner(config.conditioner, folder, fetch, keep_text_encoder)
+        autoencoder = components.open_autoencoder(config.autoencoder, folder, fetch)
+        pipeline = cls(flow, autoencoder, conditioner, config)
+        if decoder is not None:
+            pipeline.decoder = components.open_decoder(decoder, config.autoencoder, fetch)
         pipeline.to(device, dtype)
         if int8:
             quantise(flow)
         return pipeline
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        parts: Parts = "own",
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         """Write the pipeline; `config.json` comes last, so its presence means that the folder is whole.
 
         Args:
             folder: made where it is missing.
             dtype: of the stored weights.
+            parts: which of autoencoder and text encoder are written into the folder: "own" are those that the pipeline
+                itself holds, "local" those that come from any folder here as well, and "all" those from the hub too;
+                what is not written is named in config.json.
+            shard_bytes: size that a file of the flow stays under.
 
         Raises:
             UserError: the folder cannot be written, or the disk is full.
@@ -172,27 +182,44 @@ class StarFlowPipeline:
         if is_quantised(self.flow):
             raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
         folder = files.check_output_folder(Path(folder))
-        self.flow.save_pretrained(folder / "flow", dtype)
-        if isinstance(self.autoencoder, SmallLatents):
-            save_small(self.autoencoder.network, folder / "autoencoder", self.autoencoder.spec.noise_std, dtype)
-        files.write_json(folder / "config.json", to_dict(_portable(self.config)))
+        self.flow.save_pretrained(folder / components.FLOW, dtype, shard_bytes=shard_bytes)
+        coder = components.save_autoencoder(self.autoencoder, self.config.autoencoder, folder, parts, dtype)
+        reader = self.config.conditioner
+        if self.conditioner is not None and reader is not None:
+            reader = components.save_conditioner(self.conditioner, reader, folder, parts)
+        stored = dataclasses.replace(self.config, autoencoder=coder, conditioner=reader)
+        files.write_json(folder / "config.json", to_dict(stored))
 
-    def push_to_hub(self, repository: str, private: bool = False) -> str:
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        parts: Parts = "local",
+        licence: str = "",
+    ) -> str:
         """Upload the pipeline to the hub with a generated model card; returns the commit's address.
+
+        Args:
+            repository: "owner/name", made where it is missing.
+            private: whether a new one is.
+            dtype: of the stored weights.
+            parts: see `save_pretrained`.
+            licence: the hub's name of the weights' licence, for the card.
 
         Raises:
             UserError: not logged in, no right to write, or the hub cannot be reached.
         """
-        count = sum(parameter.numel() for parameter in self.flow.parameters())
-        condition = self.config.conditioner.kind if self.config.conditioner else "no"
-        facts = (
-            f"A normalizing flow ({type(self.flow).__name__}, {count / 1e6:.1f} M parameters, {condition} condition) "
-            f"for pictures of {self.config.image_size} px, trained with noise of {self.config.noise_std:g}."
-        )
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            self.save_pretrained(folder)
-            files.write_text(folder / "README.md", model_card(repository, facts, "", self.config.guidance))
+            self.save_pretrained(folder, dtype, parts=parts)
+            prompt = "" if self.conditioner is None else '"a red apple", '
+            if isinstance(self.conditioner, ClassLabels):
+                prompt = f'"{self.conditioner.spec.names[0]}", '
+            example = f"({prompt}guidance={self.config.guidance:g}, seed=0)"
+            card = model_card(repository, facts_of(self.config, self.flow), example, licence)
+            files.write_text(folder / "README.md", card)
             return push_folder(folder, repository, private)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> StarFlowPipeline:
@@ -201,7 +228,7 @@ class StarFlowPipeline:
             self.flow.to(device=device, dtype=dtype)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device '{device}': {str(error).splitlines()[0]}; try --device cpu") from None
-        for part in (self.autoencoder, self.conditioner):
+        for part in (self.autoencoder, self.decoder, self.conditioner):
             network = getattr(part, "network", None)
             if network is not None:
                 network.to(device)
@@ -215,14 +242,11 @@ class StarFlowPipeline:
     @property
     def size_multiple(self) -> int:
         """What both sides of a picture must be multiples of, in pixels."""
-        return self.config.autoencoder.factor * self.flow.config.patch_size
+        return sizes.multiple(self.config, self.flow.config)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError: (width, height) in pixels that the model cannot make."""
-        width, height = size
-        unit = self.size_multiple
-        if width < unit or height < unit or width % unit or height % unit:
-            raise UserError(f"size {width}x{height} cannot be made: both sides must be multiples of {unit} pixels")
+        sizes.check(self.config, self.flow.config, size)
 
     def __call__(
         self,
@@ -252,7 +276,8 @@ class StarFlowPipeline:
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
             guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
             guidance_schedule: "constant" or "linear" (annealed).
-            cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own.
+            cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
+                and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
             batch_size: pictures sampled at once; changes memory, not pictures.
             cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
             tile: side in latent pixels of the tiles that are decoded one by one, for memory; None is whole batches.
@@ -266,6 +291,10 @@ class StarFlowPipeline:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
         weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
         shape = self._latent_shape(size)
+        way = self._way_out(cleaning)
+        if size is not None and (note := sizes.untrained(self.config, self.flow.config, size)):
+            warnings.warn(note, stacklevel=2)
+        self._prepare(prompts, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
@@ -285,7 +314,7 @@ class StarFlowPipeline:
                 progress=_shifted(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
-            images += to_pil(self._picture(drawn, condition, cleaning or self.config.cleaning, tile))
+            images += to_pil(self._picture(drawn, condition, way, tile))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
     def calibrate(
@@ -410,7 +439,8 @@ class StarFlowPipeline:
 
     def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         with torch.no_grad():
-            return decode_in_tiles(self.autoencoder, latents, tile) if tile else self.autoencoder.decode(latents)
+            decoder = self.decoder or self.autoencoder
+            return decode_in_tiles(decoder, latents, tile) if tile else decoder.decode(latents)
 
     def _picture(
         self, latents: Tensor, condition: Tensor | None, cleaning: Cleaning, tile: int | None = None
@@ -419,6 +449,31 @@ class StarFlowPipeline:
         if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
         return self._decode(latents, tile)
+
+    def _way_out(self, asked: Cleaning | None) -> Cleaning:
+        """The cleaning that is asked for, or else the one that fits what decodes."""
+        config, trained = self.config, (self.decoder or self.autoencoder).spec.noise_std > 0
+        if asked == "tweedie" and not config.noise_std:
+            raise UserError(
+                f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'"
+            )
+        if asked == "decoder" and config.noise_std and not trained:
+            warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=3)
+        if asked is not None or self.decoder is None or config.cleaning == "none":
+            return asked or config.cleaning
+        return "decoder" if trained else "tweedie"
+
+    def prepare(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> None:
+        """Encode prompts that several calls are going to draw at a size, so that a text encoder is loaded once.
+
+        Raises:
+            UserError: a size that the model cannot make.
+        """
+        self._prepare(prompts, self._latent_shape(size))
+
+    def _prepare(self, prompts: Sequence[str], shape: Sequence[int]) -> None:
+        if isinstance(self.conditioner, ReleasedText):
+            self.conditioner.remember(sizes.told(self.config, prompts, shape))
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)
@@ -439,9 +494,8 @@ class StarFlowPipeline:
             numbers = [self.conditioner.number(prompt) for prompt in prompts]
             labels = torch.tensor(numbers, device=self.device)
             return labels.where(labels < self.flow.config.num_classes, -1), None
-        if self.config.aspects and self.conditioner.spec.kind != "class":
-            aspect = nearest_aspect(shape[-1], shape[-2], self.config.aspects)
-            prompts = [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
+        if self.conditioner.spec.kind != "class":
+            prompts = sizes.told(self.config, prompts, shape)
         return self.conditioner.encode(prompts), self.conditioner.null(len(prompts))
 
 
@@ -468,19 +522,6 @@ def _weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tenso
         got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
         raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
     return weights.expand(pictures)
-
-
-def _portable(config: PipelineConfig) -> PipelineConfig:
-    """The config as it is stored: our own autoencoder lies in the pipeline's folder, wherever that is."""
-    if config.autoencoder.kind != "small":
-        return config
-    return dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, source="autoencoder"))
-
-
-def _load_flow(folder: Path) -> STARFlow | TarFlow:
-    values: Any = files.read_json(folder / "config.json")
-    kind = values.get("kind") if isinstance(values, dict) else None
-    return TarFlow.from_pretrained(folder) if kind == "tarflow" else STARFlow.from_pretrained(folder)
 
 
 def _shifted(

@@ -181,16 +181,19 @@ def check_sizes(folder: Path) -> None:
         UserError: a file is missing, or longer or shorter than it should be; it is named. A shard of an index is
             missing.
     """
+    for index in folder.glob("*.safetensors.index.json"):
+        weight_files(folder, index.name.removesuffix(".safetensors.index.json"))
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_header(path)
     for name, known in checksums(folder).items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"no such file: {path}, which {CHECKSUMS} lists; {AGAIN}")
         if path.stat().st_size != known.bytes:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {AGAIN}")
-    for index in folder.glob("*.safetensors.index.json"):
-        weight_files(folder, index.name.removesuffix(".safetensors.index.json"))
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_header(path)
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {AGAIN}, or remove "
+                f"{CHECKSUMS} if you changed it yourself"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,15 @@ def checksums(folder: Path) -> dict[str, Checksum]:
         raise UserError(f"{path} holds no checksums ({{file: {{bytes, sha256}}}}): {AGAIN}") from None
     _check_names(path, found)
     return found
+
+
+def seal(folder: Path) -> None:
+    """Write checksums.json of the safetensors files that a library of others has put into a folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    files.write_json(folder / CHECKSUMS, {path.name: describe(path) for path in sorted(folder.glob("*.safetensors"))})
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.conftest import CLASSES, Run, fails
+import pytest
+from tests.cli.conftest import CLASSES, Run, fails, random_pipeline
+from tests.local_hub import used
 
+from starflow.conditioning import ClassLabels
+from starflow.latents import PixelLatents
 from starflow.pipeline import StarFlowPipeline
+from starflow.weights.hub import find_model
 
 
 def test_facts_are_those_of_the_loaded_model(run: Run, text: Path) -> None:
@@ -33,3 +38,60 @@ def test_bad_input(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("info", tmp_path), "config.json")
     fails(run("info", classes / "flow"), "holds no pipeline")
     fails(run("info", "nowhere"), "no model 'nowhere'")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    random_pipeline("sharded", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(folder, shard_bytes=8000)
+    return folder
+
+
+def flip(path: Path) -> None:
+    """Change the last byte, which no size shows."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_verify_reads_every_file_and_names_the_wrong_shard(run: Run, sharded: Path) -> None:
+    shards = sorted((sharded / "flow").glob("*.safetensors"))
+    assert len(shards) > 2
+    facts = json.loads(run("info", sharded, "--verify", "--json").out)
+    assert facts["files"] == {"verified": len(shards), "without_a_digest": []}
+    assert facts["flow"]["megabytes"] == round(sum(shard.stat().st_size for shard in shards) / 1e6, 3)
+    flip(shards[1])
+    StarFlowPipeline.from_pretrained(sharded)  # sizes do not show it
+    said = f"1 of {len(list(sharded.rglob('*.*')))} files are damaged: {shards[1]} (by checksums.json); fetch"
+    fails(run("info", sharded, "--verify"), said)
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    fails(run("info", sharded, "--verify"), f"{shards[1]} (by checksums.json)")
+    shards[1].unlink()
+    fails(run("info", sharded, "--verify"), f"{shards[1].name}")
+
+
+def test_files_without_a_digest_are_said(run: Run, sharded: Path) -> None:
+    (sharded / "flow" / "checksums.json").unlink()
+    facts = json.loads(run("info", sharded, "--verify", "--json").out)
+    assert facts["files"]["verified"] == 0
+    assert len(facts["files"]["without_a_digest"]) > 2
+
+
+def test_verify_of_a_hub_model_knows_the_hubs_digests(
+    run: Run, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sharded / "flow" / "checksums.json").unlink()
+    with used(monkeypatch, tmp_path) as hub:
+        hub.put("a/model", sharded)
+        found = find_model("a/model")
+        files = [path for path in found.rglob("*") if path.is_file()]
+        facts = json.loads(run("info", "a/model", "--verify", "--json").out)
+        assert facts["files"] == {"verified": len(files), "without_a_digest": []}
+        wrong = sorted((found / "flow").glob("*.safetensors"))[0]
+        flip(wrong.resolve())
+        fails(run("info", "a/model", "--verify"), f"{wrong} (by the hub's digest)")
+
+
+def test_the_bundled_model_is_whole(run: Run) -> None:
+    facts = json.loads(run("info", "glyphs", "--verify", "--json").out)
+    assert facts["files"]["verified"] >= 2
+    assert facts["files"]["without_a_digest"] == []

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.cli.conftest import Run, fails
 
 from starflow.cli.main import main
 from starflow.cli.options import split_overrides
 from starflow.errors import UserError
+from starflow.flow.model import STARFlow
 
 RECIPE = """
 name: smoke
@@ -57,8 +59,16 @@ def test_a_recipe_to_a_model_that_generates(
         "step_00000002.png",
         "step_00000003.png",
     ]
-    assert run("generate", "star", "--model", folder / "model").code == 0
+    assert run("generate", "star", "--solver", "sequential", "--model", folder / "model").code == 0
     assert (tmp_path / "out" / "star-0000.png").is_file()
+    # Whatever reads models reads the run too, and the flow alone.
+    assert run("generate", "star", "--solver", "sequential", "--model", folder, "--output", "again").code == 0
+    with Image.open("again/star-0000.png") as one, Image.open("out/star-0000.png") as two:
+        assert one.tobytes() == two.tobytes()
+    facts = json.loads(run("info", folder, "--verify", "--json").out)
+    assert (facts["name"], facts["files"]["without_a_digest"]) == ("smoke", [])
+    flows = [STARFlow.from_pretrained(one) for one in (folder, folder / "model", folder / "model" / "flow")]
+    assert len({flow.config for flow in flows}) == 1
 
 
 def test_stages_alone(run: Run, recipe: Path, tmp_path: Path) -> None:

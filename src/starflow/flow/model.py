@@ -22,9 +22,11 @@ from starflow.errors import UserError
 from starflow.flow import affine, store
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
 from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
+from starflow.hub import Fetch
 from starflow.model_config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import condition_positions, grid_positions, rotary_table
+from starflow.shards import SHARD_BYTES
 
 
 class Trace(NamedTuple):
@@ -173,35 +175,53 @@ class Flow(nn.Module, ABC):
         """S, the condition tokens that a conditioned block prepends."""
         return 0
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors, which `from_pretrained` reads.
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, *, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write config.json and the weights, which `from_pretrained` reads.
 
         Args:
             folder: made where it is missing.
             dtype: of the stored weights; None is their own.
+            shard_bytes: size that a file stays under; see `starflow.shards`.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        store.save(Path(folder), self.config, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
+        stored = ((name, tensor.to(dtype)) for name, tensor in self.state_dict().items())
+        store.save(Path(folder), self.config, stored, shard_bytes)
         if self.policy is not None:
             store.write_policy(Path(folder), self.policy)
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path) -> Self:
-        """The model that `save_pretrained` wrote, on the CPU, in the precision that was saved.
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        cache: str | Path | None = None,
+        offline: bool = False,
+    ) -> Self:
+        """The model that `save_pretrained`, training or conversion wrote, on the CPU, in the precision that was saved.
+
+        Args:
+            folder_or_hub_id: the folder of a flow, a pipeline or a run, or a hub repository of one of the first two.
+            revision: of the repository, a branch, tag or commit; it may also follow the name, "owner/name@revision".
+            cache: folder of downloads; None is huggingface_hub's own.
+            offline: take only what is cached.
 
         Raises:
             UserError: no such folder or repository, another kind of model, a damaged file, missing or unexpected keys.
         """
-        config, tensors = store.load(folder_or_hub_id)
+        folder = store.find(folder_or_hub_id, Fetch(revision, cache, offline))
+        config, tensors = store.load(folder)
         with torch.device("meta"):
             model = build(config)
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise UserError(f"{folder_or_hub_id} holds a {kind}, expected a {cls.__name__}: load it as a {kind}")
-        store.assign(model, tensors, str(folder_or_hub_id))
-        model.policy = store.read_policy(folder_or_hub_id)
+        store.assign(model, tensors, str(folder))
+        model.policy = store.read_policy(folder)
         return model
 
 

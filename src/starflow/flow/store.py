@@ -1,55 +1,71 @@
-"""A model as a folder: config.json and model.safetensors. Loading is strict.
+"""A model as a folder: config.json and the weights (`starflow.shards`). Loading is strict.
 
 Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are
-listed. A damaged file is named.
+listed. A damaged file is named. A model is found in its own folder, in that of a pipeline (flow/) or of a training
+run (model/flow/), and in a hub repository of the first two kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from starflow import files
+from starflow import files, shards
 from starflow.errors import UserError
-from starflow.hub import local_or_hub
+from starflow.hub import HERE, Fetch, local_or_hub
 from starflow.model_config import ModelConfig, config_from_dict, config_to_dict
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 POLICY_NAME = "policy.json"
+FOLDER = "flow"
+"""The flow's folder in that of a pipeline."""
+_HUB_FILES = ("model*.safetensors", "model*.safetensors.index.json", shards.CHECKSUMS, POLICY_NAME)
 _LISTED = 8
 
 
-def save(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all; the weights first, so that a config means a whole model."""
+def save(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], limit: int = shards.SHARD_BYTES
+) -> None:
+    """Write weights and config, each file whole or not at all; the config last, so that it means a whole model."""
     files.check_output_folder(folder)
-    files.write_tensors(folder / WEIGHTS_NAME, tensors)
+    shards.write(folder, tensors, limit)
     files.write_json(folder / CONFIG_NAME, config_to_dict(config))
 
 
-def load(folder_or_hub_id: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read both files.
+def find(folder_or_hub_id: str | Path, fetch: Fetch = HERE) -> Path:
+    """The folder with a flow's own config.json and weights; see the module's docstring.
+
+    Raises:
+        UserError: neither a folder nor a repository.
+    """
+    also = (*_HUB_FILES, *(f"{FOLDER}/{name}" for name in (CONFIG_NAME, *_HUB_FILES)))
+    folder = local_or_hub(str(folder_or_hub_id), (CONFIG_NAME,), also, fetch=fetch, within=("", FOLDER, "model/flow"))
+    inner = (folder, folder / FOLDER, folder / "model" / FOLDER)
+    return next((one for one in inner if (one / CONFIG_NAME).is_file() and shards.has_weights(one)), folder)
+
+
+def load(folder_or_hub_id: str | Path, fetch: Fetch = HERE) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read config and weights.
 
     Raises:
         UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
     """
-    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME, WEIGHTS_NAME), also=(POLICY_NAME,))
+    folder = find(folder_or_hub_id, fetch)
     options = files.read_json(folder / CONFIG_NAME)
     if not isinstance(options, dict):
         raise UserError(f"{folder / CONFIG_NAME} holds a {type(options).__name__}, expected a mapping of options")
-    return config_from_dict(options), files.read_tensors(folder / WEIGHTS_NAME)
+    return config_from_dict(options), shards.read(folder)
 
 
-def read_policy(folder_or_hub_id: str | Path) -> dict[str, Any] | None:
+def read_policy(folder: Path) -> dict[str, Any] | None:
     """The sampling policy beside the weights, as it stands there, or None; whoever samples checks it.
 
     Raises:
         UserError: the file is no JSON, or holds no mapping.
     """
-    folder = local_or_hub(str(folder_or_hub_id), needed=(CONFIG_NAME,), also=(POLICY_NAME,))
     if not (folder / POLICY_NAME).is_file():
         return None
     values = files.read_json(folder / POLICY_NAME)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from starflow.hub import HERE, Fetch
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 from starflow.latents.diffusers_load import freeze, load_network
 
@@ -33,13 +34,15 @@ class KLLatents:
         )
 
     @classmethod
-    def from_pretrained(cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0) -> KLLatents:
+    def from_pretrained(
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: Fetch = HERE
+    ) -> KLLatents:
         """Load from a folder or a hub repository, e.g. "stabilityai/sd-vae-ft-ema".
 
         Raises:
             UserError: see `load_network`.
         """
-        return cls(load_network("AutoencoderKL", source, dtype), source, noise_std)
+        return cls(load_network("AutoencoderKL", source, dtype, fetch), source, noise_std)
 
     @property
     def spec(self) -> AutoencoderSpec:

@@ -9,11 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from starflow import shards
 from starflow.errors import UserError
 from starflow.files import read_json
-from starflow.hub import local_or_hub
+from starflow.hub import HERE, Fetch, local_or_hub
+from starflow.quiet import TORCHAO, errors_only
 
 FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
+INDEX = "diffusion_pytorch_model*.safetensors.index.json"
 NetworkName = Literal["AutoencoderKL", "AutoencoderTiny"]
 
 
@@ -30,21 +33,23 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def load_network(name: NetworkName, source: str, dtype: torch.dtype) -> nn.Module:
+def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: Fetch = HERE) -> nn.Module:
     """Build the diffusers class `name` from `source`, a folder or a hub repository, frozen and in evaluation mode.
 
     Raises:
-        UserError: diffusers is not installed, `source` is nowhere, another class, damaged, or lacks weights.
+        UserError: diffusers is not installed, `source` is nowhere, another class, damaged (the file is named), or
+            lacks weights.
     """
     diffusers = import_diffusers()
-    folder = local_or_hub(source, FILES)
+    folder = local_or_hub(source, FILES, (INDEX, shards.CHECKSUMS), fetch=fetch)
     stored = read_json(folder / "config.json").get("_class_name", name)
     if stored != name:
         raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")
+    shards.check_sizes(folder)
     from safetensors import SafetensorError
 
     try:
-        with _quiet(diffusers):
+        with quiet(diffusers):
             network, report = getattr(diffusers, name).from_pretrained(
                 folder,
                 torch_dtype=dtype,
@@ -80,12 +85,13 @@ def freeze(network: Any) -> nn.Module:
 
 
 @contextmanager
-def _quiet(diffusers: Any) -> Iterator[None]:
-    """Without diffusers' remarks: what matters of them, the loading report, is read."""
+def quiet(diffusers: Any) -> Iterator[None]:
+    """Without diffusers' and torchao's remarks: what matters of them, the loading report, is read."""
     logging = diffusers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with errors_only(*TORCHAO, "diffusers"):
+            yield
     finally:
         logging.set_verbosity(level)

@@ -14,8 +14,9 @@ from torch import Generator, Tensor, nn
 
 from starflow.errors import UserError
 from starflow.files import read_tensors
+from starflow.hub import HERE, Fetch
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
-from starflow.latents.diffusers_load import check_keys, freeze, import_diffusers, load_network
+from starflow.latents.diffusers_load import check_keys, freeze, import_diffusers, load_network, quiet
 
 TAESD_FILES = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 
@@ -37,7 +38,9 @@ class TinyLatents:
         )
 
     @classmethod
-    def from_pretrained(cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0) -> TinyLatents:
+    def from_pretrained(
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: Fetch = HERE
+    ) -> TinyLatents:
         """Load from a folder or a hub repository, e.g. "madebyollin/taesd".
 
         A folder with TAESD's own two files (`TAESD_FILES`) and no config.json is read as well.
@@ -48,7 +51,7 @@ class TinyLatents:
         folder = Path(source).expanduser()
         if not (folder / "config.json").exists() and all((folder / name).is_file() for name in TAESD_FILES):
             return cls(_load_taesd(folder, dtype), source, noise_std)
-        return cls(load_network("AutoencoderTiny", source, dtype), source, noise_std)
+        return cls(load_network("AutoencoderTiny", source, dtype, fetch), source, noise_std)
 
     @property
     def spec(self) -> AutoencoderSpec:
@@ -72,7 +75,9 @@ class TinyLatents:
 
 def _load_taesd(folder: Path, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderTiny from TAESD's own files, whose layers are numbered from the encoder's and decoder's start."""
-    network: nn.Module = import_diffusers().AutoencoderTiny()
+    diffusers = import_diffusers()
+    with quiet(diffusers):
+        network: nn.Module = diffusers.AutoencoderTiny()
     state = {f"encoder.layers.{name}": tensor for name, tensor in read_tensors(folder / TAESD_FILES[0]).items()}
     for name, tensor in read_tensors(folder / TAESD_FILES[1]).items():
         number, _, rest = name.partition(".")

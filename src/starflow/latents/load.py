@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starflow.errors import UserError
+from starflow.hub import HERE, Fetch
 from starflow.latents.base import Autoencoder, AutoencoderSpec
 from starflow.latents.diffusers_kl import KLLatents
 from starflow.latents.diffusers_tiny import TinyLatents
@@ -14,13 +15,13 @@ from starflow.latents.small import load_small
 KINDS = ("pixels", "diffusers_kl", "diffusers_tiny", "small")
 
 
-def load_autoencoder(spec: AutoencoderSpec) -> Autoencoder:
+def load_autoencoder(spec: AutoencoderSpec, fetch: Fetch = HERE) -> Autoencoder:
     """Build the autoencoder that `spec` describes, on the CPU in float32.
 
     Raises:
         UserError: an unknown kind, its files cannot be found or read, or what was found is another than described.
     """
-    found = _load(spec)
+    found = _load(spec, fetch)
     described, got = _shape(spec), _shape(found.spec)
     if described != got:
         raise UserError(
@@ -30,13 +31,13 @@ def load_autoencoder(spec: AutoencoderSpec) -> Autoencoder:
     return found
 
 
-def _load(spec: AutoencoderSpec) -> Autoencoder:
+def _load(spec: AutoencoderSpec, fetch: Fetch) -> Autoencoder:
     if spec.kind == "pixels":
         return PixelLatents(1 if spec.channels == 1 else 3)
     if spec.kind == "diffusers_kl":
-        return KLLatents.from_pretrained(spec.source, noise_std=spec.noise_std)
+        return KLLatents.from_pretrained(spec.source, noise_std=spec.noise_std, fetch=fetch)
     if spec.kind == "diffusers_tiny":
-        return TinyLatents.from_pretrained(spec.source, noise_std=spec.noise_std)
+        return TinyLatents.from_pretrained(spec.source, noise_std=spec.noise_std, fetch=fetch)
     if spec.kind == "small":
         return load_small(Path(spec.source))
     raise UserError(f"unknown autoencoder kind '{spec.kind}', expected one of {', '.join(KINDS)}")

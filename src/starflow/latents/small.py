@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
+from starflow import shards
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
-from starflow.files import read_json, read_tensors, write_json, write_tensors
+from starflow.files import read_json, write_json
 from starflow.flow.store import assign
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
@@ -136,10 +137,10 @@ class SmallLatents:
 
 
 def save_small(network: SmallAutoencoder, folder: Path, noise_std: float, dtype: torch.dtype = torch.float32) -> None:
-    """Write `config.json` and `model.safetensors`; `dtype` is that of the stored weights."""
+    """Write the weights and then `config.json`; `dtype` is that of the stored weights."""
     config = {"kind": "small", "noise_std": noise_std, **to_dict(network.config)}
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    write_tensors(folder / "model.safetensors", state)
+    shards.write(folder, state.items())
     write_json(folder / "config.json", config)
 
 
@@ -154,6 +155,6 @@ def load_small(folder: Path) -> SmallLatents:
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
     network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
-    assign(network, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    assign(network, shards.read(folder), str(shards.weight_files(folder)[0]))
     network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SmallLatents(network, float(noise_std), str(folder))

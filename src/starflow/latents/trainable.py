@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.files import check_output_folder, read_json, write_json
-from starflow.hub import local_or_hub
+from starflow.hub import HERE, Fetch, local_or_hub
 from starflow.latents.base import Autoencoder
 from starflow.latents.diffusers_kl import KLLatents
 from starflow.latents.diffusers_tiny import TAESD_FILES, TinyLatents
 from starflow.latents.small import SmallLatents, load_small, save_small
+from starflow.shards import seal
 
 NOISE = "noise.json"
 Trainable = KLLatents | TinyLatents | SmallLatents
@@ -56,7 +57,7 @@ def decoder_noise(source: str) -> float:
     return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
 
 
-def open_trainable(source: str) -> Trainable:
+def open_trainable(source: str, fetch: Fetch = HERE) -> Trainable:
     """The autoencoder in a folder or hub repository, by what its config.json says it is.
 
     Raises:
@@ -64,15 +65,16 @@ def open_trainable(source: str) -> Trainable:
     """
     folder = Path(source).expanduser()
     if all((folder / name).is_file() for name in TAESD_FILES) and not (folder / "config.json").exists():
-        return TinyLatents.from_pretrained(source)
-    values = read_json(local_or_hub(source, ("config.json",), ("*.safetensors",)) / "config.json")
+        return TinyLatents.from_pretrained(source, fetch=fetch)
+    found = local_or_hub(source, ("config.json",), ("*.safetensors", "*.json"), fetch=fetch)
+    values = read_json(found / "config.json")
     kind = values.get("_class_name") if isinstance(values, dict) else None
     if kind == "AutoencoderKL":
-        return KLLatents.from_pretrained(source, noise_std=decoder_noise(source))
+        return KLLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), fetch=fetch)
     if kind == "AutoencoderTiny":
-        return TinyLatents.from_pretrained(source, noise_std=decoder_noise(source))
+        return TinyLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), fetch=fetch)
     if isinstance(values, dict) and values.get("kind") == "small":
-        return load_small(folder)
+        return load_small(found)
     raise UserError(
         f"'{source}' is a {kind or 'folder of something else'}, expected an AutoencoderKL, an AutoencoderTiny or ours"
     )
@@ -91,6 +93,7 @@ def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> 
     network: Any = autoencoder.network
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         network.save_pretrained(name, safe_serialization=True)
+        seal(Path(name))
         write_json(Path(name) / NOISE, {"noise_std": noise_std})
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)

@@ -6,26 +6,38 @@ from importlib import resources
 from pathlib import Path
 
 from starflow.errors import UserError
-from starflow.hub import snapshot
+from starflow.hub import HERE, Fetch, explain, hub_errors, snapshot, split_revision
 
 BUNDLED = ("glyphs",)
 """Names of the models that ship with the package."""
+FILES = ("*.json", "*.safetensors", "*.md", "NOTICE", "LICENSE*", "*/*.model", "*/*.txt")
+"""What is fetched of a pipeline's repository: its folders' configs, weights and tokenizers, and who made it."""
 
 
-def find_model(name: str) -> Path:
-    """The folder of a model: a bundled name, a folder, or a hub repository ("owner/name"), which is downloaded once.
+def find_model(name: str, fetch: Fetch = HERE) -> Path:
+    """The folder of a pipeline, which holds its config.json.
+
+    Args:
+        name: a bundled name, a folder (a pipeline's, or a training run's with model/ in it), or a hub repository,
+            "owner/name" or "owner/name@revision", which is downloaded once.
+        fetch: the hub's revision, cache and whether to ask the network.
 
     Raises:
-        UserError: none of the three, or the hub has it not or cannot be reached.
+        UserError: none of these, or the hub has it not or cannot be reached.
     """
     if name in BUNDLED:  # before a folder of that name in the working directory: ./glyphs is how to mean that one
         return bundled_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
-    if name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
+        run = folder / "model"
+        return run if not (folder / "config.json").exists() and (run / "config.json").is_file() else folder
+    repository, _ = split_revision(name, fetch)
+    if repository.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         raise UserError(f"no model '{name}': expected a folder, a hub repository (owner/name) or {', '.join(BUNDLED)}")
-    return snapshot(name, ["*.json", "*.safetensors", "*.md", "NOTICE"], top_only=False, needed=["config.json"])
+    folder = snapshot(name, FILES, needed=["config.json"], fetch=fetch)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the hub's '{name}' holds no model of ours: it has no config.json, as push_to_hub writes it")
+    return folder
 
 
 def bundled_folder(name: str) -> Path:
@@ -43,36 +55,16 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
         UserError: not logged in, no right to write, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     api = HfApi()
+    # A ValueError is a name that no repository can have, or an answer that makes no sense.
+    expected: tuple[type[BaseException], ...] = (ValueError, *hub_errors())
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HFValidationError, OSError) as error:  # the hub's HTTP and token errors are OSErrors
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot push to '{repository}' ({reason}): log in with `hf auth login`") from None
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by starflow")
+    except expected as error:
+        reason, better = explain(error, repository)
+        raise UserError(
+            f"cannot push to '{repository}' ({reason}): {better or 'log in with `hf auth login`'}"
+        ) from None
     return str(commit.commit_url)
-
-
-def model_card(name: str, facts: str, prompt: str, guidance: float) -> str:
-    """A card for the hub: what the model is, in one line of `facts`, and how to use it."""
-    return "\n".join(
-        [
-            "---",
-            "library_name: starflow",
-            "pipeline_tag: text-to-image",
-            "---",
-            f"# {name}",
-            "",
-            facts,
-            "",
-            "```python",
-            "from starflow import StarFlowPipeline",
-            "",
-            f'pipe = StarFlowPipeline.from_pretrained("{name}")',
-            f'pipe("{prompt}", num_images=4, guidance={guidance:g}, seed=0).images[0].save("picture.png")',
-            "```",
-            "",
-        ]
-    )
