@@ -35,6 +35,7 @@ from starflow.sampling.settings import SampleSettings
 DRAWN = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+FEWER = settings(DRAWN, max_examples=15)
 BFLOAT16_STEP = 2**-8
 
 
@@ -82,7 +83,7 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
         assert torch.equal(together[row : row + 1], alone.native(library))
 
 
-@DRAWN
+@FEWER
 @given(case=cases(torch.float32), number=st.integers(0, 2), threads=st.sampled_from([1, 2]))
 def test_extend_is_the_blocks_own(library: Library, case: Case, number: int, threads: int) -> None:
     """Hidden states after others, of any count; more rows than the threads norm for themselves among them."""

@@ -138,7 +138,7 @@ class Engine:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
-        assert _prefixed(predictor) + predictor.tokens - predictor.first <= _length(predictor)
+        assert predictor.prefixed + predictor.tokens - predictor.first <= _length(predictor)
         with self._call(predictor, x_BNC, noise_BNC, 1) as call:
             start, count = predictor.first, 1
             while start < predictor.tokens:
@@ -251,11 +251,6 @@ def _length(predictor: Predictor) -> int:
     return predictor.cache.layers[0].keys_BNLH.shape[2]
 
 
-def _prefixed(predictor: Predictor) -> int:
-    """Condition tokens before the first."""
-    return 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
-
-
 def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
@@ -315,7 +310,7 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         length=_length(predictor),
         tokens=predictor.tokens,
         first=predictor.first,
-        prefix=_prefixed(predictor),
+        prefix=predictor.prefixed,
         threads=max(1, min(torch.get_num_threads(), layer.width // library.panels.panel)),
         rms=layer.norm_type == "rms_norm",
         gated=layer.swiglu,
