@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / "src" / "starflow"
 STEPS = (
     ("errors", "version", "bundled"),
     ("config", "files", "hub"),
-    ("nn", "model_config"),
+    ("nn", "model_config", "shards"),
     ("presets", "memory"),
     ("flow",),
     ("sampling", "weights", "latents", "conditioning", "data"),
@@ -42,11 +42,12 @@ ONLY = {
 # Libraries that only the named files import, inside functions (or for types only).
 ADAPTERS = {
     "diffusers": {"latents/diffusers_load.py"},
-    "transformers": {"conditioning/text.py"},
+    "transformers": {"conditioning/text.py", "conditioning/tokens.py"},
     "gradio": {"serve"},
     "fastapi": {"serve"},
     "resvg_py": {"data"},
     "torchao": {"weights/int8.py"},
+    "pyarrow": {"data/parquet_source.py"},
 }
 NN_LIBRARIES = {"torch"}
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from starflow import files
 from starflow.conditioning import ClassLabels, Conditioner, ConditionerSpec, load_conditioner
 from starflow.config import from_dict, to_dict
+from starflow.data.buckets import Aspect, caption_with_ratio, nearest_aspect
 from starflow.data.pictures import dequantise, from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.maps import token_log_prob
@@ -71,6 +72,8 @@ class PipelineConfig:
     noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
     noise: Literal["gaussian", "uniform"] = "gaussian"
     """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
+    aspects: tuple[Aspect, ...] = ()
+    """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
     format: int = 1
 
 
@@ -268,7 +271,7 @@ class StarFlowPipeline:
         latents = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
-            condition, null = self._condition(some)
+            condition, null = self._condition(some, shape)
             drawn = sample(
                 self.flow,
                 noise_of(seeds[start : start + batch_size], shape).to(self.device),
@@ -363,7 +366,7 @@ class StarFlowPipeline:
     def log_probs(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
         """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent."""
         latents = self._noised(images, seeds)
-        condition, _ = self._condition(prompts)
+        condition, _ = self._condition(prompts, latents.shape)
         dimensions = latents[0].numel()
         return self.flow.log_prob(latents, condition) - dimensions * self._level_nats, dimensions
 
@@ -371,7 +374,7 @@ class StarFlowPipeline:
     def log_prob_maps(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.maps`."""
         latents = self._noised(images, seeds)
-        condition, _ = self._condition(prompts)
+        condition, _ = self._condition(prompts, latents.shape)
         maps = token_log_prob(self.flow, latents, condition)
         return maps - latents[0].numel() / maps[0].numel() * self._level_nats
 
@@ -391,13 +394,14 @@ class StarFlowPipeline:
     @torch.no_grad()
     def encode(self, image: Image, prompt: str = "") -> Tensor:
         """A picture to the flow's noise z (1, C, h, w), through its latent, without added noise."""
-        condition, _ = self._condition([prompt])
-        z: Tensor = self.flow(self._latents(image), condition)[0]
+        latents = self._latents(image)
+        condition, _ = self._condition([prompt], latents.shape)
+        z: Tensor = self.flow(latents, condition)[0]
         return z
 
     def decode(self, z: Tensor, prompt: str = "") -> Image:
         """Noise z (1, C, h, w) to a picture: the exact inverse of `encode` on latents, not through the autoencoder."""
-        condition, _ = self._condition([prompt] * len(z))
+        condition, _ = self._condition([prompt] * len(z), z.shape)
         latents = sample(self.flow, z.to(self.device), condition)
         return to_pil(self._decode(latents))[0]
 
@@ -422,8 +426,8 @@ class StarFlowPipeline:
         factor = self.config.autoencoder.factor
         return self.flow.config.in_channels, height // factor, width // factor
 
-    def _condition(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Condition and null condition of a batch, as the flow takes them."""
+    def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:
+        """Condition and null condition of a batch, as the flow takes them; `shape` ends with the latents' (h, w)."""
         if self.conditioner is None:
             if any(prompts):
                 raise UserError(
@@ -435,6 +439,9 @@ class StarFlowPipeline:
             numbers = [self.conditioner.number(prompt) for prompt in prompts]
             labels = torch.tensor(numbers, device=self.device)
             return labels.where(labels < self.flow.config.num_classes, -1), None
+        if self.config.aspects and self.conditioner.spec.kind != "class":
+            aspect = nearest_aspect(shape[-1], shape[-2], self.config.aspects)
+            prompts = [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
         return self.conditioner.encode(prompts), self.conditioner.null(len(prompts))
 
 

@@ -1,4 +1,4 @@
-"""The latent cache: parts, the mark of a whole cache, and damaged files."""
+"""The latent cache: parts, the mark of a whole cache, ragged conditions, and damaged files."""
 
 from __future__ import annotations
 
@@ -6,44 +6,105 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from starflow.data import latent_cache
-from starflow.data.latent_cache import CachedPicture, finish_cache, read_cache, write_conditions, write_part
+from starflow.data.latent_cache import (
+    CachedPicture,
+    finish_cache,
+    part_path,
+    read_cache,
+    read_part_head,
+    states_path,
+    write_null,
+    write_part,
+    write_states,
+)
 from starflow.errors import UserError
+from starflow.files import read_tensors
+
+SHAPES = [(2, 3, 3), (2, 2, 4)]
 
 
-def write(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch, with_std: bool = True) -> torch.Tensor:
-    monkeypatch.setattr(latent_cache, "PART", 4)
-    mean = torch.randn(count, 2, 3, 3).half()
-    for part, start in enumerate(range(0, count, 4)):
-        piece = mean[start : start + 4]
-        write_part(folder, part, piece, piece.abs() if with_std else None)
-    write_conditions(folder, torch.randn(2, 5, 6), torch.zeros(5, 6))
-    pictures = [CachedPicture(f"p{i}", "ä caption", "heldout" if i == 3 else "train", i % 2) for i in range(count)]
-    finish_cache(folder, pictures, {"image_size": 24})
-    return mean
+def write(folder: Path, with_std: bool = True) -> list[torch.Tensor]:
+    """Two buckets of ten pictures, in parts of four; two conditions of five tokens."""
+    means, pictures, places = [], [], []
+    for bucket, shape in enumerate(SHAPES):
+        mean = torch.randn(10, *shape).half()
+        means.append(mean)
+        for start in range(0, 10, 4):
+            piece, part = mean[start : start + 4], bucket * 3 + start // 4
+            numbers = torch.arange(start, start + len(piece)) + 10 * bucket
+            write_part(folder, part, piece, piece.abs() if with_std else None, numbers, [("broken", "why")])
+            places += [(part, row) for row in range(len(piece))]
+        pictures += [
+            CachedPicture(f"p{bucket}{i}", "ä caption", "heldout" if i == 3 else "train", i % 2, bucket)
+            for i in range(10)
+        ]
+    write_states(folder, 0, torch.randn(2, 5, 6))
+    write_null(folder, torch.zeros(5, 6))
+    finish_cache(folder, pictures, places, {"image_size": 24, "side": 3})
+    return means
 
 
 @pytest.mark.parametrize("with_std", [True, False])
-def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_std: bool) -> None:
-    mean = write(tmp_path, 10, monkeypatch, with_std)
+def test_there_and_back(tmp_path: Path, with_std: bool) -> None:
+    means = write(tmp_path, with_std)
     cache = read_cache(tmp_path)
-    assert torch.equal(cache.mean, mean)
-    assert (cache.std is not None) == with_std
-    assert cache.split("heldout").tolist() == [3]
-    assert cache.pictures[3] == CachedPicture("p3", "ä caption", "heldout", 1)
-    assert cache.info["image_size"] == 24
+    assert [numbers.tolist() for numbers in cache.numbers("heldout")] == [[3], [13]]
+    assert [len(numbers) for numbers in cache.numbers("train")] == [9, 9]
+    for bucket, mean in enumerate(means):
+        found, std = cache.posterior(torch.tensor([9, 0, 5]) + 10 * bucket)
+        assert torch.equal(found, mean[[9, 0, 5]].float())
+        assert (std is not None) == with_std
+        if std is not None:
+            assert torch.equal(std, found.abs())
+    assert cache.picture(13) == CachedPicture("p13", "ä caption", "heldout", 1, 1)
+    assert (len(cache), cache.side, cache.name(0)) == (20, 3, "p00")
+    assert read_part_head(tmp_path, 1)[1] == [("broken", "why")]
 
 
-def test_an_unfinished_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, 10, monkeypatch)
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9), seed=st.integers(0, 99))
+def test_conditions_lose_their_padding_and_get_it_back(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    states = torch.randn(len(lengths), 5, 3, generator=torch.Generator().manual_seed(seed)).half().float()
+    for own, length in zip(states, lengths, strict=True):
+        own[length:] = 0
+    write_part(folder, 0, torch.zeros(len(lengths), 1, 1, 1), None, torch.arange(len(lengths)))
+    write_states(folder, 0, states)
+    write_null(folder, torch.ones(5, 3))
+    pictures = [CachedPicture(f"{i}", "", "train", i) for i in range(len(lengths))]
+    finish_cache(folder, pictures, [(0, i) for i in range(len(lengths))], {"side": 1})
+    cache = read_cache(folder)
+    assert torch.equal(cache.conditions(torch.arange(len(lengths))), states)
+    assert cache.null is not None
+    assert torch.equal(cache.null, torch.ones(5, 3))
+    kept = read_tensors(states_path(folder, 0))["states"]
+    assert len(kept) == sum(lengths), "zeros at the end are not stored"
+
+
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
     (tmp_path / "info.json").unlink()
     with pytest.raises(UserError, match="no finished latent cache: run `starflow cache-latents`"):
         read_cache(tmp_path)
 
 
-def test_a_missing_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, 10, monkeypatch)
-    latent_cache.part_path(tmp_path, 1).unlink()
+def test_a_missing_or_damaged_part_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    part_path(tmp_path, 1).unlink()
     with pytest.raises(UserError, match=r"no such file: .*latents-00001\.safetensors"):
+        read_cache(tmp_path).posterior(torch.tensor([5]))
+    part_path(tmp_path, 2).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"latents-00002\.safetensors is damaged.*run the same command again"):
+        read_part_head(tmp_path, 2)
+
+
+def test_a_cut_index_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    lines = (tmp_path / "index.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "index.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="delete it and encode again"):
         read_cache(tmp_path)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from starflow.data.picture_set import ViewPictures
 from starflow.data.shapes import draw_shapes
+from starflow.data.views import Views
 from starflow.errors import UserError
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
 from starflow.train.autoencoder import AutoencoderTask, ReconstructionLoss
+from starflow.train.feed import Feed, training_order
 from starflow.train.loop import fit
 from starflow.train.settings import TrainSettings
 
@@ -31,9 +35,12 @@ def make_task(steps: int = 40, precision: str = "float32") -> AutoencoderTask:
         checkpoint_every=steps,
     )
     model = SmallAutoencoder(SmallAutoencoderConfig(channels=8, widths=(16, 16), encoder_pairs=1, decoder_pairs=1))
-    return AutoencoderTask(
-        model, views.images, views.names, views.images[:10], (0.1, 0.3), ReconstructionLoss(), settings
-    )
+    return AutoencoderTask(model, make_feed(views, settings), (0.1, 0.3), ReconstructionLoss(), settings)
+
+
+def make_feed(views: Views, settings: TrainSettings) -> Feed:
+    pictures = ViewPictures(views)
+    return Feed(pictures, training_order(pictures, settings.batch, settings.seed, 0), settings.rows(0, 1))
 
 
 def test_noise_is_within_its_range_and_repeats() -> None:
@@ -69,8 +76,6 @@ def test_bfloat16_gives_float32_losses_close_to_float32() -> None:
 
 
 def test_no_held_out_pictures_is_refused() -> None:
-    task = make_task()
+    views = draw_shapes(60, 16, seed=0)
     with pytest.raises(UserError, match="60 training and 0 held-out pictures"):
-        AutoencoderTask(
-            task.autoencoder, task.images, task.names, task.images[:0], (0.1, 0.3), ReconstructionLoss(), task.settings
-        )
+        make_feed(replace(views, splits=["train"] * 60), TrainSettings(steps=1))

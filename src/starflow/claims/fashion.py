@@ -16,8 +16,9 @@ from starflow.evaluate import Extractor, extract
 from starflow.measure.pictures import part
 from starflow.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
+from starflow.train.prepare import prepare_latents
 from starflow.train.recipe import load_recipe
-from starflow.train.stages import prepare_latents, start, train_flow
+from starflow.train.stages import start, train_flow
 
 
 def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: int, device: torch.device) -> Path:

@@ -116,7 +116,7 @@ def _conditioner(config: PipelineConfig) -> dict[str, Any] | None:
     if spec is None:
         return None
     facts: dict[str, Any] = {"kind": spec.kind, "tokens": spec.size, "width": spec.dim}
-    return facts | ({"source": spec.source} if spec.kind == "text" else {"classes": list(spec.names)})
+    return facts | ({"source": spec.source} if spec.kind != "class" else {"classes": list(spec.names)})
 
 
 def _megabytes(path: Path) -> float:

@@ -55,10 +55,16 @@ class TrainAutoencoderOptions(StageOptions):
 
 @dataclass(frozen=True)
 class CacheLatentsOptions(StageOptions):
-    """Encode a recipe's pictures and captions once, for the flow to train from; earlier stages run if missing."""
+    """Encode a recipe's pictures and captions once, for the flow to train from; earlier stages run if missing.
+
+    The mean and the spread of every latent are kept, so that training still draws from the posterior. Parts that are
+    there are kept, so that the same command goes on after a stop; under torchrun the processes share the parts. At the
+    end it reports sizes and pictures a second, and names what could not be read.
+    """
 
     EXAMPLES: ClassVar[str] = """
         starflow cache-latents recipes/tiny.yaml
+        torchrun --nproc-per-node 8 -m starflow cache-latents recipes/starflow-imagenet-256.yaml
     """
 
 
@@ -75,17 +81,19 @@ def train(options: TrainOptions) -> None:
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
     """Run the command."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_autoencoder
+        from starflow.train.prepare import prepare_autoencoder
 
-        run.world.first(lambda: print(f"done: {_name(prepare_autoencoder(run))}"))
+        autoencoder = prepare_autoencoder(run)
+        if run.world.main:
+            print(f"done: {_name(autoencoder)}")
 
 
 def cache_latents(options: CacheLatentsOptions) -> None:
     """Run the command."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_latents
+        from starflow.train.prepare import prepare_latents
 
-        run.world.first(lambda: prepare_latents(run))
+        prepare_latents(run)
         if run.world.main:
             print(f"done: {run.folder / 'latents'}")
 

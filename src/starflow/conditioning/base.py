@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 
-Kind = Literal["class", "text"]
+Kind = Literal["class", "text", "embeddings"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class ConditionerSpec:
     """What config.json keeps of a conditioner, enough to build it again.
 
     Attributes:
-        kind: "class" (labels) or "text" (an encoder read by transformers).
+        kind: "class" (labels), "text" (an encoder read by transformers) or "embeddings" (of a language model's tokens).
         size: S, condition tokens.
         dim: width of a condition token, the flow's `txt_dim`.
-        source: the text encoder's folder or hub id; empty for classes.
+        source: the text encoder's or language model's folder or hub id; empty for classes.
         names: the classes' names in order; empty for text.
     """
 

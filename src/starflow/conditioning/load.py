@@ -5,6 +5,7 @@ from __future__ import annotations
 from starflow.conditioning.base import Conditioner, ConditionerSpec
 from starflow.conditioning.classes import ClassLabels
 from starflow.conditioning.text import TextEncoder
+from starflow.conditioning.tokens import TokenEmbeddings
 from starflow.errors import UserError
 
 
@@ -16,6 +17,8 @@ def load_conditioner(spec: ConditionerSpec) -> Conditioner:
     """
     if spec.kind == "class":
         found: Conditioner = ClassLabels(spec.names)
+    elif spec.kind == "embeddings":
+        found = TokenEmbeddings.from_pretrained(spec.source, spec.size)
     else:
         found = TextEncoder.from_pretrained(spec.source, spec.size)
     if (found.spec.size, found.spec.dim) != (spec.size, spec.dim):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,12 @@ def aspect_size(aspect: Aspect, side: int, multiple: int) -> Size:
     """
     root = math.sqrt(ratio_of(aspect))
     return max(1, round(side * root / multiple)) * multiple, max(1, round(side / root / multiple)) * multiple
+
+
+def nearest_aspect(width: int, height: int, aspects: Sequence[Aspect]) -> Aspect:
+    """The ratio nearest to that of a picture, in logarithms."""
+    wanted = math.log(width / height)
+    return min(aspects, key=lambda aspect: abs(math.log(ratio_of(aspect)) - wanted))
 
 
 def caption_with_ratio(caption: str, aspect: Aspect) -> str:
@@ -64,9 +71,7 @@ class Buckets:
 
     def of(self, width: int, height: int) -> int:
         """The bucket whose ratio is nearest to a picture's, in logarithms."""
-        wanted = math.log(width / height)
-        distances = [abs(math.log(ratio_of(aspect)) - wanted) for aspect in self.aspects]
-        return distances.index(min(distances))
+        return self.aspects.index(nearest_aspect(width, height, self.aspects))
 
     def caption(self, caption: str, bucket: int) -> str:
         """The caption, with its ratio where a model sees several; an empty one stays the null condition."""

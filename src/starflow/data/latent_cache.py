@@ -2,43 +2,82 @@
 
 A folder:
 - `latents-XXXXX.safetensors`: parts of `mean` (n, C, h, w) in float16 and, where the autoencoder has a posterior, its
-  `std`; the flow's noise of 0.2 or more makes float16's rounding (5e-4 of a value) irrelevant.
-- `conditions.safetensors`: `states` (M, S, D) float16, one entry a distinct caption or class, and `null` (S, D).
-- `index.jsonl`: a line a picture: name, caption, split, condition (a row of `states`).
-- `info.json`: what encoded it; written last, so its presence means that the cache is whole.
+  `std`, all of one aspect bucket; `numbers` (n,) says of which pictures, and the header which could not be read. The
+  flow's noise of 0.2 or more makes float16's rounding (5e-4 of a value) irrelevant.
+- `states-XXXXX.safetensors`: parts of the distinct conditions: `states` (tokens, D) float16 without the zeros that
+  pad a caption to S tokens, and `ends` (m,), where each one ends.
+- `null.safetensors`: the null condition (S, D).
+- `rows.safetensors`: of every picture its part, its row there, its condition, its bucket and whether it is held out.
+- `index.jsonl`: a line a picture: name, caption, split.
+- `info.json`: what encoded it, and what it came to; written last, so its presence means that the cache is whole.
+
+Files are mapped, not read: what a batch wants comes from the disk or the system's cache of it, which the processes of a
+host share.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from starflow.data.lines import Lines
 from starflow.errors import UserError
 from starflow.files import read_json, read_tensors, write_json, write_tensors, write_text
 
-PART = 4096
-"""Pictures per part: a killed run encodes at most this many again."""
+PART = 1024
+"""Pictures, or conditions, per part: a killed run encodes at most so many again a process."""
+ROWS = ("part", "row", "condition", "bucket", "heldout")
 
 
 @dataclass(frozen=True)
 class CachedPicture:
-    """One line of the index."""
+    """What the index says of a picture."""
 
     name: str
     caption: str
     split: str
     condition: int
+    bucket: int = 0
+
+
+class Latents(Protocol):
+    """Encoded pictures by number, as training reads them."""
+
+    @property
+    def null(self) -> Tensor | None:
+        """(S, D) null condition, or None without conditions."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """Side of a square latent of the buckets' area."""
+        ...
+
+    def numbers(self, split: str) -> list[Tensor]:
+        """Numbers of one split, a tensor a bucket, ascending."""
+        ...
+
+    def posterior(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and spread (or None) of latents of one bucket, (B, C, h, w) float32."""
+        ...
+
+    def conditions(self, numbers: Tensor) -> Tensor:
+        """Condition tokens (B, S, D), float32; only where there are conditions."""
+        ...
+
+    def name(self, number: int) -> str: ...
 
 
 @dataclass
 class LatentCache:
-    """A whole cache in memory."""
+    """`Latents` in memory, of one bucket."""
 
     mean: Tensor
     """(N, C, h, w) float16."""
@@ -51,9 +90,95 @@ class LatentCache:
     pictures: list[CachedPicture]
     info: dict[str, Any]
 
-    def split(self, split: str) -> Tensor:
-        """Indices of the pictures of one split."""
-        return torch.tensor([i for i, picture in enumerate(self.pictures) if picture.split == split], dtype=torch.long)
+    @property
+    def side(self) -> int:
+        return self.mean.shape[-1]
+
+    def numbers(self, split: str) -> list[Tensor]:
+        found = [i for i, picture in enumerate(self.pictures) if picture.split == split]
+        return [torch.tensor(found, dtype=torch.long)]
+
+    def posterior(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.mean[numbers].float(), None if self.std is None else self.std[numbers].float()
+
+    def conditions(self, numbers: Tensor) -> Tensor:
+        assert self.states is not None
+        return self.states[torch.tensor([self.pictures[i].condition for i in numbers.tolist()])].float()
+
+    def name(self, number: int) -> str:
+        return self.pictures[number].name
+
+
+class StoredLatents:
+    """`Latents` on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError: unfinished or damaged."""
+        if not is_whole(folder):
+            raise UserError(f"{folder} holds no finished latent cache: run `starflow cache-latents` on the recipe")
+        self.folder, self.info = folder, read_json(folder / "info.json")
+        self._rows = read_tensors(folder / "rows.safetensors")
+        self._lines = Lines(folder / "index.jsonl")
+        self._latents: dict[int, dict[str, Tensor]] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}
+        counts = {name: len(tensor) for name, tensor in self._rows.items()} | {"index": len(self._lines)}
+        if set(counts) != {*ROWS, "index"} or len(set(counts.values())) != 1:
+            raise UserError(f"{folder} holds {counts} rows, expected as many of each: delete it and encode again")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @property
+    def side(self) -> int:
+        return int(self.info["side"])
+
+    @cached_property
+    def null(self) -> Tensor | None:
+        path = self.folder / "null.safetensors"
+        return read_tensors(path)["null"].float() if path.is_file() else None
+
+    def numbers(self, split: str) -> list[Tensor]:
+        kept = self._rows["heldout"] == int(split == "heldout")
+        count = int(self._rows["bucket"].max()) + 1 if len(self) else 1
+        return [(kept & (self._rows["bucket"] == bucket)).nonzero()[:, 0] for bucket in range(count)]
+
+    def posterior(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        places = [(int(self._rows["part"][i]), int(self._rows["row"][i])) for i in numbers.tolist()]
+        mean = torch.stack([self._part(part)["mean"][row] for part, row in places]).float()
+        if "std" not in self._part(places[0][0]):
+            return mean, None
+        return mean, torch.stack([self._part(part)["std"][row] for part, row in places]).float()
+
+    def conditions(self, numbers: Tensor) -> Tensor:
+        assert self.null is not None
+        tokens = torch.zeros(len(numbers), *self.null.shape)
+        for place, row in enumerate(self._rows["condition"][numbers].tolist()):
+            found = self._condition(row)
+            tokens[place, : len(found)] = found
+        return tokens
+
+    def _condition(self, row: int) -> Tensor:
+        part, place = divmod(row, PART)
+        if part not in self._states:
+            self._states[part] = read_tensors(states_path(self.folder, part))
+        held = self._states[part]
+        start = int(held["ends"][place - 1]) if place else 0
+        return held["states"][start : int(held["ends"][place])]
+
+    def name(self, number: int) -> str:
+        return str(self._lines[number]["name"])
+
+    def picture(self, number: int) -> CachedPicture:
+        """What the index says of a picture."""
+        line, rows = self._lines[number], self._rows
+        condition, bucket = int(rows["condition"][number]), int(rows["bucket"][number])
+        return CachedPicture(line["name"], line["caption"], line["split"], condition, bucket)
+
+    def _part(self, part: int) -> dict[str, Tensor]:
+        """A part's tensors: safetensors maps the file, so that nothing is read before it is asked for."""
+        if part not in self._latents:
+            self._latents[part] = read_tensors(part_path(self.folder, part))
+        return self._latents[part]
 
 
 def part_path(folder: Path, part: int) -> Path:
@@ -61,30 +186,67 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f"latents-{part:05d}.safetensors"
 
 
-def write_part(folder: Path, part: int, mean: Tensor, std: Tensor | None) -> None:
-    """Write one part, rounding to float16."""
-    tensors = {"mean": mean.to(torch.float16)}
+def states_path(folder: Path, part: int) -> Path:
+    """File of one part of the conditions."""
+    return folder / f"states-{part:05d}.safetensors"
+
+
+def write_part(
+    folder: Path,
+    part: int,
+    mean: Tensor,
+    std: Tensor | None,
+    numbers: Tensor,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write one part, rounding to float16; `numbers` (n,) are those of its pictures in the set that was encoded."""
+    tensors = {"mean": mean.to(torch.float16), "numbers": numbers}
     if std is not None:
         tensors["std"] = std.to(torch.float16)
-    write_tensors(part_path(folder, part), tensors)
+    write_tensors(part_path(folder, part), tensors, {"skipped": json.dumps(list(skipped))})
 
 
-def write_conditions(folder: Path, states: Tensor, null: Tensor) -> None:
-    """Write (M, S, D) condition tokens and the (S, D) null condition."""
-    write_tensors(
-        folder / "conditions.safetensors", {"states": states.to(torch.float16), "null": null.to(torch.float16)}
-    )
+def read_part_head(folder: Path, part: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """The numbers of a part's pictures, and what was skipped.
+
+    Raises:
+        UserError: damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = part_path(folder, part)
+    try:
+        with safe_open(path, "pt") as file:
+            skipped = json.loads((file.metadata() or {}).get("skipped", "[]"))
+            return file.get_tensor("numbers"), [(name, reason) for name, reason in skipped]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run the same command again") from None
 
 
-def finish_cache(folder: Path, pictures: Iterable[CachedPicture], info: Mapping[str, Any]) -> None:
-    """Write the index and then `info.json`, which marks the cache as whole."""
-    lines = [
-        json.dumps(
-            {"name": p.name, "caption": p.caption, "split": p.split, "condition": p.condition}, ensure_ascii=False
-        )
-        for p in pictures
-    ]
-    write_text(folder / "index.jsonl", "\n".join(lines) + "\n")
+def write_states(folder: Path, part: int, states: Tensor) -> None:
+    """Write (m, S, D) condition tokens, each without the zero tokens at its end."""
+    held = [own[: int((own != 0).any(-1).nonzero().max()) + 1] if own.any() else own[:0] for own in states]
+    ends = torch.tensor([len(own) for own in held]).cumsum(0)
+    write_tensors(states_path(folder, part), {"states": torch.cat(held).to(torch.float16), "ends": ends})
+
+
+def write_null(folder: Path, null: Tensor) -> None:
+    """Write the (S, D) null condition."""
+    write_tensors(folder / "null.safetensors", {"null": null.to(torch.float16)})
+
+
+def finish_cache(
+    folder: Path, pictures: Iterable[CachedPicture], places: Sequence[tuple[int, int]], info: Mapping[str, Any]
+) -> None:
+    """Write the index and then `info.json`, which marks the cache as whole; `places` are (part, row)."""
+    lines, rows = [], []
+    for picture, place in zip(pictures, places, strict=True):
+        line = {"name": picture.name, "caption": picture.caption, "split": picture.split}
+        lines.append(json.dumps(line, ensure_ascii=False))
+        rows.append((*place, picture.condition, picture.bucket, int(picture.split == "heldout")))
+    columns = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(ROWS)).T
+    write_tensors(folder / "rows.safetensors", dict(zip(ROWS, columns, strict=True)))
+    write_text(folder / "index.jsonl", "".join(f"{line}\n" for line in lines))
     write_json(folder / "info.json", dict(info))
 
 
@@ -93,23 +255,10 @@ def is_whole(folder: Path) -> bool:
     return (folder / "info.json").is_file()
 
 
-def read_cache(folder: Path) -> LatentCache:
-    """Read a finished cache into memory.
+def read_cache(folder: Path) -> StoredLatents:
+    """The cache in `folder`.
 
     Raises:
-        UserError: unfinished, damaged, or parts are missing.
+        UserError: unfinished or damaged; parts are checked when they are wanted.
     """
-    if not is_whole(folder):
-        raise UserError(f"{folder} holds no finished latent cache: run `starflow cache-latents` on the recipe")
-    info = read_json(folder / "info.json")
-    lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-    pictures = [CachedPicture(**json.loads(line)) for line in lines]
-    count = -(-len(pictures) // PART)
-    parts = [read_tensors(part_path(folder, part)) for part in range(count)]
-    mean = torch.cat([part["mean"] for part in parts])
-    std = torch.cat([part["std"] for part in parts]) if all("std" in part for part in parts) else None
-    if len(mean) != len(pictures):
-        raise UserError(f"{folder} holds {len(mean)} latents for {len(pictures)} pictures: delete it and encode again")
-    conditions = folder / "conditions.safetensors"
-    tensors = read_tensors(conditions) if conditions.is_file() else {}
-    return LatentCache(mean, std, tensors.get("states"), tensors.get("null"), pictures, info)
+    return StoredLatents(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import struct
 import zlib
@@ -106,12 +107,21 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: missing, truncated, corrupt, or no image at all.
     """
+    return _decode(path, path)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The same of a file that is in memory; `name` is for messages."""
+    return _decode(io.BytesIO(data), Path(name))
+
+
+def _decode(file: Path | io.BytesIO, path: Path) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     # What Pillow's decoders raise on broken files.
     broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
         return _as_colour(image)

@@ -5,7 +5,8 @@ keeps almost all arithmetic where a picture is small. Latents are standardised p
 affine parameters, so that "noise of 0.2" means 0.2 standard deviations in every channel; the decoder is trained on
 latents with noise added, as the flow's samples carry it (STARFlow, arXiv 2506.06276, section 3.3).
 
-Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, C, H/8, W/8), zero mean and unit standard deviation per channel.
+Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, C, H/8, W/8), zero mean and unit standard deviation per channel
+unless `standardise` is off.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class SmallAutoencoderConfig:
     """Residual pairs per resolution in the encoder."""
     decoder_pairs: int = 2
     """Residual pairs per resolution in the decoder."""
+    standardise: bool = True
+    """Bring latents to zero mean and unit deviation per channel; not where a flow's likelihood shapes them."""
 
     def __post_init__(self) -> None:
         if self.channels < 1 or not self.widths or min(self.widths) < 1:
@@ -89,7 +92,9 @@ class SmallAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = _encoder(config)
-        self.standardise = nn.BatchNorm2d(config.channels, affine=False, momentum=0.01)
+        self.standardise: nn.Module = nn.Identity()
+        if config.standardise:
+            self.standardise = nn.BatchNorm2d(config.channels, affine=False, momentum=0.01)
         self.decoder = _decoder(config)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

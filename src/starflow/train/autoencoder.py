@@ -14,13 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from starflow.data.picture_set import Pictures, all_numbers
 from starflow.data.pictures import save_grid, to_unit
-from starflow.errors import UserError
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
+from starflow.train.decode import Decoder
+from starflow.train.feed import Feed
 from starflow.train.precision import network_precision
-from starflow.train.randomness import batch_indices, generator
+from starflow.train.randomness import generator, uniform
 from starflow.train.settings import TrainSettings
+
+HELDOUT = 1024
+"""Held-out pictures that are measured, at most, spread over the set."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +51,27 @@ class ReconstructionLoss:
 class AutoencoderTask:
     """Noisy-latent reconstruction; see `starflow.train.loop.Task`."""
 
+    flops = 0.0
+
     def __init__(
         self,
         model: SmallAutoencoder,
-        images: Tensor,
-        names: list[str],
-        heldout: Tensor,
+        feed: Feed,
         noise: tuple[float, float],
         loss: ReconstructionLoss,
         settings: TrainSettings,
+        *,
+        mirror: bool = False,
     ) -> None:
-        """`images` and `heldout` are uint8 (N, 3, H, W)."""
-        if len(images) == 0 or len(heldout) == 0:
-            raise UserError(f"{len(images)} training and {len(heldout)} held-out pictures: both must be at least 1")
+        """`mirror` turns half of the training pictures around."""
         self.model: nn.Module = model
-        self.autoencoder, self.images, self.names, self.heldout = model, images, names, heldout
+        self.autoencoder, self.feed, self.mirror = model, feed, mirror
         self.noise, self.reconstruction_loss, self.settings = noise, loss, settings
+        self.heldout = heldout_images(feed.pictures)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _indices(self, step: int) -> Tensor:
-        return batch_indices(len(self.images), self.settings.batch, self.settings.seed, step)
-
-    flops = 0.0
 
     def _latent_noise(self, images: Tensor, draw: torch.Generator) -> Tensor:
         config = self.autoencoder.config
@@ -81,9 +82,12 @@ class AutoencoderTask:
 
     def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) in [-1, 1] and the noise of their latents."""
-        images = to_unit(self.images[self._indices(step)].to(self._device))
-        noise = self._latent_noise(images, generator(self.settings.seed, "autoencoder", step))
-        return images[rows.start : rows.stop], noise[rows.start : rows.stop]
+        images = self.feed.batch(step, rows).images
+        if self.mirror:
+            images = mirrored(images, self.settings.seed, step, rows)
+        whole = images[:1].expand(self.settings.batch, -1, -1, -1)  # the draws are those of the whole batch
+        noise = self._latent_noise(whole, generator(self.settings.seed, "autoencoder", step))
+        return to_unit(images.to(self._device)), noise[rows.start : rows.stop]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images, noise = batch
@@ -92,7 +96,7 @@ class AutoencoderTask:
         return self.reconstruction_loss(output, images)
 
     def batch_names(self, step: int, rows: range) -> list[str]:
-        return [self.names[i] for i in self._indices(step)[rows.start : rows.stop].tolist()]
+        return self.feed.names(step, rows)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -125,3 +129,16 @@ class AutoencoderTask:
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
         return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
+
+
+def heldout_images(pictures: Pictures) -> Tensor:
+    """uint8 (N, 3, H, W): held-out pictures of the fullest bucket."""
+    numbers = max(all_numbers(pictures, heldout=True), key=len)
+    some = numbers[:: max(1, -(-len(numbers) // HELDOUT))].tolist()
+    return Decoder(pictures, replace=True)[some].images
+
+
+def mirrored(images: Tensor, seed: int, step: int, rows: range) -> Tensor:
+    """Half of the pictures (B, 3, H, W) turned around, drawn by (seed, step, row)."""
+    turned = uniform(rows, (), seed, "mirror", step) < 0.5
+    return torch.where(turned.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images)

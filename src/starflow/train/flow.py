@@ -7,14 +7,15 @@ null one.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from starflow.data.latent_cache import LatentCache
+from starflow.data.latent_cache import Latents
 from starflow.data.pictures import dequantise
 from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow
@@ -22,8 +23,9 @@ from starflow.train.cache import posterior_sample
 from starflow.train.distributed.world import World
 from starflow.train.flops import training_flops
 from starflow.train.objective import TracedLoss, bits_per_dim, nats_per_dim
+from starflow.train.order import Order
 from starflow.train.precision import network_precision
-from starflow.train.randomness import batch_indices, generator, normal, uniform
+from starflow.train.randomness import generator, normal, uniform
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
 
@@ -36,37 +38,39 @@ class FlowTask:
     def __init__(
         self,
         flow: Flow,
-        cache: LatentCache,
+        cache: Latents,
         objective: Objective,
         settings: TrainSettings,
         draw: Callable[[Flow, Path], None],
         save: Callable[[Flow, Path], None],
         world: World | None = None,
+        window: int = 0,
     ) -> None:
-        """`flow` may be on the meta device; `draw` and `save` are handed the one to use."""
+        """`flow` may be on the meta device; `draw` and `save` are handed the one to use. `window`: see `Order`."""
         self.world = world or World(device=next(flow.parameters()).device)
         self.reads_labels, self.flops = isinstance(flow, TarFlow), training_flops(flow)
         self.null_label = flow.config.num_classes if isinstance(flow, TarFlow) else 0
         self.model: nn.Module = TracedLoss(flow, objective.latent_penalty)
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
-        self.train, self.heldout = cache.split("train"), cache.split("heldout")
-        if len(self.train) == 0 or len(self.heldout) == 0:
-            raise UserError(
-                f"{len(self.train)} training and {len(self.heldout)} held-out pictures: both must be at least 1"
-            )
+        self.train, self.heldout = cache.numbers("train"), cache.numbers("heldout")
+        counts = [sum(map(len, numbers)) for numbers in (self.train, self.heldout)]
+        if not all(counts):
+            raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
+        self.order = Order(self.train, settings.batch, settings.seed, window)
 
     @property
     def _device(self) -> torch.device:
         return self.world.device
 
     def _indices(self, step: int, rows: range) -> Tensor:
-        seed, batch = self.settings.seed, self.settings.batch
-        return self.train[batch_indices(len(self.train), batch, seed, step)[rows.start : rows.stop]]
+        return self.order(step)[rows.start : rows.stop]
 
     def _noised(self, indices: Tensor, seed: int, step: int, rows: range) -> Tensor:
-        std = None if self.cache.std is None else self.cache.std[indices]
-        latents = posterior_sample(self.cache.mean[indices], std, seed, step, rows)
+        return self._add_noise(*self.cache.posterior(indices), seed, step, rows)
+
+    def _add_noise(self, mean: Tensor, std: Tensor | None, seed: int, step: int, rows: range) -> Tensor:
+        latents = posterior_sample(mean, std, seed, step, rows)
         if self.objective.noise == "uniform":
             return dequantise(latents, uniform(rows, latents.shape[1:], seed, "noise", step)).to(self._device)
         noise = normal(rows, latents.shape[1:], seed, "noise", step)
@@ -74,23 +78,23 @@ class FlowTask:
 
     def _conditions(self, indices: Tensor, dropped: Tensor | None) -> Tensor | None:
         """(B, S, D) condition tokens, the null ones where `dropped` (B,) is true."""
-        if self.cache.states is None:
+        if self.cache.null is None:
             return None
-        rows = torch.tensor([self.cache.pictures[i].condition for i in indices.tolist()])
-        states = self.cache.states[rows].float()
+        states = self.cache.conditions(indices)
         if dropped is not None:
-            assert self.cache.null is not None
-            states[dropped] = self.cache.null.float()
+            states[dropped] = self.cache.null.to(states)
         if self.reads_labels:  # -1 is no class; the cache holds one-hot rows
             labels = states[:, 0].argmax(dim=-1)
             return labels.where(labels < self.null_label, -1).to(self._device)
         return states.to(self._device)
 
+    def _dropped(self, step: int, rows: range) -> Tensor:
+        return uniform(rows, (), self.settings.seed, "drop", step) < self.objective.drop_condition
+
     def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor | None]:
         """Noised latents (B, C, H, W) and their conditions."""
         indices, seed = self._indices(step, rows), self.settings.seed
-        dropped = uniform(rows, (), seed, "drop", step) < self.objective.drop_condition
-        return self._noised(indices, seed, step, rows), self._conditions(indices, dropped)
+        return self._noised(indices, seed, step, rows), self._conditions(indices, self._dropped(step, rows))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
@@ -99,13 +103,12 @@ class FlowTask:
         return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
 
     def batch_names(self, step: int, rows: range) -> list[str]:
-        return [self.cache.pictures[i].name for i in self._indices(step, rows).tolist()]
+        return [self.cache.name(i) for i in self._indices(step, rows).tolist()]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Nats and bits per dimension of noised held-out latents, and of as many training ones."""
-        count = len(self.heldout)
-        some = self.train[torch.randperm(len(self.train), generator=generator(0, "evaluation", 0))[:count]]
-        heldout, train = self._likelihood(model, self.heldout), self._likelihood(model, some)
+        heldout = self._likelihood(model, self.heldout)
+        train = self._likelihood(model, some_of(self.train, sum(map(len, self.heldout))))
         # A density of evenly dequantised pixels, in units of a level, bounds the log-probability of the levels.
         level = math.log(128) if self.objective.noise == "uniform" else 0.0
         return {
@@ -115,20 +118,27 @@ class FlowTask:
             "train_nats_per_dim": nats_per_dim(train) + level,
         }
 
-    def _likelihood(self, model: nn.Module, indices: Tensor) -> float:
+    def _likelihood(self, model: nn.Module, buckets: Sequence[Tensor]) -> float:
         """Mean over these pictures, the batches dealt out to the processes."""
         total = torch.zeros(1, device=self._device)
-        starts = list(range(0, len(indices), EVALUATION_BATCH))
-        rounds = -(-len(starts) // self.world.size)
-        for turn in range(rounds):  # a sharded model needs all processes in every pass: some may count for nothing
-            place = turn * self.world.size + self.world.rank
-            start = starts[place % len(starts)]
-            batch = indices[start : start + EVALUATION_BATCH]
+        for start, batch, weight in self._dealt(buckets):
             noised = self._noised(batch, 0, 0, range(start, start + len(batch)))
             with network_precision(self.settings, self._device):
                 _, squares, logdet, _ = model(noised, self._conditions(batch, None))
-            total += (squares - logdet) * (len(batch) if place < len(starts) else 0)
-        return self.world.total(total)[0] / len(indices)
+            total += (squares - logdet) * weight
+        return self.world.total(total)[0] / sum(map(len, buckets))
+
+    def _dealt(self, buckets: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, int]]:
+        """This process's batches, each of one bucket: the place of its first picture, its numbers and its weight.
+
+        A sharded model needs all processes in every pass: some batches may count for nothing.
+        """
+        batches = [batch for numbers in buckets for batch in numbers.split(EVALUATION_BATCH) if len(batch)]
+        starts = [0, *itertools.accumulate(map(len, batches))]
+        for turn in range(-(-len(batches) // self.world.size)):
+            place = turn * self.world.size + self.world.rank
+            batch = batches[place % len(batches)]
+            yield starts[place % len(batches)], batch, len(batch) if place < len(batches) else 0
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
@@ -142,3 +152,11 @@ class FlowTask:
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
         loss = terms["squares"] - terms["logdet"]
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
+
+
+def some_of(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
+    """At most `count` pictures, always the same ones, a tensor a bucket."""
+    owners = torch.cat([torch.full((len(numbers),), bucket) for bucket, numbers in enumerate(buckets)])
+    chosen = torch.randperm(len(owners), generator=generator(0, "evaluation", 0))[:count]
+    numbers = torch.cat(list(buckets))
+    return [numbers[chosen[owners[chosen] == bucket]] for bucket in range(len(buckets))]

@@ -80,6 +80,16 @@ def _flow_folder(source: str) -> Path:
     return folder
 
 
+def initial_patch(source: str) -> int:
+    """Patch side of the flow that `read_initial` would read, without reading its weights.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    folder = _flow_folder(source)
+    return 1 if is_gemma(folder) else int(files.read_json(folder / store.CONFIG_NAME).get("patch_size", 1))
+
+
 def _options(config: ModelConfig) -> dict[str, Any]:
     """Options of a new flow of the same shape, its positions spanning what the source's do."""
     options = {key: value for key, value in config_to_dict(config).items() if key not in _FROM_ELSEWHERE}

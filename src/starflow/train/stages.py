@@ -1,12 +1,13 @@
 """The stages of a recipe, each a folder of the run; a stage whose result is there is not run again.
 
-RUN/recipe.json     the recipe as it was run       RUN/views.safetensors   training views of the pictures
+RUN/recipe.json     the recipe as it was run       RUN/index/ or views.safetensors   the pictures
 RUN/autoencoder/    log, samples, model            RUN/latents/            the latent cache
 RUN/log.jsonl, samples/, checkpoints/, best/, model/   the flow; model/ is what from_pretrained reads
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,27 +18,31 @@ import torch
 from tqdm import tqdm
 
 from starflow import files
-from starflow.conditioning import ClassLabels, Conditioner, TextEncoder
+from starflow.conditioning import Conditioner
 from starflow.config import to_dict
-from starflow.data.fashion_mnist import read_fashion_mnist
-from starflow.data.latent_cache import is_whole, read_cache
+from starflow.data.latent_cache import read_cache
 from starflow.data.pictures import from_pil, save_grid
-from starflow.data.records import read_folder
-from starflow.data.shapes import draw_shapes
-from starflow.data.views import Views, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
-from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
-from starflow.latents.small import SmallAutoencoder, load_small
+from starflow.latents import Autoencoder, AutoencoderSpec
 from starflow.model_config import config_from_dict
 from starflow.pipeline import Cleaning, PipelineConfig, StarFlowPipeline
-from starflow.train.autoencoder import AutoencoderTask
-from starflow.train.cache import cache_latents
+from starflow.train.distributed.initial import initialise
 from starflow.train.distributed.world import World
 from starflow.train.flow import FlowTask
-from starflow.train.init_from import autoencoder_folder, fill, read_initial
-from starflow.train.loop import fit
-from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe
+from starflow.train.init_from import fill, read_initial
+from starflow.train.joint import JointTask, joint_latents
+from starflow.train.live import LiveFlowTask, LiveLatents
+from starflow.train.loop import Task, fit
+from starflow.train.prepare import (
+    feed_settings,
+    first_autoencoder,
+    prepare_autoencoder,
+    prepare_conditioner,
+    prepare_latents,
+    prepare_pictures,
+)
+from starflow.train.recipe import Objective, Recipe
 
 
 @dataclass(frozen=True)
@@ -72,172 +77,109 @@ def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = T
     return Run(recipe, folder, world.device, progress and world.main, world)
 
 
+_MAY_CHANGE = frozenset({"train", "workers", "window", "latents"})
+"""Keys of those sections that change no stage's result."""
+
+
 def _check_same_stages(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with results that the recipe no longer describes; how long to train may change."""
     for section in ("data", "autoencoder", "conditioning"):
         old, new = dict(before.get(section, {})), dict(now[section])
-        changed = [key for key in new if key != "train" and old.get(key) != new[key]]
+        changed = [key for key in new if key not in _MAY_CHANGE and key in old and old[key] != new[key]]
         if changed:
             raise UserError(
                 f"{folder} was started with another {section}.{changed[0]}: choose another --output, or undo the change"
             )
 
 
-def prepare_views(run: Run) -> Views:
-    """Training and held-out views, drawn once a run."""
-    path = run.folder / "views.safetensors"
-    if not path.is_file():
-        save_views(path, _draw_views(run))
-    return load_views(path)
-
-
-def _draw_views(run: Run) -> Views:
-    data = run.recipe.data
-    if data.source == "shapes":
-        return draw_shapes(data.shapes, data.views.size, data.views.seed)
-    if data.source == "fashion-mnist":
-        return read_fashion_mnist(Path(data.path) if data.path else None)
-    if not Path(data.path).is_dir():
-        fix = "run `starflow prepare-data glyphs`" if data.source == "glyphs" else "set data.path to your pictures"
-        raise UserError(f"no folder of pictures at '{data.path}': {fix}")
-    views, skipped = make_views(read_folder(Path(data.path)), data.views, progress=run.progress, workers=2)
-    for one in skipped:
-        run.say(f"skipped {one.name}: {one.reason}")
-    if skipped:
-        run.say(f"skipped {len(skipped)} of {len(skipped) + len(set(views.names))} pictures")
-    return views
-
-
-def prepare_autoencoder(run: Run) -> Autoencoder:
-    """The recipe's autoencoder: pretrained, identity, or trained here unless its model is there already."""
-    recipe = run.recipe.autoencoder
-    if recipe.kind != "small":
-        spec = AutoencoderSpec(recipe.kind, channels=recipe.channels, factor=1, source=recipe.source)
-        return _on(load_autoencoder(spec) if recipe.kind == "pixels" else _pretrained(recipe.kind, recipe.source), run)
-    if recipe.source:
-        return _on(load_small(autoencoder_folder(recipe.source)), run)
-    folder = run.folder / "autoencoder"
-    if not (folder / "model" / "config.json").is_file():
-        _train_autoencoder(run, folder)
-    return _on(load_small(folder / "model"), run)
-
-
-def _pretrained(kind: str, source: str) -> Autoencoder:
-    from starflow.latents import KLLatents, TinyLatents
-    from starflow.latents.trainable import decoder_noise
-
-    adapter = KLLatents if kind == "diffusers_kl" else TinyLatents
-    return adapter.from_pretrained(source, noise_std=decoder_noise(source))
-
-
-def _on(autoencoder: Autoencoder, run: Run) -> Autoencoder:
-    network = getattr(autoencoder, "network", None)
-    if network is not None:
-        network.to(run.device)
-    return autoencoder
-
-
-def _train_autoencoder(run: Run, folder: Path) -> None:
-    recipe = run.recipe.autoencoder
-    views = prepare_views(run)
-    train = [index for index, split in enumerate(views.splits) if split == "train"]
-    heldout = [index for index, split in enumerate(views.splits) if split == "heldout"]
-    torch.manual_seed(recipe.train.seed)
-    if recipe.train.init_from:
-        model = _trained_before(recipe).to(run.device)
-    else:
-        model = SmallAutoencoder(recipe.model).to(run.device)
-    names = [views.names[index] for index in train]
-    noise = (recipe.noise_min, recipe.noise_max)
-    task = AutoencoderTask(model, views.images[train], names, views.images[heldout], noise, recipe.loss, recipe.train)
-    run.say(f"autoencoder: {recipe.train.steps} steps on {len(train)} views")
-    fit(task, recipe.train, folder, run.progress)
-
-
-def _trained_before(recipe: AutoencoderRecipe) -> SmallAutoencoder:
-    """The autoencoder that `autoencoder.train.init_from` names, to go on with.
-
-    Raises:
-        UserError: it is of another shape than `autoencoder.model`.
-    """
-    found = load_small(autoencoder_folder(recipe.train.init_from)).network
-    if found.config != recipe.model:
-        raise UserError(
-            f"autoencoder.model is {to_dict(recipe.model)}, but '{recipe.train.init_from}' has "
-            f"{to_dict(found.config)}: give the same sizes"
-        )
-    return found.train().requires_grad_(True)
-
-
-def prepare_conditioner(run: Run, views: Views | None) -> Conditioner | None:
-    """Text encoder or class labels; labels are the sorted class names of the training views.
-
-    Raises:
-        UserError: the encoder is missing, or one of the recipe's prompts is no class.
-    """
-    recipe = run.recipe.conditioning
-    if recipe.kind == "none":
-        return None
-    if recipe.kind == "class":
-        path = run.folder / "classes.json"
-        if not path.is_file():
-            views = views or prepare_views(run)
-            files.write_json(path, sorted({label for label in views.labels if label}))
-        classes = ClassLabels(files.read_json(path))
-        classes.encode(run.recipe.prompts)
-        return classes
-    conditioner = TextEncoder.from_pretrained(recipe.encoder, recipe.tokens)
-    conditioner.network.to(run.device)
-    return conditioner
-
-
-def prepare_latents(run: Run) -> None:
-    """Fill the latent cache unless it is whole."""
-    folder = run.folder / "latents"
-    if is_whole(folder):
-        return
-    views = prepare_views(run)
-    conditioner = prepare_conditioner(run, views)  # before the autoencoder: what is missing shows at once, not in hours
-    autoencoder = prepare_autoencoder(run)
-    info = {
-        "autoencoder": to_dict(autoencoder.spec),
-        "conditioner": to_dict(conditioner.spec) if conditioner else None,
-        "image_size": views.images.shape[-1],
-    }
-    cache_latents(views, autoencoder, conditioner, folder, info, run.device, run.progress)
-
-
 def train_flow(run: Run) -> Path:
-    """Run every missing stage, then train the flow; returns the folder of the finished pipeline.
+    """Run every missing stage, then train the flow; returns the folder of the finished pipeline. Collective."""
+    if run.recipe.autoencoder.joint:
+        task: Task = _joint_task(run)
+    elif run.recipe.data.latents == "live":
+        task = _live_task(run)
+    else:
+        task = _cached_task(run)
+    count, told = sum(parameter.numel() for parameter in task.model.parameters()), run.recipe.train
+    run.say(f"flow: {count / 1e6:.1f} M parameters, {told.steps} steps of {told.batch} pictures")
+    fit(task, run.recipe.train, run.folder, run.progress, run.world)
+    return run.folder / "model"
 
-    The main process runs the stages before the flow alone; all of them train it.
-    """
-    run.world.first(lambda: prepare_latents(run))
+
+def _cached_task(run: Run) -> FlowTask:
+    prepare_latents(run)
     cache = read_cache(run.folder / "latents")
     autoencoder = prepare_autoencoder(run)
     conditioner = prepare_conditioner(run, None)
-    flow = _first_flow(run, autoencoder.spec, conditioner, side=cache.mean.shape[-1])
-    config = _pipeline_config(run, autoencoder, conditioner, cache.info)
-
-    def pipeline(trained: Flow) -> StarFlowPipeline:
-        assert isinstance(trained, (STARFlow, TarFlow))
-        return StarFlowPipeline(trained, autoencoder, conditioner, config)
-
-    count = sum(parameter.numel() for parameter in flow.parameters())
-    run.say(
-        f"flow: {count / 1e6:.1f} M parameters, {run.recipe.train.steps} steps on {len(cache.split('train'))} views"
-    )
-    task = FlowTask(
+    flow = _first_flow(run, autoencoder.spec, conditioner, cache.side)
+    config = _pipeline_config(run, autoencoder.spec, conditioner, int(cache.info["image_size"]))
+    return FlowTask(
         flow,
         cache,
         run.recipe.objective,
         run.recipe.train,
-        draw=lambda trained, path: _draw_samples(run.recipe, pipeline(trained), path),
-        save=lambda trained, folder: pipeline(trained).save_pretrained(folder),
+        draw=lambda trained, path: _draw_samples(
+            run.recipe, _pipeline(trained, autoencoder, conditioner, config), path
+        ),
+        save=lambda trained, folder: _pipeline(trained, autoencoder, conditioner, config).save_pretrained(folder),
         world=run.world,
+        window=run.recipe.data.window,
     )
-    fit(task, run.recipe.train, run.folder, run.progress, run.world)
-    return run.folder / "model"
+
+
+def _live_task(run: Run) -> LiveFlowTask:
+    pictures = prepare_pictures(run)
+    conditioner = prepare_conditioner(run, pictures)
+    autoencoder = prepare_autoencoder(run)
+    latents = LiveLatents(pictures, autoencoder, conditioner)
+    flow = _first_flow(run, autoencoder.spec, conditioner, latents.side)
+    config = _pipeline_config(run, autoencoder.spec, conditioner, pictures.buckets.side)
+    return LiveFlowTask(
+        flow,
+        latents,
+        run.recipe.objective,
+        run.recipe.train,
+        draw=lambda trained, path: _draw_samples(
+            run.recipe, _pipeline(trained, autoencoder, conditioner, config), path
+        ),
+        save=lambda trained, folder: _pipeline(trained, autoencoder, conditioner, config).save_pretrained(folder),
+        world=run.world,
+        how=feed_settings(run),
+    )
+
+
+def _joint_task(run: Run) -> JointTask:
+    """Both networks real and equal in every process: drawn from the recipe's seeds."""
+    recipe = run.recipe
+    pictures = prepare_pictures(run)
+    conditioner = prepare_conditioner(run, pictures)
+    autoencoder = first_autoencoder(recipe.autoencoder).to(run.device)
+    spec = joint_latents(copy.deepcopy(autoencoder), recipe.objective).spec
+    flow = _first_flow(run, spec, conditioner, pictures.buckets.side // spec.factor)
+    if next(flow.parameters()).is_meta:
+        flow.to_empty(device=run.device)
+        initialise(flow, recipe.train.seed)
+    config = _pipeline_config(run, spec, conditioner, pictures.buckets.side)
+    return JointTask(
+        autoencoder,
+        flow.to(run.device),
+        pictures,
+        conditioner,
+        recipe.objective,
+        recipe.autoencoder,
+        recipe.train,
+        draw=lambda coder, trained, path: _draw_samples(recipe, _pipeline(trained, coder, conditioner, config), path),
+        save=lambda coder, trained, folder: _pipeline(trained, coder, conditioner, config).save_pretrained(folder),
+        world=run.world,
+        how=feed_settings(run),
+    )
+
+
+def _pipeline(
+    trained: Flow, autoencoder: Autoencoder, conditioner: Conditioner | None, config: PipelineConfig
+) -> StarFlowPipeline:
+    assert isinstance(trained, (STARFlow, TarFlow))
+    return StarFlowPipeline(trained, autoencoder, conditioner, config)
 
 
 def _first_flow(run: Run, latents: AutoencoderSpec, conditioner: Conditioner | None, side: int) -> STARFlow | TarFlow:
@@ -279,35 +221,39 @@ def _classes(conditioner: Conditioner | None) -> int:
     return len(conditioner.spec.names) if conditioner else 0
 
 
-def _pipeline_config(
-    run: Run, autoencoder: Autoencoder, conditioner: Conditioner | None, info: Mapping[str, Any]
-) -> PipelineConfig:
+def _pipeline_config(run: Run, latents: AutoencoderSpec, conditioner: Conditioner | None, side: int) -> PipelineConfig:
+    recipe = run.recipe
     return PipelineConfig(
-        name=run.recipe.name,
-        image_size=int(info["image_size"]),
-        noise=run.recipe.objective.noise,
-        noise_std=run.recipe.objective.noise_std if run.recipe.objective.noise == "gaussian" else 0.0,
-        autoencoder=autoencoder.spec,
+        name=recipe.name,
+        image_size=side,
+        noise=recipe.objective.noise,
+        noise_std=recipe.objective.noise_std if recipe.objective.noise == "gaussian" else 0.0,
+        autoencoder=latents,
         conditioner=conditioner.spec if conditioner else None,
-        guidance=run.recipe.guidance if conditioner else 0.0,
-        cleaning=_cleaning(run.recipe.objective, autoencoder),
+        guidance=recipe.guidance if conditioner else 0.0,
+        cleaning=_cleaning(recipe.objective, latents),
+        aspects=recipe.data.aspects if len(recipe.data.aspects) > 1 else (),
     )
 
 
-def _cleaning(objective: Objective, autoencoder: Autoencoder) -> Cleaning:
+def _cleaning(objective: Objective, latents: AutoencoderSpec) -> Cleaning:
     """The way out of the noise: none to leave, a decoder trained for it, or else a Tweedie step."""
     if objective.noise == "uniform":
-        if autoencoder.spec.kind != "pixels":
-            raise UserError(
-                f"objective.noise is uniform, which is for pixels: the autoencoder is a '{autoencoder.spec.kind}'"
-            )
+        if latents.kind != "pixels":
+            raise UserError(f"objective.noise is uniform, which is for pixels: the autoencoder is a '{latents.kind}'")
         return "none"
-    return "decoder" if autoencoder.spec.noise_std > 0 else "tweedie"
+    return "decoder" if latents.noise_std > 0 else "tweedie"
+
+
+def _grid_prompts(recipe: Recipe, conditioner: Conditioner | None) -> list[str]:
+    """The recipe's prompts, or the first classes where it has none, or none."""
+    own = [] if conditioner is None else list(recipe.prompts or conditioner.spec.names[:8])
+    return own or [""] * 8
 
 
 def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> None:
     """One picture a prompt of the recipe, seeds counting from 0, one row a guidance weight (0 and the recipe's)."""
-    prompts = list(recipe.prompts) if pipeline.conditioner else [""] * 8
+    prompts = _grid_prompts(recipe, pipeline.conditioner)
     weights = (0.0, recipe.guidance) if pipeline.conditioner else (0.0,)
     pictures = [picture for weight in weights for picture in pipeline(prompts, guidance=weight).images]
     save_grid(torch.cat([from_pil(picture) for picture in pictures]), path, columns=len(prompts))

@@ -2,9 +2,9 @@
 
 The layers of Gemma 1, 2 and 3 are those of a block with RMSNorm (weight 1 + w), gated tanh-GELU MLPs, grouped heads
 and half-split rotary pairs; Gemma 2 and 3 add norms after attention and MLP, Gemma 3 norms of queries and keys. A query
-scale other than 1/sqrt(head_dim) is folded into the weights. Text comes as the model's own token embeddings, times
-sqrt(width) as it scales them itself. What a flow's block has no place for is left out: soft caps of logits (Gemma 2),
-windows shorter than the sequence, and position scales; positions are the flow's own.
+scale other than 1/sqrt(head_dim) is folded into the weights. Text comes as the model's own token embeddings
+(`starflow.conditioning.TokenEmbeddings`). What a flow's block has no place for is left out: soft caps of logits
+(Gemma 2), windows shorter than the sequence, and position scales; positions are the flow's own.
 
 Only config.json and safetensors are read; nothing of transformers is needed.
 """
@@ -27,7 +27,6 @@ KINDS = ("gemma", "gemma2", "gemma3_text", "gemma3")
 GEMMA_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
 SHALLOW = (2, 2, 2, 2, 2)
 """Layers of the blocks before the deep one, which start anew."""
-_EMBEDDINGS = re.compile(r"(.*\.)?embed_tokens\.weight")
 
 
 def is_gemma(folder: Path) -> bool:
@@ -81,18 +80,6 @@ def gemma_tensors(folder: Path, block: int, layers: int) -> dict[str, Tensor]:
     mapped["proj_txt.weight"] = torch.eye(config["hidden_size"])  # the block then reads text as the model does
     mapped["proj_txt.bias"] = torch.zeros(config["hidden_size"])
     return {f"blocks.{block}.{name}": tensor for name, tensor in mapped.items()}
-
-
-def gemma_embeddings(folder: Path) -> Tensor:
-    """Token embeddings (vocabulary, width) as the model reads them, in the files' precision.
-
-    Raises:
-        UserError: missing or damaged files.
-    """
-    for name, tensor in _tensors(folder, _EMBEDDINGS):
-        assert name.endswith("embed_tokens.weight")
-        return tensor * math.sqrt(tensor.shape[1])
-    raise UserError(f"{folder} holds no token embeddings (embed_tokens.weight): fetch the model again")
 
 
 def _config(folder: Path) -> dict[str, Any]:

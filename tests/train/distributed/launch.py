@@ -17,7 +17,7 @@ def torchrun(processes: int, module: str, *arguments: object, options: Sequence[
     return subprocess.Popen(
         [*command, *options, "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT)))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -144,7 +144,7 @@ def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
 
 
 def _layer(layer: Layer, panels: Panels) -> dict[str, Tensor]:
-    attention, mlp = layer.attention, layer.mlp
+    attention, mlp = layer.attention, _mlp(layer)
     width = attention.proj.out_features
     found = {
         **_linear("qkv", [attention.qkv], panels),
@@ -168,9 +168,15 @@ def _layer(layer: Layer, panels: Panels) -> dict[str, Tensor]:
 
 def linears_of(layer: Layer) -> list[Any]:
     """Every linear map of a layer."""
-    mlp = layer.mlp
+    mlp = _mlp(layer)
     inside = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if isinstance(mlp, GatedMLP) else [_first(mlp), _last(mlp)]
     return [layer.attention.qkv, layer.attention.proj, *inside]
+
+
+def _mlp(layer: Layer) -> MLP | GatedMLP:
+    """The MLP itself: one that training recomputes is wrapped, and passes on its attributes but not its type."""
+    found: MLP | GatedMLP = getattr(layer.mlp, "_checkpoint_wrapped_module", layer.mlp)
+    return found
 
 
 def _first(mlp: MLP) -> Any:
