@@ -62,7 +62,7 @@ def facts(report: dict[str, Any]) -> list[str]:
 
 def speeds(report: dict[str, Any]) -> list[str]:
     rows = [
-        "| solver | batch | guidance | s a picture | pictures/s | tokens/s | GB/s | GFLOP/s | limit, s | share | off by |",
+        "| solver | batch | guidance | s a picture | pictures/s | tokens/s | GB/s | GFLOP/s | limit | share | off by |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in report["speeds"]:

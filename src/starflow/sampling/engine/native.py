@@ -54,6 +54,8 @@ TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
 """Of the eager path, about: a layer's calls at one token, and how fast it reads weights."""
 CALL_SECONDS = 0.2
 """About how long a call may take: between calls, progress is told and Ctrl-C is heard."""
+THREAD_BYTES = 2**16
+"""Weights between two meetings of the threads that are worth another thread, about."""
 LARGE = 4 * 2**20
 """Bytes from which large pages are worth asking for."""
 RULES = {"gaussian": 1, "linear": 2}
@@ -311,7 +313,7 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         tokens=predictor.tokens,
         first=predictor.first,
         prefix=predictor.prefixed,
-        threads=max(1, min(torch.get_num_threads(), layer.width // library.panels.panel)),
+        threads=_threads(packed),
         rms=layer.norm_type == "rms_norm",
         gated=layer.swiglu,
         half_split=layer.half_split_rope,
@@ -337,6 +339,12 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         assert tensor.is_contiguous()
         setattr(struct, name, tensor.data_ptr())
     return _Call(struct, [layers, given, packed])
+
+
+def _threads(packed: PackedBlock) -> int:
+    """As many as torch would use, but no more than there is work for: a layer is four products, after each they meet."""
+    between = sum(map(bytes_of, packed.layers[0].values())) // 4
+    return max(1, min(torch.get_num_threads(), between // THREAD_BYTES))
 
 
 def _given(predictor: Predictor, library: Library) -> dict[str, Tensor]:
