@@ -342,7 +342,7 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
 
 
 def _threads(packed: PackedBlock) -> int:
-    """As many as torch would use, but no more than there is work for: after each of a layer's four products they meet."""
+    """As many as torch would use, as far as there is work for them: they meet after each of a layer's four products."""
     between = sum(map(bytes_of, packed.layers[0].values())) // 4
     return max(1, min(torch.get_num_threads(), between // THREAD_BYTES))
 
