@@ -2,7 +2,7 @@
 
 The architecture is diffusers' DiTTransformer2DModel as DiT/2 has it (arXiv 2212.09748): patches of 2 latents, adaptive
 norms, class and timestep, guidance by a second half of the batch, predicted variance. It is as wide as our model, and
-so deep that the parameters are equal, as nearly as whole layers are. The weights are random: they say nothing of
+so deep that the parameters are equal, as nearly as whole layers are. Its weights are random: they say nothing of
 pictures, and a step costs the same. Three steps are timed, with the scheduler's update, and multiplied.
 """
 

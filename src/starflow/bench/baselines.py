@@ -14,7 +14,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-import starflow
 from starflow.errors import UserError
 from starflow.flow.model import Flow
 
@@ -47,7 +46,7 @@ class Baseline:
 
 def tree_folder() -> Path | None:
     """benchmarks/ of the source tree that this package runs from, if it does."""
-    folder = Path(starflow.__file__).parents[2] / "benchmarks"
+    folder = Path(__file__).parents[3] / "benchmarks"
     return folder if (folder / f"{NAMES[0]}.py").is_file() else None
 
 

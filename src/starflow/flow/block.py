@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from starflow.flow import affine
 from starflow.flow.tokens import in_order
-from starflow.nn.attention import Continuation, Layer
+from starflow.nn.attention import Continuation, Layer, Spot
 from starflow.nn.layers import LayerSpec, RMSNorm
 
 
@@ -113,6 +113,14 @@ class AutoregressiveBlock(nn.Module):
             return hidden + self.pos_embed[last - count : last].flip(0)
         return hidden + self.pos_embed[first : first + count]
 
+    def embed_at(self, inputs_B1C: Tensor, number_1: Tensor) -> Tensor:
+        """As `embed`, of the one input whose number a tensor holds."""
+        hidden: Tensor = self.proj_in(inputs_B1C.to(self.proj_in.weight.dtype))
+        if self.pos_embed is None:
+            return hidden
+        row_1 = len(self.pos_embed) - 1 - number_1 if self.spec.backwards else number_1
+        return hidden + self.pos_embed.index_select(0, row_1)
+
     def prefix(self, condition: Tensor | None) -> Tensor | None:
         """Condition tokens (B, S, condition_dim) to hidden states to prepend, (B, S, D)."""
         if self.proj_txt is None:
@@ -127,7 +135,7 @@ class AutoregressiveBlock(nn.Module):
         assert label is not None
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
-    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: Continuation) -> Tensor:
+    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: Continuation | Spot) -> Tensor:
         """The layers, for hidden states that continue a cache."""
         for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
             assert isinstance(layer, Layer)

@@ -39,6 +39,42 @@ class Continuation:
             mask_TL = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
         return Continuation(cache, start, mask_TL, query_scale)
 
+    @property
+    def causal(self) -> bool:
+        """Whether the new tokens are all there are, and see those before them alone."""
+        return self.start == 0
+
+    def write(self, cache: LayerCache, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; what there is to attend to, new ones included."""
+        return cache.write(self.start, keys_BNTH, values_BNTH)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A continuation by one token, at a position that a tensor holds: the same work at every position.
+
+    So it can be recorded once and replayed, at the price of reading `limit` positions, those masked included.
+    """
+
+    cache: KVCache
+    position_1: Tensor
+    limit: int
+    """Positions that are looked at; the token's own is below it."""
+    mask_TL: Tensor
+    """(1, limit): those up to the token's own."""
+    query_scale: Tensor | None = None
+    causal = False
+
+    @staticmethod
+    def at(cache: KVCache, position_1: Tensor, limit: int, query_scale: Tensor | None = None) -> Spot:
+        """The spot of one position."""
+        mask_TL = torch.arange(limit, device=position_1.device)[None] <= position_1[:, None]
+        return Spot(cache, position_1, limit, mask_TL, query_scale)
+
+    def write(self, cache: LayerCache, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; the positions below the limit."""
+        return cache.write_at(self.position_1, self.limit, keys_BNTH, values_BNTH)
+
 
 class Attention(nn.Module):
     """Norm, attention with softmax scale 1/sqrt(H), projection, and the optional norm after."""
@@ -59,13 +95,13 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation | Spot) -> Tensor:
         """The same for tokens that continue a cache, which takes their keys and values."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         if onto.query_scale is not None:
             q_BNTH = q_BNTH * onto.query_scale.to(q_BNTH.dtype)
-        k_BKLH, v_BKLH = cache.write(onto.start, k_BKTH, v_BKTH)
-        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=onto.start == 0, mask=onto.mask_TL)
+        k_BKLH, v_BKLH = onto.write(cache, k_BKTH, v_BKTH)
+        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=onto.causal, mask=onto.mask_TL)
         return self._output(out.to(x_BTD.dtype))
 
     def _queries_keys_values(self, x_BTD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +137,7 @@ class Layer(nn.Module):
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation | Spot) -> Tensor:
         """The same for tokens that continue a cache."""
         x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, onto)
         out: Tensor = x_BTD + self.mlp(x_BTD)

@@ -2,7 +2,7 @@
 
 Contract: keys are stored after their rotation, so nothing is rotated twice. Writing at `start` makes
 everything from there on obsolete; there is no other state, so a rewind is a write further back and a
-reset is a write at 0. Positions are Python integers: no step waits for the device.
+reset is a write at 0. Positions are Python integers, or tensors of the cache's device: no step waits for the device.
 
 Shapes: B batch, T tokens, N key/value heads, H head width, L cache length.
 """
@@ -30,6 +30,12 @@ class LayerCache:
         self.keys_BNLH[:, :, start:stop] = keys_BNTH
         self.values_BNLH[:, :, start:stop] = values_BNTH
         return self.keys_BNLH[:, :, :stop], self.values_BNLH[:, :, :stop]
+
+    def write_at(self, position_1: Tensor, limit: int, keys_BN1H: Tensor, values_BN1H: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token where a tensor says; returns views of the first `limit` positions, used or not."""
+        self.keys_BNLH.index_copy_(2, position_1, keys_BN1H.to(self.keys_BNLH.dtype))
+        self.values_BNLH.index_copy_(2, position_1, values_BN1H.to(self.values_BNLH.dtype))
+        return self.keys_BNLH[:, :, :limit], self.values_BNLH[:, :, :limit]
 
 
 class CacheShape(NamedTuple):

@@ -37,8 +37,14 @@ class Guidance:
         weight = self.weight_B.view(-1, 1, 1)
         if self.schedule == "constant":
             return weight
-        index = torch.arange(first, first + count, dtype=weight.dtype, device=weight.device)
-        return weight * (index / max(tokens - 1, 1)).view(1, -1, 1)
+        return self.weights_at(torch.arange(first, first + count, device=weight.device), tokens)
+
+    def weights_at(self, index_T: Tensor, tokens: int) -> Tensor:
+        """As `weights`, of the tokens whose indices a tensor holds."""
+        weight = self.weight_B.view(-1, 1, 1)
+        if self.schedule == "constant":
+            return weight
+        return weight * (index_T.to(weight.dtype) / max(tokens - 1, 1)).view(1, -1, 1)
 
     def query_scale(self) -> Tensor | None:
         """(2B, 1, 1, 1) factor on the attention logits, null rows second; None where the temperature is 1."""

@@ -96,11 +96,17 @@ class Predictor:
 
     def predict(self, before_BTC: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """mu and log sigma, (B, T, C) each, of the T tokens from `start`; writes their inputs' keys and values."""
-        outputs = self.block.outputs(self.write(before_BTC, start))
+        hidden_RTD = self.write(before_BTC, start)
         if self.guidance is None:
+            return self.gaussian(hidden_RTD, None)
+        return self.gaussian(hidden_RTD, self.guidance.weights(start, before_BTC.shape[1], self.tokens))
+
+    def gaussian(self, hidden_RTD: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """mu and log sigma, (B, T, C) each, of the layers' outputs, guided by the weights if there are any."""
+        outputs = self.block.outputs(hidden_RTD)
+        if self.guidance is None or weight is None:
             return self.block.gaussian(outputs)
         outputs_c, outputs_u = outputs.chunk(2)
-        weight = self.guidance.weights(start, before_BTC.shape[1], self.tokens)
         if self.guidance.rule == "linear":
             return self.block.gaussian(rules.linear(outputs_c, outputs_u, weight))
         return rules.gaussian(*self.block.gaussian(outputs_c), *self.block.gaussian(outputs_u), weight)
@@ -108,13 +114,17 @@ class Predictor:
     def write(self, before_BTC: Tensor, start: int) -> Tensor:
         """Hidden states (R, T, D) of the inputs that predict tokens from `start`, in place in the cache."""
         index = start - self.first
-        hidden = self.block.embed(before_BTC, index)
-        if self.guidance is not None:
-            hidden = torch.cat((hidden, hidden))
-        if self.class_R1D is not None:
-            hidden = hidden + self.class_R1D
-        prefixed = 0 if self.prefix_RSD is None else self.prefix_RSD.shape[1]
-        return self._extend(hidden, prefixed + index)
+        return self._extend(self.in_rows(self.block.embed(before_BTC, index)), self.prefixed + index)
+
+    def in_rows(self, hidden_BTD: Tensor) -> Tensor:
+        """Embedded tokens for every branch, (R, T, D)."""
+        hidden_RTD = hidden_BTD if self.guidance is None else torch.cat((hidden_BTD, hidden_BTD))
+        return hidden_RTD if self.class_R1D is None else hidden_RTD + self.class_R1D
+
+    @property
+    def prefixed(self) -> int:
+        """Condition tokens before the first."""
+        return 0 if self.prefix_RSD is None else self.prefix_RSD.shape[1]
 
     def _extend(self, hidden_RTD: Tensor, position: int) -> Tensor:
         if self.engine is not None and self.engine.ready(self):

@@ -1,7 +1,8 @@
 """Noise to data, token by token with a static cache: x_n = mu_n + sigma_n z_n (STARFlow, arXiv 2506.06276, eq. 4).
 
 Contract: exact up to rounding, whatever the effort. The loop never waits for the device. On a CPU it runs in compiled
-code where the predictor's engine covers the block; what is written here is the reference, and goes everywhere.
+code where the predictor's engine covers the block, on a CUDA device as recorded graphs; what is written here is the
+reference, and goes everywhere.
 
 Shapes: B batch, N tokens, C token channels.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from starflow.flow import affine
+from starflow.sampling.graphs import solve_in_graphs
 from starflow.sampling.predictor import Effort, Predictor, Report, Solution
 
 
@@ -24,6 +26,8 @@ def solve_sequential(predictor: Predictor, noise_BNC: Tensor, _effort: Effort, r
     engine = predictor.engine
     if engine is not None and noise_BNC.dtype == torch.float32 and engine.ready(predictor):
         engine.solve(predictor, x_BNC, noise_BNC, report)
+    elif noise_BNC.device.type == "cuda":
+        solve_in_graphs(predictor, x_BNC, noise_BNC, report)
     else:
         for index in range(predictor.first, predictor.tokens):
             advance(predictor, x_BNC, noise_BNC, index)

@@ -14,6 +14,7 @@ from starflow.flow.tokens import in_order
 from starflow.nn.cache import CachePool
 from starflow.sampling.engine.build import Library
 from starflow.sampling.engine.native import Engine
+from starflow.sampling.guidance import Schedule
 from starflow.sampling.predictor import Effort, Predictor
 from starflow.sampling.sampler import conditions_of, run
 from starflow.sampling.sequential import solve_sequential
@@ -58,12 +59,22 @@ class Solving:
 
 
 @torch.no_grad()
-def solving(case: Case, number: int, weight: float | Tensor = 0.0, pool: CachePool | None = None) -> Solving:
+def solving(
+    case: Case,
+    number: int,
+    weight: float | Tensor = 0.0,
+    pool: CachePool | None = None,
+    schedule: Schedule = "constant",
+) -> Solving:
     """Block `number` of a case with a cache of its own."""
     model: Flow = case.model
     tokens_BND, grid = model.tokens(case.x)
     block = list(model.stack())[number]
-    guidance = SampleSettings(weight).guidance_for(tokens_BND) if model.guided[number] and guided(case) else None
+    guidance = (
+        SampleSettings(weight, guidance_schedule=schedule).guidance_for(tokens_BND)
+        if model.guided[number] and guided(case)
+        else None
+    )
     conditions = conditions_of(model, case.condition, case.null_condition, len(case.x), guidance)
     table = model.block_rotary(block, model.rotary(grid))
     batch, tokens = tokens_BND.shape[:2]

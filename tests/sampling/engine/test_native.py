@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ from starflow.model_config import STARFlowConfig
 from starflow.nn.attention import Continuation
 from starflow.nn.cache import CachePool, CacheShape
 from starflow.sampling.draft import draft_of
+from starflow.sampling.engine import native
 from starflow.sampling.engine.build import Library
 from starflow.sampling.engine.layout import layers_of
 from starflow.sampling.engine.native import engine_of
@@ -35,13 +36,17 @@ from starflow.sampling.settings import SampleSettings
 DRAWN = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+FEWER = settings(DRAWN, max_examples=15)
 BFLOAT16_STEP = 2**-8
 
 
 @pytest.fixture(autouse=True)
-def threads() -> None:
-    """A test that changes their number leaves it as it was."""
-    torch.set_num_threads(1)
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As many as a test asks for, however little there is to do; after it as many as before."""
+    monkeypatch.setattr(native, "THREAD_BYTES", 1)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @DRAWN
@@ -82,7 +87,7 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
         assert torch.equal(together[row : row + 1], alone.native(library))
 
 
-@DRAWN
+@FEWER
 @given(case=cases(torch.float32), number=st.integers(0, 2), threads=st.sampled_from([1, 2]))
 def test_extend_is_the_blocks_own(library: Library, case: Case, number: int, threads: int) -> None:
     """Hidden states after others, of any count; more rows than the threads norm for themselves among them."""
@@ -140,9 +145,9 @@ def test_weights_and_cache_in_bfloat16(library: Library, case: Case, number: int
     """As a float32 network of the same rounded weights, but for what the cache rounds away."""
     number %= len(case.model.blocks)
     case.model.bfloat16()
-    native = solving(case, number, 1.5)
-    assert native.predictor.cache.layers[0].keys_BNLH.dtype == torch.bfloat16
-    ours = native.native(library)
+    given = solving(case, number, 1.5)
+    assert given.predictor.cache.layers[0].keys_BNLH.dtype == torch.bfloat16
+    ours = given.native(library)
     case.model.float()
     exact = solving(case, number, 1.5).eager()
     change = torch.linalg.vector_norm(ours - exact) / torch.linalg.vector_norm(exact)
@@ -155,9 +160,9 @@ def test_bfloat16_weights_alone_are_exact(library: Library, case: Case, number: 
     """With a float32 cache nothing but the weights is rounded, and they are the same."""
     number %= len(case.model.blocks)
     case.model.bfloat16()
-    native = solving(case, number, pool=CachePool(torch.float32))
-    exact = dataclasses.replace(native, predictor=_in_float32(native.predictor)).eager()
-    assert_close(native.native(library), exact)
+    ours = solving(case, number, pool=CachePool(torch.float32))
+    exact = dataclasses.replace(ours, predictor=_in_float32(ours.predictor)).eager()
+    assert_close(ours.native(library), exact)
 
 
 def _in_float32(predictor: Predictor) -> Predictor:
@@ -174,13 +179,13 @@ def _in_float32(predictor: Predictor) -> Predictor:
 def test_either_path_goes_on_where_the_other_stopped(library: Library, stop: int) -> None:
     """The keys, values and tokens that one leaves are what the other would have."""
     for number in (0, 1):
-        eager, native = solving(text_case(), number, 2.0), solving(text_case(), number, 2.0)
+        eager, ours = solving(text_case(), number, 2.0), solving(text_case(), number, 2.0)
         whole, engine = eager.eager(), engine_for(library)
-        x_BNC = native.noise_BNC.clone()
-        native.predictor.prefill()
-        with torch.no_grad(), engine._call(native.predictor, x_BNC, native.noise_BNC, 1) as call:
+        x_BNC = ours.noise_BNC.clone()
+        ours.predictor.prefill()
+        with torch.no_grad(), engine._call(ours.predictor, x_BNC, ours.noise_BNC, 1) as call:
             library.solve(call.block, 0, stop)
-            advance(native.predictor, x_BNC, native.noise_BNC, stop)
+            advance(ours.predictor, x_BNC, ours.noise_BNC, stop)
             library.solve(call.block, stop + 1, 16)
         assert_close(x_BNC, whole)
 
@@ -269,6 +274,17 @@ def test_what_is_no_number_stays_none_and_in_its_own_picture(library: Library, v
     assert torch.equal(ours[1], clean[1])
     assert torch.equal(ours[0].isfinite(), eager[0].isfinite())
     assert not ours[0].isfinite().all()
+
+
+def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(3)
+    given = solving(text_case(), 1)
+    engine, used = engine_for(library), []
+    for size in (1, native.LARGE):
+        monkeypatch.setattr(native, "THREAD_BYTES", size)
+        with engine._call(given.predictor, given.noise_BNC, given.noise_BNC, 1) as call:
+            used.append(call.block.threads)
+    assert used == [3, 1]
 
 
 def test_progress_is_told_of_every_token(library: Library) -> None:

@@ -54,6 +54,8 @@ TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
 """Of the eager path, about: a layer's calls at one token, and how fast it reads weights."""
 CALL_SECONDS = 0.2
 """About how long a call may take: between calls, progress is told and Ctrl-C is heard."""
+THREAD_BYTES = 2**16
+"""Weights between two meetings of the threads that are worth another thread, about."""
 LARGE = 4 * 2**20
 """Bytes from which large pages are worth asking for."""
 RULES = {"gaussian": 1, "linear": 2}
@@ -138,7 +140,7 @@ class Engine:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
-        assert _prefixed(predictor) + predictor.tokens - predictor.first <= _length(predictor)
+        assert predictor.prefixed + predictor.tokens - predictor.first <= _length(predictor)
         with self._call(predictor, x_BNC, noise_BNC, 1) as call:
             start, count = predictor.first, 1
             while start < predictor.tokens:
@@ -251,11 +253,6 @@ def _length(predictor: Predictor) -> int:
     return predictor.cache.layers[0].keys_BNLH.shape[2]
 
 
-def _prefixed(predictor: Predictor) -> int:
-    """Condition tokens before the first."""
-    return 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
-
-
 def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
@@ -315,8 +312,8 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         length=_length(predictor),
         tokens=predictor.tokens,
         first=predictor.first,
-        prefix=_prefixed(predictor),
-        threads=max(1, min(torch.get_num_threads(), layer.width // library.panels.panel)),
+        prefix=predictor.prefixed,
+        threads=_threads(packed),
         rms=layer.norm_type == "rms_norm",
         gated=layer.swiglu,
         half_split=layer.half_split_rope,
@@ -342,6 +339,12 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         assert tensor.is_contiguous()
         setattr(struct, name, tensor.data_ptr())
     return _Call(struct, [layers, given, packed])
+
+
+def _threads(packed: PackedBlock) -> int:
+    """As many as torch would use, as far as there is work for them: they meet after each of a layer's four products."""
+    between = sum(map(bytes_of, packed.layers[0].values())) // 4
+    return max(1, min(torch.get_num_threads(), between // THREAD_BYTES))
 
 
 def _given(predictor: Predictor, library: Library) -> dict[str, Tensor]:
