@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.registry import configs, randomised
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from starflow import memory
 from starflow.cli.main import main
@@ -20,6 +24,8 @@ from starflow.nn.cache import CachePool
 from starflow.presets import PRESETS
 from starflow.sampling.sampler import run
 from starflow.sampling.settings import SampleSettings
+from starflow.train.distributed.wrap import recompute
+from starflow.train.settings import ParallelSettings
 
 DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -50,11 +56,70 @@ def test_caches_take_what_is_predicted(options: dict[str, object], guided: bool)
     assert memory.cache_bytes(config, 2, 16, "float32", guided=guided) == held
 
 
+class Living(TorchDispatchMode):
+    """Bytes of the storages that operations made and that still live; the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: dict[int, int] = {}
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage(), given)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key = id(storage)
+        if key in given or key in self.seen:
+            return
+        self.seen[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self.seen.pop(key)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_training_keeps_is_about_what_is_predicted(precision: memory.Precision) -> None:
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_the_peak_of_training_with_checkpoints_is_about_what_is_predicted(
+    precision: memory.Precision, *, swiglu: bool
+) -> None:
     config = STARFlowConfig(
-        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(1, 3), txt_size=4, txt_dim=16
-    )
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(2, 8), txt_size=4, txt_dim=16,
+        use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
+    )  # fmt: skip
+    model = build(config)
+    recompute(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
+    low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    x, condition = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16)
+    for parameter in model.parameters():  # what is measured is without gradients
+        parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
+    with Living() as living:
+        with low:
+            z, logdet = model(x, condition)
+            loss = z.square().sum() - logdet.sum()
+        kept = living.bytes
+        loss.backward()
+    predicted = memory.training_memory(config, 8, precision=precision, checkpointing=True)
+    assert 0.9 * living.most < predicted.activations + predicted.gathered < 1.3 * living.most
+    assert kept < predicted.activations < memory.training_memory(config, 8, precision=precision).activations / 4
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_training_keeps_is_about_what_is_predicted(precision: memory.Precision, *, swiglu: bool) -> None:
+    config = STARFlowConfig(
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(1, 3), txt_size=4, txt_dim=16,
+        use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
+    )  # fmt: skip
     model, sizes, kept = build(config), {}, []
     weights = {one.data_ptr() for one in model.parameters()}
 

@@ -35,6 +35,7 @@ class LayerShape:
     kv: int
     """kv_heads x head_dim"""
     hidden: int
+    gated: bool
     linear: int
     """Weights of one layer's linear maps, biases aside."""
     outputs: int
@@ -113,7 +114,7 @@ def layer_shape(config: ModelConfig, block: int) -> LayerShape:
     outputs = inner + 2 * kv + width + (2 if gated else 1) * hidden + width
     norms = 2 * width * (2 if norm == "layer_norm" else 1)
     return LayerShape(
-        config.layers(block), width, inner, kv, hidden, linear, outputs, linear + outputs * bias + norms + extras
+        config.layers(block), width, inner, kv, hidden, gated, linear, outputs, linear + outputs * bias + norms + extras
     )
 
 
@@ -250,7 +251,7 @@ def training_memory(
         gpus: in all; a host has 8.
         sharding: what the GPUs share; "hybrid" shares within a host.
         precision: of the network's products.
-        checkpointing: keep each layer's input and compute the rest again on the way back.
+        checkpointing: keep the inputs of each attention and MLP, and compute the rest again on the way back.
         averaged: keep an average of the weights.
 
     Raises:
@@ -271,21 +272,24 @@ def training_memory(
 
 
 def _kept_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
-    """What the way back needs, of all layers; the logits of attention are computed again (flash attention)."""
-    total = largest = 0
+    """What the way back needs, of all layers, and the gradients of the hidden channels of one; the logits of attention
+    are computed again (flash attention)."""
+    total = largest = back = 0
     for block in range(config.num_blocks):
         shape = layer_shape(config, block)
         tokens = batch * _inputs(config, block, config.grid_side**2)
-        inputs = 4 * shape.width * tokens
-        layer = _layer_kept(shape, BYTES[precision]) * tokens
-        largest = max(largest, layer)
-        total += shape.layers * (inputs if checkpointing else layer)
-    return total + (largest if checkpointing else 0)
+        inputs = 2 * BYTES[precision] * shape.width * tokens
+        attention, mlp = (kept * tokens for kept in _layer_kept(shape, BYTES[precision]))
+        largest = max(largest, attention, mlp)
+        back = max(back, BYTES[precision] * (3 if shape.gated else 2) * shape.hidden * tokens)
+        total += shape.layers * (inputs if checkpointing else attention + mlp)
+    return total + back + (largest if checkpointing else 0)
 
 
-def _layer_kept(shape: LayerShape, low: int) -> int:
-    """Bytes a token: two norms' inputs (float32) and outputs, queries, keys and values, the attention's result,
-    and the MLP's hidden channels before and after the activation."""
-    norms = 2 * shape.width * (4 + low + (4 if low < 4 else 0))
+def _layer_kept(shape: LayerShape, low: int) -> tuple[int, int]:
+    """Bytes a token of attention and of the MLP: a norm's input (float32) and output each, then queries, keys and
+    values and the result; or the hidden channels before and after the activation, of gate and product if it is gated.
+    """
+    norm = shape.width * (4 + low + (4 if low < 4 else 0))
     attention = low * (2 * shape.inner + 2 * shape.kv) + 4 * (shape.inner + shape.kv)
-    return norms + attention + low * 2 * shape.hidden
+    return norm + attention, norm + low * (4 if shape.gated else 2) * shape.hidden

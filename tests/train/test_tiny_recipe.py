@@ -66,6 +66,27 @@ def test_every_stage_leaves_its_result(whole: Path, recipe: Recipe) -> None:
     assert (pipeline.config.name, pipeline.config.guidance) == ("tiny", recipe.guidance)
 
 
+def test_the_log_and_tensorboard_hold_all_that_is_watched(whole: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    updates = [line for line in read_log(whole / "log.jsonl") if "loss" in line]
+    watched = {"loss", "squares", "logdet", "penalty", "bits_per_dim", "gradient_norm", "lr", "skipped", *TIMED}
+    for line in updates:
+        assert line.keys() == {"step", *watched}
+        assert 0 < line["utilisation"] < 1
+        assert line["pictures_per_second"] > 0
+        assert line["memory_gib"] > 0
+        assert line["data_wait"] >= 0
+    board = event_accumulator.EventAccumulator(str(whole / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    board.Reload()
+    heldout = ("loss", "nats_per_dim", "bits_per_dim", "train_nats_per_dim")
+    names = {f"train/{name}" for name in watched} | {f"heldout/heldout_{name}" for name in heldout}
+    assert set(board.Tags()["scalars"]) == names
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([line["loss"] for line in updates])
+    assert [event.step for event in board.Scalars("heldout/heldout_bits_per_dim")] == [5, 8]
+    assert [event.step for event in board.Images("samples")] == [6, 8]
+
+
 def test_the_recipes_prompts_are_classes_that_it_draws(whole: Path, recipe: Recipe) -> None:
     conditioner = StarFlowPipeline.from_pretrained(whole / "model").conditioner
     assert conditioner is not None

@@ -108,6 +108,8 @@ def memory_text(facts: dict[str, Any]) -> str:
         kept = "yes" if row["checkpointing"] else "no"
         of = next((f"{size} GiB" for size in GPU_SIZES if row["peak"] <= SHARE * size * GIB), "-")
         lines.append(f"{row['sharding']:10} {row['gpus']:5d} {kept:>12} {_numbers(row, training, unit)}  {of}")
+    whole = facts["training"][0]["parameters"] / unit
+    lines.append(f"where weights are shared, drawing sample grids takes {whole:.2f} {name} more of the first GPU")
     return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in room.items())])
 
 

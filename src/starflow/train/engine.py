@@ -66,11 +66,15 @@ class Engine:
                 self.model.set_requires_all_reduce(last)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of all gradients, float32, on the device; collective."""
+        """Norm of all gradients, float32, on the device; collective.
+
+        Summed over all copies, not one: the same bits everywhere, so that no two clip or skip differently.
+        """
         norms = torch._foreach_norm(self._gradients())
         squares = torch.stack([norm.float() for norm in norms]).square().sum()
-        if self.layout is not None and self.layout.shards > 1:
-            dist.all_reduce(squares, group=self.layout.group)
+        if self.layout is not None:
+            dist.all_reduce(squares)
+            squares = squares / self.layout.copies
         return squares.sqrt()
 
     def apply(self, norm: float, step: int) -> None:
@@ -108,8 +112,12 @@ class Engine:
             other.copy_(kept)
 
     @contextlib.contextmanager
-    def whole_average(self) -> Iterator[nn.Module | None]:
-        """The averaged model as a plain one in the main process, None in the others; they wait for the block's end."""
+    def whole_average(self, device: torch.device) -> Iterator[nn.Module | None]:
+        """The averaged model as a plain one in the main process, None in the others; they wait for the block's end.
+
+        Args:
+            device: that a model of several processes is gathered on; alone, a model stays where it is.
+        """
         if self.layout is None:
             with self.averaged() as model:
                 yield model
@@ -118,7 +126,7 @@ class Engine:
         for name, tensor in self.average.state.items():
             gathered = whole(tensor)
             if self.world.main:
-                state[name] = gathered
+                state[name] = gathered.to(device)
         if self.world.main:
             model = copy.deepcopy(self._plain)
             model.load_state_dict(state, assign=True)

@@ -37,6 +37,8 @@ from starflow.train.settings import TrainSettings
 NORM_MEMORY = 0.02
 """Weight of the newest gradient norm in its running value."""
 NORMS_BEFORE_SKIPS = 100
+NAMED = 8
+"""Pictures of a bad batch that a message names."""
 
 
 class Interrupted(Exception):
@@ -206,7 +208,8 @@ def _refuse(task: Task, rows: list[range], world: World, bad: list[int], what: s
     if world.rank in bad or not bad:
         step = int(what.rpartition(" ")[2])
         names = [name for part in rows for name in task.batch_names(step, part)]
-        whose = f" (batch: {', '.join(names[:4])}, ...)"
+        more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        whose = f" (batch: {', '.join(names[:NAMED])}{more})"
     else:
         whose = f" (process {bad[0]} names its pictures)"
     raise UserError(
@@ -282,7 +285,7 @@ def _evaluate(task: Task, engine: Engine, progress: Progress, folder: Path, log:
 
 def _draw(task: Task, engine: Engine, progress: Progress, folder: Path, log: RunLog | None) -> None:
     path = folder / "samples" / f"step_{progress.step:08d}.png"
-    with engine.whole_average() as model:
+    with engine.whole_average(engine.world.device) as model:
         if model is not None:
             task.draw(model, path)
     if log is not None and path.is_file():
@@ -290,7 +293,7 @@ def _draw(task: Task, engine: Engine, progress: Progress, folder: Path, log: Run
 
 
 def _save(task: Task, engine: Engine, folder: Path) -> None:
-    with engine.whole_average() as model:
+    with engine.whole_average(torch.device("cpu")) as model:  # which has room for all that the GPUs share
         if model is not None:
             task.save(model, folder)
 

@@ -36,7 +36,7 @@ train: {batch: 4, warmup: 5, evaluate_every: 100000, sample_every: 100000, check
 prompts: [circle, star]
 """
 INTERVAL = 10
-LAYOUTS = {"alone": 1, "replicated": 2, "sharded": 2}
+LAYOUTS = {"alone": 1, "replicated": 2, "sharded": 2, "hybrid": 4}
 
 
 def command(layout: str, recipe: Path, run: Path, steps: int) -> list[str]:
@@ -45,7 +45,8 @@ def command(layout: str, recipe: Path, run: Path, steps: int) -> list[str]:
     if LAYOUTS[layout] == 1:
         return [sys.executable, "-m", "starflow", *words]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={LAYOUTS[layout]}"]
-    return [*launcher, "-m", "starflow", *words, "--train.parallel.layout", layout]
+    parallel = ["--train.parallel.layout", layout, "--train.parallel.shard_size", "2"]
+    return [*launcher, "-m", "starflow", *words, *parallel]
 
 
 def launch(words: list[str]) -> subprocess.Popen[str]:

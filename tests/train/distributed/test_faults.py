@@ -150,10 +150,14 @@ def host_agent(number: int, recipe: Path, run: Path, steps: int) -> subprocess.P
     return launch([*enter, sys.executable, "-m", "torch.distributed.run", *rendezvous, *words])
 
 
+@pytest.mark.parametrize("lost", ["process", "host"])
 def test_two_hosts_go_on_after_one_of_them_lost_its_process(
-    hosts: tuple[str, str], recipe: Path, tmp_path: Path
+    hosts: tuple[str, str], recipe: Path, tmp_path: Path, lost: str
 ) -> None:
-    """The process of one host is killed; both agents start theirs again, and the run ends as one without a stop."""
+    """The process of one host is killed, and its agent starts it again, or agent and all are and someone else does.
+
+    The other host's agent waits for it; the run goes on from the last checkpoint and ends as one without a stop.
+    """
     steps = 250
     whole = launch(command("sharded", recipe, tmp_path / "whole", steps))
     output, _ = whole.communicate(timeout=240)
@@ -162,8 +166,12 @@ def test_two_hosts_go_on_after_one_of_them_lost_its_process(
     agents = [host_agent(number, recipe, run, steps) for number in (0, 1)]
     try:
         wait_for_step(run, 35, *agents)
-        (victim,) = workers(agents[1].pid)
-        os.kill(victim, signal.SIGKILL)
+        if lost == "process":
+            (victim,) = workers(agents[1].pid)
+            os.kill(victim, signal.SIGKILL)
+        else:
+            kill(agents[1], everything=True)
+            agents[1] = host_agent(1, recipe, run, steps)
         outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     finally:
         for agent in agents:

@@ -84,6 +84,15 @@ def test_blocks_of_bfloat16_shards_give_float32(runs: Path) -> None:
         assert share < 0.1
 
 
+def test_every_layer_and_block_is_a_shard_whose_gradients_are_averaged_in_float32(runs: Path) -> None:
+    for rank in (0, 1):
+        seen = json.loads((runs / f"reduced-{rank}.json").read_text())
+        assert seen["units"] == ["AutoregressiveBlock"] * 3 + ["Layer"] * 4 + ["TracedLoss"]
+        assert seen["dtypes"] == ["torch.float32"]
+        assert seen["entries"] > 1000
+        assert seen["rounded"] < 0.5
+
+
 def test_states_take_the_memory_that_is_computed(runs: Path) -> None:
     """`starflow info --memory` for two GPUs, against what a process of two holds."""
     computed = training_memory(CONFIG, 4, gpus=2, sharding="sharded", precision="float32")

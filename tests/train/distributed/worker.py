@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
+from torch.distributed.fsdp import FSDPModule
 
 from starflow.errors import UserError
 from starflow.flow.model import build
@@ -31,6 +32,7 @@ def main(folder: Path) -> None:
         train(folder / "real", settings(layout="sharded"), world, real=True)
         train(folder / "bfloat16", replace(settings(layout="sharded"), precision="bfloat16"), world)
         (folder / f"rounded-{world.rank}.json").write_text(json.dumps(rounded(world)))
+        (folder / f"reduced-{world.rank}.json").write_text(json.dumps(reduced(world)))
         (folder / f"bytes-{world.rank}.json").write_text(json.dumps(state_bytes(world)))
         for layout in ("replicated", "sharded"):
             stopped(folder / f"{layout}-resumed", layout, world)
@@ -62,6 +64,34 @@ def rounded(world: World) -> list[tuple[str, float]]:
     with network_precision(told, world.device):
         engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))
     return found
+
+
+def reduced(world: World) -> dict[str, object]:
+    """How a bfloat16 model is split, and the share of its gradients' entries that bfloat16 can hold.
+
+    Each process's gradients are of bfloat16 weights; their mean keeps those digits only if it was taken in bfloat16.
+    """
+    with torch.device("meta"):
+        flow = build(CONFIG)
+    told = replace(settings(layout="sharded"), precision="bfloat16")
+    engine = Engine(TracedLoss(flow, 0.0), told, world)
+    with torch.no_grad():
+        for block in flow.stack():  # a new model is the identity, which has few gradients
+            local(block.proj_out.weight).normal_(std=0.1)
+    draw = torch.Generator().manual_seed(world.rank)
+    with network_precision(told, world.device):
+        loss = engine.model(torch.randn(4, 2, 4, 4, generator=draw), torch.randn(4, 1, 4, generator=draw))[0]
+    loss.backward()
+    gradients = [local(weight.grad).flatten() for weight in engine.model.parameters() if weight.grad is not None]
+    entries = torch.cat(gradients)
+    entries = entries[entries != 0]
+    units = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
+    return {
+        "units": sorted(type(unit).__name__.removeprefix("FSDP") for unit in units),
+        "dtypes": sorted({str(gradient.dtype) for gradient in gradients}),
+        "rounded": float((entries == entries.bfloat16().float()).float().mean()),
+        "entries": len(entries),
+    }
 
 
 def state_bytes(world: World) -> dict[str, int]:

@@ -26,8 +26,6 @@ class Layout:
     """One-dimensional where there is one copy, else (copies, shards)."""
     shards: int
     copies: int
-    group: dist.ProcessGroup
-    """The processes that hold one copy together."""
 
 
 def shard_size(parallel: ParallelSettings, world: World) -> int:
@@ -57,11 +55,11 @@ def make_layout(parallel: ParallelSettings, world: World) -> Layout:
     everyone = dist.group.WORLD
     assert everyone is not None
     if shards == world.size:
-        return Layout(DeviceMesh.from_group(everyone, kind), shards, 1, everyone)
+        return Layout(DeviceMesh.from_group(everyone, kind), shards, 1)
     patience = timedelta(seconds=world.timeout)
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
     assert within is not None
     assert across is not None
     mesh = DeviceMesh.from_group([across, within], kind, mesh=ranks, mesh_dim_names=("copy", "shard"))
-    return Layout(mesh, shards, world.size // shards, within)
+    return Layout(mesh, shards, world.size // shards)
