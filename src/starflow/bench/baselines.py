@@ -14,7 +14,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from starflow import version
 from starflow.errors import UserError
 from starflow.flow.model import Flow
 
