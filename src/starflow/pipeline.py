@@ -259,6 +259,7 @@ class StarFlowPipeline:
         solver: SolverChoice = "auto",
         guidance_rule: Literal["gaussian", "linear"] = "gaussian",
         guidance_schedule: Literal["constant", "linear"] = "constant",
+        temperature: float | None = None,
         cleaning: Cleaning | None = None,
         batch_size: int = BATCH,
         cache_dtype: CacheDtype = "network",
@@ -276,6 +277,8 @@ class StarFlowPipeline:
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
             guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
             guidance_schedule: "constant" or "linear" (annealed).
+            temperature: factor on the noise: 1 is the model's own distribution, less is nearer its modes, simpler and
+                cleaner (Glow, arXiv 1807.03039, section 6); by default the model's own.
             cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
                 and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
             batch_size: pictures sampled at once; changes memory, not pictures.
@@ -284,12 +287,14 @@ class StarFlowPipeline:
             progress: called with (steps done, steps in all).
 
         Raises:
-            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture.
+            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
+                temperature of 0 or less.
         """
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
         weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
+        scale = self._temperature(temperature)
         shape = self._latent_shape(size)
         way = self._way_out(cleaning)
         if size is not None and (note := sizes.untrained(self.config, self.flow.config, size)):
@@ -303,7 +308,7 @@ class StarFlowPipeline:
             condition, null = self._condition(some, shape)
             drawn = sample(
                 self.flow,
-                noise_of(seeds[start : start + batch_size], shape).to(self.device),
+                scale * noise_of(seeds[start : start + batch_size], shape).to(self.device),
                 condition,
                 null_condition=null,
                 guidance=weights[start : start + batch_size],
@@ -352,7 +357,7 @@ class StarFlowPipeline:
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
-        noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
+        noise = self.config.temperature * noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
         return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
@@ -474,6 +479,12 @@ class StarFlowPipeline:
     def _prepare(self, prompts: Sequence[str], shape: Sequence[int]) -> None:
         if isinstance(self.conditioner, ReleasedText):
             self.conditioner.remember(sizes.told(self.config, prompts, shape))
+
+    def _temperature(self, asked: float | None) -> float:
+        scale = self.config.temperature if asked is None else asked
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UserError(f"temperature is {scale}, expected above 0 (1 is the model's own distribution)")
+        return scale
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)

@@ -53,6 +53,7 @@ class EvaluateOptions:
     tuning_samples: Annotated[int, Flag("samples per guidance weight when the best is chosen", "N")] = 250
     references: Annotated[int, Flag("pictures a split, at most, that distances are measured to", "N")] = 5000
     guidance: Annotated[tuple[float, ...], Flag("a weight to try; may be repeated (default: 0 to 4)", "W")] = ()
+    temperature: Annotated[float | None, Flag("factor on the samples' noise (default: the model's)", "T")] = None
     prompts: Annotated[str, Flag("prompts of the sheet, one a line (default: some held-out ones)", "FILE")] = ""
     features: Annotated[str, Flag("mobilenetv2, inception, or NAME=MODULE:CLASS", "NETWORK")] = "mobilenetv2"
     feature_weights: Annotated[str, Flag("weights of a network of your own", "FILE")] = ""
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions) -> None:
         plan = _plan(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
-        pipeline = _with_cleaning(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
         pictures = open_pictures(options.data, pipeline.config.image_size)
 
         def say(text: str) -> None:
@@ -143,7 +144,9 @@ def _plan(options: EvaluateOptions) -> Plan:
     )
 
 
-def _with_cleaning(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
+def _as_asked(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
     if options.cleaning != "model":
         pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
+    if options.temperature is not None:
+        pipeline.config = dataclasses.replace(pipeline.config, temperature=options.temperature)
     return pipeline

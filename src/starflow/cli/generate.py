@@ -51,6 +51,10 @@ class GenerateOptions:
         float | None,
         Flag("how strongly to follow the prompt; 0 is unguided (default: the model's)", "W"),
     ] = None
+    temperature: Annotated[
+        float | None,
+        Flag("factor on the noise: 1 is the model's own distribution, less is simpler (default: the model's)", "T"),
+    ] = None
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
     solver: Annotated[Literal["auto", "sequential", "jacobi"], Flag("how blocks are solved")] = "auto"
@@ -80,6 +84,8 @@ class GenerateOptions:
                 raise UserError(f"{name} is {value}, expected at least 1")
         if self.guidance is not None and not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise UserError(f"--guidance is {self.guidance:g}, expected at least 0 (0 is unguided)")
+        if self.temperature is not None and not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"--temperature is {self.temperature:g}, expected above 0 (1 is the model's distribution)")
         if sum(map(bool, (self.prompt, self.label, self.prompts))) > 1:
             raise UserError("more than one of PROMPT, --class and --prompts is given: choose one")
         if self.size and self.aspect:
@@ -166,7 +172,8 @@ def _write(
     from starflow.data.pictures import save_png
 
     weight = pipeline.config.guidance if options.guidance is None else options.guidance
-    known = {"guidance": f"{weight:g}", "model": options.model}
+    scale = pipeline.config.temperature if options.temperature is None else options.temperature
+    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "model": options.model}
     form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
         for start in range(0, len(prompts), options.batch_size):
@@ -196,6 +203,7 @@ def _sample(
         return pipeline(
             prompts,
             guidance=options.guidance,
+            temperature=options.temperature,
             seed=seed,
             size=size,
             solver=options.solver,

@@ -106,6 +106,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "tokens": (config.image_size // multiple) ** 2,
         "noise_std": config.noise_std,
         "guidance": config.guidance,
+        "temperature": config.temperature,
         "cleaning": config.cleaning,
         "flow": _flow(folder / "flow", flow),
         "autoencoder": _autoencoder(folder / "autoencoder", config),

@@ -108,9 +108,11 @@ def _distances(
     say("autoencoder")
     for noise in sorted({0.0, pipeline.config.noise_std}):
         distances[f"autoencoder, noise {noise:g}"] = measured.autoencoder(noise)
+    scale = pipeline.config.temperature
     for weight in [0.0] if guided is None else [0.0, guided]:
-        say(f"{plan.samples} samples at guidance {weight:g}")
-        distances[f"samples, guidance {weight:g}"] = measured.samples(plan.samples, weight)
+        named = f"guidance {weight:g}" + (f", temperature {scale:g}" if scale != 1 else "")
+        say(f"{plan.samples} samples at {named}")
+        distances[f"samples, {named}"] = measured.samples(plan.samples, weight)
     return distances, {f"{weight:g}": value for weight, value in tuning.items()}, best
 
 
