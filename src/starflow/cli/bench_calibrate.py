@@ -69,10 +69,10 @@ def bench_calibrate(options: BenchCalibrateOptions) -> None:
     from starflow.files import check_output_folder
     from starflow.flow.store import write_policy
     from starflow.pipeline import StarFlowPipeline
-    from starflow.weights.hub import find_model
+    from starflow.components.releases import find_pipeline
 
     prompts = read_prompt_file(Path(options.prompts)) if options.prompts else None
-    folder = Path(options.output) if options.output else find_model(options.model) / "flow"
+    folder = Path(options.output) if options.output else find_pipeline(options.model) / "flow"
     check_output_folder(folder)
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device), pick_dtype(options.dtype))
     policy = pipeline.calibrate(
