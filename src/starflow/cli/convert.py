@@ -22,8 +22,8 @@ SHOWN = 6
 class ConvertOptions:
     """Write a published checkpoint (STARFlow or TarFlow) as config.json and sharded safetensors with checksums.
 
-    The file is mapped and converted tensor by tensor, in the memory of one shard. Loading is strict: every key and every
-    option is accounted for, and those that are ignored are listed. Where the options name an autoencoder, and for
+    The file is mapped and converted tensor by tensor, in the memory of one shard. Loading is strict: every key and
+    every option is accounted for, and those that are ignored are listed. Where the options name an autoencoder, and for
     TarFlow, which is of pixels, the folder is a model for `generate`; otherwise it is a flow alone.
     """
 
@@ -57,9 +57,7 @@ def convert(options: ConvertOptions) -> None:
     from starflow.config import read_mapping
 
     published = read_mapping(options.options)
-    around = Around(
-        options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance
-    )
+    around = Around(options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance)
     with progress_bar(f"converting {options.file.name}") as progress:
         done = convert_published(
             options.file, published, options.output, pick_dtype(options.dtype), around, progress=progress
@@ -82,7 +80,9 @@ def _text(done: Converted, options: ConvertOptions) -> str:
     if done.whole:
         lines.append(f"next: starflow generate --model {done.folder}")
     else:
-        lines.append("a flow alone, as no autoencoder is known: STARFlow.from_pretrained reads it (--autoencoder adds one)")
+        lines.append(
+            "a flow alone, as no autoencoder is known: STARFlow.from_pretrained reads it (--autoencoder adds one)"
+        )
     return "\n".join(lines)
 
 

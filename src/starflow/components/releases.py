@@ -4,8 +4,8 @@
     CACHE/converted/apple--starflow/DIGEST-bfloat16/            a pipeline's folder, and the licence that came along
 
 Contract: CACHE is STARFLOW_CACHE, or the folder of downloads where that is given. What is converted is used without
-asking anybody, whether or not the download is still there; two names of the same file share a conversion. The terms that
-the weights come under are shown once. Room on the disk is looked for before the download.
+asking anybody, whether or not the download is still there; two names of the same file share a conversion. The terms
+that the weights come under are shown once. Room on the disk is looked for before the download.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _fetch_and_convert(
     to_fetch = size_to_fetch(named, release.file, fetch)
     if to_fetch:  # a checkpoint is in float32, as far as is known before it is there
         written = to_fetch // 4 * BYTES[precision]
-        files.check_room(root, to_fetch + written, f"'{repository}', to fetch ({to_fetch / 1e9:.1f} GB) and to convert,")
+        files.check_room(
+            root, to_fetch + written, f"'{repository}', to fetch ({to_fetch / 1e9:.1f} GB) and to convert,"
+        )
     came = snapshot(named, [release.file, *ALONG], needed=[release.file], fetch=fetch.elsewhere)
     file = came / release.file
     if not file.is_file():

@@ -1,7 +1,7 @@
 """A published checkpoint's flow into our layout, one tensor after the other.
 
-Contract: the checkpoint is mapped and never read as a whole, and what is written goes to the disk a shard at a time: the
-memory needed is that of a shard and a tensor. Keys, shapes and options are compared, and room on the disk is looked
+Contract: the checkpoint is mapped and never read as a whole, and what is written goes to the disk a shard at a time:
+the memory needed is that of a shard and a tensor. Keys, shapes and options are compared, and room on the disk is looked
 for, before anything is written.
 """
 
@@ -36,7 +36,7 @@ def convert_flow(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> int:
-    """Write a checkpoint's flow as `STARFlow.from_pretrained` (or `TarFlow`) reads it; returns the bytes of its weights.
+    """Write a checkpoint's flow as `from_pretrained` reads it; returns the bytes of its weights.
 
     Args:
         found: the checkpoint, from `open_published`.

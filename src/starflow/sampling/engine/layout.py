@@ -122,9 +122,7 @@ def pack(
     block: AutoregressiveBlock, panels: Panels, put: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> PackedBlock:
     """Copies of a block's weights in the layout of the library; `put` is given each of a layer, to move it."""
-    layers = tuple(
-        {name: put(tensor) for name, tensor in _layer(layer, panels).items()} for layer in layers_of(block)
-    )
+    layers = tuple({name: put(tensor) for name, tensor in _layer(layer, panels).items()} for layer in layers_of(block))
     width, channels = block.spec.layer.width, block.spec.token_channels
     ends = {
         "proj_in": panels.matrix(block.proj_in.weight.float()),
