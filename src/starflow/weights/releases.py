@@ -19,6 +19,8 @@ class Release:
     """As `load_published` takes them."""
     terms: str
     """What its licence allows, in words."""
+    preset: str = ""
+    """Its architecture's name in `starflow.presets`."""
 
 
 def _arguments(**values: Any) -> dict[str, Any]:
@@ -51,6 +53,7 @@ RELEASES: dict[str, Release] = {
             cfg=2.5,
         ),
         "for research only",
+        "starflow-t2i-3b",
     ),
 }
 """By repository."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
+from starflow.memory import PACKED_KEPT
 from starflow.nn.cache import KVCache, LayerCache
 from starflow.sampling.engine.build import BuildError, Library, Recipe
 from starflow.sampling.engine.layout import (
@@ -59,8 +60,6 @@ THREAD_BYTES = 2**16
 """Weights between two meetings of the threads that are worth another thread, about."""
 LARGE = 4 * 2**20
 """Bytes from which large pages are worth asking for."""
-KEPT = 4 * 2**30
-"""Bytes of packed weights that stay from block to block; of a larger model only those of the block at work do."""
 RULES = {"gaussian": 1, "linear": 2}
 PRECISIONS = (torch.float32, torch.bfloat16)
 
@@ -196,7 +195,7 @@ class Engine:
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
         self._packed.pop(block, None)
-        if sum(map(bytes_of, block.parameters())) + self.bytes > KEPT:
+        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
             self._packed.clear()
 
     def forget_changed(self) -> None:
