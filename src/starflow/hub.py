@@ -193,12 +193,13 @@ def size_to_fetch(source: str, file: str, fetch: Fetch = HERE) -> int:
     from huggingface_hub.errors import HFValidationError
 
     repository, revision = split_revision(source, fetch)
+    expected: tuple[type[BaseException], ...] = (HFValidationError, *hub_errors())
     try:
         cached = try_to_load_from_cache(repository, file, cache_dir=fetch.cache, revision=revision)
         if fetch.offline or isinstance(cached, str):
             return 0
         return get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).size or 0
-    except (HFValidationError, *hub_errors()):  # whoever fetches it says what is wrong
+    except expected:  # whoever fetches it says what is wrong
         return 0
 
 

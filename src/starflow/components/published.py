@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from starflow import files
-from starflow.components.config import PipelineConfig
+from starflow.components.config import Cleaning, PipelineConfig
 from starflow.components.folder import FLOW
 from starflow.conditioning import ClassLabels, ConditionerSpec
 from starflow.conditioning.text import width_of
@@ -114,7 +114,7 @@ def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], aroun
     noise = float(said.get("noise_std", 0.0) if around.noise_std is None else around.noise_std)
     reader = _conditioner(around.text_encoder or said.get("text"), flow)
     guidance = float(said.get("cfg", 0.0) if around.guidance is None else around.guidance)
-    cleaning = "decoder" if coder.noise_std else "tweedie" if noise else "none"
+    cleaning: Cleaning = "decoder" if coder.noise_std else "tweedie" if noise else "none"
     return PipelineConfig(name, flow.img_size * coder.factor, noise, coder, reader, guidance, cleaning)
 
 

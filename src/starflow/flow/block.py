@@ -10,6 +10,9 @@ Shapes: B batch, N tokens, T some of them, C token channels, D width, S conditio
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,8 @@ from starflow.flow.tokens import in_order
 from starflow.nn.attention import Continuation, Layer, Spot
 from starflow.nn.layers import LayerSpec, RMSNorm
 from starflow.nn.widen import runs_wide, widened
+
+Bring = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class AutoregressiveBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, *, frugal: bool = False
+        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: Bring | None = None
     ) -> tuple[Tensor, Tensor]:
         """Data to noise in one parallel pass.
 
@@ -71,7 +76,8 @@ class AutoregressiveBlock(nn.Module):
             x_BNC: tokens in raster order, float32 or float64.
             condition: what `prefix` or `class_vector` takes; ignored by a block without a condition.
             rotary: table of the S condition tokens and the inputs, or None with a learned table.
-            frugal: where gradients are wanted, keep the layers' inputs and compute the rest again on the way back.
+            bring: a context in which a layer's weights are where it computes. Where gradients are wanted, only the
+                layers' inputs are kept then, and the way back brings each layer again and computes the rest anew.
 
         Returns:
             z (B, N, C) in raster order, and log sigma (B, N, C) in the block's own order.
@@ -83,7 +89,7 @@ class AutoregressiveBlock(nn.Module):
         prefix = self.prefix(condition)
         if prefix is not None:
             hidden = torch.cat((prefix, hidden), dim=1)
-        hidden = self.layers(hidden, rotary, frugal=frugal)
+        hidden = self.layers(hidden, rotary, bring)
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
             mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
@@ -148,16 +154,18 @@ class AutoregressiveBlock(nn.Module):
             out_BTD = (widened(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
         return out_BTD.to(hidden_BTD.dtype)
 
-    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, *, frugal: bool = False) -> Tensor:
+    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: Bring | None = None) -> Tensor:
         """The layers over a whole sequence."""
         wide = runs_wide(self, hidden_BTD)
-        again = (wide or frugal) and torch.is_grad_enabled() and hidden_BTD.requires_grad
+        again = (wide or bring is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
+        place: Bring = bring if again and bring is not None else contextlib.nullcontext
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer in self.attn_blocks:
 
             def work(hidden: Tensor, layer: nn.Module = layer) -> Tensor:
-                one = widened(layer, self.spec.layer) if wide else layer
-                done: Tensor = one(hidden, rotary)
+                with place(layer):
+                    one = widened(layer, self.spec.layer) if wide else layer
+                    done: Tensor = one(hidden, rotary)
                 return done
 
             out_BTD = checkpoint(work, out_BTD, use_reentrant=False) if again else work(out_BTD)

@@ -128,15 +128,19 @@ class Flow(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """One block's pass; where blocks come and go, the way back brings the block again and computes anew."""
 
-        def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            with self.at_work(block):
-                passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, frugal=self.offloaded_to is not None)
+        if self.offloaded_to is None:
+            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary)
             return passed
 
-        if self.offloaded_to is None or not torch.is_grad_enabled():
+        def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with self.at_work(block):
+                passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, self.at_work)
+            return passed
+
+        if not torch.is_grad_enabled():
             return work(tokens)
-        passed: tuple[Tensor, Tensor] = checkpoint(work, tokens, use_reentrant=False)
-        return passed
+        again: tuple[Tensor, Tensor] = checkpoint(work, tokens, use_reentrant=False)
+        return again
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""
@@ -168,9 +172,9 @@ class Flow(nn.Module, ABC):
         self.offloaded_to = torch.device(device)
         return self
 
-    def at_work(self, block: AutoregressiveBlock) -> AbstractContextManager[None]:
-        """A context in which a block's weights are where the model computes."""
-        return nullcontext() if self.offloaded_to is None else brought_to(block, self.offloaded_to)
+    def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the weights of a block, or of a part of it, are where the model computes."""
+        return nullcontext() if self.offloaded_to is None else brought_to(part, self.offloaded_to)
 
     @property
     def network_dtype(self) -> torch.dtype:
