@@ -42,6 +42,7 @@ class GenerateOptions:
         starflow generate --class star --model runs/tiny
         starflow generate "a red apple" --aspect 16:9
         starflow generate "a red apple" --model OWNER/NAME@REVISION --decoder madebyollin/taesd
+        starflow generate "a red apple" --model apple/starflow --int8 --offload
     """
 
     prompt: Annotated[str, Argument("what to show; an empty prompt samples unconditionally")] = ""
@@ -72,8 +73,12 @@ class GenerateOptions:
     grid: Annotated[bool, Flag("write all pictures side by side as well, as grid.png")] = False
     batch_size: Annotated[int, Flag("pictures at once: memory depends on it, pictures do not", "N")] = 16
     device: Annotated[Device, Flag("where to compute")] = "auto"
-    dtype: Annotated[Precision, Flag("precision of the network")] = "float32"
+    dtype: Annotated[
+        Precision | None,
+        Flag("precision of the network (default: float32, or as stored from a billion parameters on)", "DTYPE"),
+    ] = None
     int8: Annotated[bool, Flag("weights of one byte next to the noise, for memory (needs torchao)")] = False
+    offload: Annotated[bool, Flag("only the block at work on the device, the others on the CPU, for memory")] = False
     cache_dtype: Annotated[CacheDtype, Flag("precision of the attention's cache")] = "network"
     tile: Annotated[int | None, Flag("decode in tiles of so many latent pixels, for memory", "N")] = None
     json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
@@ -149,8 +154,9 @@ def _load(options: GenerateOptions) -> StarFlowPipeline:
     pipeline = StarFlowPipeline.from_pretrained(
         options.model,
         pick_device(options.device),
-        pick_dtype(options.dtype),
+        pick_dtype(options.dtype) if options.dtype else None,
         int8=options.int8,
+        offload=options.offload,
         decoder=options.decoder or None,
     )
     kind = pipeline.config.conditioner.kind if pipeline.config.conditioner else "none"

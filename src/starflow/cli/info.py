@@ -39,7 +39,7 @@ class InfoOptions:
 
 def info(options: InfoOptions) -> None:
     """Run the command."""
-    from starflow.weights.hub import find_model
+    from starflow.components.releases import find_pipeline
 
     if options.memory:
         from starflow.cli.memory_table import describe_memory, memory_text
@@ -47,7 +47,7 @@ def info(options: InfoOptions) -> None:
         predicted = describe_memory(options.model)
         print(json.dumps(predicted, indent=2) if options.json else memory_text(predicted))
         return
-    folder = find_model(options.model)
+    folder = find_pipeline(options.model)
     facts = describe_model(folder)
     if options.verify:
         facts |= {"files": _verified(folder)}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from starflow import files
+from starflow.components.releases import find_pipeline
 from starflow.errors import UserError
 from starflow.flow import store
 from starflow.flow.model import STARFlow, TarFlow
@@ -25,7 +26,7 @@ from starflow.hub import local_or_hub
 from starflow.model_config import ModelConfig, STARFlowConfig, config_to_dict
 from starflow.train.distributed.initial import initialise
 from starflow.weights.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
-from starflow.weights.hub import BUNDLED, find_model
+from starflow.weights.hub import BUNDLED
 
 _OF_THE_CONDITION = re.compile(r"blocks\.\d+\.(proj_txt\.weight|class_embed)")
 _FROM_ELSEWHERE = frozenset({"in_channels", "img_size", "txt_size", "txt_dim", "num_classes"})
@@ -68,10 +69,10 @@ def _flow_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if source not in BUNDLED and not folder.is_dir():
         if source.count("/") != 1 or folder.is_absolute() or source.startswith("."):
-            find_model(source)  # says what is expected
+            find_pipeline(source)  # says what is expected
         folder = local_or_hub(source, needed=("config.json",), also=(*GEMMA_FILES, "flow/*", "flow/config.json"))
     elif source in BUNDLED:
-        folder = find_model(source)
+        folder = find_pipeline(source)
     for inner in (folder, folder / "model"):
         if (inner / "flow" / "config.json").is_file():
             return inner / "flow"
@@ -131,7 +132,7 @@ def autoencoder_folder(source: str) -> Path:
     Raises:
         UserError: no such model, or its autoencoder is not in its folder.
     """
-    folder = find_model(source)
+    folder = find_pipeline(source)
     for inner in (folder, folder / "autoencoder", folder / "model" / "autoencoder", folder / "model"):
         if (inner / "config.json").is_file() and "autoencoder" not in files.read_json(inner / "config.json"):
             return inner
