@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from starflow import files, memory
@@ -26,10 +27,10 @@ SHARE = 0.92
 
 
 def describe_memory(model: str) -> dict[str, Any]:
-    """Predicted bytes for a preset or a model's folder, ready for JSON.
+    """Predicted bytes for a recipe, a preset or a model's folder, ready for JSON.
 
     Raises:
-        UserError: neither a preset nor a model.
+        UserError: none of these.
     """
     config, coder = _shapes(model)
     room = available()
@@ -55,8 +56,15 @@ def describe_memory(model: str) -> dict[str, Any]:
 
 
 def _shapes(model: str) -> tuple[ModelConfig, AutoencoderShape | None]:
-    """The flow's config and its autoencoder's shape, without loading either."""
+    """The flow's config and its autoencoder's shape, without loading either: of a recipe, a preset or a model."""
     from starflow.presets import PRESETS
+
+    if model.endswith((".yaml", ".yml")):
+        from starflow.train.planned import planned_flow
+        from starflow.train.recipe import load_recipe
+
+        config, kind = planned_flow(load_recipe(Path(model)))
+        return config, AUTOENCODERS[kind]
 
     if model in PRESETS:
         known = PRESETS[model]
