@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from starflow.sampling.settings import SampleSettings
 from starflow.train.distributed.wrap import recompute
 from starflow.train.settings import ParallelSettings
 
+RECIPE = str(Path(__file__).parent.parent / "recipes" / "starflow-t2i.yaml")
 DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -184,7 +186,7 @@ def test_impossible_amounts_are_refused() -> None:
         memory.training_memory(config, 1, gpus=0)
 
 
-@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256"])
+@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256", RECIPE])
 def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", model, "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -28,10 +28,13 @@ class InfoOptions:
         starflow info
         starflow info runs/tiny/model --json
         starflow info starflow-t2i-3b --memory
+        starflow info recipes/starflow-imagenet-256.yaml --memory
         starflow info OWNER/NAME@REVISION --verify
     """
 
-    model: Annotated[str, Argument("bundled name, folder, hub repository, or with --memory a preset")] = "glyphs"
+    model: Annotated[str, Argument("bundled name, folder, hub repository; with --memory also a preset or a recipe")] = (
+        "glyphs"
+    )
     memory: Annotated[bool, Flag("predict the memory of sampling and training")] = False
     verify: Annotated[bool, Flag("compare every file with its sha256; exit code 2 if one differs")] = False
     json: Annotated[bool, Flag("print it as JSON")] = False

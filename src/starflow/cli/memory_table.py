@@ -50,11 +50,12 @@ SHARE = 0.92
 
 
 def describe_memory(model: str) -> dict[str, Any]:
-    """Predicted bytes for a preset, a published repository or any model, ready for JSON; of a model on the hub only the
-    configuration is fetched.
+    """Predicted bytes for a recipe, a preset, a published repository or any model, ready for JSON.
+
+    Of a model on the hub only the configuration is fetched.
 
     Raises:
-        UserError: neither a preset nor a model.
+        UserError: none of these.
     """
     subject = _subject(model)
     config = subject.config
@@ -89,6 +90,14 @@ def _subject(model: str) -> Subject:
     from starflow.presets import PRESETS
     from starflow.weights.releases import RELEASES
 
+    if model.endswith((".yaml", ".yml")):
+        from starflow.train.planned import planned_flow
+        from starflow.train.recipe import load_recipe
+
+        recipe = load_recipe(Path(model))
+        config, kind = planned_flow(recipe)
+        condition = recipe.conditioning
+        return Subject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
     if name in PRESETS:
         known = PRESETS[name]

@@ -23,7 +23,7 @@ from starflow.errors import UserError
 from starflow.flow import store
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.hub import local_or_hub
-from starflow.model_config import ModelConfig, STARFlowConfig, config_to_dict
+from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict, config_to_dict
 from starflow.train.distributed.initial import initialise
 from starflow.weights.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
 from starflow.weights.hub import BUNDLED
@@ -56,12 +56,29 @@ def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
     """
     folder = _flow_folder(source)
     if is_gemma(folder):
-        listed = own.get("layers_per_block")
-        options = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
+        options = _options_in(folder, own)
         tensors = gemma_tensors(folder, options["num_blocks"] - 1, options["layers_per_block"][-1])
-        return Initial(source, {**options, **own}, tensors, partial=True)
-    config, tensors = store.load(folder)
-    return Initial(source, {**_options(config), **own}, tensors)
+        return Initial(source, options, tensors, partial=True)
+    _, tensors = store.load(folder)
+    return Initial(source, _options_in(folder, own), tensors)
+
+
+def initial_options(source: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the flow that `read_initial` would read, without reading its weights.
+
+    Raises:
+        UserError: as there.
+    """
+    return _options_in(_flow_folder(source), own)
+
+
+def _options_in(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    if is_gemma(folder):
+        listed = own.get("layers_per_block")
+        found = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
+    else:
+        found = _options(config_from_dict(files.read_json(folder / store.CONFIG_NAME)))
+    return {**found, **own}
 
 
 def _flow_folder(source: str) -> Path:
