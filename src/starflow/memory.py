@@ -46,9 +46,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """What memory depends on of a decoder."""
+    """What memory depends on of an autoencoder."""
 
     parameters: int
+    """Of encoder and decoder: both are loaded."""
     factor: int
     pixel_bytes: int
     """Bytes of activations a pixel of the picture at the decoder's peak, in float32."""
@@ -58,7 +59,7 @@ class AutoencoderShape:
 
 AUTOENCODERS = {
     "pixels": AutoencoderShape(0, 1, 3 * 4),
-    "small": AutoencoderShape(1_900_000, 8, 3 * 48, 11),  # 48 channels at half the side: three tensors of 48 / 4 floats
+    "small": AutoencoderShape(4_193_332, 8, 3 * 48, 11),  # 48 channels at half the side: three tensors of 48 / 4 floats
     "diffusers_tiny": AutoencoderShape(2_445_063, 8, 3 * 64 * 4, 20),  # TAESD: three tensors of 64 channels
     "diffusers_kl": AutoencoderShape(83_653_863, 8, 4 * 256 * 4),  # sd-vae: 256 channels at full size, in and out
 }
@@ -75,10 +76,12 @@ class SamplingMemory:
     autoencoder: int
     decoding: int
     """The decoder's activations; the flow's are gone by then."""
+    packed: int
+    """Copies of the weights that the compiled loop of a CPU reads; elsewhere there are none, and `peak` has none."""
 
     @property
     def peak(self) -> int:
-        """The most at any time. Caches stay while a batch is decoded."""
+        """The most at any time, packed copies aside. Caches stay while a batch is decoded."""
         return self.weights + self.cache + self.autoencoder + max(self.activations, self.decoding)
 
 
@@ -144,6 +147,18 @@ def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -
     if int8:
         shape = layer_shape(config, config.num_blocks - 1)
         total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
+    return total
+
+
+def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of the copies that the compiled loop of a CPU packs: layers in their precision, first and last projection in
+    float32; none of a block whose weights take a byte. Panels that no width fills are not counted."""
+    total = 0
+    for block in range(config.num_blocks - int8):
+        shape, channels = layer_shape(config, block), token_channels(config)
+        ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
+        vectors = shape.parameters - shape.linear
+        total += shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
     return total
 
 
@@ -223,6 +238,7 @@ def sampling_memory(
         activations * BYTES[dtype],
         4 * coder.parameters if coder else 0,
         decoding,
+        packed_bytes(config, dtype, int8=int8),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from starflow import files, memory
+from starflow.config import from_dict
 from starflow.memory import AUTOENCODERS, GIB, AutoencoderShape, Precision, Sharding
 from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict
 
@@ -21,6 +22,7 @@ TRAINING: tuple[tuple[Sharding, int], ...] = (
 )
 TRAINING_BATCH = 8
 GPU_SIZES = (8, 16, 24, 32, 40, 48, 80, 141, 192)
+HERE = "this machine"
 SHARE = 0.92
 """Of a memory that one process may use: the rest is the driver's, the allocator's and other programs'."""
 
@@ -68,7 +70,22 @@ def _shapes(model: str) -> tuple[ModelConfig, AutoencoderShape | None]:
     if "autoencoder" not in values:  # a flow alone
         return config_from_dict(values), None
     coder = AUTOENCODERS[values["autoencoder"]["kind"]]
+    own = folder / "autoencoder" / "config.json"
+    if values["autoencoder"]["kind"] == "small" and own.is_file():
+        coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
     return config_from_dict(files.read_json(folder / "flow" / "config.json")), coder
+
+
+def _small_parameters(values: dict[str, Any]) -> int:
+    """Counted on a model without memory."""
+    import torch
+
+    from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+
+    known = {field.name for field in fields(SmallAutoencoderConfig)}
+    config = from_dict(SmallAutoencoderConfig, {name: value for name, value in values.items() if name in known})
+    with torch.device("meta"):
+        return sum(one.numel() for one in SmallAutoencoder(config).parameters())
 
 
 def _with_peak(prediction: memory.SamplingMemory | memory.TrainingMemory) -> dict[str, int]:
@@ -81,7 +98,7 @@ def available() -> dict[str, int]:
 
     room = {}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        room["this machine"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room[HERE] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         room[torch.cuda.get_device_name(0)] = torch.cuda.get_device_properties(0).total_memory
     return room
@@ -92,7 +109,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     room = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak")
+    parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak", "packed")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters, {facts['tokens']} tokens a picture"
         f"{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
@@ -100,7 +117,8 @@ def memory_text(facts: dict[str, Any]) -> str:
         f"{'sampling':>18} {'batch':>6} {_heads(parts)}  fits",
     ]
     for row in facts["sampling"]:
-        lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row['peak'], room)}")
+        lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, room)}")
+    lines.append("packed: copies that a CPU's compiled loop reads; they add to the peak of this machine, not of a GPU")
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>5} {'checkpoints':>12} {_heads(training)}  fits GPUs of")
@@ -121,5 +139,6 @@ def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
     return " ".join(f"{row[part] / unit:11.2f}" for part in parts)
 
 
-def _fits(peak: int, room: dict[str, int]) -> str:
-    return ", ".join(name for name, size in room.items() if peak <= SHARE * size) or "-"
+def _fits(row: dict[str, Any], room: dict[str, int]) -> str:
+    needed = {name: row["peak"] + (row["packed"] if name == HERE else 0) for name in room}
+    return ", ".join(name for name, size in room.items() if needed[name] <= SHARE * size) or "-"
