@@ -113,17 +113,15 @@ def growth(report: dict[str, Any]) -> str:
     """A paragraph and a table a sweep."""
     loads = " to ".join(f"{load[0]:.2f}" for load in report["load"])
     lines = [
-        f"{report['block'].capitalize()}; {report['machine']}, torch {report['torch']}, {report['date']}, load {loads}. "
-        f"Ceilings of the run: {report['bytes_per_second'] / 1e9:.1f} GB/s, {report['flops_per_second'] / 1e9:.0f} "
+        f"{report['block'].capitalize()}; {report['machine']}, torch {report['torch']}, {report['date']}, "
+        f"load {loads}. Ceilings of the run: {report['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{report['flops_per_second'] / 1e9:.0f} "
         "GFLOP/s. The slope is that of the time since the row above (1 is linear); weights, cache and arithmetic are "
         "what these alone take at the ceilings; the last column is how many passes over all tokens cost as much.",
     ]
     for name, rows in report["sweeps"].items():
-        lines += [
-            "",
-            f"| {name} | s a batch | slope | {' | '.join(NEEDS)} | share | a pass | passes |",
-            "|---" * 9 + "|",
-        ]
+        heads = (name, "s a batch", "slope", *NEEDS, "share", "a pass", "passes")
+        lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [growth_row(name, row) for row in rows]
     return "\n".join([*lines, "", f"Command: `{report['command']}`."])
 
@@ -134,7 +132,8 @@ def growth_row(name: str, row: dict[str, Any]) -> str:
     limit = max(needs["weights"] + needs["cache"], needs["arithmetic"])
     return (
         f"| {row[name]} | {row['sequential_seconds']:.3f} | {slope} | {' | '.join(cells)} "
-        f"| {limit / row['sequential_seconds']:.0%} | {row['pass_seconds']:.3f} | {row['passes_that_cost_as_much']:.1f} |"
+        f"| {limit / row['sequential_seconds']:.0%} | {row['pass_seconds']:.3f} "
+        f"| {row['passes_that_cost_as_much']:.1f} |"
     )
 
 

@@ -151,8 +151,8 @@ def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -
 
 
 def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the copies that the compiled loop of a CPU packs: layers in their precision, first and last projection in
-    float32; none of a block whose weights take a byte. Panels that no width fills are not counted."""
+    """Bytes of the copies that the compiled loop of a CPU packs: layers in their precision, the projections at both
+    ends in float32; none of a block whose weights take a byte. What fills up panels is not counted."""
     total = 0
     for block in range(config.num_blocks - int8):
         shape, channels = layer_shape(config, block), token_channels(config)
