@@ -1,6 +1,6 @@
-"""Write what `starflow bench sample --output FILE` measured into docs/performance.md.
+"""Write what `starflow bench sample --output FILE` and `growth.py` measured into docs/performance.md.
 
-    python benchmarks/document.py benchmarks/results/sample.json benchmarks/results/sample-trained.json
+    python benchmarks/document.py benchmarks/results/*.json
 
 A file's figures go between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being the file's without its suffix.
 """
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
     for path in options.files:
-        fill(options.document, path.stem, section(json.loads(path.read_text(encoding="utf-8"))))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        fill(options.document, path.stem, growth(report) if "sweeps" in report else section(report))
         print(f"{path} -> {options.document}")
 
 
@@ -57,7 +58,20 @@ def facts(report: dict[str, Any]) -> list[str]:
         f"Ceilings of the run: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"{ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s. First picture after {once['first_picture_seconds']:.2f} s "
         f"({loop}).",
+        memory(report["memory"]),
     ]
+
+
+def memory(found: dict[str, Any]) -> str:
+    """Measured and predicted, in MiB."""
+    predicted, extra = found["predicted"], found["predicted"]["packed"] if found["packed"] else 0
+    peak = predicted["weights"] + predicted["cache"] + predicted["autoencoder"] + extra
+    peak += max(predicted["activations"], predicted["decoding"])
+    pairs = [(name, found[name], predicted[name]) for name in ("weights", "packed", "cache", "autoencoder")]
+    pairs += [("at most", found["peak"], peak)]
+    told = [(name, ours, foreseen) for name, ours, foreseen in pairs if ours]
+    text = ", ".join(f"{name} {ours / 2**20:.0f} ({foreseen / 2**20:.0f})" for name, ours, foreseen in told)
+    return f"Memory of batch {found['batch']} in MiB, predicted in brackets: {text}."
 
 
 def speeds(report: dict[str, Any]) -> list[str]:
@@ -90,6 +104,37 @@ def others(report: dict[str, Any]) -> list[str]:
         factors = " | ".join(f"{one['speedup'][solver]:.2f}x" for solver in solvers)
         rows.append(f"| {one['name']}: {one['note']} | {one['seconds']:.2f} | {one['limits']:.1f} | {factors} |")
     return rows
+
+
+NEEDS = ("weights", "cache", "arithmetic")
+
+
+def growth(report: dict[str, Any]) -> str:
+    """A paragraph and a table a sweep."""
+    loads = " to ".join(f"{load[0]:.2f}" for load in report["load"])
+    lines = [
+        f"{report['block'].capitalize()}; {report['machine']}, torch {report['torch']}, {report['date']}, "
+        f"load {loads}. Ceilings of the run: {report['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{report['flops_per_second'] / 1e9:.0f} "
+        "GFLOP/s. The slope is that of the time since the row above (1 is linear); weights, cache and arithmetic are "
+        "what these alone take at the ceilings; the last column is how many passes over all tokens cost as much.",
+    ]
+    for name, rows in report["sweeps"].items():
+        heads = (name, "s a batch", "slope", *NEEDS, "share", "a pass", "passes")
+        lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [growth_row(name, row) for row in rows]
+    return "\n".join([*lines, "", f"Command: `{report['command']}`."])
+
+
+def growth_row(name: str, row: dict[str, Any]) -> str:
+    needs, slope = row["needs"], f"{row['exponent']:.2f}" if "exponent" in row else ""
+    cells = [f"**{needs[need]:.3f}**" if need == row["most"] else f"{needs[need]:.3f}" for need in NEEDS]
+    limit = max(needs["weights"] + needs["cache"], needs["arithmetic"])
+    return (
+        f"| {row[name]} | {row['sequential_seconds']:.3f} | {slope} | {' | '.join(cells)} "
+        f"| {limit / row['sequential_seconds']:.0%} | {row['pass_seconds']:.3f} "
+        f"| {row['passes_that_cost_as_much']:.1f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """How the cost of sampling grows with tokens, batch and width, measured and drawn.
 
-    python benchmarks/growth.py --output benchmarks/results/growth
+    python benchmarks/growth.py
+    python benchmarks/document.py benchmarks/results/growth.json
 
-writes growth.json and growth.png. Random weights: only costs are measured, token by token and of one pass over the
-whole sequence (what an iteration of a parallel solver takes); how many iterations a model needs is not asked here.
-Beside the measured seconds stand those that reading weights and cache once a token would take at the bandwidth of a
-large read of the same run: where the cache overtakes the weights, and where a machine is slower than both.
+The first writes benchmarks/results/growth.json and docs/images/growth.png. Random weights: only costs are measured,
+token by token and of one pass over the whole sequence (what an iteration of a parallel solver takes); how many passes
+a model needs is not asked here. Beside the measured seconds stand the three things that going token by token cannot do
+without, at the ceilings of the same run: one read of the weights a token, one of the keys and values before it, and
+the arithmetic. A curve bends where another of the three takes over.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -22,78 +26,100 @@ from typing import Any
 
 import torch
 
+from starflow.bench.ceilings import Ceilings, measure_ceilings
+from starflow.bench.work import sampling_work
 from starflow.files import write_bytes, write_json
 from starflow.flow.model import build
-from starflow.memory import BYTES, layer_shape
+from starflow.memory import BYTES, cache_bytes
 from starflow.model_config import STARFlowConfig
 from starflow.nn.cache import CachePool
+from starflow.sampling.engine.native import engine_of
 from starflow.sampling.jacobi import Span, step
 from starflow.sampling.plan import machine_of
 from starflow.sampling.predictor import Effort, Predictor
 from starflow.sampling.sequential import solve_sequential
 from starflow.sampling.timing import wait
 
+ROOT = Path(__file__).parents[1]
 LAYERS = 4
-TOKENS, BATCHES, WIDTHS = (64, 144, 256, 576, 1024, 2304, 4096), (1, 2, 4, 8, 16, 32, 64), (128, 256, 512, 1024)
+SWEEPS = {
+    "tokens": (64, 144, 256, 576, 1024, 2304, 4096),
+    "batch": (1, 2, 4, 8, 16, 32, 64),
+    "width": (128, 256, 512, 1024),
+}
 BASE = {"tokens": 256, "batch": 4, "width": 256}
-LARGE_READ = 256 * 2**20
+NEEDS = {
+    "weights": "reading the weights once a token",
+    "cache": "reading the cache once a token",
+    "arithmetic": "arithmetic",
+}
 
 
 def main() -> None:
     """Measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/growth"), help="path without suffix")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/growth.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/growth.png")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    bandwidth = read_bandwidth(device)
+    device, load = torch.device(options.device), os.getloadavg()
+    ceilings = measure_ceilings(device, torch.float32)
     sweeps = {
-        name: [measure({**BASE, name: value}, device, bandwidth, options.repeats) for value in values]
-        for name, values in (("tokens", TOKENS), ("batch", BATCHES), ("width", WIDTHS))
+        name: [measure({**BASE, name: value}, device, ceilings, options.repeats) for value in values]
+        for name, values in SWEEPS.items()
     }
+    for name, rows in sweeps.items():
+        add_exponents(name, rows)
     result = {
         "machine": machine_of(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "load": list(os.getloadavg()),
+        "load": [list(load), list(os.getloadavg())],
         "command": f"python benchmarks/growth.py --device {options.device} --repeats {options.repeats}",
         "block": f"one block of {LAYERS} layers, float32, without guidance",
-        "read_gigabytes_a_second": bandwidth / 1e9,
-        "exponents": {name: exponents(name, rows) for name, rows in sweeps.items()},
+        "bytes_per_second": ceilings.bytes_per_second,
+        "flops_per_second": ceilings.flops_per_second,
         "sweeps": sweeps,
     }
-    write_json(options.output.with_suffix(".json"), result)
-    write_bytes(options.output.with_suffix(".png"), draw(result))
+    write_json(options.output, result)
+    write_bytes(options.plot, draw(result))
     print(json.dumps({key: value for key, value in result.items() if key != "sweeps"}))
 
 
-def measure(sizes: dict[str, int], device: torch.device, bandwidth: float, repeats: int) -> dict[str, Any]:
-    """Seconds of one block, and what its reads alone would take."""
-    side = round(sizes["tokens"] ** 0.5)
+def measure(sizes: dict[str, int], device: torch.device, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
+    """Seconds of one block, and of what it cannot do without."""
+    side, batch = math.isqrt(sizes["tokens"]), sizes["batch"]
     config = STARFlowConfig(
         in_channels=4, img_size=side, channels=sizes["width"], num_blocks=1, layers_per_block=LAYERS, txt_size=0
     )
     model = build(config).to(device).requires_grad_(False)
-    block, noise = next(model.stack()), torch.randn(sizes["batch"], side * side, 4, device=device)
-    table = model.block_rotary(block, model.rotary((side, side)))
-    predictor = Predictor.of(block, sizes["batch"], side * side, [None], table, None, CachePool())
+    block, noise = next(model.stack()), torch.randn(batch, side * side, 4, device=device)
+    table, engine = model.block_rotary(block, model.rotary((side, side))), engine_of(model)
+    if device.type == "cpu":
+        engine.build()
+    predictor = Predictor.of(block, batch, side * side, [None], table, None, CachePool(), engine)
     with torch.no_grad():
         one_by_one = fastest(lambda: solve_sequential(predictor, noise, Effort(), lambda _: None), device, repeats)
         whole = fastest(lambda: step(predictor, noise, noise, Span(0, side * side)), device, repeats)
-    shape = layer_shape(config, 0)
-    weights = LAYERS * shape.linear * BYTES["float32"]
-    cache = LAYERS * 2 * sizes["batch"] * shape.kv * BYTES["float32"] * (side * side + 1) // 2  # the mean over tokens
+    work = sampling_work(model, batch, side * side, guided=False)
+    cache = cache_bytes(config, batch, side * side, "float32", guided=False) * (side * side + 1) / 2  # the mean is read
+    needs = {
+        "weights": (work.bytes - cache) / ceilings.bytes_per_second,
+        "cache": cache / ceilings.bytes_per_second,
+        "arithmetic": work.flops / ceilings.flops_per_second,
+    }
     return {
         **sizes,
         "sequential_seconds": one_by_one,
         "pass_seconds": whole,
-        "microseconds_a_token": 1e6 * one_by_one / side**2,
-        "seconds_a_picture": one_by_one / sizes["batch"],
-        "weights_read_seconds": side**2 * weights / bandwidth,
-        "cache_read_seconds": side**2 * cache / bandwidth,
+        "seconds_a_picture": one_by_one / batch,
+        "milliseconds_a_token": 1e3 * one_by_one / side**2,
+        "needs": needs,
+        "most": max(needs, key=lambda name: needs[name]),
         "passes_that_cost_as_much": one_by_one / whole,
+        "weight_mebibytes": BYTES["float32"] * sum(one.numel() for one in model.parameters()) / 2**20,
     }
 
 
@@ -109,40 +135,29 @@ def fastest(action: Callable[[], object], device: torch.device, repeats: int) ->
     return min(found[1:])
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of summing a large tensor."""
-    large = torch.ones(LARGE_READ // 4, device=device)
-    return LARGE_READ / fastest(lambda: large.sum(), device, 5)
-
-
-def exponents(name: str, rows: list[dict[str, Any]]) -> list[float]:
-    """Slope of log seconds over log size between neighbours: 1 is linear, 2 quadratic, 0 free."""
-    pairs = itertools.pairwise(rows)
-    ratio = torch.tensor([(b["sequential_seconds"] / a["sequential_seconds"], b[name] / a[name]) for a, b in pairs])
-    return [round(float(slope), 2) for slope in ratio[:, 0].log() / ratio[:, 1].log()]
+def add_exponents(name: str, rows: list[dict[str, Any]]) -> None:
+    """Slope of log seconds over log size from the row before: 1 is linear, 2 quadratic, 0 free."""
+    for before, row in itertools.pairwise(rows):
+        ratio = math.log(row["sequential_seconds"] / before["sequential_seconds"])
+        row["exponent"] = round(ratio / math.log(row[name] / before[name]), 2)
 
 
 def draw(result: dict[str, Any]) -> bytes:
     """Three panels, logarithmic both ways."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    lines = (
-        ("sequential_seconds", "o-", "token by token"),
-        ("pass_seconds", "s-", "one pass over all tokens"),
-        ("weights_read_seconds", "--", "reading the weights once a token"),
-        ("cache_read_seconds", ":", "reading the cache once a token"),
-    )
     for axes, (name, rows) in zip(figure.subplots(1, 3), result["sweeps"].items(), strict=True):
-        for key, style, label in lines:
-            axes.loglog([row[name] for row in rows], [row[key] for row in rows], style, label=label)
+        sizes = [row[name] for row in rows]
+        axes.loglog(sizes, [row["sequential_seconds"] for row in rows], "o-", label="token by token")
+        axes.loglog(sizes, [row["pass_seconds"] for row in rows], "s-", label="one pass over all tokens")
+        for (need, label), style in zip(NEEDS.items(), ("--", ":", "-."), strict=True):
+            axes.loglog(sizes, [row["needs"][need] for row in rows], style, label=label)
         fixed = ", ".join(f"{key} {value}" for key, value in BASE.items() if key != name)
         axes.set(xlabel=name, ylabel="seconds a batch", title=f"against {name} ({fixed})")
-        axes.set_xticks([row[name] for row in rows], [str(row[name]) for row in rows], minor=False)
+        axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(f"{result['block']}; {result['machine']}")

@@ -50,9 +50,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """What memory depends on of a decoder."""
+    """What memory depends on of an autoencoder."""
 
     parameters: int
+    """Of encoder and decoder: both are loaded."""
     factor: int
     pixel_bytes: int
     """Bytes of activations a pixel of the picture at the decoder's peak, in float32."""
@@ -62,7 +63,7 @@ class AutoencoderShape:
 
 AUTOENCODERS = {
     "pixels": AutoencoderShape(0, 1, 3 * 4),
-    "small": AutoencoderShape(1_900_000, 8, 3 * 48, 11),  # 48 channels at half the side: three tensors of 48 / 4 floats
+    "small": AutoencoderShape(4_193_332, 8, 3 * 48, 11),  # 48 channels at half the side: three tensors of 48 / 4 floats
     "diffusers_tiny": AutoencoderShape(2_445_063, 8, 3 * 64 * 4, 20),  # TAESD: three tensors of 64 channels
     "diffusers_kl": AutoencoderShape(83_653_863, 8, 4 * 256 * 4),  # sd-vae: 256 channels at full size, in and out
 }
@@ -79,10 +80,12 @@ class SamplingMemory:
     autoencoder: int
     decoding: int
     """The decoder's activations; the flow's are gone by then."""
+    packed: int
+    """Copies of the weights that the compiled loop of a CPU reads; elsewhere there are none, and `peak` has none."""
 
     @property
     def peak(self) -> int:
-        """The most at any time. Caches stay while a batch is decoded."""
+        """The most at any time, packed copies aside. Caches stay while a batch is decoded."""
         return self.weights + self.cache + self.autoencoder + max(self.activations, self.decoding)
 
 
@@ -156,10 +159,18 @@ def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool
     return total
 
 
-def packed_bytes(config: ModelConfig, dtype: Precision) -> int:
-    """Bytes of the copies that sampling on a CPU makes of weights, in the order in which they are read."""
-    blocks = [block_bytes(config, block, dtype) for block in range(config.num_blocks)]
+def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of the copies that the compiled loop of a CPU packs at once: of a large model those of the block at work."""
+    blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
     return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
+
+
+def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
+    """Layers in their precision, the projections at both ends in float32; what fills up panels is not counted."""
+    shape, channels = layer_shape(config, block), token_channels(config)
+    ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
+    vectors = shape.parameters - shape.linear
+    return shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
@@ -241,6 +252,7 @@ def sampling_memory(
         activations * BYTES[dtype],
         4 * coder.parameters if coder else 0,
         decoding,
+        0 if offload else packed_bytes(config, dtype, int8=int8),
     )
 
 

@@ -15,7 +15,9 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.model_config import STARFlowConfig, config_to_dict
 from starflow.nn.cache import CachePool
+from starflow.sampling import planner as planner_module
 from starflow.sampling.calibrate import Material, calibrate
+from starflow.sampling.draft import can_draft
 from starflow.sampling.plan import (
     Candidate,
     Choice,
@@ -51,9 +53,9 @@ class Told:
     def __init__(self, tokens: float, step: float, draft: float) -> None:
         self.seconds, self.asked = (tokens, step, draft), 0
 
-    def tokens(self, _predictor: Predictor, _noise: Tensor) -> float:
+    def tokens(self, _predictor: Predictor, _noise: Tensor, *, rounded: bool = False) -> float:
         self.asked += 1
-        return self.seconds[0]
+        return self.seconds[0] / (2 if rounded else 1)
 
     def step(self, _predictor: Predictor, _noise: Tensor, _segment: int | None, *, draft: bool) -> float:
         self.asked += 1
@@ -80,7 +82,10 @@ def planned(meter: Told, policy: Policy | None = None, **options: object) -> tup
         (0.02, 0.0, 0.0, "sequential"),  # too little to be worth a measurement
     ],
 )
-def test_what_is_slower_is_never_chosen(tokens: float, step: float, draft: float, expected: str) -> None:
+def test_what_is_slower_is_never_chosen(
+    monkeypatch: pytest.MonkeyPatch, tokens: float, step: float, draft: float, expected: str
+) -> None:
+    monkeypatch.setattr(planner_module, "worth_drafting", can_draft)  # whatever this processor emulates
     solvers = planned(Told(tokens, step, draft), tolerance=0.3)[1]
     assert solvers[:2] == [expected, expected]
     assert solvers[2] == "sequential"
@@ -105,7 +110,8 @@ def test_what_turns_out_slower_or_does_not_converge_is_given_up() -> None:
         assert planner.choose(question, predictor, tokens).solver == "sequential"
 
 
-def test_the_first_call_measures_and_the_model_keeps_it() -> None:
+def test_the_first_call_measures_and_the_model_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_module, "worth_drafting", can_draft)
     meter = Told(1000.0, 10.0, 5.0)
     model, _ = planned(meter, tolerance=0.3)
     assert meter.asked == 3  # blocks of one shape are measured once

@@ -23,10 +23,12 @@ from torch import Tensor
 from starflow import files
 from starflow.bench.baselines import Baseline, Task, load_baselines
 from starflow.bench.ceilings import Ceilings, measure_ceilings
+from starflow.bench.footprint import Footprint, measure_footprint
 from starflow.bench.train import architecture
 from starflow.bench.work import Work, sampling_work
 from starflow.components.releases import find_pipeline
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
+from starflow.latents import Autoencoder
 from starflow.nn.cache import CachePool
 from starflow.pipeline import StarFlowPipeline, noise_of
 from starflow.presets import PRESETS
@@ -53,6 +55,7 @@ class Subject:
     condition: Tensor | None
     """Of as many pictures as there are prompts; batches repeat them."""
     null_condition: Tensor | None
+    autoencoder: Autoencoder | None = None
 
     def task(self, batch: int, guidance: float) -> Task:
         """`batch` pictures with seeds 0, 1, .."""
@@ -153,6 +156,8 @@ class Report:
     compare_at: int
     guidance: float
     others: tuple[Other, ...]
+    memory: Footprint
+    """Of the largest batch, with guidance, token by token."""
 
 
 def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -168,7 +173,7 @@ def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
         material = pipeline.material()
-        return Subject(name, pipeline.flow, True, material.condition, material.null_condition)
+        return Subject(name, pipeline.flow, True, material.condition, material.null_condition, pipeline.autoencoder)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
     return _given_noise(name, flow, trained=False)
@@ -221,6 +226,8 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     note(f"batch {plan.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
     compared, seconds = _time(task, solvers, baselines, plan.repeats)
     ceilings = ceilings.better(measure_ceilings(parameter.device, parameter.dtype))
+    note("memory")
+    footprint = _footprint(given, max(*plan.batches, plan.compare_at), guidance)
     return Report(
         model=given.name,
         trained=given.trained,
@@ -239,6 +246,18 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
         others=tuple(
             _other(one, found, compared, model, ceilings) for one, found in zip(baselines, seconds, strict=True)
         ),
+        memory=footprint,
+    )
+
+
+def _footprint(given: Subject, batch: int, guidance: float) -> Footprint:
+    task = given.task(batch, guidance)
+    return measure_footprint(
+        given.model,
+        given.autoencoder,
+        batch,
+        lambda caches: _draw(task, "sequential", caches).x,
+        guided=guidance > 0,
     )
 
 

@@ -14,6 +14,7 @@ from starflow.cli.values import Device, Precision, pick_device, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
+    from starflow.bench.footprint import Footprint
     from starflow.bench.sample import Report, Speed
 
 TRUST = 12.0
@@ -111,6 +112,7 @@ def table(report: Report) -> list[str]:
                      f"{ceilings.flops_per_second / 1e9:.1f} GFLOP/s (large product)"),
         ("compiled loop", loop if once.packed_bytes else "none"),
         ("first picture", f"{once.first_picture_seconds:.3f} s, all that is paid once included"),
+        ("memory", memory_text(report.memory)),
     ]  # fmt: skip
     lines = [f"{name:15} {value}" for name, value in rows]
     lines += [
@@ -119,6 +121,17 @@ def table(report: Report) -> list[str]:
     ]
     lines += [speed_text(one) for one in report.speeds]
     return [*lines, *others_text(report)]
+
+
+def memory_text(memory: Footprint) -> str:
+    """Measured, and what `starflow info --memory` predicts, in MiB."""
+    predicted = memory.predicted
+    parts = [("weights", memory.weights, predicted.weights)]
+    parts += [("packed", memory.packed, predicted.packed)] if memory.packed else []
+    parts += [("cache", memory.cache, predicted.cache), ("autoencoder", memory.autoencoder, predicted.autoencoder)]
+    parts += [("at most", memory.peak, memory.predicted_peak)] if memory.peak is not None else []
+    found = ", ".join(f"{name} {ours / 2**20:.1f} ({foreseen / 2**20:.1f})" for name, ours, foreseen in parts)
+    return f"MiB at batch {memory.batch}, predicted in brackets: {found}"
 
 
 def speed_text(one: Speed) -> str:

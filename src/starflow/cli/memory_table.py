@@ -6,11 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from starflow import files, memory
+from starflow.config import from_dict
 from starflow.errors import UserError
 from starflow.memory import AUTOENCODERS, GIB, AutoencoderShape, Precision, Sharding
 from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict
@@ -108,8 +109,12 @@ def _subject(model: str) -> Subject:
         if "autoencoder" not in values:  # a flow alone
             return Subject(config_from_dict(values), None, "")
         flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
+        coder = AUTOENCODERS[values["autoencoder"]["kind"]]
+        own = folder / "autoencoder" / "config.json"
+        if values["autoencoder"]["kind"] == "small" and own.is_file():
+            coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
     reader = values.get("conditioner") or {}
-    return Subject(flow, AUTOENCODERS[values["autoencoder"]["kind"]], reader.get("source", ""))
+    return Subject(flow, coder, reader.get("source", ""))
 
 
 @contextmanager
@@ -141,14 +146,25 @@ def _sampling(subject: Subject, way: Way, batch: int, *, guided: bool) -> dict[s
         offload=way.offload,
         autoencoder=subject.coder,
     )
-    packed = 0 if way.int8 or way.offload else memory.packed_bytes(subject.config, way.dtype)
-    return {"kind": way.name, "batch": batch, **_with_peak(found), "packed_on_a_cpu": packed}
+    return {"kind": way.name, "batch": batch, **_with_peak(found)}
 
 
 def _text_encoder(source: str) -> dict[str, Any] | None:
     """What a large one takes while it encodes; it is gone before pictures are drawn."""
     count = memory.TEXT_ENCODERS.get(source)
     return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
+
+
+def _small_parameters(values: dict[str, Any]) -> int:
+    """Counted on a model without memory."""
+    import torch
+
+    from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+
+    known = {field.name for field in fields(SmallAutoencoderConfig)}
+    config = from_dict(SmallAutoencoderConfig, {name: value for name, value in values.items() if name in known})
+    with torch.device("meta"):
+        return sum(one.numel() for one in SmallAutoencoder(config).parameters())
 
 
 def _with_peak(prediction: memory.SamplingMemory | memory.TrainingMemory) -> dict[str, int]:
@@ -172,7 +188,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     room = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak")
+    parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak", "packed")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters, {facts['tokens']} tokens a picture"
         f"{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
@@ -181,7 +197,8 @@ def memory_text(facts: dict[str, Any]) -> str:
     ]
     for row in facts["sampling"]:
         lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, room)}")
-    lines += ["", *_remarks(facts, unit, name)]
+    lines += ["", "packed: copies that a CPU's compiled loop reads; they add to this machine's peak, not to a GPU's"]
+    lines += _remarks(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>5} {'checkpoints':>12} {_heads(training)}  fits GPUs of")
@@ -204,13 +221,10 @@ def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
 
 def _remarks(facts: dict[str, Any], unit: int, name: str) -> list[str]:
     """What the rows do not hold."""
-    packed = {row["kind"]: row["packed_on_a_cpu"] / unit for row in facts["sampling"] if row["packed_on_a_cpu"]}
-    kinds = ", ".join(f"{kind} {size:.2f}" for kind, size in packed.items())
-    lines = [f"on a CPU the weights are mapped from their file, and packed copies of them come to it: {kinds} {name}"]
     if encoder := facts["text_encoder"]:
         size = encoder["bytes"] / unit
-        lines.append(f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is released")
-    return lines
+        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is released"]
+    return []
 
 
 def _fits(row: dict[str, Any], room: dict[str, int]) -> str:
@@ -220,7 +234,7 @@ def _fits(row: dict[str, Any], room: dict[str, int]) -> str:
         on_the_host = name == HOST
         if on_the_host and "offload" in row["kind"]:
             continue
-        needed = row["peak"] + (row["packed_on_a_cpu"] if on_the_host else 0)
+        needed = row["peak"] + (row["packed"] if on_the_host else 0)
         if needed <= SHARE * size:
             found.append(name)
     if gpu := next((size for size in GPU_SIZES if row["peak"] <= SHARE * size * GIB), None):

@@ -80,3 +80,9 @@ class CachePool:
         if key not in self._caches:
             self._caches[key] = KVCache.allocate(shape, dtype=self.dtype or dtype, device=device)
         return self._caches[key]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all that was allocated."""
+        layers = [layer for cache in self._caches.values() for layer in cache.layers]
+        return sum(layer.keys_BNLH.nbytes + layer.values_BNLH.nbytes for layer in layers)

@@ -13,17 +13,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from starflow.flow import affine
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.model_config import config_to_dict
 from starflow.nn.cache import CachePool
-from starflow.sampling.draft import can_draft
+from starflow.sampling.draft import worth_drafting
 from starflow.sampling.engine.native import engine_of
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.jacobi import Span, relative_change, step
@@ -34,7 +34,9 @@ from starflow.sampling.sampler import conditions_of, run, solve
 from starflow.sampling.settings import BlockPolicy, SampleSettings
 from starflow.sampling.timing import Clock, fastest
 
-SEGMENTS = (4, 8, 16, 32, 64)
+SEGMENTS = (4, 8, 16, 32, 64, 128)
+STARTS: tuple[Guess, ...] = ("noise", "zero", "previous", "gaussian")
+"""Guesses that cost nothing."""
 HOPELESS = 0.6
 """Contraction above which whole sequences are not tried: a residual of 1e-3 would take over 13 passes."""
 LONG = 1.5
@@ -143,27 +145,35 @@ def _predictor(
 
 def converge(block: Solved, tolerance: float) -> Convergence:
     """How a block converges, and the parallel policies that meet the tolerance."""
-    starts = {guess: _distance(start(block, guess), block) for guess in get_args(Guess)}
+    starts = {guess: _distance(start(block, guess), block) for guess in STARTS}
     whole: Guess = "noise" if starts["noise"] <= starts["zero"] else "zero"
     contraction = contraction_of(block, start(block, whole))
     tried = [BlockPolicy("jacobi", None, None, whole)] if contraction < HOPELESS else []
-    within: Guess = "previous" if starts["previous"] < starts[whole] else whole
+    within = min(STARTS, key=lambda guess: starts[guess])
     length = block.predictor.tokens
     tried += [BlockPolicy("jacobi", segment, None, within) for segment in SEGMENTS if segment < length]
+    tried += [BlockPolicy("jacobi", None, None, "rounded")] if block.predictor.can_round else []
     found = []
     for policy in tried:
-        for draft in (False, True) if can_draft(block.predictor) else (False,):
+        drafts = worth_drafting(block.predictor) and policy.guess != "rounded"
+        for draft in (False, True) if drafts else (False,):
             candidate = _try(block, dataclasses.replace(policy, draft=draft), tolerance)
             found += [] if candidate is None else [candidate]
     return Convergence(contraction, starts, tuple(sorted(found, key=lambda one: one.passes)))
 
 
 def start(block: Solved, guess: Guess) -> Tensor:
-    """x_0 of a whole sequence; "previous" as if every token were the first of a segment."""
+    """x_0 of a whole sequence; "previous" and "gaussian" as if every token were the first of a segment."""
     if guess == "noise":
         return block.noise_BNC
     if guess == "zero":
         return torch.zeros_like(block.x_BNC)
+    if guess == "gaussian":
+        predictor, first = block.predictor, block.span.start
+        predictor.prefill()
+        found = predictor.predict(predictor.before(block.x_BNC, first, predictor.tokens), first)
+        mu, log_sigma = (torch.nn.functional.pad(one, (0, 0, first + 1, 0))[:, :-1] for one in found)
+        return affine.inverse(block.noise_BNC, mu, log_sigma)
     return torch.nn.functional.pad(block.x_BNC, (0, 0, 1, 0))[:, :-1]
 
 
@@ -238,6 +248,8 @@ def _choose(block: Solved, candidates: Sequence[Candidate], tolerance: float, re
         price = candidate.passes * clock.step(block.predictor, block.noise_BNC, segment, draft=False)
         if candidate.drafts:
             price += candidate.drafts * clock.step(block.predictor, block.noise_BNC, segment, draft=True)
+        if candidate.policy.guess == "rounded":
+            price += clock.tokens(block.predictor, block.noise_BNC, rounded=True)
         if price > LONG * sequential:
             continue
         seconds = once(candidate.policy)

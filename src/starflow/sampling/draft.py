@@ -42,6 +42,13 @@ def can_draft(predictor: Predictor) -> bool:
     return predictor.block.proj_in.weight.dtype in (torch.float32, torch.float64)
 
 
+def worth_drafting(predictor: Predictor) -> bool:
+    """Whether a draft may be faster: not on x86 processors without AVX-512, where bfloat16 products are emulated."""
+    weight = predictor.block.proj_in.weight
+    emulated = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return can_draft(predictor) and not emulated
+
+
 def _rounded(block: AutoregressiveBlock) -> AutoregressiveBlock:
     """A copy of the block that shares every parameter but those of its layers' linear maps."""
     shared = {id(parameter): parameter for parameter in block.parameters()}

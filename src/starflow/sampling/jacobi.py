@@ -21,7 +21,7 @@ from torch import Tensor
 
 from starflow.flow import affine
 from starflow.sampling.draft import can_draft, draft_of
-from starflow.sampling.predictor import Effort, Predictor, Report, Solution
+from starflow.sampling.predictor import Effort, Guess, Predictor, Report, Solution
 from starflow.sampling.rows import give_back, narrow
 from starflow.sampling.sequential import advance, solve_sequential
 
@@ -34,21 +34,26 @@ than a half of the distance wherever iterating pays."""
 
 def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report: Report) -> Solution:
     """Invert one block, segment by segment."""
+    if effort.guess == "rounded" and not predictor.can_round:
+        return solve_sequential(predictor, noise_BNC, effort, report)  # exact, where no cheaper guess is to be had
+    noise_BNC = noise_BNC.contiguous()
     x_BNC = noise_BNC.clone()
     predictor.prefill()
     report(predictor.first)
     draft = draft_of(predictor) if effort.draft and can_draft(predictor) else None
     tally = _Tally(noise_BNC.new_zeros(len(noise_BNC)))
     length = effort.segment or predictor.tokens
+    last = Gaussian.standard(noise_BNC)
     for start in range(predictor.first, predictor.tokens, length):
         span = Span(start, min(start + length, predictor.tokens))
-        _guess(x_BNC, span, effort)
+        _guess(predictor, x_BNC, noise_BNC, span, effort.guess, last)
         if draft is not None:
             rule = Rule(max(DRAFT_GAIN * effort.tolerance, DRAFT_FLOOR), _budget(span, effort), draft=True)
             tally.drafts += iterate(draft, x_BNC, noise_BNC, span, rule).passes
         outcome = iterate(predictor, x_BNC, noise_BNC, span, Rule(effort.tolerance, _budget(span, effort)))
         tally.passes += outcome.passes
         tally.residual_B = torch.maximum(tally.residual_B, outcome.residual_B)
+        last = outcome.last
         if len(outcome.left_P):
             _solve_the_rest(predictor, x_BNC, noise_BNC, span, outcome.left_P)
             tally.single += span.count
@@ -66,6 +71,25 @@ class Span:
     @property
     def count(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """What a token is given those before it: mu and log sigma, (B, 1, C) each."""
+
+    mu_B1C: Tensor
+    log_sigma_B1C: Tensor
+
+    @staticmethod
+    def standard(like_BNC: Tensor) -> Gaussian:
+        """Of which noise is a draw."""
+        zero = like_BNC.new_zeros(len(like_BNC), 1, like_BNC.shape[2])
+        return Gaussian(zero, zero.clone())
+
+    def take(self, rows_P: Tensor, mu_P1C: Tensor, log_sigma_P1C: Tensor) -> None:
+        """Those of some sequences."""
+        self.mu_B1C[rows_P] = mu_P1C
+        self.log_sigma_B1C[rows_P] = log_sigma_P1C
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,8 @@ class Outcome:
     """Of the values that the sequences are left with; 0 for those in `left_P`."""
     left_P: Tensor
     """Sequences that are not done."""
+    last: Gaussian
+    """Of the span's last token; the standard one for those in `left_P`."""
 
 
 @dataclass
@@ -104,23 +130,29 @@ def _budget(span: Span, effort: Effort) -> int:
     return min(span.count, effort.max_iterations or span.count)
 
 
-def _guess(x_BNC: Tensor, span: Span, effort: Effort) -> None:
+def _guess(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, guess: Guess, last: Gaussian) -> None:
     """Where a segment starts from, in place: it holds the noise, which is the block's before too."""
-    if effort.guess == "zero" or (effort.guess == "previous" and span.start == 0):
-        x_BNC[:, span.start : span.stop] = 0
-    elif effort.guess == "previous":
-        x_BNC[:, span.start : span.stop] = x_BNC[:, span.start - 1 : span.start]
+    x_BTC, z_BTC = x_BNC[:, span.start : span.stop], noise_BNC[:, span.start : span.stop]
+    if guess == "zero" or (guess == "previous" and span.start == 0):
+        x_BTC.zero_()
+    elif guess == "previous":
+        x_BTC.copy_(x_BNC[:, span.start - 1 : span.start].expand_as(x_BTC))
+    elif guess == "gaussian":
+        x_BTC.copy_(affine.inverse(z_BTC, last.mu_B1C, last.log_sigma_B1C))
+    elif guess == "rounded":
+        assert predictor.engine is not None
+        predictor.engine.draft(predictor, x_BNC, noise_BNC, range(span.start, span.stop))
 
 
 def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: Rule) -> Outcome:
     """Iterate the span's tokens in place, each sequence until it is done; the cache gets their keys and values."""
     left_P = torch.arange(len(x_BNC), device=x_BNC.device)
     residual_B = x_BNC.new_zeros(len(x_BNC))
-    before_P = x_BNC.new_full((len(x_BNC),), torch.inf)
+    before_P, last = x_BNC.new_full((len(x_BNC),), torch.inf), Gaussian.standard(x_BNC)
     some, passes = predictor, 0
     while len(left_P) and passes < rule.limit:
         x_PNC, z_PNC = x_BNC[left_P], noise_BNC[left_P]
-        new_PTC = step(some, x_PNC, z_PNC, span)
+        new_PTC, mu_PTC, log_sigma_PTC = _step(some, x_PNC, z_PNC, span)
         change_P = relative_change(new_PTC, x_PNC[:, span.start : span.stop])
         passes += 1
         exact = passes == span.count and not rule.draft
@@ -128,21 +160,27 @@ def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, 
         if rule.draft:
             done_P |= change_P > 0.5 * before_P
         settled = left_P[done_P]
+        last.take(settled, mu_PTC[done_P, -1:], log_sigma_PTC[done_P, -1:])
         if not rule.draft and not exact:
             residual_B[settled] = change_P[done_P]
             new_PTC[done_P] = x_PNC[done_P, span.start : span.stop]  # the values that were verified
         x_BNC[left_P, span.start : span.stop] = new_PTC
         before_P = change_P[~done_P]
         some, left_P = _leave(predictor, some, left_P, done_P, span)
-    return Outcome(passes, residual_B, left_P)
+    return Outcome(passes, residual_B, left_P, last)
 
 
 def step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> Tensor:
     """F(x) of the span's tokens, (B, T, C); the cache takes the keys and values of x."""
+    return _step(predictor, x_BNC, noise_BNC, span)[0]
+
+
+def _step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """F(x), mu and log sigma of the span's tokens."""
     # A guess may overflow before the tokens it hangs on are right; 0 * inf would then spoil the whole segment.
     guess_BNC = torch.where(x_BNC.isfinite(), x_BNC, noise_BNC)
     mu, log_sigma = predictor.predict(predictor.before(guess_BNC, span.start, span.stop), span.start)
-    return affine.inverse(noise_BNC[:, span.start : span.stop], mu, log_sigma)
+    return affine.inverse(noise_BNC[:, span.start : span.stop], mu, log_sigma), mu, log_sigma
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from starflow.flow.block import BlockSpec
 from starflow.flow.model import Flow
-from starflow.sampling.draft import can_draft
+from starflow.sampling.draft import worth_drafting
 from starflow.sampling.plan import Candidate, Policy, Situation, read_policy
 from starflow.sampling.predictor import Predictor, Solution
 from starflow.sampling.settings import BlockPolicy
@@ -115,18 +115,20 @@ class Planner:
         """Parallel policies that may be worth their time.
 
         Without measured ones, the block next to the noise goes token by token, and the others are iterated as a whole
-        (SeJD, arXiv 2505.24791).
+        (SeJD, arXiv 2505.24791); either may be guessed token by token with rounded weights.
         """
+        rounded = [Candidate(BlockPolicy("jacobi", guess="rounded"), 1, 0)] if not question.segment else []
         if self.policy is not None and not question.segment:
             found = list(self.policy.convergence[question.number].candidates)
         elif question.number == question.blocks - 1 or predictor.guidance is not None:
-            found = []
+            found = rounded
         else:
             found = [
+                *rounded,
                 Candidate(BlockPolicy("jacobi", question.segment), USUAL_PASSES, 0),
                 Candidate(BlockPolicy("jacobi", question.segment, draft=True), 1, USUAL_DRAFTS),
             ]
-        return found if can_draft(predictor) else [candidate for candidate in found if not candidate.policy.draft]
+        return [candidate for candidate in found if _possible(candidate.policy, predictor)]
 
     def _expected(self, candidate: Candidate, question: Question, predictor: Predictor, noise_BNC: Tensor) -> float:
         """Seconds that a candidate will take; a segment's passes are those of all segments together."""
@@ -134,12 +136,14 @@ class Planner:
         seconds = candidate.passes * self._step(question, predictor, noise_BNC, segment, draft=False)
         if candidate.drafts:
             seconds += candidate.drafts * self._step(question, predictor, noise_BNC, segment, draft=True)
+        if candidate.policy.guess == "rounded":
+            seconds += self._tokens(question, predictor, noise_BNC, rounded=True)
         return seconds
 
-    def _tokens(self, question: Question, predictor: Predictor, noise_BNC: Tensor) -> float:
-        key = (_shape(predictor), question.situation, None, "tokens")
+    def _tokens(self, question: Question, predictor: Predictor, noise_BNC: Tensor, *, rounded: bool = False) -> float:
+        key = (_shape(predictor), question.situation, None, "rounded tokens" if rounded else "tokens")
         if key not in self._seconds:
-            self._seconds[key] = self.meter.tokens(predictor, noise_BNC)
+            self._seconds[key] = self.meter.tokens(predictor, noise_BNC, rounded=rounded)
         return self._seconds[key]
 
     def _step(
@@ -162,6 +166,13 @@ def planner_of(model: Flow) -> Planner:
 def _shape(predictor: Predictor) -> BlockSpec:
     """What a block's times depend on: blocks of one shape take as long, whichever way they read."""
     return dataclasses.replace(predictor.block.spec, backwards=False)
+
+
+def _possible(policy: BlockPolicy, predictor: Predictor) -> bool:
+    """Whether what a policy needs is there, and may be faster."""
+    if policy.guess == "rounded":
+        return predictor.can_round
+    return not policy.draft or worth_drafting(predictor)
 
 
 def _limited(candidate: Candidate) -> BlockPolicy:

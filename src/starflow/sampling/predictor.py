@@ -24,8 +24,9 @@ from starflow.sampling import guidance as rules
 from starflow.sampling.engine.native import Engine
 from starflow.sampling.guidance import Guidance
 
-Guess = Literal["noise", "zero", "previous"]
-"""Start of an iteration: the noise, which is what the block before gave; zeros; or the last token that is solved."""
+Guess = Literal["noise", "zero", "previous", "gaussian", "rounded"]
+"""Start of an iteration: the noise, which is what the block before gave; zeros; the last token that is solved; every
+token's noise in the Gaussian of that last token; or what going token by token gives with rounded weights."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class Predictor:
             self.engine.prefill(self)
         else:
             self._extend(self.prefix_RSD, 0)
+
+    @property
+    def can_round(self) -> bool:
+        """Whether the compiled loop is there, and the block's weights have something to round."""
+        ready = self.engine is not None and self.engine.ready(self)
+        return ready and self.block.proj_in.weight.dtype == torch.float32
 
     def before(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
         """The inputs that predict tokens start..stop-1: the tokens before each, and the start token for token 0."""

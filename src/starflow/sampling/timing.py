@@ -28,8 +28,8 @@ TOKENS = 8
 class Meter(Protocol):
     """What tells the planner how long things take."""
 
-    def tokens(self, predictor: Predictor, noise_BNC: Tensor) -> float:
-        """Seconds of solving a block token by token."""
+    def tokens(self, predictor: Predictor, noise_BNC: Tensor, *, rounded: bool = False) -> float:
+        """Seconds of solving a block token by token, with its weights as they are or rounded."""
         ...
 
     def step(self, predictor: Predictor, noise_BNC: Tensor, segment: int | None, *, draft: bool) -> float:
@@ -40,10 +40,18 @@ class Meter(Protocol):
 class Clock:
     """The meter that measures."""
 
-    def tokens(self, predictor: Predictor, noise_BNC: Tensor) -> float:
+    def tokens(self, predictor: Predictor, noise_BNC: Tensor, *, rounded: bool = False) -> float:
         few = min(predictor.first + TOKENS, predictor.tokens)
-        start, noise = dataclasses.replace(predictor, tokens=few), noise_BNC[:, :few]
-        seconds = fastest(lambda: solve_sequential(start, noise, Effort(), lambda _: None), predictor)
+        start, noise = dataclasses.replace(predictor, tokens=few), noise_BNC[:, :few].contiguous()
+
+        def once() -> None:
+            if rounded:
+                assert start.engine is not None
+                start.engine.draft(start, noise.clone(), noise, range(start.first, few))
+            else:
+                solve_sequential(start, noise, Effort(), lambda _: None)
+
+        seconds = fastest(once, predictor)
         return seconds * (predictor.tokens - predictor.first) / max(1, few - predictor.first)
 
     def step(self, predictor: Predictor, noise_BNC: Tensor, segment: int | None, *, draft: bool) -> float:

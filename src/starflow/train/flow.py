@@ -57,6 +57,8 @@ class FlowTask:
         counts = [sum(map(len, numbers)) for numbers in (self.train, self.heldout)]
         if not all(counts):
             raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
+        if 0 < settings.evaluate_pictures < counts[1]:
+            self.heldout = some_of(self.heldout, settings.evaluate_pictures)
         self.order = Order(self.train, settings.batch, settings.seed, window)
 
     @property

@@ -69,6 +69,8 @@ class TrainSettings:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     evaluate_every: int = 500
     """Updates between held-out evaluations of the averaged weights; the best average is kept apart."""
+    evaluate_pictures: int = 0
+    """Most held-out pictures, and as many training ones, that an evaluation of a flow reads; 0 is all held-out ones."""
     sample_every: int = 500
     """Updates between pictures."""
     checkpoint_every: int = 200
@@ -87,6 +89,8 @@ class TrainSettings:
         for name in ("steps", "batch", "evaluate_every", "sample_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"'{name}' is {getattr(self, name)}, expected at least 1")
+        if self.evaluate_pictures < 0:
+            raise UserError(f"'evaluate_pictures' is {self.evaluate_pictures}, expected at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"'betas' is {list(self.betas)}, expected two numbers in [0, 1)")
         if self.lr <= 0 or self.min_lr < 0 or self.min_lr > self.lr:

@@ -96,6 +96,8 @@ class PackedBlock:
     """The rest, by the names of `BLOCK_POINTERS`."""
     stamp: tuple[tuple[int, int], ...]
     """Where the parameters lay, and how often they had been written to; see `stamp_of`."""
+    half: bool
+    """Whether the layers' matrices are bfloat16."""
     mark: tuple[int, ...] = ()
     """Of the values that they had."""
 
@@ -119,10 +121,24 @@ def stamp_of(block: AutoregressiveBlock) -> tuple[tuple[int, int], ...]:
 
 
 def pack(
-    block: AutoregressiveBlock, panels: Panels, put: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    block: AutoregressiveBlock,
+    panels: Panels,
+    put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    *,
+    rounded: bool = False,
 ) -> PackedBlock:
-    """Copies of a block's weights in the layout of the library; `put` is given each of a layer, to move it."""
-    layers = tuple({name: put(tensor) for name, tensor in _layer(layer, panels).items()} for layer in layers_of(block))
+    """Copies of a block's weights in the layout of the library.
+
+    Args:
+        block: whose weights are copied.
+        panels: of the library.
+        put: is given each tensor of a layer, to move it.
+        rounded: make the layers' matrices bfloat16.
+    """
+    half = rounded or block.proj_in.weight.dtype == torch.bfloat16
+    layers = tuple(
+        {name: put(tensor) for name, tensor in _layer(layer, panels, half=half).items()} for layer in layers_of(block)
+    )
     width, channels = block.spec.layer.width, block.spec.token_channels
     ends = {
         "proj_in": panels.matrix(block.proj_in.weight.float()),
@@ -137,7 +153,7 @@ def pack(
         ends["table"] = panels.rows_of(table)
     if block.sos_embed is not None:
         ends["start"] = block.sos_embed.detach().float().flatten().contiguous()
-    return PackedBlock(layers, ends, stamp_of(block))
+    return PackedBlock(layers, ends, stamp_of(block), half)
 
 
 def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
@@ -146,14 +162,14 @@ def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
         yield layer
 
 
-def _layer(layer: Layer, panels: Panels) -> dict[str, Tensor]:
+def _layer(layer: Layer, panels: Panels, *, half: bool) -> dict[str, Tensor]:
     attention, mlp = layer.attention, _mlp(layer)
     width = attention.proj.out_features
     found = {
-        **_linear("qkv", [attention.qkv], panels),
-        **_linear("proj", [attention.proj], panels),
-        **_linear("up", [mlp.gate_proj, mlp.up_proj] if isinstance(mlp, GatedMLP) else [_first(mlp)], panels),
-        **_linear("down", [mlp.down_proj if isinstance(mlp, GatedMLP) else _last(mlp)], panels),
+        **_linear("qkv", [attention.qkv], panels, half),
+        **_linear("proj", [attention.proj], panels, half),
+        **_linear("up", [mlp.gate_proj, mlp.up_proj] if isinstance(mlp, GatedMLP) else [_first(mlp)], panels, half),
+        **_linear("down", [mlp.down_proj if isinstance(mlp, GatedMLP) else _last(mlp)], panels, half),
         **_norm("norm1", attention.norm, width, panels),
         **_norm("norm2", mlp.norm, width, panels),
     }
@@ -190,10 +206,10 @@ def _last(mlp: MLP) -> Any:
     return mlp.main[2]
 
 
-def _linear(name: str, linears: Sequence[Any], panels: Panels) -> dict[str, Tensor]:
+def _linear(name: str, linears: Sequence[Any], panels: Panels, half: bool) -> dict[str, Tensor]:
     """One linear layer, or two of one shape whose panels alternate."""
-    outputs = linears[0].out_features
-    weight = torch.stack([panels.matrix(linear.weight) for linear in linears], dim=1).flatten(0, 1)
+    outputs, dtype = linears[0].out_features, torch.bfloat16 if half else torch.float32
+    weight = torch.stack([panels.matrix(linear.weight.to(dtype)) for linear in linears], dim=1).flatten(0, 1)
     biases = [panels.vector_of(linear.bias, outputs).view(-1, panels.panel) for linear in linears]
     return {name: weight, f"{name}_bias": torch.stack(biases, dim=1).flatten()}
 

@@ -82,9 +82,10 @@ class Engine:
     _recipe: Recipe | None = None
     _spent: float = 0.0
     """Seconds that went by, about, where it would have been of use and was not built."""
-    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, PackedBlock] = field(
+    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    """As they are, and rounded to bfloat16."""
     _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
     """Of the blocks as they are in this call."""
     _work: list[Tensor] = field(default_factory=list)
@@ -98,7 +99,7 @@ class Engine:
     @property
     def bytes(self) -> int:
         """Memory that packed weights take."""
-        return sum(packed.bytes for packed in list(self._packed.values()))
+        return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
 
     def ready(self, predictor: Predictor) -> bool:
         """Whether it takes the place of a pass or more: it covers the predictor, and is built, or worth it by now."""
@@ -139,14 +140,23 @@ class Engine:
 
     def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
         """Tokens from the first on, in place; the condition is in the cache already."""
+        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), report, rounded=False)
+
+    def draft(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
+        """The same for some tokens, with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
+        self._solve(predictor, x_BNC, noise_BNC, tokens, lambda _: None, rounded=True)
+
+    def _solve(
+        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, report: Report, *, rounded: bool
+    ) -> None:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
         assert predictor.prefixed + predictor.tokens - predictor.first <= _length(predictor)
-        with self._call(predictor, x_BNC, noise_BNC, 1) as call:
-            start, count = predictor.first, 1
-            while start < predictor.tokens:
-                stop = min(start + count, predictor.tokens)
+        with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
+            start, count = tokens.start, 1
+            while start < tokens.stop:
+                stop = min(start + count, tokens.stop)
                 began = time.perf_counter()
                 self.library.solve(call.block, start, stop)
                 report(stop - start)
@@ -181,29 +191,33 @@ class Engine:
             self.library.extend(call.block, out_RTD.data_ptr(), position, count)
         return out_RTD.to(hidden_RTD.dtype)
 
-    def packed(self, block: AutoregressiveBlock) -> PackedBlock:
-        """A block's packed weights, made anew where its parameters have changed."""
+    def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
+        """A block's packed weights, as they are or rounded, made anew where its parameters have changed."""
         assert self.library is not None
         with self._lock:
-            found = self._packed.get(block)
+            both = self._packed.setdefault(block, {})
+            found = both.get(rounded)
             if found is None or found.stamp != stamp_of(block):
+                both.pop(rounded, None)
                 self._make_room(block)
-                found = pack(block, self.library.panels, functools.partial(_on_large_pages, self.library))
-                found = self._packed[block] = replace(found, mark=self._mark(block))
+                move = functools.partial(_on_large_pages, self.library)
+                found = pack(block, self.library.panels, move, rounded=rounded)
+                found = both[rounded] = replace(found, mark=self._mark(block))
             return found
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
-        self._packed.pop(block, None)
         if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
-            self._packed.clear()
+            for other in [other for other in self._packed if other is not block]:
+                del self._packed[other]
 
     def forget_changed(self) -> None:
         """Drop what was packed of weights that have been written to since, whichever way."""
         with self._lock:
             self._covered.clear()
-            for block, packed in list(self._packed.items()):
-                if packed.mark != self._mark(block):
+            for block, both in list(self._packed.items()):
+                mark = self._mark(block)
+                if any(packed.mark != mark for packed in both.values()):
                     del self._packed[block]
 
     def _mark(self, block: AutoregressiveBlock) -> tuple[int, ...]:
@@ -212,10 +226,13 @@ class Engine:
         return tuple(library.mark(one) if _readable(one) else -1 for one in block.parameters())
 
     @contextmanager
-    def _call(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int) -> Iterator[_Call]:
+    def _call(
+        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int, *, rounded: bool = False
+    ) -> Iterator[_Call]:
         """A filled struct with memory of its own, which the next call may have."""
         assert self.library is not None
-        call = _prepare(predictor, self.packed(predictor.block), x_BNC, noise_BNC, self.library)
+        packed = self.packed(predictor.block, rounded=rounded)
+        call = _prepare(predictor, packed, x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
         with self._lock:
             work = self._work.pop() if self._work else torch.empty(0)
@@ -300,7 +317,7 @@ def _readable(parameter: Tensor) -> bool:
 
 def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
     """The struct of one block's calls."""
-    block, spec = predictor.block, predictor.block.spec
+    spec = predictor.block.spec
     layer, guidance = spec.layer, predictor.guidance
     keys = predictor.cache.layers[0].keys_BNLH
     struct = BlockStruct(
@@ -323,7 +340,7 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         half_split=layer.half_split_rope,
         softplus=spec.softplus,
         rule=0 if guidance is None else RULES[guidance.rule],
-        half_weights=block.proj_in.weight.dtype == torch.bfloat16,
+        half_weights=packed.half,
         half_cache=keys.dtype == torch.bfloat16,
         clip=spec.clip,
     )
