@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starflow.claims.cells import Result, document, write_result
 
-NAMES = ("universality", "deep-shallow", "guidance")
+NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist")
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
-    from starflow.claims import deep_shallow, guidance, universality
+    from starflow.claims import deep_shallow, fashion_mnist, guidance, universality
 
     command = " ".join(["python -m starflow.claims", *sys.argv[1:]])
     changed = {"steps": options.steps} if options.steps else {}
@@ -56,6 +56,9 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
         return deep_shallow.run(folder, deep, _say, command, options.data, device)
+    if options.name == "fashion-mnist":
+        fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
+        return fashion_mnist.run(folder, fashion, _say, command, options.data, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _say, command, options.data, device)
 
