@@ -7,7 +7,7 @@ PROMPT ?= a red apple
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
-RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist)
+RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
@@ -25,7 +25,8 @@ test-all: $(STAMP)
 	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
 
 # The paper's claims on small models, from nothing; each resumes, and writes its section of docs/results.md.
-# All but the first need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
+# deep-shallow, guidance and fashion-mnist need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
+# decoder needs the glyphs (starflow prepare-data) and an autoencoder: TAESD from the hub, or ARGS="--autoencoder FOLDER".
 $(RESULTS): results-%: $(STAMP)
 	@$(VENV)/bin/python -m starflow.claims $* --document docs/results.md $(ARGS)
 
