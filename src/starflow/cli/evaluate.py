@@ -58,6 +58,9 @@ class EvaluateOptions:
     features: Annotated[str, Flag("mobilenetv2, inception, or NAME=MODULE:CLASS", "NETWORK")] = "mobilenetv2"
     feature_weights: Annotated[str, Flag("weights of a network of your own", "FILE")] = ""
     reference: Annotated[str, Flag("moments to measure a Frechet distance to, e.g. ADM's .npz", "FILE")] = ""
+    save_reference: Annotated[
+        str, Flag("write the moments of the held-out pictures, as a --reference (.safetensors)", "FILE")
+    ] = ""
     cleaning: Annotated[Literal["model", "decoder", "tweedie", "none"], Flag("the samples' way out of the noise")] = (
         "model"
     )
@@ -73,6 +76,8 @@ class EvaluateOptions:
         for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
+        if self.save_reference and not self.save_reference.endswith(".safetensors"):
+            raise UserError(f"--save-reference is '{self.save_reference}', expected a name ending in .safetensors")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -140,6 +145,7 @@ def _plan(options: EvaluateOptions) -> Plan:
         only_likelihood=options.bpd,
         classify=options.classify,
         reference_moments=options.reference,
+        keep_moments=options.save_reference,
         **weights,
     )
 
