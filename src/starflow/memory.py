@@ -160,7 +160,7 @@ def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool
 
 
 def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the copies that the compiled loop of a CPU packs at once: of a large model those of the block at work."""
+    """Bytes of the copies that a CPU's compiled loop packs at once: of a large model those of the block at work."""
     blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
     return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
 
