@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from starflow.train.host_memory import LARGEST, keep_freed_memory
+from starflow.train.host_memory import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts the system's page faults")
 
-BLOCKS = 20
+BYTES = (2**20, 4 * 2**20, 4 * 2**20, 48 * 2**20)
 PROGRAM = f"""
 import ctypes, resource
 from starflow.train.host_memory import keep_freed_memory
@@ -23,9 +23,10 @@ libc.malloc.argtypes = (ctypes.c_size_t,)
 libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 def update():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [libc.malloc({LARGEST // 8}) for _ in range({BLOCKS})]
-    for block in blocks:
-        libc.memset(block, 1, {LARGEST // 8})
+    blocks = []
+    for size in {BYTES}:
+        blocks.append(libc.malloc(size))
+        libc.memset(blocks[-1], 1, size)
     for block in reversed(blocks):
         libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -44,6 +45,6 @@ def faults(*, keep: bool) -> int:
 def test_what_an_update_frees_the_next_one_takes() -> None:
     if not keep_freed_memory():
         pytest.skip("another C library than glibc")
-    pages = BLOCKS * LARGEST // 8 // resource.getpagesize()
+    pages = sum(BYTES) // resource.getpagesize()
     assert faults(keep=True) < pages / 20
     assert faults(keep=False) > pages / 2

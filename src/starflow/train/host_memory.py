@@ -9,19 +9,18 @@ from __future__ import annotations
 import ctypes
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Names of glibc's malloc.h."""
-LARGEST = 32 * 2**20
-"""The most that glibc takes for the second."""
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""Names of glibc's malloc.h: how much may lie free before it is given back, and how many blocks are mapped apart."""
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks of up to 32 MiB in the process from now on; False where the C library cannot."""
+    """Keep freed blocks of any size in the process from now on; False where the C library is another than glibc."""
     if sys.platform != "linux":
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST) and mallopt(TRIM_THRESHOLD, -1))
+    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, NEVER))

@@ -158,7 +158,7 @@ def test_two_hosts_go_on_after_one_of_them_lost_its_process(
 
     The other host's agent waits for it; the run goes on from the last checkpoint and ends as one without a stop.
     """
-    steps = 250
+    steps = 120
     whole = launch(command("sharded", recipe, tmp_path / "whole", steps))
     output, _ = whole.communicate(timeout=240)
     assert whole.returncode == 0, output
