@@ -63,3 +63,26 @@ def test_without_torchao_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="int8 weights need torchao, which is not installed"):
         quantise(starflow())
+
+
+def test_weights_are_rounded_before_they_go_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds the rounded model need not hold the whole one."""
+    order: list[str] = []
+    monkeypatch.setattr("starflow.pipeline.quantise", lambda flow: order.append(f"int8 on {flow.device.type}"))
+    monkeypatch.setattr(StarFlowPipeline, "to", lambda self, device, dtype: order.append(f"to {device}"))
+    StarFlowPipeline.from_pretrained("glyphs", "cuda", int8=True)
+    assert order == ["int8 on cpu", "to cuda"]
+
+
+def test_with_offload_the_rounded_block_comes_and_goes() -> None:
+    pytest.importorskip("torchao")
+    plain, away = starflow(), starflow()
+    for model in (plain, away):
+        quantise(model)
+    away.offload("cpu")
+    x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    homes = list(away.parameters())
+    torch.testing.assert_close(sample(away, x, condition), sample(plain, x, condition))
+    torch.testing.assert_close(away(x, condition)[0], plain(x, condition)[0])
+    assert all(one is other for one, other in zip(away.parameters(), homes, strict=True))
+    assert is_quantised(away)

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from starflow.errors import UserError
 from starflow.flow import affine, store
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
-from starflow.flow.offload import brought_to
+from starflow.flow.offload import brought_through, brought_to
 from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
 from starflow.hub import Fetch
 from starflow.model_config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
@@ -114,7 +113,9 @@ class Flow(nn.Module, ABC):
         states: list[Tensor] = [tokens]
         log_sigmas: list[Tensor] = []
         for block in self.stack():
-            tokens, log_sigma = self._through(block, tokens, condition, self.block_rotary(block, rotary))
+            given = (tokens, condition, self.block_rotary(block, rotary))
+            passed = block(*given) if self.offloaded_to is None else brought_through(block, self.at_work, *given)
+            tokens, log_sigma = passed
             states.append(tokens)
             log_sigmas.append(log_sigma)
         logdet = -torch.stack([log_sigma.sum((1, 2)) for log_sigma in log_sigmas]).sum(0)
@@ -122,25 +123,6 @@ class Flow(nn.Module, ABC):
         if prior is not None:
             tokens, logdet = tokens * torch.exp(-prior), logdet - prior.sum()
         return Trace(self.picture(tokens, grid), logdet, states, log_sigmas)
-
-    def _through(
-        self, block: AutoregressiveBlock, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """One block's pass; where blocks come and go, the way back brings the block again and computes anew."""
-
-        if self.offloaded_to is None:
-            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary)
-            return passed
-
-        def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            with self.at_work(block):
-                passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, self.at_work)
-            return passed
-
-        if not torch.is_grad_enabled():
-            return work(tokens)
-        again: tuple[Tensor, Tensor] = checkpoint(work, tokens, use_reentrant=False)
-        return again
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""

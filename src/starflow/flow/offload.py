@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from starflow.flow.block import AutoregressiveBlock, Bring
 
 
 @contextmanager
@@ -32,3 +35,22 @@ def brought_to(module: nn.Module, device: torch.device) -> Iterator[None]:
             part._parameters[name] = held
         for part, name, buffer in buffers:
             part._buffers[name] = buffer
+
+
+def brought_through(
+    block: AutoregressiveBlock, bring: Bring, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A block's pass with its weights brought; where gradients are wanted, the way back brings them again.
+
+    Only what goes into the block is kept for that, so that no copy outlives the pass.
+    """
+
+    def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with bring(block):
+            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, bring)
+        return passed
+
+    if not torch.is_grad_enabled():
+        return work(tokens)
+    passed: tuple[Tensor, Tensor] = checkpoint(work, tokens, use_reentrant=False)
+    return passed

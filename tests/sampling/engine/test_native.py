@@ -287,6 +287,27 @@ def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: p
     assert used == [3, 1]
 
 
+def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=1)
+    model, noise = randomised(config, 0), torch.randn(2, 2, 4, 4)
+    engine = model.kept["engine"] = engine_for(library)
+    expected = run(model, noise, None, None, SampleSettings()).x
+    whole, first = engine.bytes, engine._packed[model.blocks[0]].bytes  # type: ignore[index]
+    assert len(engine._packed) == 3
+    monkeypatch.setattr(native, "PACKED_KEPT", whole // 2)
+    engine = model.kept["engine"] = engine_for(library)
+    most = 0
+
+    def look(_done: int, _total: int) -> None:
+        nonlocal most
+        most = max(most, engine.bytes)
+
+    for _ in range(2):
+        assert torch.equal(run(model, noise, None, None, SampleSettings(), look).x, expected)
+    assert most == first
+    assert list(engine._packed) == [model.blocks[0]]
+
+
 def test_progress_is_told_of_every_token(library: Library) -> None:
     case = text_case(sos=False)
     case.model.kept["engine"] = engine_for(library)
