@@ -48,11 +48,13 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
+    from starflow.allocator import keep_memory
     from starflow.claims import decoder, deep_shallow, fashion_mnist, guidance, universality
 
     command = " ".join(["python -m starflow.claims", *shown(sys.argv[1:])])
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
+    keep_memory()
     if options.name == "universality":
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
         return universality.run(folder, budget, _say, command)
