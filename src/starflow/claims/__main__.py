@@ -27,13 +27,15 @@ def main() -> int:
     parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    from starflow.train.loop import Interrupted
+
     folder: Path = options.output or Path("results") / options.name
     try:
         result = _run(options, folder)
     except UserError as error:
         print(f"starflow.claims: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     write_result(folder, result)
