@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "src" / "starflow"
 
 # Rooms by step; an import goes to a lower step only. Rooms of one step do not import each other, ALSO aside.
 STEPS = (
-    ("errors", "version", "bundled", "quiet"),
+    ("errors", "version", "bundled", "quiet", "allocator"),
     ("config", "files", "hub"),
     ("nn", "model_config", "shards"),
     ("presets", "memory"),

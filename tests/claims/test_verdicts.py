@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from starflow.claims import decoder, deep_shallow, fashion_mnist, guidance, universality
-from starflow.claims.__main__ import shown
+from starflow.claims.__main__ import main, shown
 from starflow.claims.cells import Cell, Mean, Result, cell, compare, document, keep_budget, write_result
 from starflow.errors import UserError
 from starflow.train.decoder_run import DecoderReport
+from starflow.train.loop import Interrupted
 
 
 def test_means_and_their_differences() -> None:
@@ -178,6 +179,16 @@ def test_decoder(decibels: float, part: str) -> None:
     flat: dict[str, decoder.Curve] = {"L2": [(1, 22.5), (2, 22.5)]}
     assert "were flat" in decoder.verdict(reports, flat, decoder.Budget())
     assert decoder.table(reports)[1] == ["PSNR at noise 0.3 (dB)", "21.30", f"{decibels:.2f}", "24.00"]
+
+
+def test_a_stop_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*arguments: object) -> None:
+        raise Interrupted("stopped at step 3")
+
+    monkeypatch.setattr("starflow.claims.__main__._run", stop)
+    monkeypatch.setattr("sys.argv", ["claims", "guidance"])
+    assert main() == 130
+    assert capsys.readouterr().err == "stopped; the same command resumes\n"
 
 
 def test_a_documents_command_has_no_paths_of_a_machine() -> None:

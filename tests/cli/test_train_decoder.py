@@ -46,6 +46,7 @@ def test_a_run_and_its_table(run: Run, tmp_path: Path) -> None:
 def test_bad_input(run: Run, tmp_path: Path) -> None:
     fails(run("train-decoder", tmp_path / "none", tmp_path, "--output", tmp_path / "run"), "none")
     fails(run("train-decoder", "a", "b", "--noise", -2), "--noise is -2")
+    fails(run("train-decoder", "a", "b", "--report", -1), "--report is -1")
     fails(run("train-decoder", "a", "b", "--size", 1), "--size is 1")
     fails(run("train-decoder", "a", "b", "--squared", 0, "--output", tmp_path / "run"), "squared weight above 0")
     fails(run("train-decoder", "a", "b", "--features", "vgg"), "--features is 'vgg'")

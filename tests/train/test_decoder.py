@@ -172,6 +172,16 @@ def test_another_runs_folder_is_refused(settings: DecoderSettings, tmp_path: Pat
         run_decoder(replace(settings, noise_std=0.2), tmp_path / "run", CPU, show_progress=False)
 
 
+def test_fewer_pictures_spread_over_both_splits(settings: DecoderSettings, tmp_path: Path) -> None:
+    report = run_decoder(replace(settings, pictures=7, report=2), tmp_path / "run", CPU, show_progress=False)
+    assert report.count == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "views.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train"] * 7 + ["heldout"] * 2
+    assert len({line["name"] for line in lines}) == 9
+    with pytest.raises(UserError, match="another pictures"):
+        run_decoder(replace(settings, pictures=8, report=2), tmp_path / "run", CPU, show_progress=False)
+
+
 def test_a_pipeline_comes_back_with_its_new_way_out(settings: DecoderSettings, tmp_path: Path) -> None:
     made = random_pipeline("ours", ours(), None)
     assert made.config.cleaning == "tweedie"

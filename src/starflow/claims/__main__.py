@@ -27,13 +27,15 @@ def main() -> int:
     parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    from starflow.train.loop import Interrupted
+
     folder: Path = options.output or Path("results") / options.name
     try:
         result = _run(options, folder)
     except UserError as error:
         print(f"starflow.claims: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     write_result(folder, result)
@@ -48,11 +50,13 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
+    from starflow.allocator import keep_memory
     from starflow.claims import decoder, deep_shallow, fashion_mnist, guidance, universality
 
     command = " ".join(["python -m starflow.claims", *shown(sys.argv[1:])])
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
+    keep_memory()
     if options.name == "universality":
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
         return universality.run(folder, budget, _say, command)

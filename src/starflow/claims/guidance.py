@@ -36,10 +36,10 @@ CLAIM = (
 class Budget:
     """How much is computed."""
 
-    steps: int = 1200
+    steps: int = 1000
     samples: int = 250
     references: int = 1000
-    weights: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    weights: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
     train: int = 60_000
     heldout: int = 1000
     seeds: tuple[int, ...] = SEEDS

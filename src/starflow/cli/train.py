@@ -105,11 +105,13 @@ def _name(autoencoder: Autoencoder) -> str:
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
+    from starflow.allocator import keep_memory
     from starflow.train.distributed.world import join
     from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
     from starflow.train.stages import start
 
+    keep_memory()
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
     try:

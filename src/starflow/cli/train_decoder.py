@@ -68,9 +68,11 @@ class TrainDecoderOptions:
 
 def train_decoder(options: TrainDecoderOptions) -> None:
     """Run the command."""
+    from starflow.allocator import keep_memory
     from starflow.train.decoder_run import run_decoder
     from starflow.train.loop import Interrupted
 
+    keep_memory()
     folder = Path(options.output).expanduser()
     try:
         report = run_decoder(_settings(options), folder, pick_device(options.device))
