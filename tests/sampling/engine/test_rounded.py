@@ -39,13 +39,13 @@ def test_the_answer_is_verified_and_near(library: Library, given: Solving, segme
     exact, found = given.eager(), rounded(given, library, 2e-2, segment)
     assert found.single == 0
     assert found.iterations == (3 if segment else 1), "rounding alone was off by more than the bound"
-    assert (0 < found.residual_B).all()
+    assert (found.residual_B > 0).all()
     given.predictor.prefill()
     whole = Span(0, given.predictor.tokens)
     again = step(given.predictor, found.x_BNC, given.noise_BNC, whole)
     assert (relative_change(again, found.x_BNC) <= found.residual_B * 1.01 + 1e-5).all()
     apart = relative_change(exact, found.x_BNC)
-    assert (0 < apart).all()
+    assert (apart > 0).all()
     assert (apart < 5e-2).all()
 
 
