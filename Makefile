@@ -7,11 +7,12 @@ PROMPT ?= a red apple
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
 
-.PHONY: generate test test-all lint format lock clean results-universality results-deep-shallow results-guidance
+.PHONY: generate test test-all lint format lock clean $(RESULTS)
 .DELETE_ON_ERROR:
 
 generate: $(STAMP)
@@ -24,8 +25,9 @@ test-all: $(STAMP)
 	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
 
 # The paper's claims on small models, from nothing; each resumes, and writes its section of docs/results.md.
-# The last two need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
-results-universality results-deep-shallow results-guidance: results-%: $(STAMP)
+# deep-shallow, guidance and fashion-mnist need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
+# decoder needs the glyphs (starflow prepare-data) and an autoencoder: TAESD from the hub, or ARGS="--autoencoder FOLDER".
+$(RESULTS): results-%: $(STAMP)
 	@$(VENV)/bin/python -m starflow.claims $* --document docs/results.md $(ARGS)
 
 lint: $(STAMP)

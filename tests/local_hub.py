@@ -22,7 +22,7 @@ import pytest
 
 TOKEN = "hf_good"
 READ_ONLY = "hf_reader"
-LARGE = ".safetensors"
+LARGE = (".safetensors", ".pth")
 """What is stored by sha256 (LFS); other files are git's."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from starflow.sampling.settings import SampleSettings
 from starflow.train.distributed.wrap import recompute
 from starflow.train.settings import ParallelSettings
 
+RECIPE = str(Path(__file__).parent.parent / "recipes" / "starflow-t2i.yaml")
 DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -162,6 +164,18 @@ def test_less_precision_and_smaller_tiles_take_less(batch: int, guided: bool) ->
 
     assert peak(dtype="bfloat16", int8=True) < peak(dtype="bfloat16") < peak(cache_dtype="bfloat16") < peak()
     assert peak(tile=16) <= peak()
+    assert peak(dtype="bfloat16", int8=True, offload=True) < peak(dtype="bfloat16", offload=True)
+    assert peak(dtype="bfloat16", offload=True) < peak(dtype="bfloat16")
+
+
+def test_the_released_model_fits_8_gb_of_a_gpu_with_int8_and_offload() -> None:
+    """Of 8 GB a driver's context takes a part; a batch of one, guided, with its cache and sd-vae."""
+    config, coder = PRESETS["starflow-t2i-3b"].config, memory.AUTOENCODERS["diffusers_kl"]
+    whole = memory.sampling_memory(config, 1, dtype="bfloat16", autoencoder=coder)
+    small = memory.sampling_memory(config, 1, dtype="bfloat16", int8=True, offload=True, autoencoder=coder)
+    assert whole.peak > 8e9
+    assert small.peak < 6e9
+    assert small.weights == max(memory.block_bytes(config, block, "bfloat16", int8=True) for block in range(6))
 
 
 def test_impossible_amounts_are_refused() -> None:
@@ -172,12 +186,23 @@ def test_impossible_amounts_are_refused() -> None:
         memory.training_memory(config, 1, gpus=0)
 
 
-@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256"])
+@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256", RECIPE])
 def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", model, "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert {row["kind"] for row in facts["sampling"]} == {"float32", "bfloat16", "int8"}
+    assert {row["kind"] for row in facts["sampling"]} == {
+        "float32", "bfloat16", "int8", "bfloat16 offload", "int8 offload",
+    }  # fmt: skip
     assert {row["gpus"] for row in facts["training"]} == {1, 8, 64}
     assert main(["info", model, "--memory"]) == 0
     assert f"{facts['parameters']:,} parameters" in capsys.readouterr().out
     assert main(["info", "nothing-here", "--memory"]) == 2
+
+
+def test_a_published_repository_is_known_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "apple/starflow", "--memory", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == memory.parameters(PRESETS["starflow-t2i-3b"].config)
+    assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
+    assert main(["info", "apple/starflow", "--memory"]) == 0
+    assert "google/flan-t5-xl takes 2.28 GiB before that, and is released" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.model_config import TarFlowConfig
 from starflow.pipeline import PipelineConfig, StarFlowPipeline, noise_of
+from starflow.sampling.sampler import sample
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,18 @@ def test_seeds_and_prompts_are_reported_in_order(pixels: StarFlowPipeline) -> No
     assert made.prompts == ["circle", "circle", "star", "star"]
     assert made.seeds == [7, 8, 9, 10]
     assert [image.size for image in made.images] == [(8, 8)] * 4
+
+
+def test_temperature_scales_the_noise(pixels: StarFlowPipeline) -> None:
+    z = 0.5 * noise_of([3], pixels._latent_shape(None))
+    condition, _ = pixels._condition(["star"])
+    cool = pixels("star", guidance=0.0, temperature=0.5, seed=3, solver="sequential").latents
+    assert torch.equal(cool, sample(pixels.flow, z, condition))
+    own = dataclasses.replace(pixels.config, temperature=0.5)
+    default = StarFlowPipeline(pixels.flow, pixels.autoencoder, pixels.conditioner, own)
+    assert torch.equal(cool, default("star", guidance=0.0, seed=3, solver="sequential").latents)
+    with pytest.raises(UserError, match="temperature is -1.0, expected above 0"):
+        pixels("star", temperature=-1.0)
 
 
 def test_guidance_and_prompt_change_the_picture_and_the_seed_fixes_it(pixels: StarFlowPipeline) -> None:

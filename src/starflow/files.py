@@ -7,8 +7,12 @@ safetensors; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -149,3 +153,53 @@ def check_output_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
     return folder
+
+
+def cache_folder() -> Path:
+    """STARFLOW_CACHE, or `starflow` in the system's folder for caches; made for the user alone.
+
+    Raises:
+        UserError: it cannot be made, or others may write to it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    folder = Path(os.environ.get("STARFLOW_CACHE") or Path(base) / "starflow")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise UserError(f"{folder} may be written to by others: set STARFLOW_CACHE to a folder of your own")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: set STARFLOW_CACHE to another folder")
+    return folder
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Compare what is about to be written with what the disk has left.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free there: "
+            "make room, or choose another folder"
+        )
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Let go of the memory behind a tensor that is mapped from a file; what is read again comes from the file.
+
+    Only for tensors that nobody has written to. Where the system has no such call nothing happens: it takes the memory
+    back when it needs it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    if size > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE), mmap.MADV_DONTNEED)

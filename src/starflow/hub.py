@@ -183,6 +183,26 @@ def is_intact(path: Path) -> bool | None:
     return digest.hexdigest() == blob.name
 
 
+def size_to_fetch(source: str, file: str, fetch: Fetch = HERE) -> int:
+    """Bytes of a repository's file that is not in the cache yet; 0 where it is, or where the hub does not say.
+
+    Raises:
+        UserError: `source` and `fetch` name two revisions.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, revision = split_revision(source, fetch)
+    expected: tuple[type[BaseException], ...] = (HFValidationError, *hub_errors())
+    try:
+        cached = try_to_load_from_cache(repository, file, cache_dir=fetch.cache, revision=revision)
+        if fetch.offline or isinstance(cached, str):
+            return 0
+        return get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).size or 0
+    except expected:  # whoever fetches it says what is wrong
+        return 0
+
+
 def explain(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
     """An error of the hub's client in words, and what to do about it ("" where nothing better is known)."""
     from huggingface_hub import errors, get_token

@@ -21,6 +21,10 @@ Sharding = Literal["replicated", "sharded", "hybrid"]
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GPUS_A_HOST = 8
+PACKED_KEPT = 4 * 2**30
+"""Bytes of packed weights that a CPU keeps from block to block; of a larger model only those of the block at work."""
+TEXT_ENCODERS = {"google/flan-t5-xl": 1_223_527_424}
+"""Parameters of encoders that are released after use."""
 GIB = 2**30
 
 
@@ -143,23 +147,30 @@ def token_channels(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
     """Bytes of the flow's weights; with `int8` the linear maps next to the noise take a byte and a scale a channel."""
-    total = parameters(config) * BYTES[dtype]
-    if int8:
-        shape = layer_shape(config, config.num_blocks - 1)
+    return sum(block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks))
+
+
+def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of one block's weights; see `weight_bytes`."""
+    total = block_parameters(config, block) * BYTES[dtype]
+    if int8 and block == config.num_blocks - 1:
+        shape = layer_shape(config, block)
         total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
     return total
 
 
 def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the copies that the compiled loop of a CPU packs: layers in their precision, the projections at both
-    ends in float32; none of a block whose weights take a byte. What fills up panels is not counted."""
-    total = 0
-    for block in range(config.num_blocks - int8):
-        shape, channels = layer_shape(config, block), token_channels(config)
-        ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
-        vectors = shape.parameters - shape.linear
-        total += shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
-    return total
+    """Bytes of the copies that a CPU's compiled loop packs at once: of a large model those of the block at work."""
+    blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
+    return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
+
+
+def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
+    """Layers in their precision, the projections at both ends in float32; what fills up panels is not counted."""
+    shape, channels = layer_shape(config, block), token_channels(config)
+    ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
+    vectors = shape.parameters - shape.linear
+    return shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
@@ -197,6 +208,7 @@ def sampling_memory(
     dtype: Precision = "float32",
     cache_dtype: Precision | None = None,
     int8: bool = False,
+    offload: bool = False,
     iterated: bool = True,
     autoencoder: AutoencoderShape | None = None,
     tile: int | None = None,
@@ -211,6 +223,7 @@ def sampling_memory(
         dtype: of the flow's weights.
         cache_dtype: of keys and values; None is `dtype`.
         int8: whether the linear maps of the block next to the noise have weights of one byte.
+        offload: whether only the weights of the block at work are on the device.
         iterated: whether blocks without guidance are solved in parallel, whole sequences at once.
         autoencoder: one of `AUTOENCODERS`, or None.
         tile: side in latent pixels of the tiles that are decoded one by one; None is whole pictures.
@@ -232,13 +245,14 @@ def sampling_memory(
         area = tokens * config.patch_size**2
         area = area if tile is None else min((tile + 2 * coder.reach) ** 2, area)
         decoding = coder.pixel_bytes * area * coder.factor**2 * (batch if tile is None else 1)
+    blocks = [block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks)]
     return SamplingMemory(
-        weight_bytes(config, dtype, int8=int8),
+        max(blocks) if offload else sum(blocks),
         cache_bytes(config, batch, tokens, cache_dtype or dtype, guided=guided),
         activations * BYTES[dtype],
         4 * coder.parameters if coder else 0,
         decoding,
-        packed_bytes(config, dtype, int8=int8),
+        0 if offload else packed_bytes(config, dtype, int8=int8),
     )
 
 

@@ -32,6 +32,7 @@ from starflow.components.card import facts_of, model_card
 from starflow.components.config import Cleaning as Cleaning
 from starflow.components.config import PipelineConfig as PipelineConfig
 from starflow.components.folder import Parts
+from starflow.components.releases import find_pipeline
 from starflow.conditioning import ClassLabels, Conditioner, ReleasedText
 from starflow.config import from_dict, to_dict
 from starflow.data.pictures import dequantise, from_pil, to_pil
@@ -41,13 +42,14 @@ from starflow.flow.model import STARFlow, TarFlow
 from starflow.hub import Fetch
 from starflow.latents import Autoencoder
 from starflow.latents.tiled import decode_in_tiles
+from starflow.memory import parameters
 from starflow.sampling.calibrate import Material, calibrate
 from starflow.sampling.denoise import denoise
 from starflow.sampling.plan import Policy, keep_policy
 from starflow.sampling.sampler import sample
 from starflow.sampling.settings import CacheDtype, SampleSettings, SolverChoice
 from starflow.shards import SHARD_BYTES
-from starflow.weights.hub import find_model, push_folder
+from starflow.weights.hub import push_folder
 from starflow.weights.int8 import is_quantised, quantise
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ BATCH = 16
 """Pictures sampled at once by default."""
 
 CALIBRATION_PICTURES = 8
+
+LARGE = 10**9
+"""Parameters of a flow from which on it is not widened unless that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ class StarFlowPipeline:
         cls,
         model: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         *,
         int8: bool = False,
+        offload: bool = False,
         decoder: str | None = None,
         keep_text_encoder: bool | None = None,
         revision: str | None = None,
@@ -121,11 +127,15 @@ class StarFlowPipeline:
     ) -> StarFlowPipeline:
         """Load a pipeline: the bundled "glyphs", a folder of `save_pretrained` or `starflow train`, or a hub id.
 
+        A published repository ("apple/starflow") is converted into a cache the first time, and its licence named.
+
         Args:
             model: name, folder (of a pipeline, or of a training run) or hub id, "owner/name" or "owner/name@revision".
             device: where everything is put.
-            dtype: of the flow's network; densities and autoencoder stay in float32.
+            dtype: of the flow's network; densities and autoencoder stay in float32. None is float32, or the precision
+                that is stored where the flow has over a billion parameters.
             int8: round the weights of the block next to the noise to 8 bits, for memory; see `starflow.weights.int8`.
+            offload: keep the flow's blocks on the CPU, and on `device` the one that is at work, for memory.
             decoder: folder or hub id of another autoencoder that turns latents into pictures: a small one of the same
                 latents, such as TAESD for sd-vae's, or one with a decoder of `starflow train-decoder`.
             keep_text_encoder: whether it stays in memory between calls; None keeps one whose files are under a
@@ -138,7 +148,7 @@ class StarFlowPipeline:
             UserError: nothing there, or its files are damaged or do not fit each other.
         """
         fetch = Fetch(revision, cache, offline)
-        folder = find_model(str(model), fetch)
+        folder = find_pipeline(str(model), fetch, "float32" if dtype == torch.float32 else "bfloat16")
         values = files.read_json(folder / "config.json")
         if not isinstance(values, dict) or "autoencoder" not in values:
             raise UserError(
@@ -153,9 +163,12 @@ class StarFlowPipeline:
         pipeline = cls(flow, autoencoder, conditioner, config)
         if decoder is not None:
             pipeline.decoder = components.open_decoder(decoder, config.autoencoder, fetch)
-        pipeline.to(device, dtype)
+        dtype = dtype or _usual_dtype(flow)
         if int8:
-            quantise(flow)
+            quantise(flow.to(dtype))  # where the weights are: whole, they may not fit the device
+        if offload:
+            flow.to(dtype).offload(device)
+        pipeline.to(device, dtype)
         return pipeline
 
     def save_pretrained(
@@ -223,9 +236,13 @@ class StarFlowPipeline:
             return push_folder(folder, repository, private)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> StarFlowPipeline:
-        """Move everything to `device`, and the flow to `dtype`."""
+        """Move everything to `device`, and the flow to `dtype`; of one that is offloaded, what is at work."""
         try:
-            self.flow.to(device=device, dtype=dtype)
+            if self.flow.offloaded_to is None:
+                self.flow.to(device=device, dtype=dtype)
+            else:
+                torch.empty(0, device=device)  # whether there is one
+                self.flow.to(dtype=dtype or self.flow.network_dtype).offload(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device '{device}': {str(error).splitlines()[0]}; try --device cpu") from None
         for part in (self.autoencoder, self.decoder, self.conditioner):
@@ -236,8 +253,8 @@ class StarFlowPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the flow is."""
-        return next(self.flow.parameters()).device
+        """Where the flow computes."""
+        return self.flow.device
 
     @property
     def size_multiple(self) -> int:
@@ -259,6 +276,7 @@ class StarFlowPipeline:
         solver: SolverChoice = "auto",
         guidance_rule: Literal["gaussian", "linear"] = "gaussian",
         guidance_schedule: Literal["constant", "linear"] = "constant",
+        temperature: float | None = None,
         cleaning: Cleaning | None = None,
         batch_size: int = BATCH,
         cache_dtype: CacheDtype = "network",
@@ -276,6 +294,8 @@ class StarFlowPipeline:
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
             guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
             guidance_schedule: "constant" or "linear" (annealed).
+            temperature: factor on the noise: 1 is the model's own distribution, less is nearer its modes, simpler and
+                cleaner (Glow, arXiv 1807.03039, section 6); by default the model's own.
             cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
                 and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
             batch_size: pictures sampled at once; changes memory, not pictures.
@@ -284,12 +304,14 @@ class StarFlowPipeline:
             progress: called with (steps done, steps in all).
 
         Raises:
-            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture.
+            UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
+                temperature of 0 or less.
         """
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
         weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
+        scale = self._temperature(temperature)
         shape = self._latent_shape(size)
         way = self._way_out(cleaning)
         if size is not None and (note := sizes.untrained(self.config, self.flow.config, size)):
@@ -303,7 +325,7 @@ class StarFlowPipeline:
             condition, null = self._condition(some, shape)
             drawn = sample(
                 self.flow,
-                noise_of(seeds[start : start + batch_size], shape).to(self.device),
+                scale * noise_of(seeds[start : start + batch_size], shape).to(self.device),
                 condition,
                 null_condition=null,
                 guidance=weights[start : start + batch_size],
@@ -352,7 +374,7 @@ class StarFlowPipeline:
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
-        noise = noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
+        noise = self.config.temperature * noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
         return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
@@ -475,6 +497,12 @@ class StarFlowPipeline:
         if isinstance(self.conditioner, ReleasedText):
             self.conditioner.remember(sizes.told(self.config, prompts, shape))
 
+    def _temperature(self, asked: float | None) -> float:
+        scale = self.config.temperature if asked is None else asked
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UserError(f"temperature is {scale}, expected above 0 (1 is the model's own distribution)")
+        return scale
+
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)
         self.check_size((width, height))
@@ -497,6 +525,12 @@ class StarFlowPipeline:
         if self.conditioner.spec.kind != "class":
             prompts = sizes.told(self.config, prompts, shape)
         return self.conditioner.encode(prompts), self.conditioner.null(len(prompts))
+
+
+def _usual_dtype(flow: STARFlow | TarFlow) -> torch.dtype:
+    """Of the network where nobody says: float32, or what is stored where that is half of something large."""
+    large = parameters(flow.config) > LARGE
+    return flow.network_dtype if large and flow.network_dtype == torch.bfloat16 else torch.float32
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -26,6 +26,8 @@ class Preset:
     source: str
     expected: str
     """What the source reports for it."""
+    text: str = ""
+    """The text encoder that it reads, if any."""
 
 
 def preset(name: str) -> Preset:
@@ -63,6 +65,7 @@ PRESETS: dict[str, Preset] = {
         noise_std=0.3,
         source="released text-to-image configuration; arXiv 2506.06276, section 4",
         expected="COCO zero-shot FID 9.1, GenEval 0.56",
+        text="google/flan-t5-xl",
     ),
     "starflow-xl": Preset(
         _on_imagenet_256((2, 2, 2, 2, 2, 18), 1, cond_top_only=True),

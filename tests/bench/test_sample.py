@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.cli.conftest import CLASSES, random_pipeline
+from tests.compilers import set_compiler
 
 from starflow.bench import sample as bench
 from starflow.bench.baselines import Task, load_baselines
@@ -32,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings that nobody measures, and a small model under the name of the usual one."""
     monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e10, 1e11))
     monkeypatch.setattr(bench, "architecture", lambda _name: SMALL)
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+    set_compiler("/nowhere/c++", monkeypatch)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling goes on without its compiled loop")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.compilers import set_compiler
 
 from starflow.bench import sample as bench
 from starflow.bench.ceilings import Ceilings
@@ -27,7 +28,7 @@ def test_a_report_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     small = STARFlowConfig(in_channels=2, img_size=4, channels=32, num_blocks=1, layers_per_block=1, head_dim=32)
     monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(2e9, 3e9))
     monkeypatch.setattr(bench, "architecture", lambda _name: small)
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+    set_compiler("/nowhere/c++", monkeypatch)
     (tmp_path / "textbook.py").write_text(
         "from starflow.bench.baselines import Baseline\n"
         "def baselines(task): return [Baseline('textbook', lambda: None, 1.0, 'a note')]\n"

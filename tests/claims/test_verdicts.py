@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from starflow.claims import deep_shallow, guidance, universality
+from starflow.claims import decoder, deep_shallow, fashion_mnist, guidance, universality
+from starflow.claims.__main__ import shown
 from starflow.claims.cells import Cell, Mean, Result, cell, compare, document, keep_budget, write_result
 from starflow.errors import UserError
+from starflow.train.decoder_run import DecoderReport
 
 
 def test_means_and_their_differences() -> None:
@@ -137,6 +139,50 @@ def test_samples_that_are_all_broken_still_make_a_table() -> None:
     found["linear"][8.0] = [{"kid_mobilenetv2": None, "agreement": 0.0, "not_finite": 10}] * 3
     assert guidance.table(found)[-1][3] == "none finite"
     assert "inf" in guidance.verdict(found, CURVES)
+
+
+def of_fashion(raw: float) -> dict[str, Cell]:
+    one = {"bits_per_dim": 3.0, "error": 0.01, "draw_error": 0.0001, "count": 10_000, "draws": 4}
+    measures = {"count": 500, "not_finite": 1, "kid_mobilenetv2": 0.02, "precision": 0.5}
+    return {
+        "bits": {"heldout": one, "train": {**one, "bits_per_dim": 2.9}},
+        "classifier": {"accuracy": 0.875, "count": 2000},
+        "outliers": {"auroc_likelihood": raw, "auroc_typicality": 0.9},
+        "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
+    }
+
+
+@pytest.mark.parametrize(("raw", "part"), [(0.2, "the known failure: the model finds"), (0.7, "does not show here")])
+def test_fashion_mnist(raw: float, part: str) -> None:
+    said = fashion_mnist.verdict(of_fashion(raw), [(1, 2.2, 2.1), (2, 2.1, 2.0)])
+    for text in ("3.0000 ± 0.0100 bits/dim", "± 0.00010", "87.50 % of 2,000", part, "still fell"):
+        assert text in said
+    assert "was flat" in fashion_mnist.verdict(of_fashion(raw), [(1, 2.1, 2.1), (2, 2.1, 2.0)])
+    floor, unguided = fashion_mnist.table(of_fashion(raw))[1:]
+    assert floor[3:6] == ["20.0", "0.500", ""]
+    assert unguided[3] == "none finite"
+
+
+def fine_tuned(decibels: float, kernel: float) -> DecoderReport:
+    before = {"PSNR at noise 0.3 (dB)": 21.3, "kid_mobilenetv2 x 1000 at noise 0.3": 31.0}
+    after = (decibels, kernel)
+    return DecoderReport({name: (was, now) for (name, was), now in zip(before.items(), after, strict=True)}, 96, 0.3)
+
+
+@pytest.mark.parametrize(("decibels", "part"), [(25.01, "it reaches 25 dB"), (24.99, "it misses 25 dB")])
+def test_decoder(decibels: float, part: str) -> None:
+    reports = {"L2": fine_tuned(decibels, 40.0), "full loss": fine_tuned(24.0, 12.5)}
+    said = decoder.verdict(reports, {"L2": [(1, 22.0), (2, 22.5)], "full loss": [(1, 22.0)]}, decoder.Budget())
+    for text in ("goes from 21.30 to", part, "of 12.5 where the old decoder had 31.0", "still rose at the end"):
+        assert text in said
+    flat: dict[str, decoder.Curve] = {"L2": [(1, 22.5), (2, 22.5)]}
+    assert "were flat" in decoder.verdict(reports, flat, decoder.Budget())
+    assert decoder.table(reports)[1] == ["PSNR at noise 0.3 (dB)", "21.30", f"{decibels:.2f}", "24.00"]
+
+
+def test_a_documents_command_has_no_paths_of_a_machine() -> None:
+    words = ["decoder", "--data", "/somewhere/glyphs", "--steps", "9", "--document", "docs/results.md"]
+    assert shown(words) == ["decoder", "--data", "FOLDER", "--steps", "9", "--document", "docs/results.md"]
 
 
 def test_a_documents_section_is_written_anew(tmp_path: Path) -> None:

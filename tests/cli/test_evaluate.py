@@ -28,7 +28,8 @@ def test_table_report_and_sheets(run: Run, classes: Path, pictures: Path, tmp_pa
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("circle\nstar\n")
     sizes = ("--samples", 4, "--tuning-samples", 3, "--guidance", 0, "--guidance", 1)
-    result = run("evaluate", classes, pictures, "--output", tmp_path / "report", "--prompts", prompts, *sizes)
+    kept = ("--save-reference", tmp_path / "kept.safetensors")
+    result = run("evaluate", classes, pictures, "--output", tmp_path / "report", "--prompts", prompts, *sizes, *kept)
     assert result.code == 0, result.err
     for part in ("reconstruction, noise 0.2 (dB)", "heldout", "kid_mobilenetv2 x 1000, samples", "retrieval, grid",
                  "floor (training pictures)", "autoencoder, noise 0", "guidance 0", "guidance 1"):  # fmt: skip
@@ -37,6 +38,12 @@ def test_table_report_and_sheets(run: Run, classes: Path, pictures: Path, tmp_pa
     assert report["counts"]["samples"] == 4
     assert set(report["tuning"]) == {"0", "1"}
     assert report["counts"]["train"] + report["counts"]["heldout"] == 60
+    again = run(
+        "evaluate", classes, pictures, "--output", tmp_path / "again", *sizes, "--reference", tmp_path / kept[1]
+    )
+    assert "fd_mobilenetv2_reference, samples, guidance 1" in again.out, again.err
+    measures = json.loads((tmp_path / "again" / "report.json").read_text())["distances"]["floor (training pictures)"]
+    assert measures["fd_mobilenetv2_reference"] == pytest.approx(measures["fd_mobilenetv2"])
     html = (tmp_path / "report" / "report.html").read_text()
     for name in ("samples.png", "nearest.png", "reconstructions.png"):
         assert f'src="{name}"' in html
@@ -70,6 +77,7 @@ def test_the_way_out_of_the_noise_is_a_choice(run: Run, classes: Path, pictures:
 
 def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("evaluate", classes, tmp_path / "none", "--output", tmp_path / "r"), "none")
+    fails(run("evaluate", classes, tmp_path, "--save-reference", "m.npz"), "--save-reference is 'm.npz'", "safetensors")
     fails(run("evaluate", classes, tmp_path, "--samples", 1), "--samples is 1", "at least 2")
     fails(run("evaluate", classes, tmp_path, "--features", "resnet"), "resnet")
     fails(run("evaluate", classes, tmp_path, "--cleaning", "soap"), "--cleaning is 'soap'", "tweedie")

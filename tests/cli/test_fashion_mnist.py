@@ -51,4 +51,6 @@ def test_evaluate_gives_the_logs_bits(run: Run, folder: Path, tmp_path: Path) ->
     logged = [line for line in read_log(folder / "run" / "log.jsonl") if "heldout_bits_per_dim" in line][-1]
     assert bits["bits_per_dim"] == pytest.approx(logged["heldout_bits_per_dim"], abs=6 * bits["error"] + 0.01)
     assert bits["bits_per_dim"] > 8
+    steps = [line["bits_per_dim"] for line in read_log(folder / "run" / "log.jsonl") if "bits_per_dim" in line]
+    assert steps[0] == pytest.approx(logged["heldout_bits_per_dim"], abs=1)  # of levels too, not 7 bits less
     assert sum(map(sum, found["classification"]["confusion"])) == 20

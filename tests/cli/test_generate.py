@@ -37,7 +37,13 @@ def test_writes_what_the_pipeline_makes_and_says_how_in_the_file(run: Run, text:
     assert result.out.splitlines() == [str(path) for path in paths]
     images = StarFlowPipeline.from_pretrained(text)("a red apple", num_images=3, seed=5, guidance=2).images
     assert [pixels(path) for path in paths] == [image.tobytes() for image in images]
-    assert texts(paths[1]) == {"prompt": "a red apple", "seed": "6", "guidance": "2", "model": str(text)}
+    assert texts(paths[1]) == {
+        "prompt": "a red apple",
+        "seed": "6",
+        "guidance": "2",
+        "temperature": "1",
+        "model": str(text),
+    }
     assert sorted(tmp_path.iterdir()) == paths
 
 
@@ -190,6 +196,7 @@ def test_bfloat16_is_near_float32(run: Run, classes: Path, tmp_path: Path) -> No
     ("arguments", "parts"),
     [
         (["--guidance", "-1"], ["--guidance is -1", "at least 0"]),
+        (["--temperature", "0"], ["--temperature is 0", "above 0"]),
         (["--size", "65"], ["--size is '65'", "WIDTHxHEIGHT"]),
         (["--size", "6x8"], ["size 6x8 cannot be made", "multiples of 4 pixels, e.g. 8x8"]),
         (["--size", "0x8"], ["size 0x8 cannot be made"]),

@@ -95,3 +95,16 @@ def test_the_bundled_model_is_whole(run: Run) -> None:
     facts = json.loads(run("info", "glyphs", "--verify", "--json").out)
     assert facts["files"]["verified"] >= 2
     assert facts["files"]["without_a_digest"] == []
+
+
+def test_memory_of_a_hub_model_fetches_its_configurations_alone(
+    run: Run, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with used(monkeypatch, tmp_path) as hub:
+        hub.put("a/model", sharded)
+        facts = json.loads(run("info", "a/model", "--memory", "--json").out)
+        assert not [asked for asked in hub.asked if "safetensors" in asked]
+        assert facts["parameters"] == json.loads(run("info", sharded, "--memory", "--json").out)["parameters"]
+        fails(run("info", "a/mode", "--memory"), "no such repository")
+        assert find_model("a/model").is_dir()  # which then fetches the rest
+        assert sorted((find_model("a/model") / "flow").glob("*.safetensors"))

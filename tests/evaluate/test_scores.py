@@ -56,13 +56,27 @@ def test_typicality_sees_pictures_that_are_too_likely() -> None:
     assert (found.count_inside, found.count_outside) == (500, 500)
 
 
+def test_pictures_without_a_finite_likelihood_are_counted() -> None:
+    """They are wrong for the classifier whatever their class, and the strangest there are for both scores."""
+    nan, inf = torch.nan, torch.inf
+    log_probs = torch.tensor([[nan, nan], [-inf, nan], [nan, -3.0], [-1.0, nan]])
+    found = classify(log_probs, torch.tensor([0, 0, 1, 1]))
+    assert (found.accuracy, found.count, found.not_finite) == (0.25, 4, 2)
+    assert found.confusion == ((0, 0), (1, 1))
+    inside, outside = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([nan, -inf, 5.0])
+    scores = outliers(inside, outside, torch.tensor([-2.0, nan]))
+    assert scores.auroc_likelihood == pytest.approx(2 / 3)
+    assert scores.auroc_typicality == 1
+    assert (scores.not_finite, scores.mean_nats_outside, scores.count_outside) == (2, 5.0, 3)
+    with pytest.raises(UserError, match="no finite log-likelihoods of training"):
+        outliers(inside, outside, torch.tensor([nan]))
+
+
 def test_the_classifier_counts() -> None:
     log_probs = torch.tensor([[0.0, -1.0], [-3.0, -2.0], [0.0, -5.0], [-9.0, -8.0]])
     found = classify(log_probs, torch.tensor([0, 1, 1, 1]))
     assert found.accuracy == 0.75
     assert found.confusion == ((1, 0), (1, 2))
-    assert found.count == 4
-    with pytest.raises(UserError, match="1 of 4 pictures"):
-        classify(log_probs.clone().fill_diagonal_(torch.nan)[[0, 2, 3, 3]], torch.tensor([0, 1, 1, 1]))
+    assert (found.count, found.not_finite) == (4, 0)
     with pytest.raises(UserError, match=r"\(4, 2\) and labels \(3,\)"):
         classify(log_probs, torch.zeros(3))

@@ -20,6 +20,7 @@ from starflow.errors import UserError
 from starflow.evaluate import Extractor
 from starflow.latents import PixelLatents
 from starflow.measure import Pictures, Plan, Report, measure
+from starflow.measure.report import weights_to_try
 from starflow.measure.table import page, table
 from starflow.pipeline import StarFlowPipeline
 
@@ -144,6 +145,11 @@ def test_plans_are_checked() -> None:
         Plan(draws=0)
     with pytest.raises(UserError, match="none below 0"):
         Plan(guidance=(1.0, -1.0))
+
+
+def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:
+    assert weights_to_try((0.0,)) == [0.0, 1.0]
+    assert weights_to_try((3.0, 2.0)) == [0.0, 2.0, 3.0]
 
 
 def test_a_model_without_classes_is_no_classifier(pictures: Pictures) -> None:

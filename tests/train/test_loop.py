@@ -26,6 +26,7 @@ from starflow.train import checkpoint, loop
 from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed.world import World
 from starflow.train.engine import Engine
+from starflow.train.log import RunLog
 from starflow.train.loop import Interrupted, fit, read_log
 from starflow.train.optimiser import AveragedWeights, learning_rate, make_optimiser
 from starflow.train.randomness import batch_indices, generator
@@ -174,6 +175,24 @@ def test_a_damaged_write_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"No space left on device\): the last checkpoint is still step_00000004"):
         run(Regression(), tmp_path / "full")
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_00000004"]
+    monkeypatch.undo()
+    run(Regression(), tmp_path / "full")
+    run(Regression(), tmp_path / "whole")
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+def test_a_log_that_cannot_grow_says_which_checkpoint_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the whole run is on the full disk, a line of its log is what fails first."""
+    write = RunLog.step
+
+    def full(log: RunLog, step: int, terms: Mapping[str, float]) -> None:
+        if step == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(log, step, terms)
+
+    monkeypatch.setattr(RunLog, "step", full)
+    with pytest.raises(UserError, match=r"No space left on device\): the last checkpoint is still step_00000004; make"):
+        run(Regression(), tmp_path / "full")
     monkeypatch.undo()
     run(Regression(), tmp_path / "full")
     run(Regression(), tmp_path / "whole")

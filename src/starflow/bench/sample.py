@@ -26,6 +26,7 @@ from starflow.bench.ceilings import Ceilings, measure_ceilings
 from starflow.bench.footprint import Footprint, measure_footprint
 from starflow.bench.train import architecture
 from starflow.bench.work import Work, sampling_work
+from starflow.components.releases import find_pipeline
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.latents import Autoencoder
 from starflow.nn.cache import CachePool
@@ -37,7 +38,6 @@ from starflow.sampling.plan import machine_of
 from starflow.sampling.sampler import Sampling, run
 from starflow.sampling.settings import SampleSettings, SolverName
 from starflow.sampling.timing import wait
-from starflow.weights.hub import find_model
 
 RANDOM = "57m"
 """What is sampled without a name: 57 M random parameters."""
@@ -168,7 +168,7 @@ def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
     """
     if name in (RANDOM, *PRESETS):
         return _given_noise(name, _random_model(name).to(device, dtype), trained=False)
-    folder = find_model(name)
+    folder = find_pipeline(name)
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)

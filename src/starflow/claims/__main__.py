@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from starflow.claims.cells import Result, document, write_result
 
-NAMES = ("universality", "deep-shallow", "guidance")
+NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder")
+GLYPHS = Path("data/glyphs")
 
 
 def main() -> int:
@@ -21,7 +23,8 @@ def main() -> int:
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run that proves the code, not the claim")
     parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the claim's own)")
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four files (default: Debian's)")
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder: the glyphs")
+    parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     folder: Path = options.output or Path("results") / options.name
@@ -45,9 +48,9 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
-    from starflow.claims import deep_shallow, guidance, universality
+    from starflow.claims import decoder, deep_shallow, fashion_mnist, guidance, universality
 
-    command = " ".join(["python -m starflow.claims", *sys.argv[1:]])
+    command = " ".join(["python -m starflow.claims", *shown(sys.argv[1:])])
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
     if options.name == "universality":
@@ -56,8 +59,19 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
         return deep_shallow.run(folder, deep, _say, command, options.data, device)
+    if options.name == "fashion-mnist":
+        fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
+        return fashion_mnist.run(folder, fashion, _say, command, options.data, device)
+    if options.name == "decoder":
+        noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
+        return decoder.run(folder, noisy, _say, command, options.autoencoder, options.data or GLYPHS, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _say, command, options.data, device)
+
+
+def shown(words: Sequence[str]) -> list[str]:
+    """The command's words as a document may show them: absolute paths, which are one machine's own, as FOLDER."""
+    return ["FOLDER" if Path(word).is_absolute() else word for word in words]
 
 
 def _say(text: str) -> None:

@@ -126,7 +126,7 @@ def judged(judge: StarFlowPipeline, pictures: Tensor, labels: Tensor) -> float:
         some = pictures[start : start + 50].to(judge.device)
         seeds = range(start, start + len(some))
         rows.append(torch.stack([judge.log_probs(some, [name] * len(some), seeds)[0].cpu() for name in CLASSES], 1))
-    return classify(torch.cat(rows).double().nan_to_num(-torch.inf, neginf=-torch.inf), labels).accuracy
+    return classify(torch.cat(rows).double(), labels).accuracy
 
 
 def _mean(cells: list[Cell], key: str) -> Mean:

@@ -65,14 +65,14 @@ def parse_batches(text: str) -> list[int]:
 def bench_calibrate(options: BenchCalibrateOptions) -> None:
     """Run the command."""
     from starflow.cli.generate import read_prompt_file
+    from starflow.components.releases import find_pipeline
     from starflow.config import to_dict
     from starflow.files import check_output_folder
     from starflow.flow.store import write_policy
     from starflow.pipeline import StarFlowPipeline
-    from starflow.weights.hub import find_model
 
     prompts = read_prompt_file(Path(options.prompts)) if options.prompts else None
-    folder = Path(options.output) if options.output else find_model(options.model) / "flow"
+    folder = Path(options.output) if options.output else find_pipeline(options.model) / "flow"
     check_output_folder(folder)
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device), pick_dtype(options.dtype))
     policy = pipeline.calibrate(

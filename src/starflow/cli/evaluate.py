@@ -53,10 +53,14 @@ class EvaluateOptions:
     tuning_samples: Annotated[int, Flag("samples per guidance weight when the best is chosen", "N")] = 250
     references: Annotated[int, Flag("pictures a split, at most, that distances are measured to", "N")] = 5000
     guidance: Annotated[tuple[float, ...], Flag("a weight to try; may be repeated (default: 0 to 4)", "W")] = ()
+    temperature: Annotated[float | None, Flag("factor on the samples' noise (default: the model's)", "T")] = None
     prompts: Annotated[str, Flag("prompts of the sheet, one a line (default: some held-out ones)", "FILE")] = ""
     features: Annotated[str, Flag("mobilenetv2, inception, or NAME=MODULE:CLASS", "NETWORK")] = "mobilenetv2"
     feature_weights: Annotated[str, Flag("weights of a network of your own", "FILE")] = ""
     reference: Annotated[str, Flag("moments to measure a Frechet distance to, e.g. ADM's .npz", "FILE")] = ""
+    save_reference: Annotated[
+        str, Flag("write the moments of the held-out pictures, as a --reference (.safetensors)", "FILE")
+    ] = ""
     cleaning: Annotated[Literal["model", "decoder", "tweedie", "none"], Flag("the samples' way out of the noise")] = (
         "model"
     )
@@ -72,6 +76,8 @@ class EvaluateOptions:
         for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
+        if self.save_reference and not self.save_reference.endswith(".safetensors"):
+            raise UserError(f"--save-reference is '{self.save_reference}', expected a name ending in .safetensors")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -86,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> None:
         plan = _plan(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
-        pipeline = _with_cleaning(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
         pictures = open_pictures(options.data, pipeline.config.image_size)
 
         def say(text: str) -> None:
@@ -139,11 +145,14 @@ def _plan(options: EvaluateOptions) -> Plan:
         only_likelihood=options.bpd,
         classify=options.classify,
         reference_moments=options.reference,
+        keep_moments=options.save_reference,
         **weights,
     )
 
 
-def _with_cleaning(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
+def _as_asked(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
     if options.cleaning != "model":
         pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
+    if options.temperature is not None:
+        pipeline.config = dataclasses.replace(pipeline.config, temperature=options.temperature)
     return pipeline

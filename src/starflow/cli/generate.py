@@ -42,6 +42,7 @@ class GenerateOptions:
         starflow generate --class star --model runs/tiny
         starflow generate "a red apple" --aspect 16:9
         starflow generate "a red apple" --model OWNER/NAME@REVISION --decoder madebyollin/taesd
+        starflow generate "a red apple" --model apple/starflow --int8 --offload
     """
 
     prompt: Annotated[str, Argument("what to show; an empty prompt samples unconditionally")] = ""
@@ -50,6 +51,10 @@ class GenerateOptions:
     guidance: Annotated[
         float | None,
         Flag("how strongly to follow the prompt; 0 is unguided (default: the model's)", "W"),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        Flag("factor on the noise: 1 is the model's own distribution, less is simpler (default: the model's)", "T"),
     ] = None
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
@@ -68,8 +73,12 @@ class GenerateOptions:
     grid: Annotated[bool, Flag("write all pictures side by side as well, as grid.png")] = False
     batch_size: Annotated[int, Flag("pictures at once: memory depends on it, pictures do not", "N")] = 16
     device: Annotated[Device, Flag("where to compute")] = "auto"
-    dtype: Annotated[Precision, Flag("precision of the network")] = "float32"
+    dtype: Annotated[
+        Precision | None,
+        Flag("precision of the network (default: float32, or as stored from a billion parameters on)", "DTYPE"),
+    ] = None
     int8: Annotated[bool, Flag("weights of one byte next to the noise, for memory (needs torchao)")] = False
+    offload: Annotated[bool, Flag("only the block at work on the device, the others on the CPU, for memory")] = False
     cache_dtype: Annotated[CacheDtype, Flag("precision of the attention's cache")] = "network"
     tile: Annotated[int | None, Flag("decode in tiles of so many latent pixels, for memory", "N")] = None
     json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
@@ -80,6 +89,8 @@ class GenerateOptions:
                 raise UserError(f"{name} is {value}, expected at least 1")
         if self.guidance is not None and not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise UserError(f"--guidance is {self.guidance:g}, expected at least 0 (0 is unguided)")
+        if self.temperature is not None and not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"--temperature is {self.temperature:g}, expected above 0 (1 is the model's distribution)")
         if sum(map(bool, (self.prompt, self.label, self.prompts))) > 1:
             raise UserError("more than one of PROMPT, --class and --prompts is given: choose one")
         if self.size and self.aspect:
@@ -143,8 +154,9 @@ def _load(options: GenerateOptions) -> StarFlowPipeline:
     pipeline = StarFlowPipeline.from_pretrained(
         options.model,
         pick_device(options.device),
-        pick_dtype(options.dtype),
+        pick_dtype(options.dtype) if options.dtype else None,
         int8=options.int8,
+        offload=options.offload,
         decoder=options.decoder or None,
     )
     kind = pipeline.config.conditioner.kind if pipeline.config.conditioner else "none"
@@ -166,7 +178,8 @@ def _write(
     from starflow.data.pictures import save_png
 
     weight = pipeline.config.guidance if options.guidance is None else options.guidance
-    known = {"guidance": f"{weight:g}", "model": options.model}
+    scale = pipeline.config.temperature if options.temperature is None else options.temperature
+    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "model": options.model}
     form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
         for start in range(0, len(prompts), options.batch_size):
@@ -196,6 +209,7 @@ def _sample(
         return pipeline(
             prompts,
             guidance=options.guidance,
+            temperature=options.temperature,
             seed=seed,
             size=size,
             solver=options.solver,

@@ -28,10 +28,13 @@ class InfoOptions:
         starflow info
         starflow info runs/tiny/model --json
         starflow info starflow-t2i-3b --memory
+        starflow info recipes/starflow-imagenet-256.yaml --memory
         starflow info OWNER/NAME@REVISION --verify
     """
 
-    model: Annotated[str, Argument("bundled name, folder, hub repository, or with --memory a preset")] = "glyphs"
+    model: Annotated[str, Argument("bundled name, folder, hub repository; with --memory also a preset or a recipe")] = (
+        "glyphs"
+    )
     memory: Annotated[bool, Flag("predict the memory of sampling and training")] = False
     verify: Annotated[bool, Flag("compare every file with its sha256; exit code 2 if one differs")] = False
     json: Annotated[bool, Flag("print it as JSON")] = False
@@ -39,7 +42,7 @@ class InfoOptions:
 
 def info(options: InfoOptions) -> None:
     """Run the command."""
-    from starflow.weights.hub import find_model
+    from starflow.components.releases import find_pipeline
 
     if options.memory:
         from starflow.cli.memory_table import describe_memory, memory_text
@@ -47,7 +50,7 @@ def info(options: InfoOptions) -> None:
         predicted = describe_memory(options.model)
         print(json.dumps(predicted, indent=2) if options.json else memory_text(predicted))
         return
-    folder = find_model(options.model)
+    folder = find_pipeline(options.model)
     facts = describe_model(folder)
     if options.verify:
         facts |= {"files": _verified(folder)}
@@ -106,6 +109,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "tokens": (config.image_size // multiple) ** 2,
         "noise_std": config.noise_std,
         "guidance": config.guidance,
+        "temperature": config.temperature,
         "cleaning": config.cleaning,
         "flow": _flow(folder / "flow", flow),
         "autoencoder": _autoencoder(folder / "autoencoder", config),

@@ -46,6 +46,7 @@ COMMANDS = (
     Command("generate", "generate", "generate", "make pictures from prompts or classes"),
     Command("likelihood", "likelihood", "likelihood", "exact log-likelihoods of pictures"),
     Command("evaluate", "evaluate", "evaluate", "measure a model on pictures: a table, JSON and a sheet"),
+    Command("convert", "convert", "convert", "a published checkpoint into our layout"),
     Command("info", "info", "info", "what a model is made of"),
     Command("prepare-data", "prepare_data", "prepare_data", "build the glyph set"),
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields, replace
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from starflow import files, memory
 from starflow.config import from_dict
+from starflow.errors import UserError
 from starflow.memory import AUTOENCODERS, GIB, AutoencoderShape, Precision, Sharding
 from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict
 
 BATCHES = (1, 4, 16, 64)
-WEIGHTS: tuple[tuple[Precision, bool], ...] = (("float32", False), ("bfloat16", False), ("bfloat16", True))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the weights are held while pictures are drawn, and what it is called."""
+
+    name: str
+    dtype: Precision
+    int8: bool = False
+    offload: bool = False
+
+
+WAYS = (
+    Way("float32", "float32"),
+    Way("bfloat16", "bfloat16"),
+    Way("int8", "bfloat16", int8=True),
+    Way("bfloat16 offload", "bfloat16", offload=True),
+    Way("int8 offload", "bfloat16", int8=True, offload=True),
+)
 TRAINING: tuple[tuple[Sharding, int], ...] = (
     ("replicated", 1),
     ("replicated", 8),
@@ -21,29 +44,23 @@ TRAINING: tuple[tuple[Sharding, int], ...] = (
     ("sharded", 64),
 )
 TRAINING_BATCH = 8
-GPU_SIZES = (8, 16, 24, 32, 40, 48, 80, 141, 192)
-HERE = "this machine"
+HOST = "this machine"
+GPU_SIZES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 80, 141, 192)
 SHARE = 0.92
 """Of a memory that one process may use: the rest is the driver's, the allocator's and other programs'."""
 
 
 def describe_memory(model: str) -> dict[str, Any]:
-    """Predicted bytes for a preset or a model's folder, ready for JSON.
+    """Predicted bytes for a recipe, a preset, a published repository or any model, ready for JSON.
+
+    Of a model on the hub only the configuration is fetched.
 
     Raises:
-        UserError: neither a preset nor a model.
+        UserError: none of these.
     """
-    config, coder = _shapes(model)
-    room = available()
+    subject = _subject(model)
+    config = subject.config
     guided = not isinstance(config, STARFlowConfig) or config.txt_size > 0
-    sampling = [
-        {"kind": "int8" if int8 else dtype, "batch": batch, **_with_peak(prediction)}
-        for dtype, int8 in WEIGHTS
-        for batch in BATCHES
-        for prediction in [
-            memory.sampling_memory(config, batch, guided=guided, dtype=dtype, int8=int8, autoencoder=coder)
-        ]
-    ]
     training = [
         {"sharding": sharding, "gpus": gpus, "checkpointing": checkpointing, **_with_peak(prediction)}
         for sharding, gpus in TRAINING
@@ -53,27 +70,89 @@ def describe_memory(model: str) -> dict[str, Any]:
         ]
     ]
     facts = {"model": model, "parameters": memory.parameters(config), "tokens": config.grid_side**2, "guided": guided}
-    return facts | {"available": room, "training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
+    sampling = [_sampling(subject, way, batch, guided=guided) for way in WAYS for batch in BATCHES]
+    facts |= {"available": available(), "text_encoder": _text_encoder(subject.text)}
+    return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
 
 
-def _shapes(model: str) -> tuple[ModelConfig, AutoencoderShape | None]:
-    """The flow's config and its autoencoder's shape, without loading either."""
+@dataclass(frozen=True)
+class Subject:
+    """What memory depends on of a pipeline."""
+
+    config: ModelConfig
+    coder: AutoencoderShape | None
+    text: str
+    """Where the text encoder is from; "" is none."""
+
+
+def _subject(model: str) -> Subject:
+    """The parts' shapes, from configurations alone."""
+    from starflow.components.releases import is_release
     from starflow.presets import PRESETS
+    from starflow.weights.releases import RELEASES
 
-    if model in PRESETS:
-        known = PRESETS[model]
-        return known.config, AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
+    if model.endswith((".yaml", ".yml")):
+        from starflow.train.planned import planned_flow
+        from starflow.train.recipe import load_recipe
+
+        recipe = load_recipe(Path(model))
+        config, kind = planned_flow(recipe)
+        condition = recipe.conditioning
+        return Subject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
+    name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
+    if name in PRESETS:
+        known = PRESETS[name]
+        coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
+        return Subject(known.config, coder, known.text)
+    with _configs_of(model) as folder:
+        values = files.read_json(folder / "config.json")
+        if "autoencoder" not in values:  # a flow alone
+            return Subject(config_from_dict(values), None, "")
+        flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
+        coder = AUTOENCODERS[values["autoencoder"]["kind"]]
+        own = folder / "autoencoder" / "config.json"
+        if values["autoencoder"]["kind"] == "small" and own.is_file():
+            coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
+    reader = values.get("conditioner") or {}
+    return Subject(flow, coder, reader.get("source", ""))
+
+
+@contextmanager
+def _configs_of(model: str) -> Iterator[Path]:
+    """The folder of a model; of one on the hub that is not here, only its configurations, for a while."""
+    from starflow.hub import Fetch, snapshot
     from starflow.weights.hub import find_model
 
-    folder = find_model(model)
-    values = files.read_json(folder / "config.json")
-    if "autoencoder" not in values:  # a flow alone
-        return config_from_dict(values), None
-    coder = AUTOENCODERS[values["autoencoder"]["kind"]]
-    own = folder / "autoencoder" / "config.json"
-    if values["autoencoder"]["kind"] == "small" and own.is_file():
-        coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
-    return config_from_dict(files.read_json(folder / "flow" / "config.json")), coder
+    try:
+        folder = find_model(model, Fetch(offline=True))
+    except UserError as error:
+        if "the hub" not in str(error):
+            raise
+        with tempfile.TemporaryDirectory() as cache:
+            wanted = ("config.json", "flow/config.json")
+            yield snapshot(model, wanted, needed=["config.json"], fetch=Fetch(cache=cache))
+        return
+    yield folder
+
+
+def _sampling(subject: Subject, way: Way, batch: int, *, guided: bool) -> dict[str, Any]:
+    """One row: bytes on the device that computes, and what a CPU holds beside it."""
+    found = memory.sampling_memory(
+        subject.config,
+        batch,
+        guided=guided,
+        dtype=way.dtype,
+        int8=way.int8,
+        offload=way.offload,
+        autoencoder=subject.coder,
+    )
+    return {"kind": way.name, "batch": batch, **_with_peak(found)}
+
+
+def _text_encoder(source: str) -> dict[str, Any] | None:
+    """What a large one takes while it encodes; it is gone before pictures are drawn."""
+    count = memory.TEXT_ENCODERS.get(source)
+    return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
 
 
 def _small_parameters(values: dict[str, Any]) -> int:
@@ -98,7 +177,7 @@ def available() -> dict[str, int]:
 
     room = {}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        room[HERE] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room[HOST] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         room[torch.cuda.get_device_name(0)] = torch.cuda.get_device_properties(0).total_memory
     return room
@@ -118,7 +197,8 @@ def memory_text(facts: dict[str, Any]) -> str:
     ]
     for row in facts["sampling"]:
         lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, room)}")
-    lines.append("packed: copies that a CPU's compiled loop reads; they add to the peak of this machine, not of a GPU")
+    lines += ["", "packed: copies that a CPU's compiled loop reads; they add to this machine's peak, not to a GPU's"]
+    lines += _remarks(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>5} {'checkpoints':>12} {_heads(training)}  fits GPUs of")
@@ -139,6 +219,24 @@ def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
     return " ".join(f"{row[part] / unit:11.2f}" for part in parts)
 
 
+def _remarks(facts: dict[str, Any], unit: int, name: str) -> list[str]:
+    """What the rows do not hold."""
+    if encoder := facts["text_encoder"]:
+        size = encoder["bytes"] / unit
+        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is released"]
+    return []
+
+
 def _fits(row: dict[str, Any], room: dict[str, int]) -> str:
-    needed = {name: row["peak"] + (row["packed"] if name == HERE else 0) for name in room}
-    return ", ".join(name for name, size in room.items() if needed[name] <= SHARE * size) or "-"
+    """Where a row fits: on a GPU what it says, on this machine's processor the packed copies too."""
+    found = []
+    for name, size in room.items():
+        on_the_host = name == HOST
+        if on_the_host and "offload" in row["kind"]:
+            continue
+        needed = row["peak"] + (row["packed"] if on_the_host else 0)
+        if needed <= SHARE * size:
+            found.append(name)
+    if gpu := next((size for size in GPU_SIZES if row["peak"] <= SHARE * size * GIB), None):
+        found.append(f"GPUs of {gpu} GiB")
+    return ", ".join(found) or "-"

@@ -40,6 +40,8 @@ class TrainDecoderOptions:
     size: Annotated[int, Flag("side that pictures are read at, pixels", "PX")] = 128
     crop: Annotated[int, Flag("side of a training crop, pixels; 0 is the whole picture", "PX")] = 64
     views: Annotated[int, Flag("augmented views of a training picture", "N")] = 1
+    pictures: Annotated[int, Flag("pictures of the training, at most, spread over the set; 0 is all", "N")] = 0
+    report: Annotated[int, Flag("held-out pictures of the report, at most; 0 is all", "N")] = 0
     steps: Annotated[int, Flag("updates in all", "N")] = 4000
     batch: Annotated[int, Flag("crops an update", "N")] = 16
     lr: Annotated[float, Flag("learning rate after warm-up; falls to zero by cosine", "LR")] = 5e-4
@@ -47,7 +49,7 @@ class TrainDecoderOptions:
     perceptual: Annotated[float, Flag("weight of the features' distance", "W")] = 0.1
     adversarial: Annotated[float, Flag("weight of the adversarial term", "W")] = 0.01
     features: Annotated[Literal["mobilenetv2", "lpips"], Flag("network of the perceptual term")] = "mobilenetv2"
-    heldout: Annotated[int, Flag("held-out pictures of the evaluations on the way; the last one takes all", "N")] = 64
+    heldout: Annotated[int, Flag("held-out pictures of the evaluations on the way", "N")] = 64
     evaluate_every: Annotated[int, Flag("updates between evaluations", "N")] = 250
     checkpoint_every: Annotated[int, Flag("updates between checkpoints", "N")] = 100
     precision: Annotated[Literal["auto", "float32", "bfloat16"], Flag("of the network")] = "auto"
@@ -58,7 +60,8 @@ class TrainDecoderOptions:
         if self.noise != -1 and not 0 <= self.noise < 10:
             raise UserError(f"--noise is {self.noise:g}, expected a standard deviation from 0 up")
         least = (("--size", self.size, 8), ("--crop", self.crop, 0), ("--views", self.views, 1))
-        for name, value, lowest in (*least, ("--heldout", self.heldout, 1)):
+        counts = (("--pictures", self.pictures, 0), ("--report", self.report, 0), ("--heldout", self.heldout, 1))
+        for name, value, lowest in (*least, *counts):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
 
@@ -78,7 +81,7 @@ def train_decoder(options: TrainDecoderOptions) -> None:
 
 
 def table(report: DecoderReport) -> str:
-    """Before and after, on all held-out pictures."""
+    """Before and after, on the held-out pictures."""
     lines = [f"{'':34}  {'before':>8}  {'after':>8}"]
     for name, (before, after) in report.measures.items():
         lines.append(f"{name:34}  {before:8.2f}  {after:8.2f}")
@@ -97,6 +100,8 @@ def _settings(options: TrainDecoderOptions) -> DecoderSettings:
         size=options.size,
         crop=options.crop,
         views=options.views,
+        pictures=options.pictures,
+        report=options.report,
         heldout=options.heldout,
         features=options.features,
         loss=DecoderLoss(options.squared, options.perceptual, options.adversarial),
@@ -108,7 +113,7 @@ def _settings(options: TrainDecoderOptions) -> DecoderSettings:
             evaluate_every=options.evaluate_every,
             sample_every=options.evaluate_every,
             checkpoint_every=options.checkpoint_every,
-            average=0.995,
+            average=max(0.0, min(0.995, 1 - 20 / options.steps)),  # over a twentieth of a short run
             precision=options.precision,
             seed=options.seed,
         ),

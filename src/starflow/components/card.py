@@ -27,6 +27,7 @@ def facts_of(config: PipelineConfig, model: Flow) -> dict[str, str]:
         "training noise": f"{config.noise}, {config.noise_std:g}" if config.noise == "gaussian" else config.noise,
         "samples are cleaned by": config.cleaning,
         "guidance": f"{config.guidance:g}",
+        "temperature": f"{config.temperature:g}",
     }
 
 

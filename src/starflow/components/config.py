@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from starflow.conditioning import ConditionerSpec
 from starflow.data.buckets import Aspect
+from starflow.errors import UserError
 from starflow.latents import AutoencoderSpec
 
 Cleaning = Literal["decoder", "tweedie", "none"]
@@ -33,4 +35,10 @@ class PipelineConfig:
     """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
     aspects: tuple[Aspect, ...] = ()
     """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
+    temperature: float = 1.0
+    """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     format: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature is {self.temperature}, expected above 0 (1 is the model's own distribution)")

@@ -21,6 +21,8 @@ class Classification:
     count: int
     confusion: tuple[tuple[int, ...], ...]
     """Rows are the true classes, columns the predicted ones."""
+    not_finite: int = 0
+    """Pictures without a finite log-likelihood under any class: counted as wrong, and in no cell of `confusion`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Outliers:
     mean_nats_outside: float
     count_inside: int
     count_outside: int
+    not_finite: int = 0
+    """Pictures of both sets without a finite log-likelihood: the strangest there are for both scores, in no mean."""
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
@@ -70,20 +74,30 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor) -> Outliers:
         outside: (M,) of foreign pictures of the same size.
         training: (T,) of training pictures.
 
+    A value that is not finite is the strangest there is, and is counted.
+
     Raises:
-        UserError: an empty set, or values that are not numbers.
+        UserError: an empty set, or training pictures without one finite log-likelihood.
     """
+    training = training[training.isfinite()]
     if not len(training):
-        raise UserError("no log-likelihoods of training pictures: typicality needs their mean")
+        raise UserError("no finite log-likelihoods of training pictures: typicality needs their mean")
     usual = training.double().mean()
+    within, beyond = (_strangest(one.double()) for one in (inside, outside))
     return Outliers(
-        auroc_likelihood=auroc(-inside, -outside),
-        auroc_typicality=auroc((inside.double() - usual).abs(), (outside.double() - usual).abs()),
-        mean_nats_inside=float(inside.double().mean()),
-        mean_nats_outside=float(outside.double().mean()),
-        count_inside=len(inside),
-        count_outside=len(outside),
+        auroc_likelihood=auroc(-within, -beyond),
+        auroc_typicality=auroc((within - usual).abs(), (beyond - usual).abs()),
+        mean_nats_inside=float(within[within.isfinite()].mean()),
+        mean_nats_outside=float(beyond[beyond.isfinite()].mean()),
+        count_inside=len(within),
+        count_outside=len(beyond),
+        not_finite=int((~within.isfinite()).sum() + (~beyond.isfinite()).sum()),
     )
+
+
+def _strangest(log_probs: Tensor) -> Tensor:
+    """Values that are not finite as minus infinity."""
+    return log_probs.where(log_probs.isfinite(), -torch.inf)
 
 
 def classify(log_probs: Tensor, labels: Tensor) -> Classification:
@@ -93,18 +107,18 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
         log_probs: (N, K) nats of each picture under each class.
         labels: (N,) true classes, 0 to K - 1.
 
+    A class whose log-likelihood is not finite is not chosen; a picture without a finite one is wrong, and counted.
+
     Raises:
-        UserError: shapes that do not fit, no pictures, or log-likelihoods that are not numbers.
+        UserError: shapes that do not fit, or no pictures.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
         raise UserError(
             f"log-likelihoods {tuple(log_probs.shape)} and labels {tuple(labels.shape)}: expected (N, K) and (N,)"
         )
-    if bool(log_probs.isnan().any()):
-        bad = int(log_probs.isnan().any(1).sum())
-        raise UserError(f"{bad} of {len(labels)} pictures have a log-likelihood that is no number: look at them")
-    classes = log_probs.shape[1]
-    predicted = log_probs.argmax(1)
-    confusion = torch.bincount(labels.long() * classes + predicted, minlength=classes**2).view(classes, classes)
+    classes, kept = log_probs.shape[1], log_probs.isfinite().any(1)
+    predicted, true = _strangest(log_probs[kept]).argmax(1), labels[kept].long()
+    confusion = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
     rows = tuple(tuple(row) for row in confusion.tolist())
-    return Classification(float((predicted == labels).double().mean()), len(labels), rows)
+    right = int((predicted == true).sum())
+    return Classification(right / len(labels), len(labels), rows, int((~kept).sum()))

@@ -10,16 +10,23 @@ Shapes: B batch, N tokens, T some of them, C token channels, D width, S conditio
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from starflow.flow import affine
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import Continuation, Layer, Spot
 from starflow.nn.layers import LayerSpec, RMSNorm
+from starflow.nn.widen import runs_wide, widened
+
+Bring = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,17 @@ class AutoregressiveBlock(nn.Module):
         nn.init.zeros_(self.proj_out.weight)  # a new model is the identity
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: Bring | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Data to noise in one parallel pass.
 
         Args:
             x_BNC: tokens in raster order, float32 or float64.
             condition: what `prefix` or `class_vector` takes; ignored by a block without a condition.
             rotary: table of the S condition tokens and the inputs, or None with a learned table.
+            bring: a context in which a layer's weights are where it computes. Where gradients are wanted, only the
+                layers' inputs are kept then, and the way back brings each layer again and computes the rest anew.
 
         Returns:
             z (B, N, C) in raster order, and log sigma (B, N, C) in the block's own order.
@@ -78,8 +89,7 @@ class AutoregressiveBlock(nn.Module):
         prefix = self.prefix(condition)
         if prefix is not None:
             hidden = torch.cat((prefix, hidden), dim=1)
-        for layer in self.attn_blocks:
-            hidden = layer(hidden, rotary)
+        hidden = self.layers(hidden, rotary, bring)
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
             mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
@@ -137,10 +147,29 @@ class AutoregressiveBlock(nn.Module):
 
     def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: Continuation | Spot) -> Tensor:
         """The layers, for hidden states that continue a cache."""
+        wide = runs_wide(self, hidden_BTD)
+        out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
             assert isinstance(layer, Layer)
-            hidden_BTD = layer.extend(hidden_BTD, rotary, cache, onto)
-        return hidden_BTD
+            out_BTD = (widened(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
+        return out_BTD.to(hidden_BTD.dtype)
+
+    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: Bring | None = None) -> Tensor:
+        """The layers over a whole sequence."""
+        wide = runs_wide(self, hidden_BTD)
+        again = (wide or bring is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
+        place: Bring = bring if again and bring is not None else contextlib.nullcontext
+        out_BTD = hidden_BTD.float() if wide else hidden_BTD
+        for layer in self.attn_blocks:
+
+            def work(hidden: Tensor, layer: nn.Module = layer) -> Tensor:
+                with place(layer):
+                    one = widened(layer, self.spec.layer) if wide else layer
+                    done: Tensor = one(hidden, rotary)
+                return done
+
+            out_BTD = checkpoint(work, out_BTD, use_reentrant=False) if again else work(out_BTD)
+        return out_BTD.to(hidden_BTD.dtype)
 
     def outputs(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm, projection and soft clip: (B, T, 2C), the scale's half first, at least float32."""

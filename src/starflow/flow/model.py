@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from starflow.errors import UserError
 from starflow.flow import affine, store
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
+from starflow.flow.offload import brought_to
 from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
 from starflow.hub import Fetch
 from starflow.model_config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
@@ -56,6 +59,8 @@ class Flow(nn.Module, ABC):
         self.blocks = nn.ModuleList(AutoregressiveBlock(spec) for spec in specs)
         self.policy: dict[str, Any] | None = None
         """What is known of how to sample it, as it lies beside the weights; nothing here reads it."""
+        self.offloaded_to: torch.device | None = None
+        """Where a block is while it is at work, if the blocks lie elsewhere; see `offload`."""
         self.kept: dict[str, object] = {}
         """What a room above keeps with the model while it lives, by name; never saved."""
 
@@ -109,7 +114,7 @@ class Flow(nn.Module, ABC):
         states: list[Tensor] = [tokens]
         log_sigmas: list[Tensor] = []
         for block in self.stack():
-            tokens, log_sigma = block(tokens, condition, self.block_rotary(block, rotary))
+            tokens, log_sigma = self._through(block, tokens, condition, self.block_rotary(block, rotary))
             states.append(tokens)
             log_sigmas.append(log_sigma)
         logdet = -torch.stack([log_sigma.sum((1, 2)) for log_sigma in log_sigmas]).sum(0)
@@ -117,6 +122,25 @@ class Flow(nn.Module, ABC):
         if prior is not None:
             tokens, logdet = tokens * torch.exp(-prior), logdet - prior.sum()
         return Trace(self.picture(tokens, grid), logdet, states, log_sigmas)
+
+    def _through(
+        self, block: AutoregressiveBlock, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One block's pass; where blocks come and go, the way back brings the block again and computes anew."""
+
+        if self.offloaded_to is None:
+            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary)
+            return passed
+
+        def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with self.at_work(block):
+                passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, self.at_work)
+            return passed
+
+        if not torch.is_grad_enabled():
+            return work(tokens)
+        again: tuple[Tensor, Tensor] = checkpoint(work, tokens, use_reentrant=False)
+        return again
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""
@@ -133,6 +157,24 @@ class Flow(nn.Module, ABC):
     def work_dtype(self) -> torch.dtype:
         """Precision of the affine steps: at least float32 whatever the network's."""
         return torch.promote_types(self.network_dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.offloaded_to or next(self.parameters()).device
+
+    def offload(self, device: str | torch.device) -> Self:
+        """Leave the blocks where they are, and from now on bring each to `device` while it is at work.
+
+        For a device whose memory does not hold the whole model. Every pass over a block, and every block of a batch
+        that is sampled, costs the transfer of its weights.
+        """
+        self.offloaded_to = torch.device(device)
+        return self
+
+    def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the weights of a block, or of a part of it, are where the model computes."""
+        return nullcontext() if self.offloaded_to is None else brought_to(part, self.offloaded_to)
 
     @property
     def network_dtype(self) -> torch.dtype:
@@ -259,7 +301,7 @@ class STARFlow(Flow):
         config = self.config
         if not config.rope:
             return None
-        dtype, device = self.work_dtype, next(self.parameters()).device
+        dtype, device = self.work_dtype, self.device
         positions = grid_positions(*grid, config.span, dtype=dtype, device=device)
         if config.txt_size:
             places = condition_positions(config.txt_size, config.span, dtype=dtype, device=device)
@@ -297,7 +339,7 @@ class TarFlow(Flow):
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
         classes = self.config.num_classes
         if condition is None:
-            return torch.full((batch,), -1, device=next(self.parameters()).device) if classes else None
+            return torch.full((batch,), -1, device=self.device) if classes else None
         if not classes or condition.shape != (batch,) or condition.is_floating_point():
             shape, dtype = tuple(condition.shape), condition.dtype
             raise UserError(f"the label is {dtype} of shape {shape} for a batch of {batch}: pass {self.condition_help}")
@@ -310,7 +352,7 @@ class TarFlow(Flow):
         return None
 
     def prior_log_std(self) -> Tensor:
-        return 0.5 * self.var.to(self.work_dtype).log()
+        return 0.5 * self.var.to(self.device, self.work_dtype).log()
 
 
 def build(config: ModelConfig) -> STARFlow | TarFlow:

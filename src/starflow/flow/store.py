@@ -86,7 +86,16 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     Raises:
         UserError: missing or unexpected keys, or other shapes; lists them.
     """
-    expected = model.state_dict()
+    compare(model.state_dict(), tensors, source)
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def compare(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes with those of a model.
+
+    Raises:
+        UserError: missing or unexpected keys, or other shapes; lists them.
+    """
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     if missing or unexpected:
@@ -100,7 +109,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     ]
     if wrong:
         raise UserError(f"{source} has {_list('other shapes', wrong)}; check the options it was made with")
-    model.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def _list(kind: str, keys: list[str]) -> str:

@@ -26,6 +26,16 @@ NOISE = "noise.json"
 Trainable = KLLatents | TinyLatents | SmallLatents
 
 
+def memory_layout(autoencoder: Trainable) -> torch.memory_format:
+    """The layout that an update takes least time in.
+
+    On a CPU, TAESD takes 0.14 s a 64-px crop in rows and 0.19 s in channels_last; ours takes a third of the time in
+    channels_last, and GPUs prefer it.
+    """
+    on_cpu = next(autoencoder.network.parameters()).device.type == "cpu"
+    return torch.contiguous_format if isinstance(autoencoder, TinyLatents) and on_cpu else torch.channels_last
+
+
 class Decoder(nn.Module):
     """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), unclamped, so that gradients reach what is too bright.
 
@@ -42,11 +52,12 @@ class Decoder(nn.Module):
         self._shift = autoencoder.shift if isinstance(autoencoder, KLLatents) else 0.0
         self._wrapped = not isinstance(autoencoder, SmallLatents)
         self.requires_grad_(True)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third of the time on a CPU
+        self._layout = memory_layout(autoencoder)
+        self.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def forward(self, latents: Tensor) -> Tensor:
         """See the class."""
-        raw = (latents / self._scaling + self._shift).contiguous(memory_format=torch.channels_last)
+        raw = (latents / self._scaling + self._shift).contiguous(memory_format=self._layout)
         images: Tensor = self._decode(raw, return_dict=False)[0] if self._wrapped else self._decode(raw)
         return images
 

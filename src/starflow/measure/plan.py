@@ -37,6 +37,8 @@ class Plan:
     """Measure argmax_c log p(x | c) as a classifier, on a model with classes."""
     reference_moments: str = ""
     """A file of feature moments, such as ADM's .npz, to measure a Frechet distance to as well."""
+    keep_moments: str = ""
+    """A .safetensors file for the feature moments of the held-out pictures, to measure others to."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.tuning_samples, self.references) < 2 or self.pictures < 0 or self.draws < 1:

@@ -9,10 +9,21 @@ comparable with any `kid`. Pictures that are not finite are counted, never drawn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from starflow.data.pictures import to_pil, to_unit
-from starflow.evaluate import Extractor, load_extractor, measure_reconstruction, through_noise
+from starflow.evaluate import (
+    Extractor,
+    is_first,
+    load_extractor,
+    measure_reconstruction,
+    moments,
+    save_moments,
+    through_noise,
+)
 from starflow.measure.distances import Measured, reconstruct
 from starflow.measure.likelihood import measure_classification, measure_likelihoods, measure_outliers
 from starflow.measure.pictures import Pictures, batches, open_foreign, prompts_of, spread
@@ -63,6 +74,8 @@ def measure(
     reconstruction = measure_reconstructions(pipeline, pictures)
     say("features of the pictures")
     measured = Measured.of(pipeline, pictures, extractor or load_extractor(), plan)
+    if plan.keep_moments and is_first():
+        save_moments(Path(plan.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name)
     distances, tuning, best = _distances(pipeline, measured, plan, say)
     say("sheets")
     sheets, retrieval = _sheets(pipeline, measured, plan, best)
@@ -96,22 +109,29 @@ def _distances(
     pipeline: StarFlowPipeline, measured: Measured, plan: Plan, say: Say
 ) -> tuple[Distances, dict[str, float], float]:
     """Distances by set, the kernel distance by weight, and the best weight."""
-    weights = sorted(set(plan.guidance) | {0.0}) if pipeline.conditioner else [0.0]
+    weights = weights_to_try(plan.guidance) if pipeline.conditioner else [0.0]
     tuning = {}
     for weight in weights:
         say(f"{plan.tuning_samples} samples at guidance {weight:g}")
         tuning[weight] = measured.kernel(plan.tuning_samples, weight, TUNING_SEED)
     best = min(tuning, key=lambda weight: tuning[weight])
-    # Guided and unguided are always shown together, even where the unguided one is better.
     guided = min((weight for weight in weights if weight), key=lambda weight: tuning[weight], default=None)
     distances = {"floor (training pictures)": measured.floor()}
     say("autoencoder")
     for noise in sorted({0.0, pipeline.config.noise_std}):
         distances[f"autoencoder, noise {noise:g}"] = measured.autoencoder(noise)
+    scale = pipeline.config.temperature
     for weight in [0.0] if guided is None else [0.0, guided]:
-        say(f"{plan.samples} samples at guidance {weight:g}")
-        distances[f"samples, guidance {weight:g}"] = measured.samples(plan.samples, weight)
+        named = f"guidance {weight:g}" + (f", temperature {scale:g}" if scale != 1 else "")
+        say(f"{plan.samples} samples at {named}")
+        distances[f"samples, {named}"] = measured.samples(plan.samples, weight)
     return distances, {f"{weight:g}": value for weight, value in tuning.items()}, best
+
+
+def weights_to_try(asked: Sequence[float]) -> list[float]:
+    """The weights, rising, with 0 and one above it: guided and unguided are always shown together."""
+    weights = {0.0, *asked}
+    return sorted(weights if max(weights) else {0.0, 1.0})
 
 
 def _sheets(pipeline: StarFlowPipeline, measured: Measured, plan: Plan, best: float) -> tuple[Sheets, dict[str, float]]:

@@ -29,9 +29,13 @@ def rows(report: Report) -> list[Row]:
             found.append((f"pictures without a finite likelihood, {split}", f"{bits.not_finite}"))
     if report.classification:
         found.append(("accuracy of the likelihood classifier", f"{100 * report.classification.accuracy:.2f} %"))
+        if report.classification.not_finite:
+            found.append(("  wrong because no likelihood is finite", f"{report.classification.not_finite}"))
     if report.outliers:
         found.append(("outliers by -log p(x), AUROC", f"{report.outliers.auroc_likelihood:.4f}"))
         found.append(("outliers by typicality, AUROC", f"{report.outliers.auroc_typicality:.4f}"))
+        if report.outliers.not_finite:
+            found.append(("  of which without a finite likelihood", f"{report.outliers.not_finite}"))
     return found + _distances(report)
 
 

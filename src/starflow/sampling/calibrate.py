@@ -145,7 +145,7 @@ def _predictor(
 
 def converge(block: Solved, tolerance: float) -> Convergence:
     """How a block converges, and the parallel policies that meet the tolerance."""
-    starts = {guess: _distance(start(block, guess), block) for guess in STARTS}
+    starts: dict[str, float] = {guess: _distance(start(block, guess), block) for guess in STARTS}
     whole: Guess = "noise" if starts["noise"] <= starts["zero"] else "zero"
     contraction = contraction_of(block, start(block, whole))
     tried = [BlockPolicy("jacobi", None, None, whole)] if contraction < HOPELESS else []

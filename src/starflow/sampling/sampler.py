@@ -120,14 +120,15 @@ def run(
         rows = conditions if guided else conditions[:1]
         block_rotary = model.block_rotary(block, rotary)
         rule = guidance if guided else None
-        predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
         noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
-        if policies is not None:
-            solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
-        else:
-            assert planner is not None
-            question = Question(number, len(model.blocks), situation, settings.tolerance, settings.segment)
-            solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
+        with model.at_work(block):
+            predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
+            if policies is not None:
+                solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
+            else:
+                assert planner is not None
+                question = Question(number, len(model.blocks), situation, settings.tolerance, settings.segment)
+                solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
     return Sampling(model.picture(tokens_BND, grid), solutions[::-1])

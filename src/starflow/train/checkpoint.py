@@ -93,12 +93,16 @@ def _together(world: World, target: Path) -> Iterator[None]:
     if world.agree(failed=bool(failure)):
         if world.main:
             shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
-        kept = [path.name for path in checkpoints(target.parent)]
-        stands = f"the last checkpoint is still {kept[-1]}" if kept else "there is no checkpoint yet"
         raise UserError(
-            f"cannot write checkpoint {target} ({failure or 'another process says why'}): {stands}; make room, then "
-            "run the same command again"
+            f"cannot write checkpoint {target} ({failure or 'another process says why'}): "
+            f"{what_stands(target.parent)}; make room, then run the same command again"
         )
+
+
+def what_stands(folder: Path) -> str:
+    """Words for a message: which checkpoint a run would go on from."""
+    kept = [path.name for path in checkpoints(folder)]
+    return f"the last checkpoint is still {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
 def _parts(engine: Engine) -> dict[str, dict[str, Tensor]]:

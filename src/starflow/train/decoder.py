@@ -21,8 +21,7 @@ from tqdm import tqdm
 from starflow.data.pictures import save_grid, to_unit
 from starflow.errors import UserError
 from starflow.evaluate import psnr
-from starflow.latents.base import Autoencoder
-from starflow.latents.trainable import Decoder, Trainable, save_trainable
+from starflow.latents.trainable import Decoder, Trainable, memory_layout, save_trainable
 from starflow.train.perceptual import Perceptual
 from starflow.train.precision import network_precision
 from starflow.train.randomness import batch_indices, generator
@@ -232,12 +231,13 @@ class DecoderTask:
 
 @torch.no_grad()
 def encode_pictures(
-    autoencoder: Autoencoder, images: Tensor, device: torch.device, show_progress: bool
+    autoencoder: Trainable, images: Tensor, device: torch.device, show_progress: bool
 ) -> dict[str, Tensor]:
     """Latents of uint8 pictures: `mean` and, where the autoencoder has a posterior, `std`, float16 on the CPU."""
     parts: dict[str, list[Tensor]] = {"mean": []}
+    layout = memory_layout(autoencoder)
     for some in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
-        unit = to_unit(some.to(device)).contiguous(memory_format=torch.channels_last)
+        unit = to_unit(some.to(device)).contiguous(memory_format=layout)
         posterior = getattr(autoencoder, "posterior", None)
         mean, std = posterior(unit) if posterior else (autoencoder.encode(unit), None)
         parts["mean"].append(mean.to("cpu", torch.float16))

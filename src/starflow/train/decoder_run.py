@@ -8,6 +8,7 @@ RUN/pipeline/      the pipeline it was started from, where it was one, with the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from tqdm import tqdm
 from starflow import files
 from starflow.config import to_dict
 from starflow.data.pictures import to_unit
-from starflow.data.records import read_folder
+from starflow.data.records import Record, read_folder
 from starflow.data.views import ViewConfig, Views, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.evaluate import extract, kernel_distance, load_extractor, psnr
 from starflow.latents import Autoencoder
-from starflow.latents.trainable import Decoder, Trainable, open_trainable
+from starflow.latents.trainable import Decoder, Trainable, memory_layout, open_trainable
 from starflow.pipeline import StarFlowPipeline
 from starflow.train.decoder import DecoderLoss, DecoderObjective, DecoderTask, LatentPictures, encode_pictures
 from starflow.train.loop import fit
@@ -47,6 +48,10 @@ class DecoderSettings:
     size: int = 128
     crop: int = 64
     views: int = 1
+    pictures: int = 0
+    """Pictures of the training, at most, spread over the set; 0 is all."""
+    report: int = 0
+    """Held-out pictures of the report, at most; 0 is all."""
     heldout: int = 64
     """Held-out pictures of the evaluations on the way."""
     features: PerceptualName = "mobilenetv2"
@@ -55,7 +60,7 @@ class DecoderSettings:
 
 @dataclass(frozen=True)
 class DecoderReport:
-    """On all held-out pictures: each measure's value with the old decoder and with the new one."""
+    """On the held-out pictures: each measure's value with the old decoder and with the new one."""
 
     measures: dict[str, tuple[float, float]]
     count: int
@@ -107,7 +112,7 @@ def _start(settings: DecoderSettings, folder: Path) -> None:
     files.check_output_folder(folder)
     path, now = folder / "decoder.json", to_dict(settings)
     before = files.read_json(path) if path.is_file() else now
-    changed = [key for key in now if key != "train" and before.get(key) != now[key]]
+    changed = [key for key in now if key != "train" and before.get(key, now[key]) != now[key]]
     if changed:
         raise UserError(f"{folder} was started with another {changed[0]}: choose another --output, or undo the change")
     if before.get("train") != now["train"]:
@@ -132,8 +137,9 @@ def _open(source: str) -> tuple[StarFlowPipeline | None, Trainable]:
 
 
 def _place(autoencoder: Trainable, device: torch.device) -> None:
-    """To the device, in the layout that takes a third of the time on a CPU."""
-    autoencoder.network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """To the device, in the layout that is fastest there."""
+    autoencoder.network.to(device)
+    autoencoder.network.to(memory_format=memory_layout(autoencoder))  # type: ignore[call-overload]
 
 
 def _usual_noise(pipeline: StarFlowPipeline | None) -> float:
@@ -144,17 +150,27 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> View
     path = folder / "views.safetensors"
     if not path.is_file():
         config = ViewConfig(size=settings.size, views=settings.views)
-        views, skipped = make_views(
-            read_folder(Path(settings.data).expanduser()), config, progress=show_progress, workers=2
-        )
+        records = read_folder(Path(settings.data).expanduser())
+        some = [*_of_split(records, "train", settings.pictures), *_of_split(records, "heldout", settings.report)]
+        views, skipped = make_views(some, config, progress=show_progress, workers=2)
         for one in skipped:
             tqdm.write(f"skipped {one.name}: {one.reason}")
         save_views(path, views)
     return load_views(path)
 
 
+def _of_split(records: Sequence[Record], split: str, most: int) -> list[Record]:
+    """At most so many pictures of a split, spread over it; 0 is all."""
+    found = [record for record in records if record.split == split]
+    return [found[row] for row in _spread(len(found), most or len(found))]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return [row * count // most for row in range(most)] if most < count else list(range(count))
+
+
 def _pictures(
-    autoencoder: Autoencoder, views: Views, folder: Path, device: torch.device, show_progress: bool
+    autoencoder: Trainable, views: Views, folder: Path, device: torch.device, show_progress: bool
 ) -> tuple[LatentPictures, LatentPictures]:
     """Both splits with their latents, encoded once a run."""
     path = folder / "latents.safetensors"
@@ -172,9 +188,7 @@ def _pictures(
 
 def _some(pictures: LatentPictures, most: int) -> LatentPictures:
     """At most so many, spread over the set."""
-    rows = [row * len(pictures.images) // most for row in range(most)]
-    if most >= len(pictures.images):
-        return pictures
+    rows = _spread(len(pictures.images), most)
     std = None if pictures.std is None else pictures.std[rows]
     names = [pictures.names[row] for row in rows]
     return LatentPictures(pictures.images[rows], pictures.mean[rows], std, names)

@@ -20,6 +20,7 @@ from starflow.train.distributed.mesh import Layout, make_layout
 from starflow.train.distributed.pieces import local, named_state, whole
 from starflow.train.distributed.world import World
 from starflow.train.distributed.wrap import compile_units, recompute, shard
+from starflow.train.host_memory import keep_freed_memory
 from starflow.train.optimiser import AveragedWeights, make_optimiser
 from starflow.train.precision import network_dtype
 from starflow.train.settings import TrainSettings
@@ -36,6 +37,8 @@ class Engine:
         """
         self.model, self.settings, self.world = model, settings, world
         self.layout: Layout | None = None
+        if world.device.type == "cpu":
+            keep_freed_memory()
         blank = all(parameter.is_meta for parameter in model.parameters())
         if world.size > 1:
             self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save

@@ -101,7 +101,7 @@ class FlowTask:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
             loss, squares, logdet, penalty = model(*batch)
-        bits = bits_per_dim(squares.detach() - logdet.detach())
+        bits = bits_per_dim(squares.detach() - logdet.detach() + self._level)
         return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
 
     def batch_names(self, step: int, rows: range) -> list[str]:
@@ -111,14 +111,17 @@ class FlowTask:
         """Nats and bits per dimension of noised held-out latents, and of as many training ones."""
         heldout = self._likelihood(model, self.heldout)
         train = self._likelihood(model, some_of(self.train, sum(map(len, self.heldout))))
-        # A density of evenly dequantised pixels, in units of a level, bounds the log-probability of the levels.
-        level = math.log(128) if self.objective.noise == "uniform" else 0.0
         return {
             "loss": heldout,
-            "nats_per_dim": nats_per_dim(heldout) + level,
-            "bits_per_dim": bits_per_dim(heldout + level),
-            "train_nats_per_dim": nats_per_dim(train) + level,
+            "nats_per_dim": nats_per_dim(heldout) + self._level,
+            "bits_per_dim": bits_per_dim(heldout + self._level),
+            "train_nats_per_dim": nats_per_dim(train) + self._level,
         }
+
+    @property
+    def _level(self) -> float:
+        """A density of evenly dequantised pixels, in units of a level, bounds the log-probability of the levels."""
+        return math.log(128) if self.objective.noise == "uniform" else 0.0
 
     def _likelihood(self, model: nn.Module, buckets: Sequence[Tensor]) -> float:
         """Mean over these pictures, the batches dealt out to the processes."""
@@ -152,7 +155,7 @@ class FlowTask:
         self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
-        loss = terms["squares"] - terms["logdet"]
+        loss = terms["squares"] - terms["logdet"] + self._level
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
 
 

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from starflow import files
+from starflow.components.releases import find_pipeline
 from starflow.errors import UserError
 from starflow.flow import store
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.hub import local_or_hub
-from starflow.model_config import ModelConfig, STARFlowConfig, config_to_dict
+from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict, config_to_dict
 from starflow.train.distributed.initial import initialise
 from starflow.weights.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
-from starflow.weights.hub import BUNDLED, find_model
+from starflow.weights.hub import BUNDLED
 
 _OF_THE_CONDITION = re.compile(r"blocks\.\d+\.(proj_txt\.weight|class_embed)")
 _FROM_ELSEWHERE = frozenset({"in_channels", "img_size", "txt_size", "txt_dim", "num_classes"})
@@ -55,12 +56,29 @@ def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
     """
     folder = _flow_folder(source)
     if is_gemma(folder):
-        listed = own.get("layers_per_block")
-        options = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
+        options = _options_in(folder, own)
         tensors = gemma_tensors(folder, options["num_blocks"] - 1, options["layers_per_block"][-1])
-        return Initial(source, {**options, **own}, tensors, partial=True)
-    config, tensors = store.load(folder)
-    return Initial(source, {**_options(config), **own}, tensors)
+        return Initial(source, options, tensors, partial=True)
+    _, tensors = store.load(folder)
+    return Initial(source, _options_in(folder, own), tensors)
+
+
+def initial_options(source: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the flow that `read_initial` would read, without reading its weights.
+
+    Raises:
+        UserError: as there.
+    """
+    return _options_in(_flow_folder(source), own)
+
+
+def _options_in(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    if is_gemma(folder):
+        listed = own.get("layers_per_block")
+        found = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
+    else:
+        found = _options(config_from_dict(files.read_json(folder / store.CONFIG_NAME)))
+    return {**found, **own}
 
 
 def _flow_folder(source: str) -> Path:
@@ -68,10 +86,10 @@ def _flow_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if source not in BUNDLED and not folder.is_dir():
         if source.count("/") != 1 or folder.is_absolute() or source.startswith("."):
-            find_model(source)  # says what is expected
+            find_pipeline(source)  # says what is expected
         folder = local_or_hub(source, needed=("config.json",), also=(*GEMMA_FILES, "flow/*", "flow/config.json"))
     elif source in BUNDLED:
-        folder = find_model(source)
+        folder = find_pipeline(source)
     for inner in (folder, folder / "model"):
         if (inner / "flow" / "config.json").is_file():
             return inner / "flow"
@@ -131,7 +149,7 @@ def autoencoder_folder(source: str) -> Path:
     Raises:
         UserError: no such model, or its autoencoder is not in its folder.
     """
-    folder = find_model(source)
+    folder = find_pipeline(source)
     for inner in (folder, folder / "autoencoder", folder / "model" / "autoencoder", folder / "model"):
         if (inner / "config.json").is_file() and "autoencoder" not in files.read_json(inner / "config.json"):
             return inner

@@ -9,6 +9,7 @@ one bit for bit, and another layout repeats it up to rounding.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import signal
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from starflow.errors import UserError
 from starflow.files import alone_in
-from starflow.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from starflow.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, what_stands
 from starflow.train.distributed.world import World
 from starflow.train.engine import Engine
 from starflow.train.flops import measured_peak
@@ -300,12 +301,24 @@ def _save(task: Task, engine: Engine, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _log(folder: Path, progress: Progress, settings: TrainSettings, world: World) -> Iterator[RunLog | None]:
-    """The run's log, which the main process writes, and which nobody else's may write meanwhile."""
+    """The run's log, which the main process writes, and which nobody else's may write meanwhile.
+
+    Raises:
+        UserError: the disk is full; a log is what fills it first, a line an update.
+    """
     if not world.main:
         yield None
         return
-    with alone_in(folder), RunLog(folder, progress.step, settings.wandb) as log:
-        yield log
+    try:
+        with alone_in(folder), RunLog(folder, progress.step, settings.wandb) as log:
+            yield log
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): {what_stands(folder / 'checkpoints')}; make room, then run "
+            "the same command again"
+        ) from None
 
 
 @contextlib.contextmanager

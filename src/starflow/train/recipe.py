@@ -143,6 +143,8 @@ class Recipe:
     """Prompts (or class names) of the sample grids; none is the first classes."""
     guidance: float = 2.0
     """Guidance weight of the sample grids and of the finished pipeline's default."""
+    temperature: float = 1.0
+    """Factor on the noise of the sample grids and of the finished pipeline's default; 1 is the model's distribution."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -237,6 +237,7 @@ def _pipeline_config(run: Run, latents: AutoencoderSpec, conditioner: Conditione
         autoencoder=latents,
         conditioner=conditioner.spec if conditioner else None,
         guidance=recipe.guidance if conditioner else 0.0,
+        temperature=recipe.temperature,
         cleaning=_cleaning(recipe.objective, latents),
         aspects=recipe.data.aspects if len(recipe.data.aspects) > 1 else (),
     )

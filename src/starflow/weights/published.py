@@ -27,6 +27,9 @@ from starflow.weights.dialects import constructor_options
 _CARRY_NOTHING = re.compile(r"blocks\.\d+\.attn_mask|feat_rope\..*")  # recomputed from the options
 
 
+_OF_VIDEO = "learnable_self_denoiser."
+
+
 @dataclass(frozen=True)
 class Published:
     """A loaded checkpoint."""
@@ -34,6 +37,23 @@ class Published:
     model: STARFlow | TarFlow
     ignored: list[str]
     """Keys that were there and carry nothing."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose keys and shapes have been compared with its options; of a file, nothing is read yet."""
+
+    name: str
+    """The file's, for messages."""
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """Those of the model, by its own names and in its order."""
+    ignored: list[str]
+    """Keys that are there and carry nothing."""
+    added: tuple[str, ...] = ()
+    """Tensors that are not in it, as they have one value only."""
+    mapped: bool = False
+    """Whether the others lie in a file rather than in memory."""
 
 
 def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> STARFlow | TarFlow:
@@ -53,20 +73,50 @@ def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
 
 def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> Published:
     """As `load_published`, and which keys were ignored."""
+    found = open_published(source, options)
+    with torch.device("meta"):
+        model = build(found.config)
+    store.assign(model, found.tensors, _name(source))
+    return Published(model, found.ignored)
+
+
+def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint's tensors, compared with its options; a file's are mapped, so that memory is taken as they are used.
+
+    Raises:
+        UserError: as `load_published`; a video model.
+    """
+    name = _name(source)
     if isinstance(source, (str, Path)):
-        name, tensors = str(source), _read(Path(source))
+        tensors = _read(Path(source))
     else:
-        name = "the state dict"
         tensors = {key: tensor.clone() for key, tensor in _checked(source, name).items()}
+    if any(key.startswith(_OF_VIDEO) for key in tensors):
+        raise UserError(
+            f"{name} is a video model (it has {_OF_VIDEO}*), and models of pictures alone are read: "
+            "take a text-to-image checkpoint"
+        )
     config = _config(options, tensors)
     kept = {key: tensor for key, tensor in tensors.items() if not _carries_nothing(key, config)}
     with torch.device("meta"):
-        model = build(config)
-    if isinstance(config, TarFlowConfig):
+        expected = build(config).state_dict()
+    added = ("var",) if isinstance(config, TarFlowConfig) and "var" not in kept else ()
+    for key in added:
         device = next(iter(kept.values())).device if kept else None
-        kept.setdefault("var", torch.ones(model.state_dict()["var"].shape, device=device))
-    store.assign(model, kept, name)
-    return Published(model, [key for key in tensors if key not in kept])
+        kept[key] = torch.ones(expected[key].shape, device=device)
+    store.compare(expected, kept, name)
+    ignored = [key for key in tensors if key not in kept]
+    return Checkpoint(name, config, {key: kept[key] for key in expected}, ignored, added, _is_mapped(source))
+
+
+def _is_mapped(source: Mapping[str, Tensor] | str | Path) -> bool:
+    if not isinstance(source, (str, Path)):
+        return False
+    return Path(source).suffix == ".safetensors" or zipfile.is_zipfile(source)
+
+
+def _name(source: Mapping[str, Tensor] | str | Path) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the state dict"
 
 
 def _carries_nothing(key: str, config: ModelConfig) -> bool:
@@ -114,7 +164,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"no such file: {path}; expected a .pth or .safetensors file")
     try:
         # mapped, not read: only what the model keeps is ever in memory
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path} is not a whole checkpoint of tensors ({reason}): fetch it again") from None

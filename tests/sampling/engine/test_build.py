@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.compilers import set_compiler
 from tests.sampling.engine.common import assert_close, engine_for
 from tests.sampling.engine.test_native import text_case
 from torch import Tensor
@@ -40,7 +41,7 @@ def compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     path = folder / "compiler"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setenv("CXX", str(path))
+    set_compiler(str(path), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_without_a_working_compiler_it_samples_eagerly_with_one_note(
     script: str | None, reason: str, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager = sampled(engine=engine_for(None))
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+    set_compiler("/nowhere/c++", monkeypatch)
     if script is not None:
         compiler(tmp_path, f'[ "$1" = --version ] && exit 0\n{script}', monkeypatch)
     case = text_case()
@@ -73,7 +74,7 @@ def test_without_a_working_compiler_it_samples_eagerly_with_one_note(
 
 
 def test_a_small_model_says_that_there_is_no_compiler_too(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+    set_compiler("/nowhere/c++", monkeypatch)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
         sampled()
 
@@ -153,7 +154,7 @@ def test_the_name_holds_the_source_the_flags_and_the_compiler(empty_cache: Path,
     other.write_text("// another source\n")
     monkeypatch.setattr(build, "SOURCE", other)
     names.add(Recipe.here().path.name)
-    monkeypatch.setenv("CXX", f"{tmp_path / 'compiler'} -g")
+    set_compiler(f"{tmp_path / 'compiler'} -g", monkeypatch)
     names.add(Recipe.here().path.name)
     assert len(names) == 5
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from starflow import files
+from starflow.errors import UserError
 from starflow.sampling.engine.layout import BlockStruct, Panels, bytes_of
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
@@ -121,23 +123,15 @@ class Recipe:
 
 
 def cache_folder() -> Path:
-    """STARFLOW_CACHE, or `starflow` in the system's folder for caches; made for the user alone.
+    """The user's own folder for caches; see `starflow.files.cache_folder`.
 
     Raises:
         BuildError: it cannot be made, or others may write to it.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    folder = Path(os.environ.get("STARFLOW_CACHE") or Path(base) / "starflow")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError as error:
-        raise BuildError(f"{folder} cannot be made: {error.strerror}") from None
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise BuildError(f"{folder} may be written to by others: set STARFLOW_CACHE to a folder of your own")
-    if not os.access(folder, os.W_OK):
-        raise BuildError(f"{folder} cannot be written to: set STARFLOW_CACHE to another folder")
-    return folder
+        return files.cache_folder()
+    except UserError as error:
+        raise BuildError(str(error)) from None
 
 
 def _compiler() -> tuple[str, ...]:

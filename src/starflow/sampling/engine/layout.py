@@ -1,6 +1,7 @@
 """The structs of native/step.cpp, field by field, and a block's weights in the order in which it reads them.
 
-Contract: packed weights are copies, the only ones that are made: as many bytes again as the block's own. They hold for
+Contract: packed weights are copies, the only ones that are made: as many bytes again as the block's own, and while they
+are made those of one layer more. They hold for
 the parameters as they were; `stamp_of` and a mark of their values tell whether they still are.
 
 Shapes: D width, K inputs and N outputs of a linear layer, R rows (B pictures, twice with guidance).
@@ -9,7 +10,7 @@ Shapes: D width, K inputs and N outputs of a linear layer, R rows (B pictures, t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,25 @@ def stamp_of(block: AutoregressiveBlock) -> tuple[tuple[int, int], ...]:
     return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in block.parameters())
 
 
-def pack(block: AutoregressiveBlock, panels: Panels, *, rounded: bool = False) -> PackedBlock:
-    """Copies of a block's weights in the layout of the library; `rounded` makes the layers' matrices bfloat16."""
+def pack(
+    block: AutoregressiveBlock,
+    panels: Panels,
+    put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    *,
+    rounded: bool = False,
+) -> PackedBlock:
+    """Copies of a block's weights in the layout of the library.
+
+    Args:
+        block: whose weights are copied.
+        panels: of the library.
+        put: is given each tensor of a layer, to move it.
+        rounded: make the layers' matrices bfloat16.
+    """
     half = rounded or block.proj_in.weight.dtype == torch.bfloat16
-    layers = tuple(_layer(layer, panels, half=half) for layer in layers_of(block))
+    layers = tuple(
+        {name: put(tensor) for name, tensor in _layer(layer, panels, half=half).items()} for layer in layers_of(block)
+    )
     width, channels = block.spec.layer.width, block.spec.token_channels
     ends = {
         "proj_in": panels.matrix(block.proj_in.weight.float()),

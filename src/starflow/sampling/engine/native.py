@@ -17,6 +17,7 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import threading
 import time
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
+from starflow.memory import PACKED_KEPT
 from starflow.nn.cache import KVCache, LayerCache
 from starflow.sampling.engine.build import BuildError, Library, Recipe
 from starflow.sampling.engine.layout import (
@@ -196,9 +198,18 @@ class Engine:
             both = self._packed.setdefault(block, {})
             found = both.get(rounded)
             if found is None or found.stamp != stamp_of(block):
-                found = _on_large_pages(pack(block, self.library.panels, rounded=rounded), self.library)
+                both.pop(rounded, None)
+                self._make_room(block)
+                move = functools.partial(_on_large_pages, self.library)
+                found = pack(block, self.library.panels, move, rounded=rounded)
                 found = both[rounded] = replace(found, mark=self._mark(block))
             return found
+
+    def _make_room(self, block: AutoregressiveBlock) -> None:
+        """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
+        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
+            for other in [other for other in self._packed if other is not block]:
+                del self._packed[other]
 
     def forget_changed(self) -> None:
         """Drop what was packed of weights that have been written to since, whichever way."""
@@ -272,18 +283,13 @@ def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
 
-def _on_large_pages(packed: PackedBlock, library: Library) -> PackedBlock:
+def _on_large_pages(library: Library, tensor: Tensor) -> Tensor:
     """The same in memory that is asked for in large pages: the panels are read as one long stream."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        if bytes_of(tensor) < LARGE:
-            return tensor
-        room = torch.empty_like(tensor)
-        library.advise(room.data_ptr(), bytes_of(room))
-        return room.copy_(tensor)
-
-    layers = tuple({name: moved(tensor) for name, tensor in layer.items()} for layer in packed.layers)
-    return replace(packed, layers=layers)
+    if bytes_of(tensor) < LARGE:
+        return tensor
+    room = torch.empty_like(tensor)
+    library.advise(room.data_ptr(), bytes_of(room))
+    return room.copy_(tensor)
 
 
 def covers_block(block: AutoregressiveBlock) -> bool:

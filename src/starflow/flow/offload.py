@@ -1,0 +1,34 @@
+"""A module's weights on another device for as long as it works there: sequential offload.
+
+Contract: what the module holds is put back as it was, the very same tensors, so nothing is copied the other way. The
+copies live as long as the context, and what autograd keeps of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def brought_to(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Weights and buffers as copies on `device` while a block runs."""
+    places = [(part, name, held) for part in module.modules() for name, held in part._parameters.items()]
+    buffers = [(part, name, held) for part in module.modules() for name, held in part._buffers.items()]
+    try:
+        for part, name, held in places:
+            if held is not None:
+                there = held.detach().to(device, copy=True)
+                part._parameters[name] = nn.Parameter(there, requires_grad=False)
+        for part, name, buffer in buffers:
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device, copy=True)
+        yield
+    finally:
+        for part, name, held in places:
+            part._parameters[name] = held
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
