@@ -1,4 +1,4 @@
-"""Write what `starflow bench sample --output FILE` and `growth.py` measured into docs/performance.md.
+"""Write what `starflow bench sample --output FILE`, `growth.py` and `int8.py` measured into docs/performance.md.
 
     python benchmarks/document.py benchmarks/results/*.json
 
@@ -25,7 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.files:
         report = json.loads(path.read_text(encoding="utf-8"))
-        fill(options.document, path.stem, growth(report) if "sweeps" in report else section(report))
+        write = growth if "sweeps" in report else int8 if "int8" in report else section
+        fill(options.document, path.stem, write(report))
         print(f"{path} -> {options.document}")
 
 
@@ -104,6 +105,19 @@ def others(report: dict[str, Any]) -> list[str]:
         factors = " | ".join(f"{one['speedup'][solver]:.2f}x" for solver in solvers)
         rows.append(f"| {one['name']}: {one['note']} | {one['seconds']:.2f} | {one['limits']:.1f} | {factors} |")
     return rows
+
+
+def int8(report: dict[str, Any]) -> str:
+    """What rounding costs, in a paragraph."""
+    before, after = (size / 2**20 for size in report["weight_bytes"])
+    return (
+        f"`{report['model']}`: weights of {after:.1f} MiB instead of {before:.1f}. {report['pictures']} held-out "
+        f"pictures: {report['nats_per_dim']:.3f} nats a dimension, {report['nats_per_dim_change']:+.5f} by rounding "
+        f"(of one picture at most {report['nats_per_dim_change_largest']:.5f}). {report['samples']} samples of equal "
+        f"seeds, guidance {report['guidance']:g}: latents {report['latents_apart_mean']:.1%} apart (at most "
+        f"{report['latents_apart_largest']:.1%}), pictures {report['decibels_mean']:.1f} dB (at least "
+        f"{report['decibels_least']:.1f}).\n\nCommand: `{report['command']}`."
+    )
 
 
 NEEDS = ("weights", "cache", "arithmetic")

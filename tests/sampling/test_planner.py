@@ -123,6 +123,18 @@ def test_the_first_call_measures_and_the_model_keeps_it(monkeypatch: pytest.Monk
     assert meter.asked == 6
 
 
+def test_what_was_chosen_without_the_compiled_loop_is_asked_again_with_it() -> None:
+    """Going token by token is several times faster from then on."""
+    model, planner = starflow(), Planner(None, Told(1.0, 0.1, 1.0))
+    block, (tokens, grid) = next(model.stack()), model.tokens(NOISE)
+    predictor = Predictor.of(block, 2, 16, [None], model.block_rotary(block, model.rotary(grid)), None, CachePool())
+    eager = Question(0, 3, Situation("here", "float32", 2, 16, guided=False), 1e-3, None)
+    assert planner.choose(eager, predictor, tokens).solver == "jacobi"
+    planner.meter = Told(0.2, 0.1, 1.0)
+    assert planner.choose(eager, predictor, tokens).solver == "jacobi"
+    assert planner.choose(dataclasses.replace(eager, compiled=True), predictor, tokens).solver == "sequential"
+
+
 def policy_for(model: STARFlow, situation: Situation, choice: BlockPolicy) -> Policy:
     convergence = Convergence(0.2, {"noise": 0.4}, (Candidate(choice, 2, 0),))
     choices = tuple(Choice(one, 0.5, 1.0) for one in (choice, choice, BlockPolicy()))

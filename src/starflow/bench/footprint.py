@@ -23,7 +23,7 @@ from starflow.latents import Autoencoder
 from starflow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.nn.cache import CachePool
 from starflow.sampling.engine.layout import bytes_of
-from starflow.sampling.engine.native import engine_of
+from starflow.sampling.engine.native import Engine, engine_of
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -78,7 +78,9 @@ def measure_footprint(
         if autoencoder is not None:
             autoencoder.decode(latents)
 
-    parameter = next(model.parameters())
+    parameter, engine = next(model.parameters()), engine_of(model)
+    if engine.library is not None:  # without the rounded copies of other solvers
+        model.kept["engine"] = Engine(engine.eager_seconds, engine.library)
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
     with rise(parameter.device) as found:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from starflow.nn.pages import on_large_pages
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -59,7 +61,7 @@ class KVCache:
         """Room for `shape.length` tokens in every layer."""
 
         def room() -> Tensor:
-            return torch.zeros(shape[1:], dtype=dtype, device=device)
+            return on_large_pages(torch.empty(shape[1:], dtype=dtype, device=device)).zero_()
 
         return KVCache(tuple(LayerCache(room(), room()) for _ in range(shape.layers)))
 

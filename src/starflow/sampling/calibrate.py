@@ -97,6 +97,8 @@ def calibrate(model: Flow, material: Material, batches: Sequence[int], repeats: 
     Raises:
         UserError: noise or conditions that the model cannot take.
     """
+    if material.noise.device.type == "cpu":
+        engine_of(model).build()  # what is chosen must hold against the compiled loop too, whenever that comes
     solved = solve_exactly(model, material)
     convergence = []
     for block in solved:

@@ -46,6 +46,8 @@ class Question:
     tolerance: float
     segment: int | None
     """The one that the caller asks for, if any."""
+    compiled: bool = False
+    """Whether the compiled loop is there: what was chosen without it is asked again once it is."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Planner:
         self.policy = policy
         self.meter: Meter = meter or Clock()
         self.decisions: dict[Question, Decision] = {}
-        self._seconds: dict[tuple[BlockSpec, Situation, int | None, str], float] = {}
+        self._seconds: dict[tuple[BlockSpec, Situation, bool, int | None, str], float] = {}
 
     def choose(self, question: Question, predictor: Predictor, noise_BNC: Tensor) -> BlockPolicy:
         """The policy for a block; `predictor` and the noise are what it is about to be solved with."""
@@ -141,7 +143,8 @@ class Planner:
         return seconds
 
     def _tokens(self, question: Question, predictor: Predictor, noise_BNC: Tensor, *, rounded: bool = False) -> float:
-        key = (_shape(predictor), question.situation, None, "rounded tokens" if rounded else "tokens")
+        what = "rounded tokens" if rounded else "tokens"
+        key = (_shape(predictor), question.situation, question.compiled, None, what)
         if key not in self._seconds:
             self._seconds[key] = self.meter.tokens(predictor, noise_BNC, rounded=rounded)
         return self._seconds[key]
@@ -149,7 +152,8 @@ class Planner:
     def _step(
         self, question: Question, predictor: Predictor, noise_BNC: Tensor, segment: int | None, *, draft: bool
     ) -> float:
-        key = (_shape(predictor), question.situation, segment, "draft" if draft else "step")
+        what = "draft" if draft else "step"
+        key = (_shape(predictor), question.situation, question.compiled, segment, what)
         if key not in self._seconds:
             self._seconds[key] = self.meter.step(predictor, noise_BNC, segment, draft=draft)
         return self._seconds[key]

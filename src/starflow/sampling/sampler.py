@@ -127,7 +127,8 @@ def run(
                 solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
             else:
                 assert planner is not None
-                question = Question(number, len(model.blocks), situation, settings.tolerance, settings.segment)
+                compiled, tolerance = engine.library is not None, settings.tolerance
+                question = Question(number, len(model.blocks), situation, tolerance, settings.segment, compiled)
                 solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)

@@ -2,7 +2,7 @@
 
 The linear maps inside that block's layers, almost all parameters of a deep-shallow flow, keep one byte a weight and one
 scale an output channel, and are multiplied in the network's precision. First and last projections, norms and the other
-blocks stay as they are. What it costs in nats/dim is stated in docs/sampling.md.
+blocks stay as they are. What it costs in nats/dim is stated in docs/performance.md.
 """
 
 from __future__ import annotations

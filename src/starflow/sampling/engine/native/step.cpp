@@ -74,10 +74,11 @@ constexpr int VW = 4, PV = 2, TILE = 4;
 #endif
 constexpr int PANEL = VW * PV;
 constexpr int LINE = 16;           // floats of a cache line
+constexpr int APART = LINE;        // between rows: at powers of two they would share their places in a cache
+constexpr int NEAR = 8;            // tiles that take the same piece of a panel one after the other, while it is near
+constexpr int PIECE = 128, LONG_PIECE = 512;  // inputs of a piece where reading weights is dear, and where sums are
 constexpr int ALONE = 32;          // rows that every thread norms for itself
-#ifndef AHEAD
-#define AHEAD (16 * PANEL)
-#endif
+constexpr int AHEAD = 128 * PANEL;  // weights that are asked for before their turn: a piece, so that reading goes on
 
 typedef float vf __attribute__((vector_size(4 * VW)));
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
@@ -163,11 +164,14 @@ inline void panel_row(const half *w, vf *b) {  // each word holds a value of one
     }
 }
 
-// out[p][r][:] = sum_k x[r][k] w[p][k][:] for R rows and P panels, k in order.
+// out[p][r][:] (+)= sum_k x[r][k] w[p][k][:] for R rows and P panels, k in order; panels are `next` apart.
 template <int R, int P, class W>
-void tile(const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
-    const ptrdiff_t next = ptrdiff_t(K) * PANEL;
+void tile(const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out, bool more) {
     vf acc[P][R][PV] = {};
+    if (more)
+        for (int p = 0; p < P; p++)
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < PV; j++) acc[p][r][j] = load(out + (p * R + r) * PANEL + j * VW);
     for (int k = 0; k < K; k++) {
         vf b[P][PV];
 #pragma GCC unroll 4
@@ -191,27 +195,28 @@ void tile(const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
 }
 
 template <int R, class W>
-void tiles(int panels, const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
+void tiles(int panels, const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out, bool more) {
     if constexpr (R <= TILE) {
         if constexpr (4 * R <= TILE)
-            if (panels == 4) return tile<R, 4>(x, stride, w, K, out);
+            if (panels == 4) return tile<R, 4>(x, stride, w, next, K, out, more);
         if constexpr (2 * R <= TILE)
-            if (panels == 2) return tile<R, 2>(x, stride, w, K, out);
-        tile<R, 1>(x, stride, w, K, out);
+            if (panels == 2) return tile<R, 2>(x, stride, w, next, K, out, more);
+        tile<R, 1>(x, stride, w, next, K, out, more);
     }
 }
 
 template <class W>
-void tiles_of(int rows, int panels, const float *x, ptrdiff_t stride, const W *w, int K, float *out) {
+void tiles_of(int rows, int panels, const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out,
+              bool more) {
     switch (rows) {
-        case 1: return tiles<1>(panels, x, stride, w, K, out);
-        case 2: return tiles<2>(panels, x, stride, w, K, out);
-        case 3: return tiles<3>(panels, x, stride, w, K, out);
-        case 4: return tiles<4>(panels, x, stride, w, K, out);
-        case 5: return tiles<5>(panels, x, stride, w, K, out);
-        case 6: return tiles<6>(panels, x, stride, w, K, out);
-        case 7: return tiles<7>(panels, x, stride, w, K, out);
-        default: return tiles<8>(panels, x, stride, w, K, out);
+        case 1: return tiles<1>(panels, x, stride, w, next, K, out, more);
+        case 2: return tiles<2>(panels, x, stride, w, next, K, out, more);
+        case 3: return tiles<3>(panels, x, stride, w, next, K, out, more);
+        case 4: return tiles<4>(panels, x, stride, w, next, K, out, more);
+        case 5: return tiles<5>(panels, x, stride, w, next, K, out, more);
+        case 6: return tiles<6>(panels, x, stride, w, next, K, out, more);
+        case 7: return tiles<7>(panels, x, stride, w, next, K, out, more);
+        default: return tiles<8>(panels, x, stride, w, next, K, out, more);
     }
 }
 
@@ -225,20 +230,31 @@ inline int panels_of(int outputs) { return (outputs + PANEL - 1) / PANEL; }
 inline int padded(int outputs) { return panels_of(outputs) * PANEL; }
 
 // x (rows, K) times panels share.from .. share.to-1; done(panel, row, values) takes PANEL outputs of a row.
+// Of more rows than a tile holds, some take a piece of a panel one after the other while it is near, and then the next.
 template <class W, class Done>
 void product(int rows, const float *x, ptrdiff_t stride, const W *w, int K, Share share, Done done) {
-    const int steps = (rows + TILE - 1) / TILE;
+    const int steps = (rows + TILE - 1) / TILE, piece = steps == 1 ? K : steps <= NEAR ? PIECE : LONG_PIECE;
     const int most = rows > TILE / 2 ? 1 : rows > TILE / 4 ? 2 : 4;
-    float out[TILE * PANEL];
+    float out[NEAR * TILE * PANEL];
     for (int p = share.from; p < share.to;) {
         int count = most;
         while (count > share.to - p) count /= 2;
-        for (int s = 0; s < steps; s++) {
-            const Share some(rows, s, steps);
-            const int n = some.to - some.from;
-            tiles_of(n, count, x + some.from * stride, stride, w + ptrdiff_t(p) * K * PANEL, K, out);
-            for (int q = 0; q < count; q++)
-                for (int r = 0; r < n; r++) done(p + q, some.from + r, out + (q * n + r) * PANEL);
+        const W *panel = w + ptrdiff_t(p) * K * PANEL;
+        for (int s = 0; s < steps; s += NEAR) {
+            const int last = s + NEAR < steps ? s + NEAR : steps;
+            for (int k = 0; k < K; k += piece)
+                for (int t = s; t < last; t++) {
+                    const Share some(rows, t, steps);
+                    tiles_of(some.to - some.from, count, x + some.from * stride + k, stride, panel + ptrdiff_t(k) * PANEL,
+                             ptrdiff_t(K) * PANEL, k + piece < K ? piece : K - k, out + (t - s) * TILE * PANEL, k > 0);
+                }
+            for (int t = s; t < last; t++) {
+                const Share some(rows, t, steps);
+                const int n = some.to - some.from;
+                for (int q = 0; q < count; q++)
+                    for (int r = 0; r < n; r++)
+                        done(p + q, some.from + r, out + (t - s) * TILE * PANEL + (q * n + r) * PANEL);
+            }
         }
         p += count;
     }
@@ -316,15 +332,15 @@ class Barrier {
     }
 };
 
-struct Room {  // where things lie in the workspace; strides are padded to whole panels
+struct Room {  // where things lie in the workspace; rows are whole panels and a line apart
     int width, qkv, inner, hidden, outputs, scores;
     bool together;  // whether threads share out the norms of rows, and meet once more for it
     float *x, *heads, *attended, *expanded, *out, *spare, *common, *own;
     size_t normed_size, own_size, floats;
 
     Room(const Block &b, int rows, float *work) {
-        width = padded(b.width), inner = padded(b.heads * b.head_dim), hidden = padded(b.hidden);
-        qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim), outputs = padded(2 * b.channels);
+        width = padded(b.width) + APART, inner = padded(b.heads * b.head_dim) + APART, hidden = padded(b.hidden) + APART;
+        qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim) + APART, outputs = padded(2 * b.channels);
         scores = padded(b.length) + 2 * padded(b.head_dim);
         float *p = work;
         auto take = [&](size_t n) { return (p += (n + LINE - 1) / LINE * LINE) - (n + LINE - 1) / LINE * LINE; };
@@ -549,8 +565,8 @@ struct Worker {
                     const int at = panel * PANEL;
                     for (int j = 0; j < PANEL; j += VW) {
                         vf v = load(sums + j) + load(b.proj_in_bias + at + j);
-                        if (b.table) v += load(b.table + size_t(index) * room.width + at + j);
-                        if (b.class_vector) v += load(b.class_vector + size_t(row) * room.width + at + j);
+                        if (b.table) v += load(b.table + size_t(index) * padded(b.width) + at + j);
+                        if (b.class_vector) v += load(b.class_vector + size_t(row) * padded(b.width) + at + j);
                         store(room.x + size_t(row) * room.width + at + j, v);
                     }
                 });
