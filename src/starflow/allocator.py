@@ -15,7 +15,7 @@ def keep_memory() -> bool:
 
     By default every large tensor goes back to the kernel when it is freed, and the next one comes as fresh pages, each
     a page fault. Measured on one CPU core: an update of TAESD's decoder on four 96-px crops takes 1.52 s by default and
-    1.28 s without, of the time of encoding 128-px pictures in batches of 16 faults took 40 %. For commands that train.
+    1.28 s without, one of a 57 M parameter flow 2.83 s and 2.42 s. For whatever trains on a CPU.
     """
     if sys.platform != "linux":
         return False

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from starflow.allocator import keep_memory
 from starflow.train.distributed.initial import initialise
 from starflow.train.distributed.mesh import Layout, make_layout
 from starflow.train.distributed.pieces import local, named_state, whole
 from starflow.train.distributed.world import World
 from starflow.train.distributed.wrap import compile_units, recompute, shard
-from starflow.train.host_memory import keep_freed_memory
 from starflow.train.optimiser import AveragedWeights, make_optimiser
 from starflow.train.precision import network_dtype
 from starflow.train.settings import TrainSettings
@@ -38,7 +38,7 @@ class Engine:
         self.model, self.settings, self.world = model, settings, world
         self.layout: Layout | None = None
         if world.device.type == "cpu":
-            keep_freed_memory()
+            keep_memory()
         blank = all(parameter.is_meta for parameter in model.parameters())
         if world.size > 1:
             self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save
