@@ -292,7 +292,7 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
     model, noise = randomised(config, 0), torch.randn(2, 2, 4, 4)
     engine = model.kept["engine"] = engine_for(library)
     expected = run(model, noise, None, None, SampleSettings()).x
-    whole, first = engine.bytes, engine._packed[model.stack()[0]][False].bytes
+    whole, first = engine.bytes, engine._packed[next(model.stack())][False].bytes
     assert len(engine._packed) == 3
     monkeypatch.setattr(native, "PACKED_KEPT", whole // 2)
     engine = model.kept["engine"] = engine_for(library)
