@@ -149,3 +149,21 @@ def test_saving_and_drawing_reach_their_callables(tmp_path: Path) -> None:
     task.save(other, tmp_path / "b")
     assert isinstance(task.model, TracedLoss)
     assert called == [(task.model.flow, tmp_path / "a"), (other.flow, tmp_path / "b")]
+
+
+def test_an_evaluation_may_read_some_of_the_heldout_pictures() -> None:
+    cache, nothing = make_cache(heldout=5), lambda flow, path: None
+
+    def task(count: int) -> FlowTask:
+        settings = TrainSettings(steps=3, batch=4, evaluate_pictures=count)
+        return FlowTask(random_flow(), cache, Objective(), settings, draw=nothing, save=nothing)
+
+    chosen = torch.cat(task(2).heldout).tolist()
+    assert len(set(chosen)) == 2
+    assert set(chosen) < set(range(5))
+    assert torch.cat(task(2).heldout).tolist() == chosen
+    assert torch.cat(task(0).heldout).tolist() == torch.cat(task(9).heldout).tolist() == list(range(5))
+    few = task(2)
+    assert few.evaluate(few.model)["nats_per_dim"] != task(0).evaluate(few.model)["nats_per_dim"]
+    with pytest.raises(UserError, match="'evaluate_pictures' is -1, expected at least 0"):
+        TrainSettings(steps=1, evaluate_pictures=-1)
