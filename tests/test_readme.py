@@ -96,7 +96,9 @@ def test_recipes_are_read() -> None:
 
 
 def test_every_block_is_of_a_tested_section() -> None:
-    tested = {"sh": ("Two commands", "From a shell", "Train your own"), "python": ("In Python",)}
+    """That of the published weights is run by tests/components/test_releases.py, against a local hub."""
+    shells = ("Two commands", "From a shell", "Train your own", "The published weights")
+    tested = {"sh": shells, "python": ("In Python",)}
     for language, sections in tested.items():
         found = re.findall(rf"^```{language}$", TEXT, re.MULTILINE)
         assert len(found) == sum(len(blocks(section, language)) for section in sections)

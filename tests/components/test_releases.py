@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.conditioning.test_flan_t5 import flan  # noqa: F401  # a fixture
 from tests.latents.test_sd_vae import save_sd_vae
 from tests.local_hub import Hub, used
 from tests.published import FILE, arguments, model, write_checkpoint
+from tests.test_readme import commands
 
 from starflow import STARFlow, StarFlowPipeline, files
 from starflow.cli.main import main
@@ -130,9 +132,13 @@ def test_one_line_draws_a_picture(
     hub.put("google/flan-t5-xl", flan)
     hub.put("stabilityai/sd-vae-ft-ema", save_sd_vae(tmp_path / "vae"))
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "a red apple", "--model", NAME, "--output", "apple.png", "--device", "cpu"]) == 0
+    (line,) = commands("The published weights")  # of the README
+    name, *words = shlex.split(line)
+    assert name == "starflow"
+    assert NAME in words
+    assert main([*words, "--device", "cpu"]) == 0
     assert "come under the licence 'apple-amlr'" in capsys.readouterr().err
-    assert (tmp_path / "apple.png").is_file()
+    assert (tmp_path / "out" / "a-red-apple-0000.png").is_file()
     pipeline = StarFlowPipeline.from_pretrained(NAME)
     assert pipeline.flow.network_dtype == torch.float32  # it is small
     assert pipeline.conditioner is not None
