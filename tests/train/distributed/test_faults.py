@@ -114,11 +114,16 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(recipe: Path, tmp_path
 
 
 LATE = """
-import os, signal, time, torch
+import os, pathlib, signal, time, torch
 from starflow.train.distributed.world import join
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+there = pathlib.Path(__file__).with_name("there")
+if again and os.environ["RANK"] == "1":
+    there.touch()
 if again and os.environ["RANK"] == "0":
-    time.sleep(3)
+    while not there.exists():
+        time.sleep(0.1)
+    time.sleep(2)
 with join(torch.device("cpu"), 60) as world:
     world.total(torch.ones(1))
     if not again and world.rank == 1:
