@@ -113,6 +113,37 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(recipe: Path, tmp_path
         subprocess.run(["umount", folder], check=False)
 
 
+LATE = """
+import os, pathlib, signal, time, torch
+from starflow.train.distributed.world import join
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+there = pathlib.Path(__file__).with_name("there")
+if again and os.environ["RANK"] == "1":
+    there.touch()
+if again and os.environ["RANK"] == "0":
+    while not there.exists():
+        time.sleep(0.1)
+    time.sleep(2)
+with join(torch.device("cpu"), 60) as world:
+    world.total(torch.ones(1))
+    if not again and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.wait()
+    print("done", world.rank, again)
+"""
+
+
+def test_a_restart_does_not_meet_the_dead(tmp_path: Path) -> None:
+    """The first process comes last after a restart: what it stored before must not be taken for it."""
+    (tmp_path / "late.py").write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    process = launch([*launcher, str(tmp_path / "late.py")])
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "done 0 True" in output
+    assert "done 1 True" in output
+
+
 HOSTS = ("starflow-a", "starflow-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 

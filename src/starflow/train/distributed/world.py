@@ -15,8 +15,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from starflow.errors import UserError
+from starflow.train.distributed.meeting import agree_on_a_word
 
 PATIENCE = timedelta(days=30)
 """How long the others wait for work that the first process does alone, such as encoding a data set."""
@@ -93,12 +96,19 @@ def join(device: torch.device, timeout: float) -> Iterator[World]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     with lost_process(rank, size):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        _meet("nccl" if device.type == "cuda" else "gloo", rank, size, timeout)
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield World(rank, size, local_rank, local_size, device, timeout, patient)
         finally:
             dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, size: int, timeout: float) -> None:
+    patience = timedelta(seconds=timeout)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
+    word = agree_on_a_word(PrefixStore("starflow", store), rank, size, timeout)
+    dist.init_process_group(backend, store=PrefixStore(word, store), rank=rank, world_size=size, timeout=patience)
 
 
 @contextlib.contextmanager
