@@ -137,6 +137,7 @@ def growth(report: dict[str, Any]) -> str:
         heads = (name, "s a batch", "slope", *NEEDS, "share", "a pass", "passes")
         lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [growth_row(name, row) for row in rows]
+    lines += ["", "![cost against tokens, batch and width](images/growth.png)"]
     return "\n".join([*lines, "", f"Command: `{report['command']}`."])
 
 
