@@ -41,6 +41,12 @@ NOISE = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 CONDITION = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def no_compiled_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an earlier test has built is not found, or planners would ask about rounded weights too."""
+    monkeypatch.setenv("STARFLOW_CACHE", str(tmp_path / "cache"))
+
+
 def starflow() -> STARFlow:
     model = randomised(CONFIG, 0)
     assert isinstance(model, STARFlow)
