@@ -158,6 +158,7 @@ def draw(result: dict[str, Any]) -> bytes:
         fixed = ", ".join(f"{key} {value}" for key, value in BASE.items() if key != name)
         axes.set(xlabel=name, ylabel="seconds a batch", title=f"against {name} ({fixed})")
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axes.set_xticks([], minor=True)
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(f"{result['block']}; {result['machine']}")

@@ -172,7 +172,9 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 def host_agent(number: int, recipe: Path, run: Path, steps: int) -> subprocess.Popen[str]:
     """torchrun on one of the hosts, with one process."""
-    enter = ["ip", "netns", "exec", HOSTS[number], "env", "GLOO_SOCKET_IFNAME=sf0"]
+    # A host that comes later never learns the address of a store that torchrun keeps over its restarts.
+    variables = ["GLOO_SOCKET_IFNAME=sf0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    enter = ["ip", "netns", "exec", HOSTS[number], "env", *variables]
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={ADDRESSES[number]}"]
     rendezvous += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400", "--rdzv-id=job"]
     rendezvous += [f"--rdzv-conf=is_host={number == 0}"]  # a host name of its own would tell, where hosts have one
