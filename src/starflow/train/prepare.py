@@ -125,7 +125,7 @@ def prepare_autoencoder(run: Run) -> Autoencoder:
     if recipe.source:
         return _on(load_small(autoencoder_folder(recipe.source)), run)
     folder = run.folder / "autoencoder"
-    if not (folder / "model" / "config.json").is_file():
+    if run.world.missing(folder / "model" / "config.json"):
         pictures = prepare_pictures(run)
         run.world.first(lambda: _train_autoencoder(run, pictures, folder))
     return _on(load_small(folder / "model"), run)
@@ -195,11 +195,12 @@ def prepare_conditioner(run: Run, pictures: Pictures | None) -> Conditioner | No
         return None
     if recipe.kind == "class":
         path = run.folder / "classes.json"
-        if not path.is_file():
+        if run.world.missing(path):
             found = pictures or prepare_pictures(run)
             run.world.first(lambda: files.write_json(path, found.classes()))
         classes = ClassLabels(files.read_json(path))
-        classes.encode(run.recipe.prompts)
+        if run.recipe.prompts:
+            classes.encode(run.recipe.prompts)  # a wrong name shows now, not with the first samples
         return classes
     adapter = TokenEmbeddings if recipe.kind == "embeddings" else TextEncoder
     conditioner = adapter.from_pretrained(recipe.encoder, recipe.tokens)

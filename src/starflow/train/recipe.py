@@ -139,8 +139,8 @@ class Recipe:
     """Options of STARFlowConfig (or, with `kind: tarflow`, of TarFlowConfig); in_channels, img_size and the condition's
     sizes follow from the other sections."""
     objective: Objective = field(default_factory=Objective)
-    prompts: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a dog")
-    """Prompts (or class names) of the sample grids; none is the first classes."""
+    prompts: tuple[str, ...] = ()
+    """Prompts (or class names) of the sample grids; none is the first classes, or with text some of our own."""
     guidance: float = 2.0
     """Guidance weight of the sample grids and of the finished pipeline's default."""
     temperature: float = 1.0

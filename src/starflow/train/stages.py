@@ -44,6 +44,8 @@ from starflow.train.prepare import (
 )
 from starflow.train.recipe import Objective, Recipe
 
+USUAL_PROMPTS = ("a red apple", "a blue car", "a green tree", "a dog")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -253,9 +255,10 @@ def _cleaning(objective: Objective, latents: AutoencoderSpec) -> Cleaning:
 
 
 def _grid_prompts(recipe: Recipe, conditioner: Conditioner | None) -> list[str]:
-    """The recipe's prompts, or the first classes where it has none, or none."""
-    own = [] if conditioner is None else list(recipe.prompts or conditioner.spec.names[:8])
-    return own or [""] * 8
+    """The recipe's prompts, or the first classes or our own where it has none, or without a conditioner none."""
+    if conditioner is None:
+        return [""] * 8
+    return list(recipe.prompts or conditioner.spec.names[:8] or USUAL_PROMPTS)
 
 
 def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> None:

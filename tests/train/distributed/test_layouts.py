@@ -51,6 +51,12 @@ def test_the_averages_that_are_saved_are_the_same(runs: Path, name: str) -> None
         torch.testing.assert_close(together[key], value, rtol=1e-3, atol=2e-5)
 
 
+def test_a_process_that_comes_late_takes_part_in_every_stage(runs: Path) -> None:
+    """A file that the first process has written by then does not make the second one skip what all do together."""
+    assert [json.loads((runs / "late" / f"seen-{rank}.json").read_text()) for rank in (0, 1)] == [[2.0], [2.0]]
+    assert (runs / "late" / "latents").is_dir()
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_is_uninterrupted_bit_for_bit(runs: Path, name: str) -> None:
     whole = name.removesuffix("-resumed")

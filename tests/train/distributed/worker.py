@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,23 @@ from starflow.train.distributed.world import World, join
 from starflow.train.engine import Engine
 from starflow.train.objective import TracedLoss
 from starflow.train.precision import network_precision
+from starflow.train.prepare import prepare_autoencoder, prepare_conditioner, prepare_latents, prepare_pictures
+from starflow.train.recipe import load_recipe
+from starflow.train.stages import Run
+
+LATE = """
+name: late
+data: {source: shapes, shapes: 60, views: {size: 8}}
+autoencoder: {model: {widths: [8], channels: 2, encoder_pairs: 0, decoder_pairs: 0}, train: {steps: 1, batch: 4}}
+conditioning: {kind: class}
+train: {steps: 1}
+"""
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with join(torch.device("cpu"), timeout=30) as world:
+        late(folder / "late", world)
         train(folder / "replicated", settings(), world)
         train(folder / "sharded", settings(layout="sharded"), world)
         thrifty = settings(layout="sharded", accumulate=2, checkpoint_attention=True, checkpoint_mlp=True)
@@ -45,6 +58,18 @@ def main(folder: Path) -> None:
             train(folder / "nan", settings(layout="sharded"), world, nan_at=5)
         except UserError as error:
             (folder / f"nan-{world.rank}.txt").write_text(str(error))
+
+
+def late(folder: Path, world: World) -> None:
+    """Every stage of a run, where the second process always comes when the first has done its part of it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "late.yaml").write_text(LATE)
+    run = Run(load_recipe(folder / "late.yaml"), folder, world.device, progress=False, world=world)
+    for stage in (prepare_pictures, prepare_autoencoder, lambda run: prepare_conditioner(run, None), prepare_latents):
+        time.sleep(2 * world.rank)
+        stage(run)
+        seen = world.total(torch.tensor([1.0]))
+        (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
 
 
 def rounded(world: World) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,6 +59,10 @@ class World:
     def agree(self, *, failed: bool) -> bool:
         """Whether `failed` holds in any process."""
         return self.total(torch.tensor([float(failed)], device=self.device))[0] > 0
+
+    def missing(self, path: Path) -> bool:
+        """Whether a file is missing, asked by all before any goes on to write it: all hear the same."""
+        return self.agree(failed=not path.is_file())
 
     def wait(self) -> None:
         """Wait until every process is here."""
