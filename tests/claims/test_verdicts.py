@@ -124,7 +124,7 @@ CURVES = [[(1, 0.5, 0.5), (2, 0.499, 0.5)]]
     ("gaussian", "linear", "head"),
     [
         ([0.05, 0.03, 0.04], [0.05, 0.03, 0.4], "The claim shows: the linear rule dips and then spikes"),
-        ([0.05, 0.03, 0.4], [0.05, 0.03, 0.04], "The claim does not show at this size: at the largest weight the gaussian"),
+        ([0.05, 0.03, 0.4], [0.05, 0.03, 0.04], "The claim does not show at this size: at the largest"),
         ([0.05, 0.03, 0.032], [0.05, 0.03, 0.045], "The claim shows, but for the height of the spike"),
         ([0.05, 0.03, 0.04], [0.05, 0.03, 0.04], "The claim does not show at this size: at the largest weight the two"),
     ],
