@@ -72,7 +72,7 @@ def run(
         _share(folder / "l2", where)
         reports[name] = run_decoder(settings(budget, loss, autoencoder, data), where, device)
         curves[name] = curve_of(where, budget.noise)
-    draw_plot(folder, curves, reports)
+    draw_plot(folder, curves, reports, budget.heldout)
     values = {
         "measures": {name: one.measures for name, one in reports.items()},
         "curves": curves,
@@ -142,7 +142,7 @@ def verdict(reports: dict[str, DecoderReport], curves: dict[str, Curve], budget:
             )
     rises = [curve[-1][1] - curve[-2][1] for curve in curves.values() if len(curve) > 1]
     state = "still rose" if not rises or max(rises) > 0.05 else "were flat"
-    return " ".join([*sentences, f"The held-out curves {state} at the end."])
+    return " ".join([*sentences, f"The curves, of {budget.heldout} of these pictures, {state} at the end."])
 
 
 def table(reports: dict[str, DecoderReport]) -> list[list[str]]:
@@ -153,7 +153,7 @@ def table(reports: dict[str, DecoderReport]) -> list[list[str]]:
     return rows
 
 
-def draw_plot(folder: Path, curves: dict[str, Curve], reports: dict[str, DecoderReport]) -> None:
+def draw_plot(folder: Path, curves: dict[str, Curve], reports: dict[str, DecoderReport], heldout: int) -> None:
     """dB over the updates, and the last samples' sheet of each run."""
     from PIL import Image
 
@@ -164,7 +164,7 @@ def draw_plot(folder: Path, curves: dict[str, Curve], reports: dict[str, Decoder
     for name, curve in curves.items():
         first.plot([step for step, _ in curve], [value for _, value in curve], label=name)
     first.axhline(BAR, color="grey", linestyle=":", linewidth=1)
-    first.set(title="held-out dB at the noise, by update", xlabel="update")
+    first.set(title=f"dB at the noise of {heldout} held-out pictures", xlabel="update")
     first.legend(fontsize=8)
     for axis, name in zip(axes[0][1:], reports, strict=True):
         sheet = sorted((folder / name.partition(" ")[0].lower() / "samples").glob("*.png"))[-1]
