@@ -19,7 +19,12 @@ def test_a_policy_is_written_beside_the_weights_and_found_there(run: Run, classe
     pipeline = StarFlowPipeline.from_pretrained(classes)
     known = planner_of(pipeline.flow).policy
     assert known is not None
-    assert [plan.situation.batch for plan in known.plans] == [1, 2]
+    assert [(plan.situation.batch, plan.situation.guided) for plan in known.plans] == [
+        (1, True),
+        (1, False),
+        (2, True),
+        (2, False),
+    ]
     assert known.tolerance == 0.01
     assert len(known.convergence) == pipeline.flow.config.num_blocks
     (classes / "flow" / "policy.json").unlink()

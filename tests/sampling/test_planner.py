@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.model_config import STARFlowConfig, config_to_dict
 from starflow.nn.cache import CachePool
+from starflow.sampling import calibrate as calibrate_module
 from starflow.sampling import planner as planner_module
 from starflow.sampling.calibrate import Material, calibrate
 from starflow.sampling.draft import can_draft
@@ -193,9 +196,13 @@ def test_calibration_finds_what_meets_the_tolerance() -> None:
     notes: list[str] = []
     material = Material(NOISE, CONDITION, CONDITION * 0, SampleSettings(1.0, tolerance=1e-2))
     policy = calibrate(model, material, [1, 3], repeats=1, note=notes.append)
-    assert [plan.situation.batch for plan in policy.plans] == [1, 3]
-    assert len(notes) == 3 + 2
-    assert all(plan.situation.guided for plan in policy.plans)
+    assert [(plan.situation.batch, plan.situation.guided) for plan in policy.plans] == [
+        (1, True),
+        (1, False),
+        (3, True),
+        (3, False),
+    ]
+    assert len(notes) == 3 + 4
     for known in policy.convergence:
         assert known.starts["zero"] == pytest.approx(1.0)
         for candidate in known.candidates:
@@ -206,3 +213,33 @@ def test_calibration_finds_what_meets_the_tolerance() -> None:
             assert choice.residual <= 1e-2
             assert choice.seconds <= choice.sequential_seconds
     assert from_dict(Policy, to_dict(policy)) == policy
+
+
+def timed(whole: tuple[float, float]) -> Callable[..., list[float]]:
+    """A clock by which every block gains tenfold, and whole samples take what it is told."""
+
+    def in_turn(actions: Sequence[Callable[[], object]], _device: torch.device, _rounds: int) -> list[float]:
+        for action in actions:
+            action()
+        if not isinstance(actions[0], functools.partial):
+            return list(whole)
+        return [1.0 if action.args[0] == BlockPolicy() else 0.1 for action in actions]  # type: ignore[attr-defined]
+
+    return in_turn
+
+
+@pytest.mark.parametrize(("before", "after", "kept"), [(1.0, 0.9, True), (1.0, 0.98, False), (1.0, 1.2, False)])
+def test_what_wins_block_by_block_must_win_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, before: float, after: float, kept: bool
+) -> None:
+    """Small gains are smaller than the noise that picks them: the sum of them is timed before it is believed."""
+    monkeypatch.setattr(calibrate_module, "in_turn", timed((before, after)))
+    monkeypatch.setattr(calibrate_module, "_expected", lambda _block, _candidate: 0.0)
+    policy = calibrate(
+        starflow(), Material(NOISE, CONDITION, None, SampleSettings(tolerance=0.3)), [2], 1, lambda _: None
+    )
+    (plan,) = policy.plans
+    solvers = {choice.policy.solver for choice in plan.choices}
+    assert ("jacobi" in solvers) == kept
+    assert (plan.seconds, plan.sequential_seconds) == ((after, before) if kept else (0.0, 0.0))
+    assert (plan.deviation > 0) == kept

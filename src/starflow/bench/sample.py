@@ -37,7 +37,7 @@ from starflow.sampling.jacobi import relative_change
 from starflow.sampling.plan import machine_of
 from starflow.sampling.sampler import Sampling, run
 from starflow.sampling.settings import SampleSettings, SolverName
-from starflow.sampling.timing import wait
+from starflow.sampling.timing import in_turn, seconds_of
 
 RANDOM = "57m"
 """What is sampled without a name: 57 M random parameters."""
@@ -213,7 +213,7 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     guidance = plan.guidance if given.can_guide else 0.0
     solvers: tuple[SolverName, ...] = ("sequential", "auto") if given.trained else ("sequential",)
     note("the first picture")
-    once = _paid_once(model, _seconds(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter))
+    once = _paid_once(model, seconds_of(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter.device))
     note("ceilings")
     ceilings = measure_ceilings(parameter.device, parameter.dtype)
     times: list[_Timed] = []
@@ -224,7 +224,7 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     task = given.task(plan.compare_at, guidance)
     baselines = load_baselines(plan.baselines, task) if plan.baselines else []
     note(f"batch {plan.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
-    compared, seconds = _time(task, solvers, baselines, plan.repeats)
+    compared, theirs = _time(task, solvers, baselines, plan.repeats)
     ceilings = ceilings.better(measure_ceilings(parameter.device, parameter.dtype))
     note("memory")
     footprint = _footprint(given, max(*plan.batches, plan.compare_at), guidance)
@@ -244,7 +244,7 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
         compare_at=plan.compare_at,
         guidance=guidance,
         others=tuple(
-            _other(one, found, compared, model, ceilings) for one, found in zip(baselines, seconds, strict=True)
+            _other(one, found, compared, model, ceilings) for one, found in zip(baselines, theirs, strict=True)
         ),
         memory=footprint,
     )
@@ -279,18 +279,12 @@ def _time(
         one.action()
     pool, batch = CachePool(), len(task.noise)
     actions: list[Callable[[], object]] = [functools.partial(_draw, task, solver, pool) for solver in solvers]
-    seconds = in_turn([*actions, *(one.action for one in baselines)], task.noise, repeats)
+    times = in_turn([*actions, *(one.action for one in baselines)], task.noise.device, repeats)
     ours = [
         _Timed(solver, batch, task.guidance, found, float(relative_change(drawn["sequential"], drawn[solver]).max()))
-        for solver, found in zip(solvers, seconds, strict=False)
+        for solver, found in zip(solvers, times, strict=False)
     ]
-    return ours, [one.scale * found for one, found in zip(baselines, seconds[len(solvers) :], strict=True)]
-
-
-def in_turn(actions: Sequence[Callable[[], object]], like: Tensor, repeats: int) -> list[float]:
-    """Seconds of the fastest run of each, one after the other in every round."""
-    rounds = [[_seconds(action, like) for action in actions] for _ in range(repeats)]
-    return [min(times) for times in zip(*rounds, strict=True)]
+    return ours, [one.scale * found for one, found in zip(baselines, times[len(solvers) :], strict=True)]
 
 
 def _best(times: Sequence[_Timed]) -> list[_Timed]:
@@ -342,14 +336,6 @@ def _tokens(model: Flow) -> int:
 def _draw(task: Task, solver: SolverName, caches: CachePool | None = None) -> Sampling:
     settings = SampleSettings(task.guidance, solver)
     return run(task.model, task.noise, task.condition, task.null_condition, settings, caches=caches)
-
-
-def _seconds(action: Callable[[], object], like: Tensor) -> float:
-    wait(like.device)
-    started = time.perf_counter()
-    action()
-    wait(like.device)
-    return time.perf_counter() - started
 
 
 def _paid_once(model: Flow, first: float) -> Once:

@@ -105,8 +105,8 @@ def convergence_text(policy: Policy) -> list[str]:
 
 def plan_text(plan: Plan) -> list[str]:
     """What was chosen for one batch size."""
-    seconds = sum(choice.seconds for choice in plan.choices)
-    before = sum(choice.sequential_seconds for choice in plan.choices)
+    before = plan.sequential_seconds or sum(choice.sequential_seconds for choice in plan.choices)
+    seconds = plan.seconds or before
     where = plan.situation
     lines = [
         f"batch {where.batch}, {where.tokens} tokens, {'guided' if where.guided else 'unguided'}, {where.dtype}, "

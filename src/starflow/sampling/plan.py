@@ -89,6 +89,10 @@ class Plan:
     choices: tuple[Choice, ...]
     deviation: float = 0.0
     """||x - x_sequential|| / ||x_sequential|| of the samples, the largest of the batch."""
+    seconds: float = 0.0
+    """Of whole samples as planned, timed in turn with the next; 0 for both where all blocks go token by token."""
+    sequential_seconds: float = 0.0
+    """Of whole samples token by token."""
 
 
 @dataclass(frozen=True)

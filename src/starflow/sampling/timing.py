@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -63,11 +63,17 @@ class Clock:
 
 def fastest(action: Callable[[], object], predictor: Predictor, times: int = 2) -> float:
     """Seconds of the fastest of some runs."""
-    device = predictor.block.proj_in.weight.device
-    return min(_seconds(action, device) for _ in range(times))
+    return in_turn([action], predictor.block.proj_in.weight.device, times)[0]
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
+def in_turn(actions: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
+    """Seconds of the fastest run of each, one after the other in every round: what else runs slows all of them."""
+    times = [[seconds_of(action, device) for action in actions] for _ in range(rounds)]
+    return [min(found) for found in zip(*times, strict=True)]
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Of one run, the device waited for."""
     wait(device)
     started = time.perf_counter()
     action()
