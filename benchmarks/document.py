@@ -87,7 +87,24 @@ def speeds(report: dict[str, Any]) -> list[str]:
             f"| {one['bytes_per_second'] / 1e9:.1f} | {one['flops_per_second'] / 1e9:.0f} "
             f"| {one['limit_seconds']:.3f} | {one['share_of_limit']:.0%} | {one['deviation']:.0e} |"
         )
-    return rows
+    return [*rows, *noise(report)]
+
+
+def noise(report: dict[str, Any]) -> list[str]:
+    """How far times of one and the same thing lie apart, where "auto" went token by token."""
+    found = {(one["solver"], one["batch"], one["guidance"]): one for one in report["speeds"]}
+    same = [
+        one["seconds"] / found["sequential", *key]["seconds"] - 1
+        for (solver, *key), one in found.items()
+        if solver == "auto" and one["deviation"] == 0
+    ]
+    if not same:
+        return []
+    return [
+        "",
+        f'Where "auto" is off by 0 it went token by token as well: that its times there are {min(same):+.0%} to '
+        f"{max(same):+.0%} from those of sequential is this machine's noise.",
+    ]
 
 
 def others(report: dict[str, Any]) -> list[str]:

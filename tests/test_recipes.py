@@ -27,7 +27,7 @@ from starflow.train.stages import start, train_flow
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SCALED = sorted(path.stem for path in (RECIPES / "tiny").glob("*.yaml"))
-OTHERS = {"tiny", "fashion-mnist", "glyphs-64", "glyphs-64-more", "finetune-glyphs", "bench-57m"}
+OTHERS = {"tiny", "fashion-mnist", "glyphs-64", "glyphs-64-more", "glyphs-64-plain", "finetune-glyphs", "bench-57m"}
 """Recipes that a processor trains: they are run by tests of their own."""
 
 

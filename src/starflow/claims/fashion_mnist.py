@@ -38,7 +38,7 @@ CLAIM = (
 class Budget:
     """How much is computed."""
 
-    steps: int = 6000
+    steps: int = 4500
     pictures: int = 0
     """Test pictures, at most, of every likelihood; 0 is all 10,000."""
     draws: int = 4
