@@ -180,6 +180,13 @@ def test_decoder(decibels: float, part: str) -> None:
     flat: dict[str, decoder.Curve] = {"L2": [(1, 22.5), (2, 22.5)]}
     assert "were flat" in decoder.verdict(reports, flat, decoder.Budget())
     assert decoder.table(reports)[1] == ["PSNR at noise 0.3 (dB)", "21.30", f"{decibels:.2f}", "24.00"]
+    reports["L2, longer"] = fine_tuned(25.5, 35.0)
+    said = decoder.verdict(reports, flat, decoder.Budget(longer=5000))
+    assert (
+        "to 25.50 dB at noise 0.3 on 96 held-out pictures, in 5,000 updates of 4 crops of 96 px: it reaches 25 dB"
+        in said
+    )
+    assert decoder.table(reports)[0] == ["measure", "before", "L2", "full loss", "L2, longer"]
 
 
 def test_a_stop_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,9 @@ def main() -> int:
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run that proves the code, not the claim")
     parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the claim's own)")
+    parser.add_argument(
+        "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
+    )
     parser.add_argument("--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder: the glyphs")
     parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
     parser.add_argument("--device", default="cpu")
@@ -67,6 +70,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
         return fashion_mnist.run(folder, fashion, _say, command, options.data, device)
     if options.name == "decoder":
+        changed |= {"longer": options.longer} if options.longer else {}
         noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
         return decoder.run(folder, noisy, _say, command, options.autoencoder, options.data or GLYPHS, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
