@@ -282,7 +282,7 @@ def _time(
     times = in_turn([*actions, *(one.action for one in baselines)], task.noise.device, repeats)
     ours = [
         _Timed(solver, batch, task.guidance, found, float(relative_change(drawn["sequential"], drawn[solver]).max()))
-        for solver, found in zip(solvers, times, strict=False)
+        for solver, found in zip(solvers, times[: len(solvers)], strict=True)
     ]
     return ours, [one.scale * found for one, found in zip(baselines, times[len(solvers) :], strict=True)]
 

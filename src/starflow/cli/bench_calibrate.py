@@ -31,7 +31,7 @@ class BenchCalibrateOptions:
 
     model: Annotated[str, Argument("bundled name, folder, or hub repository")] = "glyphs"
     batches: Annotated[str, Flag("pictures at once, separated by commas", "N,N")] = "1,4,16"
-    guidance: Annotated[float | None, Flag("weight to measure with (default: the model's)", "W")] = None
+    guidance: Annotated[float | None, Flag("weight to measure with, beside none (default: the model's)", "W")] = None
     prompts: Annotated[str, Flag("a text file, one prompt a line (default: some of our own)", "FILE")] = ""
     tolerance: Annotated[float, Flag("bound on the residual of every block and picture")] = 1e-3
     repeats: Annotated[int, Flag("timed runs, of which the fastest counts", "N")] = 3
