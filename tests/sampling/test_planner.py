@@ -218,12 +218,12 @@ def test_calibration_finds_what_meets_the_tolerance() -> None:
 def timed(whole: tuple[float, float]) -> Callable[..., list[float]]:
     """A clock by which every block gains tenfold, and whole samples take what it is told."""
 
-    def in_turn(actions: Sequence[Callable[[], object]], _device: torch.device, _rounds: int) -> list[float]:
+    def in_turn(actions: Sequence[functools.partial[object]], _device: torch.device, _rounds: int) -> list[float]:
         for action in actions:
             action()
-        if not isinstance(actions[0], functools.partial):
+        if not isinstance(actions[0].args[0], BlockPolicy):
             return list(whole)
-        return [1.0 if action.args[0] == BlockPolicy() else 0.1 for action in actions]  # type: ignore[attr-defined]
+        return [1.0 if action.args[0] == BlockPolicy() else 0.1 for action in actions]
 
     return in_turn
 
