@@ -18,7 +18,8 @@ from starflow.flow.model import TarFlow
 from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.model_config import TarFlowConfig
-from starflow.pipeline import PipelineConfig, StarFlowPipeline, noise_of
+from starflow.pipeline import PipelineConfig, StarFlowPipeline
+from starflow.sampling.noise import candidates_of, noise_of
 from starflow.sampling.sampler import sample
 
 
@@ -84,6 +85,24 @@ def test_temperature_scales_the_noise(pixels: StarFlowPipeline) -> None:
     assert torch.equal(cool, default("star", guidance=0.0, seed=3, solver="sequential").latents)
     with pytest.raises(UserError, match="temperature is -1.0, expected above 0"):
         pixels("star", temperature=-1.0)
+
+
+def test_of_several_candidates_the_one_that_shows_the_prompt_best_is_kept(pixels: StarFlowPipeline) -> None:
+    prompts = ["circle", "star", ""]
+    kept = pixels(prompts, candidates=4, seed=3, solver="sequential", batch_size=5).latents
+    condition, null = pixels._condition(prompts)
+    assert condition is not None and null is not None
+    for index, noise in enumerate(candidates_of([3, 4, 5], pixels._latent_shape(None), 4)):
+        given, none = (tensor[index : index + 1].expand(4, -1, -1) for tensor in (condition, null))
+        drawn = sample(pixels.flow, noise, given, none, pixels.config.guidance)
+        best = (pixels.flow.log_prob(drawn, given) - pixels.flow.log_prob(drawn, none)).argmax()
+        torch.testing.assert_close(kept[index], drawn[0 if not prompts[index] else best], rtol=0, atol=1e-4)
+    own = dataclasses.replace(pixels.config, candidates=4)
+    default = StarFlowPipeline(pixels.flow, pixels.autoencoder, pixels.conditioner, own)
+    again = default(prompts, seed=3, solver="sequential").latents
+    torch.testing.assert_close(kept, again, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="candidates is 0, expected at least 1"):
+        pixels("star", candidates=0)
 
 
 def test_guidance_and_prompt_change_the_picture_and_the_seed_fixes_it(pixels: StarFlowPipeline) -> None:

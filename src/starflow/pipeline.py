@@ -5,8 +5,8 @@
     pipe.log_prob(image, "a red apple", seed=0)      # LogProb(nats, bits_per_dim, dimensions)
     z = pipe.encode(image, "a red apple"); image = pipe.decode(z, "a red apple")
 
-Contract: picture i of a call depends on the weights, its prompt, its guidance weight and seed + i alone, not on the
-batch it is in.
+Contract: picture i of a call depends on the weights, its prompt, its guidance weight, seed + i and the number of
+candidates alone, not on the batch it is in.
 Sizes are (width, height) in pixels. A pipeline is a folder: config.json, flow/, and the
 parts that it holds itself, autoencoder/ and conditioner/ (`starflow.components`).
 """
@@ -44,7 +44,9 @@ from starflow.latents import Autoencoder
 from starflow.latents.tiled import decode_in_tiles
 from starflow.memory import parameters
 from starflow.sampling.calibrate import Material, calibrate
+from starflow.sampling.candidates import best_candidates, shifted
 from starflow.sampling.denoise import denoise
+from starflow.sampling.noise import candidates_of, noise_of
 from starflow.sampling.plan import Policy, keep_policy
 from starflow.sampling.sampler import sample
 from starflow.sampling.settings import CacheDtype, SampleSettings, SolverChoice
@@ -277,6 +279,7 @@ class StarFlowPipeline:
         guidance_rule: Literal["gaussian", "linear"] = "gaussian",
         guidance_schedule: Literal["constant", "linear"] = "constant",
         temperature: float | None = None,
+        candidates: int | None = None,
         cleaning: Cleaning | None = None,
         batch_size: int = BATCH,
         cache_dtype: CacheDtype = "network",
@@ -296,22 +299,25 @@ class StarFlowPipeline:
             guidance_schedule: "constant" or "linear" (annealed).
             temperature: factor on the noise: 1 is the model's own distribution, less is nearer its modes, simpler and
                 cleaner (Glow, arXiv 1807.03039, section 6); by default the model's own.
+            candidates: pictures drawn for each one that is kept, which is the one that the model would recognise the
+                prompt in best (`starflow.sampling.candidates`); by default the model's own.
             cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
                 and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
-            batch_size: pictures sampled at once; changes memory, not pictures.
+            batch_size: pictures or candidates sampled at once; changes memory, not pictures.
             cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
             tile: side in latent pixels of the tiles that are decoded one by one, for memory; None is whole batches.
             progress: called with (steps done, steps in all).
 
         Raises:
             UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
-                temperature of 0 or less.
+                temperature of 0 or less, no candidates.
         """
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
         weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
-        scale = self._temperature(temperature)
+        scale, tries = self._temperature(temperature), self._candidates(candidates)
+        settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = self._latent_shape(size)
         way = self._way_out(cleaning)
         if size is not None and (note := sizes.untrained(self.config, self.flow.config, size)):
@@ -323,17 +329,14 @@ class StarFlowPipeline:
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             condition, null = self._condition(some, shape)
-            drawn = sample(
+            drawn = best_candidates(
                 self.flow,
-                scale * noise_of(seeds[start : start + batch_size], shape).to(self.device),
+                scale * candidates_of(seeds[start : start + batch_size], shape, tries).to(self.device),
                 condition,
-                null_condition=null,
-                guidance=weights[start : start + batch_size],
-                solver=solver,
-                guidance_rule=guidance_rule,
-                guidance_schedule=guidance_schedule,
-                cache_dtype=cache_dtype,
-                progress=_shifted(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
+                null,
+                dataclasses.replace(settings, guidance=weights[start : start + batch_size]),
+                batch_size,
+                shifted(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
             images += to_pil(self._picture(drawn, condition, way, tile))
@@ -503,6 +506,12 @@ class StarFlowPipeline:
             raise UserError(f"temperature is {scale}, expected above 0 (1 is the model's own distribution)")
         return scale
 
+    def _candidates(self, asked: int | None) -> int:
+        count = self.config.candidates if asked is None else asked
+        if count < 1:
+            raise UserError(f"candidates is {count}, expected at least 1 (1 keeps what is drawn)")
+        return count
+
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)
         self.check_size((width, height))
@@ -533,18 +542,6 @@ def _usual_dtype(flow: STARFlow | TarFlow) -> torch.dtype:
     return flow.network_dtype if large and flow.network_dtype == torch.bfloat16 else torch.float32
 
 
-def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (B, *shape), picture b a function of seeds[b] alone, on the CPU in float32.
-
-    Raises:
-        UserError: a seed outside 0 .. 2^63 - 1.
-    """
-    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
-    if wrong:
-        raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def _weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tensor:
     """The weight of each picture.
 
@@ -556,12 +553,3 @@ def _weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tenso
         got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
         raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
     return weights.expand(pictures)
-
-
-def _shifted(
-    progress: Callable[[int, int], None] | None, batch: int, batches: int
-) -> Callable[[int, int], None] | None:
-    """A batch's progress as that of the whole call."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(batch * total + done, batches * total)

@@ -42,6 +42,7 @@ def test_writes_what_the_pipeline_makes_and_says_how_in_the_file(run: Run, text:
         "seed": "6",
         "guidance": "2",
         "temperature": "1",
+        "candidates": "1",
         "model": str(text),
     }
     assert sorted(tmp_path.iterdir()) == paths
@@ -184,6 +185,15 @@ def test_solvers_agree(run: Run, classes: Path, tmp_path: Path, solver: str) -> 
     assert max(abs(x - y) for x, y in zip(pixels(path), expected, strict=True)) <= 2
 
 
+def test_candidates_and_temperature_reach_the_pipeline(run: Run, text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    how = ["--candidates", 3, "--temperature", 0.5]
+    assert run("generate", "a red apple", *how, "--model", text, "--output", path).code == 0
+    made = StarFlowPipeline.from_pretrained(text)("a red apple", candidates=3, temperature=0.5)
+    assert pixels(path) == made.images[0].tobytes()
+    assert texts(path).items() >= {"candidates": "3", "temperature": "0.5"}.items()
+
+
 def test_bfloat16_is_near_float32(run: Run, classes: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.png"
     assert run("generate", "star", "--dtype", "bfloat16", "--model", classes, "--output", path).code == 0
@@ -203,6 +213,7 @@ def test_bfloat16_is_near_float32(run: Run, classes: Path, tmp_path: Path) -> No
         (["--aspect", "7:3"], ["--aspect is '7:3'", "21:9, 16:9, 3:2"]),
         (["--size", "8x8", "--aspect", "1:1"], ["--size 8x8", "--aspect 1:1", "choose one"]),
         (["--num-images", "0"], ["--num-images is 0", "at least 1"]),
+        (["--candidates", "0"], ["--candidates is 0", "at least 1"]),
         (["--batch-size", "-2"], ["--batch-size is -2", "at least 1"]),
         (["--seed", "-1"], ["--seed is -1"]),
         (["star", "--class", "star"], ["PROMPT, --class and --prompts", "choose one"]),

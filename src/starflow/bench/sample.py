@@ -30,10 +30,11 @@ from starflow.components.releases import find_pipeline
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.latents import Autoencoder
 from starflow.nn.cache import CachePool
-from starflow.pipeline import StarFlowPipeline, noise_of
+from starflow.pipeline import StarFlowPipeline
 from starflow.presets import PRESETS
 from starflow.sampling.engine.native import Engine, covers_block, engine_of
 from starflow.sampling.jacobi import relative_change
+from starflow.sampling.noise import noise_of
 from starflow.sampling.plan import machine_of
 from starflow.sampling.sampler import Sampling, run
 from starflow.sampling.settings import SampleSettings, SolverName

@@ -17,7 +17,8 @@ from starflow.claims.cells import SEEDS, Cell, Mean, Result, cell, compare, keep
 from starflow.claims.fashion import heldout_curve, prepare, reference_features, trained, update_seconds
 from starflow.data.pictures import from_pil
 from starflow.evaluate import Extractor, extract, kernel_distance, load_extractor
-from starflow.pipeline import StarFlowPipeline, noise_of
+from starflow.pipeline import StarFlowPipeline
+from starflow.sampling.noise import noise_of
 from starflow.sampling.sampler import sample
 
 NAME = "deep-shallow"

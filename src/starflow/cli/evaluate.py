@@ -54,6 +54,7 @@ class EvaluateOptions:
     references: Annotated[int, Flag("pictures a split, at most, that distances are measured to", "N")] = 5000
     guidance: Annotated[tuple[float, ...], Flag("a weight to try; may be repeated (default: 0 to 4)", "W")] = ()
     temperature: Annotated[float | None, Flag("factor on the samples' noise (default: the model's)", "T")] = None
+    candidates: Annotated[int | None, Flag("drawn for each sample that is kept (default: the model's)", "K")] = None
     prompts: Annotated[str, Flag("prompts of the sheet, one a line (default: some held-out ones)", "FILE")] = ""
     features: Annotated[str, Flag("mobilenetv2, inception, or NAME=MODULE:CLASS", "NETWORK")] = "mobilenetv2"
     feature_weights: Annotated[str, Flag("weights of a network of your own", "FILE")] = ""
@@ -155,4 +156,6 @@ def _as_asked(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowP
         pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
     if options.temperature is not None:
         pipeline.config = dataclasses.replace(pipeline.config, temperature=options.temperature)
+    if options.candidates is not None:
+        pipeline.config = dataclasses.replace(pipeline.config, candidates=options.candidates)
     return pipeline

@@ -56,6 +56,10 @@ class GenerateOptions:
         float | None,
         Flag("factor on the noise: 1 is the model's own distribution, less is simpler (default: the model's)", "T"),
     ] = None
+    candidates: Annotated[
+        int | None,
+        Flag("pictures drawn for each that is kept, the one that shows the prompt best (default: the model's)", "K"),
+    ] = None
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
     solver: Annotated[Literal["auto", "sequential", "jacobi"], Flag("how blocks are solved")] = "auto"
@@ -84,8 +88,13 @@ class GenerateOptions:
     json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
 
     def __post_init__(self) -> None:
-        for name, value in (("--num-images", self.num_images), ("--batch-size", self.batch_size)):
-            if value < 1:
+        counts = (
+            ("--num-images", self.num_images),
+            ("--batch-size", self.batch_size),
+            ("--candidates", self.candidates),
+        )
+        for name, value in counts:
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}, expected at least 1")
         if self.guidance is not None and not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise UserError(f"--guidance is {self.guidance:g}, expected at least 0 (0 is unguided)")
@@ -179,7 +188,8 @@ def _write(
 
     weight = pipeline.config.guidance if options.guidance is None else options.guidance
     scale = pipeline.config.temperature if options.temperature is None else options.temperature
-    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "model": options.model}
+    tries = pipeline.config.candidates if options.candidates is None else options.candidates
+    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "candidates": f"{tries}", "model": options.model}
     form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
         for start in range(0, len(prompts), options.batch_size):
@@ -210,6 +220,7 @@ def _sample(
             prompts,
             guidance=options.guidance,
             temperature=options.temperature,
+            candidates=options.candidates,
             seed=seed,
             size=size,
             solver=options.solver,

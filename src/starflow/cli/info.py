@@ -110,6 +110,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "noise_std": config.noise_std,
         "guidance": config.guidance,
         "temperature": config.temperature,
+        "candidates": config.candidates,
         "cleaning": config.cleaning,
         "flow": _flow(folder / "flow", flow),
         "autoencoder": _autoencoder(folder / "autoencoder", config),

@@ -28,6 +28,7 @@ def facts_of(config: PipelineConfig, model: Flow) -> dict[str, str]:
         "samples are cleaned by": config.cleaning,
         "guidance": f"{config.guidance:g}",
         "temperature": f"{config.temperature:g}",
+        "candidates a picture": f"{config.candidates}",
     }
 
 

@@ -37,8 +37,12 @@ class PipelineConfig:
     """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
     temperature: float = 1.0
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
+    candidates: int = 1
+    """Default number of pictures drawn for each one that is kept; see `starflow.sampling.candidates`."""
     format: int = 1
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}, expected above 0 (1 is the model's own distribution)")
+        if self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}, expected at least 1 (1 keeps what is drawn)")

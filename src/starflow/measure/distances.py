@@ -32,7 +32,8 @@ from starflow.evaluate import (
 from starflow.evaluate.neighbours import NEIGHBOURS
 from starflow.measure.pictures import BATCH, Pictures, batches, concept_of, part, prompts_of, spread
 from starflow.measure.plan import Plan
-from starflow.pipeline import StarFlowPipeline, noise_of
+from starflow.pipeline import StarFlowPipeline
+from starflow.sampling.noise import noise_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

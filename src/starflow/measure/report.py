@@ -28,7 +28,7 @@ from starflow.measure.distances import Measured, reconstruct
 from starflow.measure.likelihood import measure_classification, measure_likelihoods, measure_outliers
 from starflow.measure.pictures import Pictures, batches, open_foreign, prompts_of, spread
 from starflow.measure.plan import Distances, Plan, Report, Say, Sheets
-from starflow.pipeline import StarFlowPipeline
+from starflow.pipeline import PipelineConfig, StarFlowPipeline
 
 TUNING_SEED = 1_000_000
 """First seed of the samples that choose the guidance weight: none of them is measured again."""
@@ -120,12 +120,17 @@ def _distances(
     say("autoencoder")
     for noise in sorted({0.0, pipeline.config.noise_std}):
         distances[f"autoencoder, noise {noise:g}"] = measured.autoencoder(noise)
-    scale = pipeline.config.temperature
     for weight in [0.0] if guided is None else [0.0, guided]:
-        named = f"guidance {weight:g}" + (f", temperature {scale:g}" if scale != 1 else "")
+        named = f"guidance {weight:g}" + _named(pipeline.config)
         say(f"{plan.samples} samples at {named}")
         distances[f"samples, {named}"] = measured.samples(plan.samples, weight)
     return distances, {f"{weight:g}": value for weight, value in tuning.items()}, best
+
+
+def _named(config: PipelineConfig) -> str:
+    """What of sampling is not as the model's own distribution has it."""
+    scale, candidates = config.temperature, config.candidates
+    return (f", temperature {scale:g}" if scale != 1 else "") + (f", best of {candidates}" if candidates > 1 else "")
 
 
 def weights_to_try(asked: Sequence[float]) -> list[float]:

@@ -145,6 +145,8 @@ class Recipe:
     """Guidance weight of the sample grids and of the finished pipeline's default."""
     temperature: float = 1.0
     """Factor on the noise of the sample grids and of the finished pipeline's default; 1 is the model's distribution."""
+    candidates: int = 1
+    """Pictures drawn for each one of the sample grids and, by default, of the finished pipeline."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
