@@ -24,7 +24,7 @@ from starflow.flow import affine
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.nn.attention import Attention
+from starflow.nn.attention import Attention, Layer
 from starflow.nn.rope import rotate
 from starflow.sampling import guidance as rules
 
@@ -57,12 +57,15 @@ def _decode_block(
     """x_n = mu_n + sigma_n z_n, for n = 0, 1, .."""
     condition = model.check_condition(task.condition, len(noise))
     if guided and condition is not None:
-        condition = torch.cat((condition, model.check_condition(task.null_condition, len(noise))))
+        null = model.check_condition(task.null_condition, len(noise))
+        assert null is not None
+        condition = torch.cat((condition, null))
     rows = len(noise) * (2 if guided else 1)
     decoder = Decoder.of(block, rows, noise.shape[1], model.block_rotary(block, rotary), condition)
     x = noise.clone()
+    start = noise[:1, :1] if block.sos_embed is None else block.sos_embed  # of a predicted first token
     for token in range(block.first_predicted, noise.shape[1]):
-        before = x[:, token - 1 : token] if token else block.sos_embed.expand(len(x), -1, -1)
+        before = x[:, token - 1 : token] if token else start.expand(len(x), -1, -1)
         outputs = decoder.step(before.repeat(2, 1, 1) if guided else before, token - block.first_predicted)
         if guided:
             branches = (*block.gaussian(outputs[: len(x)]), *block.gaussian(outputs[len(x) :]))
@@ -112,6 +115,7 @@ class Decoder:
         """Hidden states (R, T, D) of the next T positions through every layer."""
         stop = self.filled + hidden.shape[1]
         for number, layer in enumerate(self.block.attn_blocks):
+            assert isinstance(layer, Layer)
             hidden = hidden + self.attend(layer.attention, hidden, number, stop)
             hidden = hidden + layer.mlp(hidden)
         self.filled = stop
@@ -120,7 +124,7 @@ class Decoder:
     def attend(self, attention: Attention, hidden: Tensor, number: int, stop: int) -> Tensor:
         heads = attention.qkv(attention.norm(hidden)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         queries, keys, values = heads.split((attention.heads, attention.kv_heads, attention.kv_heads), dim=1)
-        if attention.query_norm is not None:
+        if attention.query_norm is not None and attention.key_norm is not None:
             queries, keys = attention.query_norm(queries), attention.key_norm(keys)
         self.keys[number][:, :, self.filled : stop] = keys
         self.values[number][:, :, self.filled : stop] = values
@@ -133,7 +137,8 @@ class Decoder:
             is_causal=self.filled == 0,
             enable_gqa=attention.heads != attention.kv_heads,
         )
-        return attention.post_norm(attention.proj(out.transpose(1, 2).flatten(2)))
+        through: Tensor = attention.post_norm(attention.proj(out.transpose(1, 2).flatten(2)))
+        return through
 
     def rotated(self, x: Tensor, start: int, stop: int, *, half_split: bool) -> Tensor:
         """(R, heads, T, H), turned by the angles of positions start..stop-1."""

@@ -299,8 +299,8 @@ class StarFlowPipeline:
             guidance_schedule: "constant" or "linear" (annealed).
             temperature: factor on the noise: 1 is the model's own distribution, less is nearer its modes, simpler and
                 cleaner (Glow, arXiv 1807.03039, section 6); by default the model's own.
-            candidates: pictures drawn for each one that is kept, which is the one that the model would recognise the
-                prompt in best (`starflow.sampling.candidates`); by default the model's own.
+            candidates: pictures drawn for each one that is kept, which is the likeliest of them under its prompt; by
+                default the model's own. 1, and a temperature of 1, sample from the model.
             cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
                 and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
             batch_size: pictures or candidates sampled at once; changes memory, not pictures.

@@ -58,7 +58,7 @@ class GenerateOptions:
     ] = None
     candidates: Annotated[
         int | None,
-        Flag("pictures drawn for each that is kept, the one that shows the prompt best (default: the model's)", "K"),
+        Flag("pictures drawn for each that is kept, the likeliest under its prompt (default: the model's)", "K"),
     ] = None
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None

@@ -240,7 +240,7 @@ def _pipeline_config(run: Run, latents: AutoencoderSpec, conditioner: Conditione
         conditioner=conditioner.spec if conditioner else None,
         guidance=recipe.guidance if conditioner else 0.0,
         temperature=recipe.temperature,
-        candidates=recipe.candidates if conditioner else 1,
+        candidates=recipe.candidates,
         cleaning=_cleaning(recipe.objective, latents),
         aspects=recipe.data.aspects if len(recipe.data.aspects) > 1 else (),
     )
