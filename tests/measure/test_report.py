@@ -114,14 +114,14 @@ def test_samples_that_are_not_finite_are_counted_not_redrawn(
 ) -> None:
     from starflow import pipeline as module
 
-    sample = module.sample  # type: ignore[attr-defined]
+    sample = module.best_candidates  # type: ignore[attr-defined]
 
     def broken(*arguments: object, **options: object) -> Tensor:
         made = sample(*arguments, **options)  # type: ignore[arg-type]
         made[0] = torch.nan
         return made
 
-    monkeypatch.setattr(module, "sample", broken)
+    monkeypatch.setattr(module, "best_candidates", broken)
     report = run(pictures)
     for weight in (0, 1):
         found = report.distances[f"samples, guidance {weight}"]
