@@ -316,7 +316,7 @@ class StarFlowPipeline:
         if not prompts or batch_size < 1:
             raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
         weights = _weights(self.config.guidance if guidance is None else guidance, len(prompts))
-        scale, tries = self._temperature(temperature), self._candidates(candidates)
+        drawn_as = self._drawn_as(temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = self._latent_shape(size)
         way = self._way_out(cleaning)
@@ -329,9 +329,10 @@ class StarFlowPipeline:
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             condition, null = self._condition(some, shape)
+            noise = candidates_of(seeds[start : start + batch_size], shape, drawn_as.candidates)
             drawn = best_candidates(
                 self.flow,
-                scale * candidates_of(seeds[start : start + batch_size], shape, tries).to(self.device),
+                drawn_as.temperature * noise.to(self.device),
                 condition,
                 null,
                 dataclasses.replace(settings, guidance=weights[start : start + batch_size]),
@@ -500,17 +501,14 @@ class StarFlowPipeline:
         if isinstance(self.conditioner, ReleasedText):
             self.conditioner.remember(sizes.told(self.config, prompts, shape))
 
-    def _temperature(self, asked: float | None) -> float:
-        scale = self.config.temperature if asked is None else asked
-        if not (scale > 0 and math.isfinite(scale)):
-            raise UserError(f"temperature is {scale}, expected above 0 (1 is the model's own distribution)")
-        return scale
-
-    def _candidates(self, asked: int | None) -> int:
-        count = self.config.candidates if asked is None else asked
-        if count < 1:
-            raise UserError(f"candidates is {count}, expected at least 1 (1 keeps what is drawn)")
-        return count
+    def _drawn_as(self, temperature: float | None, candidates: int | None) -> PipelineConfig:
+        """The configuration with what is asked for in place of its defaults; it refuses what no model may have."""
+        own = self.config
+        return dataclasses.replace(
+            own,
+            temperature=own.temperature if temperature is None else temperature,
+            candidates=own.candidates if candidates is None else candidates,
+        )
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         width, height = size or (self.config.image_size, self.config.image_size)
