@@ -28,7 +28,7 @@ test-all: $(STAMP)
 # deep-shallow, guidance and fashion-mnist need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
 # decoder needs the glyphs (starflow prepare-data) and an autoencoder: TAESD from the hub, or ARGS="--autoencoder FOLDER".
 $(RESULTS): results-%: $(STAMP)
-	@$(VENV)/bin/python -m starflow.claims $* --document docs/results.md $(ARGS)
+	@$(VENV)/bin/python -m experiments $* --document docs/results.md $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.bench.baselines import Baseline, Task
+from starflow.bench.limits import Baseline, Task
 
 STEPS = (50, 250)
 TIMED = 3

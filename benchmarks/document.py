@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from starflow.files import write_text
+from starflow.io.files import write_text
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 

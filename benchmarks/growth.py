@@ -26,19 +26,18 @@ from typing import Any
 
 import torch
 
-from starflow.bench.ceilings import Ceilings, measure_ceilings
-from starflow.bench.work import sampling_work
-from starflow.files import write_bytes, write_json
+from starflow.bench.limits import Ceilings, measure_ceilings, sampling_work
+from starflow.flow.config import STARFlowConfig
+from starflow.flow.memory import BYTES, cache_bytes
 from starflow.flow.model import build
-from starflow.memory import BYTES, cache_bytes
-from starflow.model_config import STARFlowConfig
-from starflow.nn.cache import CachePool
-from starflow.sampling.engine.native import engine_of
+from starflow.io.files import write_bytes, write_json
+from starflow.nn.kv_cache import CachePool
+from starflow.sampling.cpu.engine import engine_of
 from starflow.sampling.jacobi import Span, step
-from starflow.sampling.plan import machine_of
+from starflow.sampling.planner import wait
+from starflow.sampling.policy import machine_of
 from starflow.sampling.predictor import Effort, Predictor
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.timing import wait
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4

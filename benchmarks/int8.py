@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from starflow.data.augment import on_background, resize_crop
-from starflow.data.pictures import from_pil
-from starflow.data.records import read_folder
-from starflow.files import write_json
-from starflow.memory import weight_bytes
-from starflow.pipeline import StarFlowPipeline
+from starflow.data.images import from_pil, on_background, resize_crop
+from starflow.data.sources.folder import read_folder
+from starflow.flow.memory import weight_bytes
+from starflow.io.files import write_json
+from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.jacobi import relative_change
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.bench.baselines import Baseline, Task
+from starflow.bench.limits import Baseline, Task
 from starflow.flow import affine
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow

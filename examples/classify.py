@@ -15,11 +15,11 @@ from PIL import Image
 
 from starflow import StarFlowPipeline
 from starflow.conditioning import ClassLabels
-from starflow.data.pictures import from_pil
+from starflow.data.images import from_pil
+from starflow.flow.config import TarFlowConfig
 from starflow.flow.model import TarFlow
 from starflow.latents import PixelLatents
-from starflow.model_config import TarFlowConfig
-from starflow.pipeline import PipelineConfig
+from starflow.pipeline.config import PipelineConfig
 
 
 def posterior(pipe: StarFlowPipeline, image: Image.Image, classes: tuple[str, ...]) -> list[tuple[float, str]]:

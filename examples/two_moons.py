@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from starflow import STARFlow, sample
-from starflow.model_config import STARFlowConfig
+from starflow.flow.config import STARFlowConfig
 
 STEPS = 400
 SIDE = 160

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from starflow.errors import UserError
+from starflow.flow.config import KINDS, ModelConfig, STARFlowConfig
 from starflow.flow.model import Flow, build
-from starflow.model_config import KINDS, ModelConfig, STARFlowConfig
 
 # Small sizes that reach every case: widths of several heads, grids of several patches.
 SIZES: dict[str, list[Any]] = {

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import SHARED
 from torch import Tensor
 
-from starflow import denoise, files, load_published, sample
+from starflow import denoise, load_published, sample
 from starflow.flow.model import Flow
+from starflow.io import files
+from tests.conftest import SHARED
 
 FORWARD, SAMPLES = 1e-5, 1e-4  # of the largest absolute value
 OWN = Path(__file__).parent / "conformance"

@@ -13,8 +13,8 @@ import yaml
 
 from starflow.cli.main import main
 from starflow.config import from_dict
+from starflow.pipeline.locate import BUNDLED
 from starflow.train.recipe import Recipe
-from starflow.weights.hub import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

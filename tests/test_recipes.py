@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.conditioning.conftest import WORDS, save_encoder
-from tests.conditioning.conftest import t5 as t5  # a fixture
 
-from starflow.data.shapes import draw_shapes
+from starflow.data.sets.shapes import draw_shapes
 from starflow.errors import UserError
+from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
-from starflow.model_config import config_from_dict
-from starflow.pipeline import StarFlowPipeline
-from starflow.presets import preset
+from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.stages import start, train_flow
+from starflow.train.run import start
+from starflow.train.stages import train_flow
+from tests.conditioning.conftest import WORDS, save_encoder
+from tests.conditioning.conftest import t5 as t5  # a fixture
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SCALED = sorted(path.stem for path in (RECIPES / "tiny").glob("*.yaml"))

@@ -12,19 +12,19 @@ from starflow.version import __version__
 
 if TYPE_CHECKING:
     from starflow.flow.model import STARFlow, TarFlow
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.pipeline.pipeline import StarFlowPipeline
+    from starflow.published.checkpoint import load_published
     from starflow.sampling.denoise import denoise
     from starflow.sampling.sampler import sample
-    from starflow.weights.published import load_published
 
 __all__ = ["STARFlow", "StarFlowPipeline", "TarFlow", "__version__", "denoise", "load_published", "sample"]
 
 _HOMES = {
     "STARFlow": "starflow.flow.model",
-    "StarFlowPipeline": "starflow.pipeline",
+    "StarFlowPipeline": "starflow.pipeline.pipeline",
     "TarFlow": "starflow.flow.model",
     "denoise": "starflow.sampling.denoise",
-    "load_published": "starflow.weights.published",
+    "load_published": "starflow.published.checkpoint",
     "sample": "starflow.sampling.sampler",
 }
 

@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.conftest import CLASSES, random_pipeline
-from tests.compilers import set_compiler
 
 from starflow.bench import sample as bench
-from starflow.bench.baselines import Task, load_baselines
-from starflow.bench.ceilings import Ceilings, measure_ceilings
+from starflow.bench.limits import Ceilings, Task, load_baselines, measure_ceilings, sampling_work
 from starflow.bench.sample import Plan, Report, measure, subject
-from starflow.bench.work import sampling_work
-from starflow.cli.bench_sample import BenchSampleOptions, bench_sample, table
+from starflow.cli.bench import BenchSampleOptions, bench_sample, sample_table
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import build
 from starflow.latents import PixelLatents
-from starflow.model_config import STARFlowConfig, TarFlowConfig
+from tests.cli.conftest import CLASSES, random_pipeline
+from tests.compilers import set_compiler
 
 CPU = torch.device("cpu")
 SMALL = STARFlowConfig(
@@ -40,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:sampling goes on without its com
 
 SLOW_BASELINE = """
 import time
-from starflow.bench.baselines import Baseline
+from starflow.bench.limits import Baseline
 def baselines(task):
     return [Baseline("textbook decoder", lambda: time.sleep(0.05), 10.0, f"batch {len(task.noise)}")]
 """
@@ -76,7 +74,7 @@ def test_the_figures_fit_each_other(tmp_path: Path) -> None:
 
 
 def test_random_weights_serve_the_sequential_solver_alone_and_it_says_so(tmp_path: Path) -> None:
-    lines = table(report(tmp_path))
+    lines = sample_table(report(tmp_path))
     assert "random weights: token by token only" in lines[0]
     assert not any(line.startswith("auto") for line in lines)
     assert any("too slow a baseline for the comparison to count" in line for line in lines), "a nap of half a second"
@@ -89,8 +87,8 @@ def test_a_trained_pipeline_is_timed_with_its_own_prompts_and_the_best_policy(tm
     assert found.trained
     assert {one.solver for one in found.speeds} == {"sequential", "auto"}
     assert all(one.deviation <= 1e-2 for one in found.speeds)
-    assert "trained weights" in table(found)[0]
-    assert table(found)[-1].startswith("no baselines")
+    assert "trained weights" in sample_table(found)[0]
+    assert sample_table(found)[-1].startswith("no baselines")
 
 
 def test_a_flow_without_its_conditioner_counts_as_random(tmp_path: Path) -> None:

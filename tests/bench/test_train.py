@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from starflow.bench.train import architecture, measure
-from starflow.cli.bench_train import table
+from starflow.cli.bench import train_table
 from starflow.errors import UserError
-from starflow.model_config import STARFlowConfig, TarFlowConfig
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.train.distributed.world import World
 from starflow.train.settings import TrainSettings
 
@@ -25,7 +25,7 @@ def test_the_figures_fit_each_other(config: STARFlowConfig | TarFlowConfig) -> N
     assert speed.flops_per_second == pytest.approx(speed.pictures_per_second * speed.flops_per_picture)
     assert 0 < speed.share <= speed.best_share < 1
     assert speed.precision == "float32"
-    assert table(speed).splitlines()[-1].startswith("share")
+    assert train_table(speed).splitlines()[-1].startswith("share")
 
 
 def test_architectures_by_name() -> None:

@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.registry import Case, cases, randomised
 
-from starflow.bench.baselines import Task, load_baselines
-from starflow.model_config import STARFlowConfig
+from starflow.bench.limits import Task, load_baselines
+from starflow.flow.config import STARFlowConfig
 from starflow.sampling.sampler import sample
+from tests.registry import Case, cases, randomised
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.compilers import set_compiler
 
 from starflow.bench import sample as bench
-from starflow.bench.ceilings import Ceilings
+from starflow.bench.limits import Ceilings
 from starflow.bench.sample import Plan, measure, subject
 from starflow.config import to_dict
-from starflow.model_config import STARFlowConfig
+from starflow.flow.config import STARFlowConfig
+from tests.compilers import set_compiler
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("document", ROOT / "benchmarks" / "document.py")
@@ -30,7 +30,7 @@ def test_a_report_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "architecture", lambda _name: small)
     set_compiler("/nowhere/c++", monkeypatch)
     (tmp_path / "textbook.py").write_text(
-        "from starflow.bench.baselines import Baseline\n"
+        "from starflow.bench.limits import Baseline\n"
         "def baselines(task): return [Baseline('textbook', lambda: None, 1.0, 'a note')]\n"
     )
     report = measure(subject("57m", torch.device("cpu"), torch.float32), Plan((2,), 0.0, 2, 1, tmp_path))

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from starflow.bench.ceilings import Ceilings
+from starflow.bench.limits import Ceilings
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling goes on without its compiled loop")
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
 
 from starflow.cli.main import main
 from starflow.conditioning import ClassLabels, Conditioner, TextEncoder
+from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents import Autoencoder, PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
-from starflow.model_config import STARFlowConfig
-from starflow.pipeline import PipelineConfig, StarFlowPipeline
+from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
 
 CLASSES = ("circle", "square", "star")
 

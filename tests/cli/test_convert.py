@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cli.conftest import Run, fails
-from tests.published import DEPRECATED, arguments, model, write_checkpoint
 
 from starflow import STARFlow
+from tests.checkpoints import DEPRECATED, arguments, model, write_checkpoint
+from tests.cli.conftest import Run, fails
 
 
 @pytest.fixture

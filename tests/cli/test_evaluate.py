@@ -1,22 +1,28 @@
-"""`starflow evaluate`: the files it writes, its table, and bad input."""
+"""`starflow evaluate`: the files it writes, its table, and bad input.
+
+`torchrun -m starflow evaluate` on two processes reports what one process reports.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.cli.conftest import CLASSES, Run, fails
-from tests.measure.test_report import MeanColour
 
-from starflow.evaluate import extractor
+from starflow.evaluate import features
+from tests.cli.conftest import CLASSES, Run, fails
+from tests.evaluate.test_report import MeanColour
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of classes, enough pictures that the hash holds some out."""
-    monkeypatch.setattr(extractor, "load_mobilenet", MeanColour)
+    monkeypatch.setattr(features, "load_mobilenet", MeanColour)
     for number in range(60):
         folder = tmp_path / "pictures" / CLASSES[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,3 +89,55 @@ def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("evaluate", classes, tmp_path, "--cleaning", "soap"), "--cleaning is 'soap'", "tweedie")
     (tmp_path / "file").write_text("")
     fails(run("evaluate", classes, tmp_path, "--output", tmp_path / "file"), "is a file, expected a folder")
+
+
+STUB = """
+import torch
+from torch import nn
+class Stub(nn.Module):
+    def forward(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+"""
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(classes: Path, tmp_path: Path) -> None:
+    for number in range(60):
+        folder = tmp_path / "pictures" / CLASSES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (200, 3 * number, 20)).save(folder / f"{number}.png")
+    (tmp_path / "stub_network.py").write_text(STUB)
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{SOURCE}{os.pathsep}{tmp_path}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    sizes = ["--samples", "7", "--tuning-samples", "5", "--guidance", "1", "--features", "stub=stub_network:Stub"]
+    reports = {}
+    for count in (1, 2):
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={count}",
+            "-m",
+            "starflow",
+        ]
+        words = ["evaluate", str(classes), str(tmp_path / "pictures"), "--output", str(tmp_path / str(count)), *sizes]
+        made = subprocess.run(
+            [*run, *words, "--classify"], capture_output=True, text=True, timeout=300, env=env, check=False
+        )
+        assert made.returncode == 0, made.stderr
+        reports[count] = json.loads((tmp_path / str(count) / "report.json").read_text())
+    one, two = reports[1], reports[2]
+    for split in ("train", "heldout"):
+        first, second = one["likelihood"][split], two["likelihood"][split]
+        assert first["count"] == second["count"]
+        assert first["bits_per_dim"] == pytest.approx(second["bits_per_dim"], rel=1e-6)
+    assert one["classification"] == two["classification"]
+    for name, measures in one["distances"].items():
+        assert two["distances"][name] == pytest.approx(measures, rel=1e-4, abs=1e-6), name
+    assert two["distances"]["samples, guidance 1"]["count"] == 7

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.conftest import Run
-from tests.data.test_fashion_mnist import write_set
 
 from starflow.flow.model import TarFlow
-from starflow.pipeline import StarFlowPipeline
+from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import load_recipe
-from starflow.train.stages import start, train_flow
+from starflow.train.run import start
+from starflow.train.stages import train_flow
+from tests.cli.conftest import Run
+from tests.data.sets.test_fashion_mnist import write_set
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fashion-mnist.yaml"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.cli.conftest import Run, fails
 
-from starflow.cli.target import Target, slug
-from starflow.cli.values import parse_size
+from starflow.cli.options import Target, parse_size, slug
 from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
-from starflow.files import read_tensors, write_tensors
-from starflow.pipeline import Cleaning, StarFlowPipeline
+from starflow.io.files import read_tensors, write_tensors
+from starflow.pipeline.config import Cleaning
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.cli.conftest import Run, fails
 
 
 def pixels(path: Path) -> bytes:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import CLASSES, Run, fails, random_pipeline
-from tests.local_hub import used
 
 from starflow.conditioning import ClassLabels
 from starflow.latents import PixelLatents
-from starflow.pipeline import StarFlowPipeline
-from starflow.weights.hub import find_model
+from starflow.pipeline.locate import find_model
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.cli.conftest import CLASSES, Run, fails, random_pipeline
+from tests.local_hub import used
 
 
 def test_facts_are_those_of_the_loaded_model(run: Run, text: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
-from tests.cli.conftest import Run, fails
 
-from starflow.pipeline import StarFlowPipeline
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.cli.conftest import Run, fails
 
 
 @pytest.fixture

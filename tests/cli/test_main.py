@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
-from tests.cli.conftest import Result, Run, fails
 
 from starflow.cli import main as table
 from starflow.cli.info import InfoOptions
 from starflow.errors import UserError
 from starflow.version import __version__
+from tests.cli.conftest import Result, Run, fails
 
 NAMES = [command.name for command in table.COMMANDS]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.conftest import Run, fails
 
-from starflow.data import glyphs
-from starflow.data.glyphs import GlyphSummary
-from starflow.data.records import Skipped
+from starflow.data.sets.glyphs import prepare as glyphs
+from starflow.data.sets.glyphs.prepare import GlyphSummary
+from starflow.data.sources.base import Skipped
+from tests.cli.conftest import Run, fails
 
 
 def test_options_reach_the_function(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Text encoders: the contract on tiny random ones, and the real MiniLM where its package is installed."""
+"""Text encoders: the contract on tiny random ones, and the real MiniLM where its package is installed.
+
+Emoji are read by their names, anywhere in a prompt.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import torch
 from starflow.conditioning import text
 from starflow.conditioning.base import ConditionerSpec
 from starflow.conditioning.load import load_conditioner
-from starflow.conditioning.text import MINILM, TextEncoder
+from starflow.conditioning.text import MINILM, TextEncoder, name_emoji
 from starflow.errors import UserError
 
 SIZE = 6
@@ -185,3 +188,27 @@ def test_the_real_minilm() -> None:
 def test_the_packaged_config_is_minilms() -> None:
     config = json.loads((text.resolve(MINILM) / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (384, 6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("🍎", "red apple"),
+        ("a 🍎 on a table", "a red apple on a table"),
+        ("3D render of 🍎🍋!", "3D render of red apple lemon!"),
+        ("big🍎red", "big red apple red"),
+        ("❤️", "red heart"),
+        ("❤", "red heart"),  # without U+FE0F
+        ("👍🏽", "thumbs up"),  # skin tones make no difference
+        ("👨‍👩‍👧", "family man, woman, girl"),  # the family, not its members
+        ("🏳️‍🌈 (🌈)", "rainbow flag (rainbow)"),
+        ("🇫🇷", "flag France"),
+    ],
+)
+def test_emoji_become_names(prompt: str, read: str) -> None:
+    assert name_emoji(prompt) == read
+
+
+@pytest.mark.parametrize("prompt", ["", "a red apple", "  two  spaces ", "naïve, 12 × 3 #1 * – …", "苹果\n in a 1:1"])
+def test_a_text_without_emoji_is_unchanged(prompt: str) -> None:
+    assert name_emoji(prompt) == prompt

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from starflow.data.registry import GLYPH_SOURCES, Package, Sources
+from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, Package, Sources
 
 SIZE = 32
 

@@ -21,7 +21,7 @@ from starflow.data.latent_cache import (
     write_states,
 )
 from starflow.errors import UserError
-from starflow.files import read_tensors
+from starflow.io.files import read_tensors
 
 SHAPES = [(2, 3, 3), (2, 2, 4)]
 

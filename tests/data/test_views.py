@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from starflow.config import from_dict, to_dict
-from starflow.data.augment import on_background, resize_crop
-from starflow.data.colours import BACKGROUNDS
-from starflow.data.records import Record, Split
+from starflow.data.images import on_background, resize_crop
+from starflow.data.sets.glyphs.colours import BACKGROUNDS
+from starflow.data.sources.base import Record, Split
 from starflow.data.views import ViewConfig, Views, load_views, make_views, save_views
 from starflow.errors import UserError
 

@@ -6,14 +6,14 @@ import math
 
 import torch
 from hypothesis import given, settings
-from tests.registry import Case, cases, randomised
 from torch import Tensor
 
 from starflow import sample
 from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import build
 from starflow.flow.tokens import in_order
-from starflow.model_config import STARFlowConfig, TarFlowConfig
+from tests.registry import Case, cases, randomised
 
 EVERY_OPTION = settings(max_examples=40, deadline=None, derandomize=True)
 FEWER = settings(max_examples=16, deadline=None, derandomize=True)

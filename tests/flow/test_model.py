@@ -1,8 +1,12 @@
-"""Models: shapes, precision, storage, and what they refuse."""
+"""Models: shapes, precision, storage, and what they refuse.
+
+Token maps: they add up to the log-density, and closed forms of it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.registry import randomised
 from torch import Tensor
 
-from starflow import STARFlow, TarFlow
 from starflow.errors import UserError
-from starflow.flow.model import build
-from starflow.model_config import STARFlowConfig, TarFlowConfig
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
+from starflow.flow.model import Flow, STARFlow, TarFlow, build, token_log_prob
+from tests.registry import randomised
 
 SMALL = STARFlowConfig(
     in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=2, layers_per_block=1, txt_size=3, txt_dim=5
@@ -190,3 +193,73 @@ def test_a_condition_of_another_shape_is_refused() -> None:
     free = STARFlow(STARFlowConfig(in_channels=2, img_size=4, channels=64, num_blocks=1, layers_per_block=1))
     with pytest.raises(UserError, match=re.escape("expected None: pass no condition (None)")):
         free(X, CONDITION)
+
+
+def starflow() -> STARFlow:
+    return STARFlow(
+        STARFlowConfig(
+            in_channels=2, img_size=4, channels=16, patch_size=2, num_blocks=3, layers_per_block=1, head_dim=16
+        )
+    )
+
+
+def tarflow() -> TarFlow:
+    return TarFlow(
+        TarFlowConfig(
+            in_channels=2, img_size=4, channels=16, patch_size=2, num_blocks=3, layers_per_block=1, head_dim=16
+        )
+    )
+
+
+def randomised_maps(flow: Flow) -> Flow:
+    torch.manual_seed(0)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if isinstance(flow, TarFlow):
+        flow.var.uniform_(0.5, 2.0)
+    return flow.double()
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [starflow, tarflow])
+def test_a_map_adds_up_to_the_log_density(make: object) -> None:
+    flow = randomised_maps(make())  # type: ignore[operator]
+    x = data(3, 2, 4, 4)
+    maps = token_log_prob(flow, x)
+    assert maps.shape == (3, 2, 2)
+    torch.testing.assert_close(maps.sum((1, 2)), flow.log_prob(x), rtol=0, atol=1e-10)
+
+
+def test_a_new_flow_gives_each_token_the_gaussians_density() -> None:
+    flow = starflow().double()
+    x = data(2, 2, 4, 4)
+    expected = (-0.5 * (x**2 + math.log(2 * math.pi))).sum(1).unfold(1, 2, 2).unfold(2, 2, 2).sum((-1, -2))
+    torch.testing.assert_close(token_log_prob(flow, x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_strange_token_stands_out() -> None:
+    """The sharpest cell is where the picture was changed: an identity flow reads every token by itself."""
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, :, 2:, :2] = 5.0
+    assert int(token_log_prob(starflow(), x).flatten().argmin()) == 2
+
+
+def test_an_affine_flows_density_is_the_closed_form() -> None:
+    """Constant mu and sigma in one block: log N(x; mu, sigma^2), whichever token."""
+    flow = STARFlow(
+        STARFlowConfig(
+            in_channels=2, img_size=4, channels=16, num_blocks=1, layers_per_block=1, head_dim=16, soft_clip=0,
+            use_softplus=False, use_final_norm=False,
+        )
+    ).double()  # fmt: skip
+    log_sigma, mu = torch.tensor([0.3, -0.7]).double(), torch.tensor([1.5, -0.25]).double()
+    block = next(flow.stack())
+    with torch.no_grad():
+        block.proj_out.bias.copy_(torch.cat([log_sigma, mu]))  # weights are zero: outputs do not depend on the input
+    x = data(3, 2, 4, 4)
+    gaussian = torch.distributions.Normal(mu.view(2, 1, 1), log_sigma.exp().view(2, 1, 1))
+    torch.testing.assert_close(token_log_prob(flow, x), gaussian.log_prob(x).sum(1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x).sum((1, 2, 3)), rtol=0, atol=1e-12)

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.conftest import CLASSES, random_pipeline
-from tests.registry import randomised
 from torch import Tensor, nn
 
 from starflow import StarFlowPipeline, denoise, sample
 from starflow.conditioning import ClassLabels
 from starflow.flow import model as models
 from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.offload import brought_to
 from starflow.latents import PixelLatents
-from starflow.model_config import ModelConfig, STARFlowConfig, TarFlowConfig
+from tests.cli.conftest import CLASSES, random_pipeline
+from tests.registry import randomised
 
 CONFIGS: list[ModelConfig] = [
     STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=(1, 1, 2),

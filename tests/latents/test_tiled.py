@@ -52,7 +52,7 @@ def test_pixels_are_tiled_too() -> None:
 
 
 def test_taesd_is_tiled_exactly(shared: Path) -> None:
-    from starflow.latents.diffusers_tiny import TinyLatents
+    from starflow.latents.diffusers import TinyLatents
 
     coder: Autoencoder = TinyLatents.from_pretrained(str(shared / "weights"))
     z = latents(4, 64, 8)[:1]
@@ -61,7 +61,7 @@ def test_taesd_is_tiled_exactly(shared: Path) -> None:
 
 def test_sd_vae_is_blended_and_its_switches_put_back() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from starflow.latents.diffusers_kl import KLLatents
+    from starflow.latents.diffusers import KLLatents
 
     torch.manual_seed(0)
     network = diffusers.AutoencoderKL(

@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sampling.test_sampler import CONDITION, NULL, draw, starflow, tarflow
 from torch import Tensor
 
 from starflow import sample
 from starflow.flow.model import Flow
-from starflow.sampling.candidates import best_candidates
-from starflow.sampling.noise import candidates_of, noise_of
-from starflow.sampling.settings import SampleSettings
+from starflow.sampling.policy import SampleSettings
+from starflow.sampling.sampler import best_candidates, candidates_of, noise_of
+from tests.sampling.test_sampler import CONDITION, NULL, draw, starflow, tarflow
 
 LABELS, NONE = torch.tensor([0, 2]), torch.tensor([-1, -1])
 CASES = {"starflow": (starflow(), CONDITION, NULL), "tarflow": (tarflow(), LABELS, NONE)}

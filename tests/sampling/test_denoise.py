@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.registry import randomised
 
 from starflow import STARFlow, denoise
 from starflow.errors import UserError
-from starflow.model_config import STARFlowConfig
+from starflow.flow.config import STARFlowConfig
+from tests.registry import randomised
 
 CONFIG = STARFlowConfig(
     in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=2, layers_per_block=1, txt_size=3, txt_dim=5

@@ -6,21 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.registry import Case, cases, randomised
 from torch import Tensor
 
+from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.model_config import STARFlowConfig
-from starflow.nn.cache import CachePool
-from starflow.sampling.draft import draft_of
+from starflow.nn.kv_cache import CachePool
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
-from starflow.sampling.predictor import Effort, Predictor
-from starflow.sampling.rows import narrow
+from starflow.sampling.policy import BlockPolicy, SampleSettings
+from starflow.sampling.predictor import Effort, Predictor, draft_of, narrow
 from starflow.sampling.sampler import run
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.settings import BlockPolicy, SampleSettings
+from tests.registry import Case, cases, randomised
 
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
 POLICIES = st.builds(

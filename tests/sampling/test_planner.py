@@ -9,33 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.registry import randomised
 from torch import Tensor
 
 from starflow import STARFlow, sample
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
-from starflow.model_config import STARFlowConfig, config_to_dict
-from starflow.nn.cache import CachePool
+from starflow.flow.config import STARFlowConfig, config_to_dict
+from starflow.nn.kv_cache import CachePool
 from starflow.sampling import calibrate as calibrate_module
 from starflow.sampling import planner as planner_module
 from starflow.sampling.calibrate import Material, calibrate
-from starflow.sampling.draft import can_draft
-from starflow.sampling.plan import (
+from starflow.sampling.planner import Planner, Question, planner_of
+from starflow.sampling.policy import (
+    BlockPolicy,
     Candidate,
     Choice,
     Convergence,
     Plan,
     Policy,
+    SampleSettings,
     Situation,
     keep_policy,
     machine_of,
     read_policy,
 )
-from starflow.sampling.planner import Planner, Question, planner_of
-from starflow.sampling.predictor import Predictor, Solution
+from starflow.sampling.predictor import Predictor, Solution, can_draft
 from starflow.sampling.sampler import run
-from starflow.sampling.settings import BlockPolicy, SampleSettings
+from tests.registry import randomised
 
 CONFIG = STARFlowConfig(
     in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=1, txt_size=3, txt_dim=5

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.registry import randomised
 from torch import Tensor
 
 from starflow import STARFlow, TarFlow, sample
 from starflow.errors import UserError
-from starflow.model_config import STARFlowConfig, TarFlowConfig
-from starflow.nn.cache import CachePool
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
+from starflow.nn.kv_cache import CachePool
+from starflow.sampling.policy import BlockPolicy, SampleSettings
 from starflow.sampling.sampler import run
-from starflow.sampling.settings import BlockPolicy, SampleSettings
+from tests.registry import randomised
 
 
 def starflow(**options: Any) -> STARFlow:

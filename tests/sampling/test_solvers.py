@@ -8,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.registry import Case, cases, randomised
 from torch import Tensor
 
+from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.model_config import STARFlowConfig
-from starflow.nn.cache import CachePool
+from starflow.nn.kv_cache import CachePool
 from starflow.sampling.jacobi import solve_jacobi
+from starflow.sampling.policy import BlockPolicy, SampleSettings
 from starflow.sampling.predictor import Effort, Predictor
 from starflow.sampling.sampler import Sampling, run
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.settings import BlockPolicy, SampleSettings
+from tests.registry import Case, cases, randomised
 
 DRAWN = settings(max_examples=20, deadline=None, derandomize=True)
 

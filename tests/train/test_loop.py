@@ -20,17 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from starflow import files
 from starflow.errors import UserError
+from starflow.io import files
 from starflow.train import checkpoint, loop
 from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed.world import World
-from starflow.train.engine import Engine
+from starflow.train.loader import batch_indices, generator
 from starflow.train.log import RunLog
 from starflow.train.loop import Interrupted, fit, read_log
-from starflow.train.optimiser import AveragedWeights, learning_rate, make_optimiser
-from starflow.train.randomness import batch_indices, generator
 from starflow.train.settings import ParallelSettings, TrainSettings
+from starflow.train.state import AveragedWeights, Engine, learning_rate, make_optimiser
 
 SETTINGS = TrainSettings(
     steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4

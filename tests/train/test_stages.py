@@ -11,8 +11,8 @@ import torch
 from starflow.errors import UserError
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
+from starflow.train.run import start
 from starflow.train.settings import TrainSettings
-from starflow.train.stages import start
 
 RECIPE = Recipe("r", TrainSettings(steps=3), data=DataRecipe(source="shapes", shapes=20))
 CPU = torch.device("cpu")

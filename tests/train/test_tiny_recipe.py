@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.pipeline import StarFlowPipeline
+from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train import loop
 from starflow.train.loop import Interrupted, read_log
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.stages import start, train_flow
+from starflow.train.run import start
+from starflow.train.stages import train_flow
 
 ROOT = Path(__file__).parent.parent.parent
 SMALLER = {

@@ -20,25 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow import files
-from starflow.bench.baselines import Baseline, Task, load_baselines
-from starflow.bench.ceilings import Ceilings, measure_ceilings
-from starflow.bench.footprint import Footprint, measure_footprint
+from starflow.bench.limits import (
+    Baseline,
+    Ceilings,
+    Footprint,
+    Task,
+    Work,
+    load_baselines,
+    measure_ceilings,
+    measure_footprint,
+    sampling_work,
+)
 from starflow.bench.train import architecture
-from starflow.bench.work import Work, sampling_work
-from starflow.components.releases import find_pipeline
+from starflow.flow.config import PRESETS
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
+from starflow.io import files
 from starflow.latents import Autoencoder
-from starflow.nn.cache import CachePool
-from starflow.pipeline import StarFlowPipeline
-from starflow.presets import PRESETS
-from starflow.sampling.engine.native import Engine, covers_block, engine_of
+from starflow.nn.kv_cache import CachePool
+from starflow.pipeline.locate import find_pipeline
+from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.cpu.engine import Engine, covers_block, engine_of
 from starflow.sampling.jacobi import relative_change
-from starflow.sampling.noise import noise_of
-from starflow.sampling.plan import machine_of
-from starflow.sampling.sampler import Sampling, run
-from starflow.sampling.settings import SampleSettings, SolverName
-from starflow.sampling.timing import in_turn, seconds_of
+from starflow.sampling.planner import in_turn, seconds_of
+from starflow.sampling.policy import SampleSettings, SolverName, machine_of
+from starflow.sampling.sampler import Sampling, noise_of, run
 
 RANDOM = "57m"
 """What is sampled without a name: 57 M random parameters."""
@@ -84,7 +89,7 @@ class Plan:
     repeats: int = 3
     """Runs of which the fastest counts."""
     baselines: Path | None = None
-    """Folder; see `starflow.bench.baselines`."""
+    """Folder; see `starflow.bench.limits`."""
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from starflow.errors import UserError
+from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
-from starflow.model_config import ModelConfig, STARFlowConfig
-from starflow.presets import PRESETS, preset
 from starflow.train.distributed.world import World
-from starflow.train.engine import Engine
-from starflow.train.flops import Product, synchronise, training_flops
+from starflow.train.log import Product, synchronise, training_flops
 from starflow.train.loop import peak_memory
-from starflow.train.objective import TracedLoss
-from starflow.train.precision import network_dtype, network_precision
-from starflow.train.settings import TrainSettings
+from starflow.train.settings import TrainSettings, network_dtype, network_precision
+from starflow.train.state import Engine
+from starflow.train.tasks.flow import TracedLoss
 
 SMALL = STARFlowConfig(
     in_channels=4,
@@ -52,7 +50,7 @@ class TrainSpeed:
     batch: int
     updates: int
     flops_per_picture: float
-    """Counted, forward and backward; see `starflow.train.flops`."""
+    """Counted, forward and backward; see `starflow.train.log`."""
     first_update: float
     """With compilation, where there is any."""
     update: float

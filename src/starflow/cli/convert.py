@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from starflow.cli.options import Argument, Flag
-from starflow.cli.values import Precision, pick_dtype
+from starflow.cli.options import Argument, Flag, Precision, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.components.published import Converted
+    from starflow.pipeline.from_published import Converted
 
 SHOWN = 6
 """Ignored keys of one kind are shown by example."""
@@ -51,10 +50,10 @@ class ConvertOptions:
 
 def convert(options: ConvertOptions) -> None:
     """Run the command."""
-    from starflow.components.published import Around
-    from starflow.components.published import convert as convert_published
-    from starflow.components.releases import progress_bar
     from starflow.config import read_mapping
+    from starflow.pipeline.from_published import Around
+    from starflow.pipeline.from_published import convert as convert_published
+    from starflow.pipeline.locate import progress_bar
 
     published = read_mapping(options.options)
     around = Around(options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance)

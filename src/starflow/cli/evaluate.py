@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from starflow.cli.options import Argument, Flag
-from starflow.cli.values import Device, pick_device
+from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
-from starflow.files import check_output_folder, write_json, write_text
+from starflow.io.files import check_output_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from starflow.measure import Plan, Report
-    from starflow.measure.plan import Sheets
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.evaluate.settings import Plan, Report, Sheets
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
 COLUMNS = 8
 
@@ -85,9 +83,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """Run the command."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
-    from starflow.evaluate.gather import is_first, process_group
-    from starflow.measure import measure, open_pictures
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.evaluate.dataset import is_first, open_pictures, process_group
+    from starflow.evaluate.report import measure
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
     with process_group():
         plan = _plan(options)
@@ -107,7 +105,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def write(folder: Path, report: Report, options: EvaluateOptions) -> None:
     """The report's files, and the table or the JSON on stdout."""
-    from starflow.measure.table import page, table
+    from starflow.evaluate.render import page, table
 
     values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
     write_json(folder / "report.json", values)
@@ -133,7 +131,7 @@ def _save_sheets(folder: Path, sheets: Sheets) -> list[tuple[str, str]]:
 
 def _plan(options: EvaluateOptions) -> Plan:
     from starflow.cli.generate import read_prompt_file
-    from starflow.measure import Plan
+    from starflow.evaluate.settings import Plan
 
     weights = {"guidance": options.guidance} if options.guidance else {}
     return Plan(

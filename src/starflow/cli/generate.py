@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from starflow.cli.options import Argument, Flag
-from starflow.cli.target import Target
-from starflow.cli.values import (
+from starflow.cli.options import (
+    Argument,
     CacheDtype,
     Device,
+    Flag,
     Precision,
+    Target,
     check_seed,
     parse_size,
     pick_device,
@@ -27,7 +28,7 @@ from starflow.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def read_prompt_file(path: Path) -> list[str]:
 
 
 def _load(options: GenerateOptions) -> StarFlowPipeline:
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(
         options.model,
@@ -184,7 +185,7 @@ def _write(
     """Sample batch by batch; each batch is on the disk before the next, so that Ctrl-C keeps what is finished."""
     from tqdm import tqdm
 
-    from starflow.data.pictures import save_png
+    from starflow.data.images import save_png
 
     weight = pipeline.config.guidance if options.guidance is None else options.guidance
     scale = pipeline.config.temperature if options.temperature is None else options.temperature
@@ -243,7 +244,7 @@ def _write_grid(written: list[Written], options: GenerateOptions, target: Target
     """A row a prompt where each has several pictures, else about as many columns as rows."""
     import torch
 
-    from starflow.data.pictures import from_pil, save_grid
+    from starflow.data.images import from_pil, save_grid
 
     several = 1 < options.num_images < len(written)
     columns = options.num_images if several else math.ceil(math.sqrt(len(written)))

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from starflow.cli.options import Argument, Flag
-from starflow.cli.values import Device, check_seed, parse_size, pick_device
+from starflow.cli.options import Argument, Device, Flag, check_seed, parse_size, pick_device
 from starflow.errors import UserError
-from starflow.files import check_output_folder
+from starflow.io.files import check_output_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from starflow.pipeline import LogProb, StarFlowPipeline
+    from starflow.pipeline.pipeline import LogProb, StarFlowPipeline
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def likelihood(options: LikelihoodOptions) -> None:
     size = parse_size(options.size) if options.size else None
     folder = check_output_folder(Path(options.maps).expanduser()) if options.maps else None
     pictures = [open_picture(name) for name in options.images]
-    from starflow.pipeline import StarFlowPipeline
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
     size = size or (pipeline.config.image_size, pipeline.config.image_size)
@@ -100,8 +99,7 @@ def open_picture(name: str) -> Image:
     Raises:
         UserError: missing, or no readable image.
     """
-    from starflow.data.augment import on_background
-    from starflow.data.records import open_image
+    from starflow.data.images import on_background, open_image
 
     return on_background(open_image(Path(name)))
 
@@ -135,7 +133,7 @@ def _rows(pipeline: StarFlowPipeline, pictures: list[Image], options: Likelihood
 
 def _save_maps(pipeline: StarFlowPipeline, pictures: list[Image], options: LikelihoodOptions, folder: Path) -> None:
     """A PNG a picture, on one scale for all of them, which each file's text tells."""
-    from starflow.data.pictures import from_pil
+    from starflow.data.images import from_pil
     from starflow.evaluate import save_heatmap
 
     maps = []

@@ -51,11 +51,11 @@ COMMANDS = (
     Command("prepare-data", "prepare_data", "prepare_data", "build the glyph set"),
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),
     Command("train-autoencoder", "train", "train_autoencoder", "run a recipe's autoencoder stage alone"),
-    Command("train-decoder", "train_decoder", "train_decoder", "fine-tune an autoencoder's decoder on noisy latents"),
+    Command("train-decoder", "train", "train_decoder", "fine-tune an autoencoder's decoder on noisy latents"),
     Command("cache-latents", "train", "cache_latents", "run a recipe's stages up to its latents"),
-    Command("bench train", "bench_train", "bench_train", "time training against the machine's own matrix product"),
-    Command("bench calibrate", "bench_calibrate", "bench_calibrate", "measure how a model is best sampled here, once"),
-    Command("bench sample", "bench_sample", "bench_sample", "time sampling against the machine's limits and others"),
+    Command("bench train", "bench", "bench_train", "time training against the machine's own matrix product"),
+    Command("bench calibrate", "bench", "bench_calibrate", "measure how a model is best sampled here, once"),
+    Command("bench sample", "bench", "bench_sample", "time sampling against the machine's limits and others"),
 )
 
 EXAMPLES = """\

@@ -4,6 +4,10 @@ Contract: every field is annotated with a `Flag`, or an `Argument` where it is p
 `num_images` is `--num-images`, and a tuple is a flag that may be repeated, or an argument that takes several. The
 class's docstring is the command's description, its `EXAMPLES` end the help. Whatever is wrong with a command line is a
 UserError of one line, without the usage.
+
+Where pictures go: a folder, or one file.
+
+Values that several commands read: sizes, aspect ratios, devices, precisions.
 """
 
 from __future__ import annotations
@@ -21,6 +25,14 @@ from starflow.errors import UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starflow.io import files
+
+if TYPE_CHECKING:
+    import torch
 
 OVERRIDES = "overrides"
 """The field, where a class has it, that takes options of other names: (("train.lr", "1e-4"), ...)."""
@@ -208,3 +220,104 @@ def describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", str: "a text"}
     named = [describe(part) for part in choices if part is not type(None)]
     return " or ".join(named) or words.get(hint, str(hint))
+
+
+OTHER_FORMATS = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder for PNG files that can be written, or the one file of it that is to be written."""
+
+    folder: Path
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, output: str, count: int, *, grid: bool = False) -> Target:
+        """Read `--output` for `count` pictures, and prove that it can be written.
+
+        Raises:
+            UserError: several pictures for one file, another format, a file where the folder should be, no permission.
+        """
+        path = Path(output).expanduser()
+        suffix = path.suffix.lower()
+        if suffix in OTHER_FORMATS:
+            raise UserError(f"--output is {output}, but pictures are written as PNG: name a folder or a .png file")
+        if suffix != ".png":
+            return cls(files.check_output_folder(path))
+        if count > 1 or grid:
+            what = "a grid as well" if count == 1 else f"{count} pictures"
+            raise UserError(f"--output is the one file {output}, but {what} is asked for: name a folder")
+        if path.is_dir():
+            raise UserError(f"--output {output} is a folder, expected a file of that ending: choose another --output")
+        return cls(files.check_output_folder(path.parent), path)
+
+    def path(self, prompt: str, seed: int) -> Path:
+        """The file of one picture; seeds differ within a call, so names do."""
+        return self.file or self.folder / f"{slug(prompt) or 'unconditional'}-{seed:04d}.png"
+
+    @property
+    def grid_path(self) -> Path:
+        """The file of all pictures side by side."""
+        return self.folder / "grid.png"
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file name: letters and digits of any script, in lower case, other runs as one hyphen."""
+    from starflow.conditioning.text import name_emoji
+
+    words = re.findall(r"\w+", name_emoji(text).casefold().replace("_", " "))
+    return "-".join(words)[:LONGEST_NAME].rstrip("-")
+
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+Precision = Literal["float32", "bfloat16"]
+
+CacheDtype = Literal["network", "bfloat16"]
+
+LARGEST_SEED = 2**63 - 1
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "64x48", in pixels.
+
+    Raises:
+        UserError: another form.
+    """
+    found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
+    if not found:
+        raise UserError(f"--size is '{text}', expected WIDTHxHEIGHT in pixels, e.g. 64x64")
+    return int(found[1]), int(found[2])
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError: a seed that no generator takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {seed}, expected 0 to {LARGEST_SEED}")
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of that name; "auto" is the first there is of cuda, mps and cpu.
+
+    Raises:
+        UserError: this machine, or this torch, has no such device.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, usable in there.items() if usable))
+    if not there[name]:
+        usable = ", ".join(device for device, found in there.items() if found)
+        raise UserError(f"--device is {name}, but torch {torch.__version__} finds none here: it can use {usable}")
+    return torch.device(name)
+
+
+def pick_dtype(name: Precision) -> torch.dtype:
+    """The precision of that name."""
+    import torch
+
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

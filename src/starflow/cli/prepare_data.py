@@ -31,7 +31,7 @@ class PrepareDataOptions:
 
 def prepare_data(options: PrepareDataOptions) -> None:
     """Run the command."""
-    from starflow.data.glyphs import prepare_glyphs
+    from starflow.data.sets.glyphs.prepare import prepare_glyphs
 
     summary = prepare_glyphs(
         Path(options.output).expanduser(),

@@ -1,4 +1,7 @@
-"""`starflow train`, `train-autoencoder`, `cache-latents`: the stages of a recipe."""
+"""`starflow train`, `train-autoencoder`, `cache-latents`: the stages of a recipe.
+
+`starflow train-decoder`: fine-tune an autoencoder's decoder on noisy latents.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from starflow.cli.options import Argument, Flag
-from starflow.cli.values import Device, pick_device
+from starflow.cli.options import Argument, Device, Flag, pick_device
 
 if TYPE_CHECKING:
     from starflow.latents import Autoencoder
-    from starflow.train.stages import Run
+    from starflow.train.run import Run
+
+from typing import TYPE_CHECKING, Literal
+
+from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def train(options: TrainOptions) -> None:
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
     """Run the command."""
     with _started(options) as run:
-        from starflow.train.prepare import prepare_autoencoder
+        from starflow.train.stages import prepare_autoencoder
 
         autoencoder = prepare_autoencoder(run)
         if run.world.main:
@@ -91,7 +100,7 @@ def train_autoencoder(options: TrainAutoencoderOptions) -> None:
 def cache_latents(options: CacheLatentsOptions) -> None:
     """Run the command."""
     with _started(options) as run:
-        from starflow.train.prepare import prepare_latents
+        from starflow.train.stages import prepare_latents
 
         prepare_latents(run)
         if run.world.main:
@@ -105,11 +114,11 @@ def _name(autoencoder: Autoencoder) -> str:
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
-    from starflow.allocator import keep_memory
+    from starflow.nn.cpu import keep_memory
     from starflow.train.distributed.world import join
     from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
-    from starflow.train.stages import start
+    from starflow.train.run import start
 
     keep_memory()
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
@@ -119,3 +128,111 @@ def _started(options: StageOptions) -> Iterator[Run]:
             yield start(recipe, folder, world.device, world=world)
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
+
+
+@dataclass(frozen=True)
+class TrainDecoderOptions:
+    """Fine-tune a decoder on latents with noise, the encoder frozen, so that a flow's samples need no other cleaning.
+
+    MODEL is an autoencoder (a diffusers AutoencoderKL or AutoencoderTiny, TAESD's two files, or ours: a folder or a hub
+    id), or a pipeline, whose autoencoder is taken and which is written again with the new decoder as RUN/pipeline. The
+    loss is L2, a perceptual term and an adversarial one, each with its weight; 0 leaves it out. The same command again
+    resumes. RUN holds log.jsonl (held-out dB without and with the noise), samples/, model/ (what a recipe's
+    autoencoder.source and load_autoencoder read) and report.json.
+    """
+
+    EXAMPLES: ClassVar[str] = """
+        starflow train-decoder runs/mine/model data/glyphs --size 128
+        starflow train-decoder stabilityai/sd-vae-ft-ema photos --size 256 --noise 0.3 --steps 20000
+        starflow train-decoder taesd data/glyphs --size 128 --perceptual 0 --adversarial 0
+    """
+
+    model: Annotated[str, Argument("an autoencoder or a pipeline: folder or hub repository", "MODEL")]
+    data: Annotated[str, Argument("a folder of pictures", "DATA")]
+    output: Annotated[str, Flag("the run's folder", "RUN")] = "runs/decoder"
+    noise: Annotated[
+        float, Flag("standard deviation of the latent noise (default: the pipeline's, or 0.3)", "S")
+    ] = -1.0
+    size: Annotated[int, Flag("side that pictures are read at, pixels", "PX")] = 128
+    crop: Annotated[int, Flag("side of a training crop, pixels; 0 is the whole picture", "PX")] = 64
+    views: Annotated[int, Flag("augmented views of a training picture", "N")] = 1
+    pictures: Annotated[int, Flag("pictures of the training, at most, spread over the set; 0 is all", "N")] = 0
+    report: Annotated[int, Flag("held-out pictures of the report, at most; 0 is all", "N")] = 0
+    steps: Annotated[int, Flag("updates in all", "N")] = 4000
+    batch: Annotated[int, Flag("crops an update", "N")] = 16
+    lr: Annotated[float, Flag("learning rate after warm-up; falls to zero by cosine", "LR")] = 5e-4
+    squared: Annotated[float, Flag("weight of the mean squared error", "W")] = 1.0
+    perceptual: Annotated[float, Flag("weight of the features' distance", "W")] = 0.1
+    adversarial: Annotated[float, Flag("weight of the adversarial term", "W")] = 0.01
+    features: Annotated[Literal["mobilenetv2", "lpips"], Flag("network of the perceptual term")] = "mobilenetv2"
+    heldout: Annotated[int, Flag("held-out pictures of the evaluations on the way", "N")] = 64
+    evaluate_every: Annotated[int, Flag("updates between evaluations", "N")] = 250
+    checkpoint_every: Annotated[int, Flag("updates between checkpoints", "N")] = 100
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], Flag("of the network")] = "auto"
+    seed: Annotated[int, Flag("of crops and noise", "S")] = 0
+    device: Annotated[Device, Flag("where to compute")] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.noise != -1 and not 0 <= self.noise < 10:
+            raise UserError(f"--noise is {self.noise:g}, expected a standard deviation from 0 up")
+        least = (("--size", self.size, 8), ("--crop", self.crop, 0), ("--views", self.views, 1))
+        counts = (("--pictures", self.pictures, 0), ("--report", self.report, 0), ("--heldout", self.heldout, 1))
+        for name, value, lowest in (*least, *counts):
+            if value < lowest:
+                raise UserError(f"{name} is {value}, expected at least {lowest}")
+
+
+def train_decoder(options: TrainDecoderOptions) -> None:
+    """Run the command."""
+    from starflow.nn.cpu import keep_memory
+    from starflow.train.loop import Interrupted
+    from starflow.train.tasks.decoder_run import run_decoder
+
+    keep_memory()
+    folder = Path(options.output).expanduser()
+    try:
+        report = run_decoder(_settings(options), folder, pick_device(options.device))
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
+    print(table(report))
+    print(f"done: {folder / ('pipeline' if (folder / 'pipeline').is_dir() else 'model')}")
+
+
+def table(report: DecoderReport) -> str:
+    """Before and after, on the held-out pictures."""
+    lines = [f"{'':34}  {'before':>8}  {'after':>8}"]
+    for name, (before, after) in report.measures.items():
+        lines.append(f"{name:34}  {before:8.2f}  {after:8.2f}")
+    return "\n".join(lines)
+
+
+def _settings(options: TrainDecoderOptions) -> DecoderSettings:
+    from starflow.train.settings import TrainSettings
+    from starflow.train.tasks.decoder import DecoderLoss
+    from starflow.train.tasks.decoder_run import DecoderSettings
+
+    return DecoderSettings(
+        model=options.model,
+        data=options.data,
+        noise_std=None if options.noise == -1 else options.noise,
+        size=options.size,
+        crop=options.crop,
+        views=options.views,
+        pictures=options.pictures,
+        report=options.report,
+        heldout=options.heldout,
+        features=options.features,
+        loss=DecoderLoss(options.squared, options.perceptual, options.adversarial),
+        train=TrainSettings(
+            steps=options.steps,
+            batch=options.batch,
+            lr=options.lr,
+            warmup=min(100, options.steps // 10),
+            evaluate_every=options.evaluate_every,
+            sample_every=options.evaluate_every,
+            checkpoint_every=options.checkpoint_every,
+            average=max(0.0, min(0.995, 1 - 20 / options.steps)),  # over a twentieth of a short run
+            precision=options.precision,
+            seed=options.seed,
+        ),
+    )

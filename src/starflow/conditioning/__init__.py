@@ -1,12 +1,9 @@
 """Condition tokens from prompts: class labels, text encoders by transformers, and token embeddings."""
 
-from starflow.conditioning.base import Conditioner, ConditionerSpec
-from starflow.conditioning.classes import ClassLabels
-from starflow.conditioning.emoji import name_emoji
-from starflow.conditioning.load import load_conditioner
-from starflow.conditioning.released import ReleasedText
-from starflow.conditioning.text import MINILM, TextEncoder
-from starflow.conditioning.tokens import TokenEmbeddings
+from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
+from starflow.conditioning.load import ReleasedText, load_conditioner
+from starflow.conditioning.text import MINILM, TextEncoder, name_emoji
+from starflow.conditioning.token_embeddings import TokenEmbeddings
 
 __all__ = [
     "MINILM",

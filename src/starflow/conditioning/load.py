@@ -1,14 +1,131 @@
-"""A conditioner from its description, as config.json keeps it."""
+"""A text encoder that is in memory only while it encodes: for one that is larger than what it is needed for.
+
+flan-t5-xl's encoder takes 2.4 GB in bfloat16, and a picture needs it for less than a second. Prompts are encoded
+together where they come together, and their states are remembered, so a null condition or a second batch of the same
+prompts loads nothing.
+
+A conditioner from its description, as config.json keeps it.
+"""
 
 from __future__ import annotations
 
-from starflow.conditioning.base import Conditioner, ConditionerSpec
-from starflow.conditioning.classes import ClassLabels
-from starflow.conditioning.released import DTYPES, ReleasedText
-from starflow.conditioning.text import TextEncoder, resolve
-from starflow.conditioning.tokens import TokenEmbeddings
+import gc
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
+from starflow.conditioning.text import TextEncoder, resolve, width_of
+from starflow.conditioning.token_embeddings import TokenEmbeddings
 from starflow.errors import UserError
-from starflow.hub import HERE, Fetch
+from starflow.io.hub import HERE, Fetch
+
+AT_ONCE = 16
+"""Prompts a pass of the encoder."""
+
+REMEMBERED = 2048
+"""Prompts whose states are kept, without their padding; of 20 tokens each and width 2048 that is 0.3 GB."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ReleasedText:
+    """A `TextEncoder` that is loaded when there is something to encode, and released after; see `Conditioner`.
+
+    Its files are looked for, and fetched, at once. `network` holds no weights: it says where they will be put.
+    """
+
+    def __init__(self, spec: ConditionerSpec, fetch: Fetch = HERE) -> None:
+        """Of the encoder that `spec` describes.
+
+        Raises:
+            UserError: it is nowhere to be found, or has another width.
+        """
+        width = width_of(resolve(spec.source, fetch))
+        if width != spec.dim:
+            raise UserError(
+                f"the text encoder '{spec.source}' has width {width}, the model expects {spec.dim}: use the one that "
+                "the model was trained with"
+            )
+        self._spec, self._fetch = spec, fetch
+        self.network: nn.Module = _Place()
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def spec(self) -> ConditionerSpec:
+        return self._spec
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """As `TextEncoder.encode`; loads the encoder for those that are not remembered."""
+        found = self._recall(prompts)
+        device = next(self.network.buffers()).device
+        padded = [F.pad(found[prompt], (0, 0, 0, self._spec.size - len(found[prompt]))) for prompt in prompts]
+        return torch.stack(padded).to(device)
+
+    def null(self, batch: int) -> Tensor:
+        """The encoding of the empty prompt, (batch, S, dim)."""
+        return self.encode([""]).expand(batch, -1, -1)
+
+    def load(self) -> TextEncoder:
+        """The encoder itself, on the device that this one is on."""
+        encoder = TextEncoder.from_pretrained(self._spec.source, self._spec.size, DTYPES[self._spec.dtype], self._fetch)
+        encoder.network.to(next(self.network.buffers()).device)
+        return encoder
+
+    def save(self, folder: Path) -> None:
+        """See `TextEncoder.save`."""
+        self.load().save(folder)
+        _free(next(self.network.buffers()).device)
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts together that are going to be asked for apart."""
+        self._recall(list(dict.fromkeys(prompts))[:REMEMBERED])
+
+    def _recall(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """States of prompts, without padding, on the CPU."""
+        wanted = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in wanted if prompt not in self._known]
+        if new:
+            self._learn(new if "" in self._known or "" in new else [*new, ""])
+        found = {prompt: self._known[prompt] for prompt in wanted}
+        for prompt in wanted:
+            self._known.move_to_end(prompt)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return found
+
+    def _learn(self, prompts: Sequence[str]) -> None:
+        """Encode prompts and remember them; with any others the empty one, which guidance needs."""
+        encoder = self.load()
+        for start in range(0, len(prompts), AT_ONCE):
+            some = prompts[start : start + AT_ONCE]
+            for prompt, states in zip(some, encoder.encode(some).cpu(), strict=True):
+                used = int(states.abs().sum(-1).nonzero().max()) + 1
+                self._known[prompt] = states[:used].clone()
+        del encoder
+        _free(next(self.network.buffers()).device)
+
+
+class _Place(nn.Module):
+    """Stands for the weights, and is moved as they would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+
+def _free(device: torch.device) -> None:
+    """Give memory back that nothing holds any more; transformers' models have cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
 
 LARGE = 10**9
 """Bytes of a text encoder's files from which on it is released after use."""

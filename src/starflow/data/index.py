@@ -1,4 +1,9 @@
-"""The index of a source: one line a picture, made once a run, and pictures by number from then on.
+"""Pictures by number, however many: what encoding and training read, whatever they lie in.
+
+Contract: number i is the same picture in every process of a run. `read` may be called from any thread or process, and
+names what it cannot read; numbers of one bucket have one shape.
+
+The index of a source: one line a picture, made once a run, and pictures by number from then on.
 
 A folder:
 - `part-XXXXX.jsonl`: the lines of a shard, while others are still missing; any process may write any of them.
@@ -10,23 +15,141 @@ A folder:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow.data.buckets import Buckets, Size
+from starflow.data.images import on_background
+from starflow.data.sources.base import SourceKind
+from starflow.data.sources.folder import FolderSource, order_classes
+from starflow.data.views import Views
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from starflow import files
-from starflow.data.buckets import Aspect, Buckets
-from starflow.data.lines import Lines
-from starflow.data.picture_set import Entry, picture_tensor
-from starflow.data.records import Skipped, decode_image, unit_hash
-from starflow.data.sources import Found, Source
+from starflow.data.buckets import Aspect
+from starflow.data.images import decode_image
+from starflow.data.sources.base import Found, Skipped, Source, unit_hash
 from starflow.errors import UserError
+from starflow.io import files
+from starflow.io.files import Lines
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a picture without opening it; the caption says its ratio where a model sees several."""
+
+    name: str
+    caption: str
+    label: str | None
+    heldout: bool
+    bucket: int
+
+
+class Pictures(Protocol):
+    """See the module's docstring."""
+
+    buckets: Buckets
+    in_memory: bool
+
+    def __len__(self) -> int: ...
+
+    def entry(self, number: int) -> Entry: ...
+
+    def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
+        """Numbers of a bucket's pictures of one split, ascending."""
+        ...
+
+    def read(self, number: int) -> Tensor:
+        """uint8 (3, H, W) of the bucket's size.
+
+        Raises:
+            ImageError: it is no readable picture.
+        """
+        ...
+
+    def like(self, number: int) -> Sequence[int]:
+        """Pictures to take instead of one that cannot be read, the nearest first."""
+        ...
+
+    def classes(self) -> list[str]:
+        """Class names in order."""
+        ...
+
+
+class ViewPictures:
+    """Views in memory as pictures of one bucket."""
+
+    in_memory = True
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+        self.buckets = Buckets(views.images.shape[-1], 1)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def entry(self, number: int) -> Entry:
+        views = self.views
+        heldout = views.splits[number] == "heldout"
+        return Entry(views.names[number], views.captions[number], views.labels[number], heldout, 0)
+
+    def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
+        return torch.tensor([i for i, split in enumerate(self.views.splits) if (split == "heldout") == heldout])
+
+    def read(self, number: int) -> Tensor:
+        return self.views.images[number]
+
+    def like(self, number: int) -> Sequence[int]:
+        return ()
+
+    def classes(self) -> list[str]:
+        return order_classes(label for label in self.views.labels if label)
+
+
+def all_numbers(pictures: Pictures, *, heldout: bool) -> list[Tensor]:
+    """Numbers of one split, a tensor a bucket."""
+    return [pictures.numbers(bucket, heldout=heldout) for bucket in range(len(pictures.buckets.aspects))]
+
+
+def picture_tensor(image: Image.Image, size: Size) -> Tensor:
+    """A picture as uint8 (3, height, width): scaled until it covers the size, and its middle cut out."""
+    from PIL import Image
+
+    image = on_background(image)
+    width, height = size
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, image.width - left, image.height - top)
+    small = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+
+
+def open_source(kind: SourceKind, path: str) -> Source:
+    """The source of that kind.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if kind == "tar":
+        from starflow.data.sources.tar import TarSource
+
+        return TarSource(path)
+    if kind == "parquet":
+        from starflow.data.sources.parquet import ParquetSource
+
+        return ParquetSource(path)
+    return FolderSource(path)
 
 
 @dataclass(frozen=True)
@@ -111,7 +234,7 @@ def join_parts(source: Source, folder: Path) -> dict[str, Any]:
 
 
 class IndexedPictures:
-    """`starflow.data.picture_set.Pictures` over an index and its source."""
+    """`starflow.data.index.Pictures` over an index and its source."""
 
     in_memory = False
 
@@ -169,7 +292,7 @@ class IndexedPictures:
 
     def classes(self) -> list[str]:
         """See `Pictures.classes`."""
-        from starflow.data.imagenet import order_classes
+        from starflow.data.sources.folder import order_classes
 
         found = {self._lines[number]["label"] for number in range(len(self))}
         return [self._names.get(label, label) for label in order_classes(label for label in found if label)]

@@ -27,9 +27,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from starflow.data.lines import Lines
 from starflow.errors import UserError
-from starflow.files import read_json, read_tensors, write_json, write_tensors, write_text
+from starflow.io.files import Lines, read_json, read_tensors, write_json, write_tensors, write_text
 
 PART = 1024
 """Pictures, or conditions, per part: a killed run encodes at most so many again a process."""

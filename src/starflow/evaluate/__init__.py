@@ -1,19 +1,17 @@
-"""Measures on pictures, features and likelihoods: distances, scores, retrieval, sheets. They never see the model."""
+"""Measures on pictures, features and likelihoods: distances, scores, retrieval, sheets. They never see the model.
 
-from starflow.evaluate.extractor import Extracted, Extractor, extract, load_extractor
-from starflow.evaluate.gather import gather_rows, is_first, own_rows
-from starflow.evaluate.heatmap import heatmap, save_heatmap
-from starflow.evaluate.likelihood import Bits, bits, log_likelihoods
-from starflow.evaluate.mobilenet import MobileNetV2, extract_features, load_mobilenet
-from starflow.evaluate.neighbours import Fidelity, fidelity
-from starflow.evaluate.reconstruction import Reconstruction, measure_reconstruction, psnr, through_noise
-from starflow.evaluate.retrieval import Retrieval, nearest, retrieval_score
-from starflow.evaluate.scores import Classification, Outliers, auroc, classify, outliers
-from starflow.evaluate.sheet import save_sheet
-from starflow.evaluate.statistics import (
+All measures of a pipeline on a set of pictures, in one report.
+"""
+
+from __future__ import annotations
+
+from starflow.evaluate.dataset import Pictures, concept_of, gather_rows, is_first, open_pictures, own_rows
+from starflow.evaluate.distances import (
     Distance,
+    Fidelity,
     InceptionScore,
     Moments,
+    fidelity,
     frechet_distance,
     frechet_of_moments,
     inception_score,
@@ -22,6 +20,30 @@ from starflow.evaluate.statistics import (
     moments,
     save_moments,
 )
+from starflow.evaluate.features import (
+    Extracted,
+    Extractor,
+    MobileNetV2,
+    extract,
+    extract_features,
+    load_extractor,
+    load_mobilenet,
+)
+from starflow.evaluate.likelihood import Bits, bits, log_likelihoods
+from starflow.evaluate.render import heatmap, save_heatmap, save_sheet
+from starflow.evaluate.report import measure
+from starflow.evaluate.samples import Reconstruction, measure_reconstruction, psnr, through_noise
+from starflow.evaluate.scores import (
+    Classification,
+    Outliers,
+    Retrieval,
+    auroc,
+    classify,
+    nearest,
+    outliers,
+    retrieval_score,
+)
+from starflow.evaluate.settings import Plan, Report
 
 __all__ = [
     "Bits",
@@ -34,11 +56,15 @@ __all__ = [
     "MobileNetV2",
     "Moments",
     "Outliers",
+    "Pictures",
+    "Plan",
     "Reconstruction",
+    "Report",
     "Retrieval",
     "auroc",
     "bits",
     "classify",
+    "concept_of",
     "extract",
     "extract_features",
     "fidelity",
@@ -53,9 +79,11 @@ __all__ = [
     "load_mobilenet",
     "load_moments",
     "log_likelihoods",
+    "measure",
     "measure_reconstruction",
     "moments",
     "nearest",
+    "open_pictures",
     "outliers",
     "own_rows",
     "psnr",

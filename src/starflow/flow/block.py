@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from starflow.flow import affine
 from starflow.flow.tokens import in_order
-from starflow.nn.attention import Continuation, Layer, Spot
+from starflow.nn.attention import Continuation, Layer, Spot, runs_wide, widened
 from starflow.nn.layers import LayerSpec, RMSNorm
-from starflow.nn.widen import runs_wide, widened
 
 Bring = Callable[[nn.Module], AbstractContextManager[object]]
 

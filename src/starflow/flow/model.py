@@ -6,10 +6,17 @@ model z is standard normal, so log p(x) = log N(z; 0, I) + logdet. `forward` is 
 other direction is `starflow.sample`. (STARFlow, arXiv 2506.06276; TarFlow, arXiv 2412.06329.)
 
 Shapes: B batch, C x H x W input, S condition tokens, N = h * w tokens, D token channels.
+
+Where in a picture its log-likelihood lies.
+
+The log-density is a sum over tokens: log p(x) = sum_n [log N(z_n; 0, I) - sum over blocks of sum_D log sigma_n]
+(STARFlow, arXiv 2506.06276, eq. 3 to 5, read token by token). A block that reads backwards conditions on what
+follows, so a token's part is its surprise given what the blocks had read, not its marginal density.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from starflow.errors import UserError
-from starflow.flow import affine, store
+from starflow.flow import affine, checkpoint
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
+from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.offload import brought_through, brought_to
-from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
-from starflow.hub import Fetch
-from starflow.model_config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
+from starflow.flow.tokens import Grid, grid_of, in_order, patchify, unpatchify
+from starflow.io.hub import Fetch
+from starflow.io.weights import SHARD_BYTES
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import condition_positions, grid_positions, rotary_table
-from starflow.shards import SHARD_BYTES
 
 
 class Trace(NamedTuple):
@@ -207,15 +214,15 @@ class Flow(nn.Module, ABC):
         Args:
             folder: made where it is missing.
             dtype: of the stored weights; None is their own.
-            shard_bytes: size that a file stays under; see `starflow.shards`.
+            shard_bytes: size that a file stays under; see `starflow.io.weights`.
 
         Raises:
             UserError: the folder cannot be written.
         """
         stored = ((name, tensor.to(dtype)) for name, tensor in self.state_dict().items())
-        store.save(Path(folder), self.config, stored, shard_bytes)
+        checkpoint.save(Path(folder), self.config, stored, shard_bytes)
         if self.policy is not None:
-            store.write_policy(Path(folder), self.policy)
+            checkpoint.write_policy(Path(folder), self.policy)
 
     @classmethod
     def from_pretrained(
@@ -237,15 +244,15 @@ class Flow(nn.Module, ABC):
         Raises:
             UserError: no such folder or repository, another kind of model, a damaged file, missing or unexpected keys.
         """
-        folder = store.find(folder_or_hub_id, Fetch(revision, cache, offline))
-        config, tensors = store.load(folder)
+        folder = checkpoint.find(folder_or_hub_id, Fetch(revision, cache, offline))
+        config, tensors = checkpoint.load(folder)
         with torch.device("meta"):
             model = build(config)
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise UserError(f"{folder_or_hub_id} holds a {kind}, expected a {cls.__name__}: load it as a {kind}")
-        store.assign(model, tensors, str(folder))
-        model.policy = store.read_policy(folder)
+        checkpoint.assign(model, tensors, str(folder))
+        model.policy = checkpoint.read_policy(folder)
         return model
 
 
@@ -386,3 +393,21 @@ def _tarflow_block(config: TarFlowConfig, block: int) -> BlockSpec:
         softplus=False,
         clip=0.0,
     )
+
+
+def token_log_prob(model: Flow, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    """Each token's part of log p(x | condition), in nats: (B, C, H, W) to (B, h, w), which sums to `model.log_prob`.
+
+    Raises:
+        UserError: a shape that the model cannot take.
+    """
+    trace = model.trace(x, condition)
+    z_BND = patchify(trace.z, model.config.patch_size, channel_first=model.channel_first)
+    nats_BN = -0.5 * (z_BND.square().sum(-1) + z_BND.shape[-1] * math.log(2 * math.pi))
+    for block, log_sigma in zip(model.stack(), trace.log_sigmas, strict=True):
+        nats_BN = nats_BN - in_order(log_sigma, backwards=block.spec.backwards).sum(-1)
+    prior_ND = model.prior_log_std()
+    if prior_ND is not None:
+        nats_BN = nats_BN - prior_ND.sum(-1)
+    patch = model.config.patch_size
+    return nats_BN.reshape(len(x), x.shape[2] // patch, x.shape[3] // patch)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
-from starflow import shards
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
-from starflow.files import read_json, write_json
-from starflow.flow.store import assign
+from starflow.flow.checkpoint import assign
+from starflow.io import weights
+from starflow.io.files import read_json, write_json
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 
@@ -140,7 +140,7 @@ def save_small(network: SmallAutoencoder, folder: Path, noise_std: float, dtype:
     """Write the weights and then `config.json`; `dtype` is that of the stored weights."""
     config = {"kind": "small", "noise_std": noise_std, **to_dict(network.config)}
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    shards.write(folder, state.items())
+    weights.write(folder, state.items())
     write_json(folder / "config.json", config)
 
 
@@ -155,6 +155,6 @@ def load_small(folder: Path) -> SmallLatents:
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
     network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
-    assign(network, shards.read(folder), str(shards.weight_files(folder)[0]))
+    assign(network, weights.read(folder), str(weights.weight_files(folder)[0]))
     network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SmallLatents(network, float(noise_std), str(folder))

@@ -22,20 +22,28 @@ from torch import Tensor
 
 from starflow.flow import affine
 from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.model_config import config_to_dict
-from starflow.nn.cache import CachePool
-from starflow.sampling.draft import worth_drafting
-from starflow.sampling.engine.native import engine_of
+from starflow.nn.kv_cache import CachePool
+from starflow.sampling.cpu.engine import engine_of
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.jacobi import Span, relative_change, step
-from starflow.sampling.plan import Candidate, Choice, Convergence, Plan, Policy, Situation, machine_of
-from starflow.sampling.planner import MARGIN, SLACK
-from starflow.sampling.predictor import Guess, Predictor, Solution
+from starflow.sampling.planner import MARGIN, SLACK, Clock, in_turn
+from starflow.sampling.policy import (
+    BlockPolicy,
+    Candidate,
+    Choice,
+    Convergence,
+    Plan,
+    Policy,
+    SampleSettings,
+    Situation,
+    SolverName,
+    machine_of,
+)
+from starflow.sampling.predictor import Guess, Predictor, Solution, worth_drafting
 from starflow.sampling.sampler import conditions_of, run, solve
-from starflow.sampling.settings import BlockPolicy, SampleSettings, SolverName
-from starflow.sampling.timing import Clock, in_turn
 
 SEGMENTS = (4, 8, 16, 32, 64, 128)
 STARTS: tuple[Guess, ...] = ("noise", "zero", "previous", "gaussian")

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from starflow.flow import affine
-from starflow.sampling.draft import can_draft, draft_of
-from starflow.sampling.predictor import Effort, Guess, Predictor, Report, Solution
-from starflow.sampling.rows import give_back, narrow
+from starflow.sampling.predictor import (
+    Effort,
+    Guess,
+    Predictor,
+    Report,
+    Solution,
+    can_draft,
+    draft_of,
+    give_back,
+    narrow,
+)
 from starflow.sampling.sequential import advance, solve_sequential
 
 DRAFT_FLOOR = 1e-3

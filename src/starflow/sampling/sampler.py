@@ -1,15 +1,27 @@
-"""Noise to data through all blocks: `sample`, and `run`, which also says what the solvers did.
+"""Noise that a seed names: picture b's is a function of its seed alone, the same on every device and in every batch.
+
+Noise to data through all blocks: `sample`, and `run`, which also says what the solvers did.
 
 Contract: deterministic; all randomness is in the noise that the caller drew. Every picture of a batch is
 what it would be alone. Needs no autograd.
 
 Shapes: B pictures, C x H x W data, N tokens, D token channels, R rows of a guided batch.
+
+Several candidates for a picture, and the likeliest of them kept: `best_candidates`.
+
+A flow knows the exact density of what it drew, log p(x | condition), and so which of several candidates its condition
+makes likeliest. A temperature under 1 goes the same way token by token; this looks at the whole.
+
+Contract: a picture's candidates and which of them is kept depend on nothing else in the batch.
+
+Shapes: B pictures, K candidates each, C x H x W data.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +30,38 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.nn.cache import CachePool
-from starflow.sampling.engine.native import engine_of
+from starflow.nn.kv_cache import CachePool
+from starflow.sampling.cpu.engine import engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.jacobi import solve_jacobi
-from starflow.sampling.plan import Situation, machine_of
-from starflow.sampling.planner import Planner, Question, planner_of
+from starflow.sampling.planner import Planner, Question, planner_of, wait
+from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, Situation, SolverChoice, machine_of
 from starflow.sampling.predictor import Effort, Predictor, Report, Solution, Solver
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.settings import BlockPolicy, CacheDtype, SampleSettings, SolverChoice
-from starflow.sampling.timing import wait
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (B, *shape), on the CPU in float32.
+
+    Raises:
+        UserError: a seed outside 0 .. 2^63 - 1.
+    """
+    return candidates_of(seeds, shape, 1)[:, 0]
+
+
+def candidates_of(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> Tensor:
+    """`count` draws of each seed's generator, (B, count, *shape); the first is `noise_of`'s.
+
+    Raises:
+        UserError: a seed outside 0 .. 2^63 - 1.
+    """
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if wrong:
+        raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.stack([torch.randn(shape, generator=one) for _ in range(count)]) for one in generators]
+    return torch.stack(draws)
+
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
 
@@ -195,3 +229,58 @@ def _counter(progress: Progress | None, total: int) -> Report:
             progress(done, total)
 
     return report
+
+
+@torch.no_grad()
+def best_candidates(
+    model: Flow,
+    noise: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    settings: SampleSettings,
+    at_once: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Map each picture's candidates of noise to data, and keep the one of the largest log p(x | condition).
+
+    Args:
+        model: STARFlow or TarFlow.
+        noise: (B, K, C, H, W).
+        condition: of each picture, as for `starflow.sample`.
+        null_condition: (B, ...), or None for a model that has its own, or without guidance.
+        settings: of the sampler.
+        at_once: candidates that are sampled at once; changes memory, not pictures.
+        progress: called with the tokens solved so far and in all.
+
+    Returns:
+        (B, C, H, W). With K = 1 it is what `starflow.sample` gives.
+
+    Raises:
+        UserError: see `starflow.sample`.
+    """
+    pictures, candidates = noise.shape[:2]
+    weight_B = torch.as_tensor(settings.guidance).expand(pictures)
+    batches = torch.arange(pictures * candidates).split(at_once)
+    drawn, scores = [], []
+    for number, rows in enumerate(batches):
+        of = rows // candidates
+        given, null = _rows(condition, of), _rows(null_condition, of)
+        own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
+        x = run(model, noise.flatten(0, 1)[rows], given, null, own, shifted(progress, number, len(batches))).x
+        drawn.append(x)
+        scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
+    x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
+    best_B = torch.cat(scores).view(pictures, candidates).nan_to_num(nan=-torch.inf).argmax(1)
+    kept: Tensor = x_BKCHW[torch.arange(pictures, device=best_B.device), best_B]
+    return kept
+
+
+def shifted(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+    """A batch's progress as that of all batches."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(batch * total + done, batches * total)
+
+
+def _rows(condition: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if condition is None else condition[rows.to(condition.device)]

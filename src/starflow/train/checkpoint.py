@@ -25,10 +25,10 @@ from torch import Tensor
 
 from starflow.config import from_dict
 from starflow.errors import UserError
-from starflow.files import read_json, write_json, write_tensors
-from starflow.train.distributed.pieces import first_row, is_writer, local, named_parameters, named_state
+from starflow.io.files import read_json, write_json, write_tensors
+from starflow.train.distributed.sharding import first_row, is_writer, local, named_parameters, named_state
 from starflow.train.distributed.world import World
-from starflow.train.engine import Engine
+from starflow.train.state import Engine
 
 INDEX = "index.json"
 KEPT = 2

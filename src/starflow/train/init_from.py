@@ -4,6 +4,12 @@ The new flow has the source's shape, but for what its recipe says otherwise; pos
 was trained on (STARFlow, arXiv 2506.06276, section on RoPE), so a larger picture is a finer grid over the same span.
 What a changed condition leaves without a source (the projection of condition tokens of another width, the vectors of
 other classes) starts anew; anything else that does not fit is an error.
+
+The flow that a recipe would train, from the recipe alone: before there are pictures, an encoder or weights.
+
+What only the pictures or an encoder can say is taken as known: 1,000 classes as in ImageNet, 4 latent channels at an
+eighth of the side as in sd-vae, and the widths of the encoders that our recipes name. An option in the recipe's flow
+section (txt_dim, num_classes, in_channels) says otherwise.
 """
 
 from __future__ import annotations
@@ -17,18 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow import files
-from starflow.components.releases import find_pipeline
+from starflow.conditioning.text import MINILM, width_of
 from starflow.errors import UserError
-from starflow.flow import store
+from starflow.flow import checkpoint
+from starflow.flow.config import ModelConfig, STARFlowConfig, config_from_dict, config_to_dict
 from starflow.flow.model import STARFlow, TarFlow
-from starflow.hub import local_or_hub
-from starflow.model_config import ModelConfig, STARFlowConfig, config_from_dict, config_to_dict
-from starflow.train.distributed.initial import initialise
-from starflow.weights.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
-from starflow.weights.hub import BUNDLED
+from starflow.io import files
+from starflow.io.hub import local_or_hub
+from starflow.latents.base import AutoencoderSpec
+from starflow.pipeline.locate import BUNDLED, find_pipeline
+from starflow.published.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
+from starflow.train.distributed.sharding import initialise
+from starflow.train.recipe import ConditioningRecipe, Recipe
 
 _OF_THE_CONDITION = re.compile(r"blocks\.\d+\.(proj_txt\.weight|class_embed)")
+
 _FROM_ELSEWHERE = frozenset({"in_channels", "img_size", "txt_size", "txt_dim", "num_classes"})
 """Options that follow from the latents and the condition of the new recipe."""
 
@@ -59,7 +68,7 @@ def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
         options = _options_in(folder, own)
         tensors = gemma_tensors(folder, options["num_blocks"] - 1, options["layers_per_block"][-1])
         return Initial(source, options, tensors, partial=True)
-    _, tensors = store.load(folder)
+    _, tensors = checkpoint.load(folder)
     return Initial(source, _options_in(folder, own), tensors)
 
 
@@ -77,7 +86,7 @@ def _options_in(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         listed = own.get("layers_per_block")
         found = gemma_options(folder, tuple(listed) if isinstance(listed, (list, tuple)) else None)
     else:
-        found = _options(config_from_dict(files.read_json(folder / store.CONFIG_NAME)))
+        found = _options(config_from_dict(files.read_json(folder / checkpoint.CONFIG_NAME)))
     return {**found, **own}
 
 
@@ -105,7 +114,7 @@ def initial_patch(source: str) -> int:
         UserError: nothing of that name.
     """
     folder = _flow_folder(source)
-    return 1 if is_gemma(folder) else int(files.read_json(folder / store.CONFIG_NAME).get("patch_size", 1))
+    return 1 if is_gemma(folder) else int(files.read_json(folder / checkpoint.CONFIG_NAME).get("patch_size", 1))
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:
@@ -154,3 +163,73 @@ def autoencoder_folder(source: str) -> Path:
         if (inner / "config.json").is_file() and "autoencoder" not in files.read_json(inner / "config.json"):
             return inner
     raise UserError(f"'{source}' holds no autoencoder: expected a folder that one was trained into, or a model of ours")
+
+
+CLASSES = 1000
+
+WIDTHS = {MINILM: 384, "google/flan-t5-xl": 2048, "google/gemma-2-2b": 2304}
+"""Of condition tokens, by encoder."""
+
+
+def planned_flow(recipe: Recipe) -> tuple[ModelConfig, str]:
+    """The flow's configuration, and the kind of its autoencoder.
+
+    Raises:
+        UserError: the shape is that of a model or an encoder that is not on this machine, or an option does not fit.
+    """
+    latents = _latents(recipe)
+    own = _own_options(recipe)
+    options: dict[str, Any] = {
+        "in_channels": latents.channels,
+        "img_size": recipe.data.views.size // latents.factor,
+        **_condition(recipe.conditioning, own),
+        **own,
+    }
+    layers = options.get("layers_per_block")
+    if options.get("kind") != "tarflow" and isinstance(layers, (list, tuple)):
+        options.setdefault("num_blocks", len(layers))
+    return config_from_dict(options), latents.kind
+
+
+def _latents(recipe: Recipe) -> AutoencoderSpec:
+    coder = recipe.autoencoder
+    if coder.kind == "pixels":
+        return AutoencoderSpec("pixels", channels=coder.channels, factor=1)
+    if coder.kind == "small":
+        return AutoencoderSpec("small", channels=coder.model.channels, factor=coder.model.factor)
+    return AutoencoderSpec(coder.kind, channels=4, factor=8, source=coder.source)
+
+
+def _own_options(recipe: Recipe) -> Mapping[str, Any]:
+    """The recipe's options, over those of the model that it goes on from where that is here."""
+    source = recipe.train.init_from
+    if source and (source in BUNDLED or Path(source).expanduser().is_dir()):
+        return initial_options(source, recipe.flow)
+    if source and "channels" not in recipe.flow:
+        raise UserError(
+            f"the recipe's flow has the shape of '{source}', which is not on this machine: put its folder there, or "
+            "name a preset"
+        )
+    return recipe.flow
+
+
+def _condition(recipe: ConditioningRecipe, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that follow from what the flow is told about a picture."""
+    if own.get("kind") == "tarflow":
+        return {"num_classes": CLASSES if recipe.kind == "class" else 0}
+    if recipe.kind == "none":
+        return {}
+    if recipe.kind == "class":
+        return {"txt_size": 1, "txt_dim": CLASSES + 1}
+    return {"txt_size": recipe.tokens, "txt_dim": int(own.get("txt_dim") or _width(recipe.encoder))}
+
+
+def _width(encoder: str) -> int:
+    folder = Path(encoder).expanduser()
+    if encoder in WIDTHS:
+        return WIDTHS[encoder]
+    if (folder / "config.json").is_file():
+        return width_of(folder)
+    raise UserError(
+        f"the width of '{encoder}' is not known before it is here: give its folder, or flow.txt_dim in the recipe"
+    )

@@ -25,15 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from starflow.errors import UserError
-from starflow.files import alone_in
+from starflow.io.files import alone_in
 from starflow.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, what_stands
 from starflow.train.distributed.world import World
-from starflow.train.engine import Engine
-from starflow.train.flops import measured_peak
-from starflow.train.log import RunLog
-from starflow.train.optimiser import learning_rate
-from starflow.train.precision import network_dtype
-from starflow.train.settings import TrainSettings
+from starflow.train.log import RunLog, measured_peak
+from starflow.train.settings import TrainSettings, network_dtype
+from starflow.train.state import Engine, learning_rate
 
 NORM_MEMORY = 0.02
 """Weight of the newest gradient norm in its running value."""

@@ -15,10 +15,10 @@ from starflow.config import from_dict, read_mapping, unknown_key
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
+from starflow.flow.config import KINDS
 from starflow.latents.small import SmallAutoencoderConfig
-from starflow.model_config import KINDS
-from starflow.train.autoencoder import ReconstructionLoss
 from starflow.train.settings import TrainSettings
+from starflow.train.tasks.autoencoder import ReconstructionLoss
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
-"""What a training run is told, for every stage alike."""
+"""What a training run is told, for every stage alike.
+
+The precision of a network's forward pass.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from starflow.errors import UserError
 
@@ -115,3 +121,17 @@ class TrainSettings:
         each = self.batch // parts
         first = rank * self.parallel.accumulate
         return [range((first + part) * each, (first + part + 1) * each) for part in range(self.parallel.accumulate)]
+
+
+def network_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it; else float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    low = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
+    return torch.bfloat16 if low else torch.float32
+
+
+def network_precision(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to `network_dtype`. Weights, optimiser and losses stay in float32."""
+    if network_dtype(settings, device) == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,4 +1,9 @@
-"""The stages of a recipe, each a folder of the run; a stage whose result is there is not run again.
+"""The stages before the flow: the pictures, the autoencoder, the condition and the latents.
+
+All functions are collective: every process of a run calls them in the same order, and what one of them does alone the
+others wait for.
+
+The stages of a recipe, each a folder of the run; a stage whose result is there is not run again.
 
 RUN/recipe.json     the recipe as it was run       RUN/index/ or views.safetensors   the pictures
 RUN/autoencoder/    log, samples, model            RUN/latents/            the latent cache
@@ -7,91 +12,245 @@ RUN/log.jsonl, samples/, checkpoints/, best/, model/   the flow; model/ is what 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from starflow.conditioning import ClassLabels, Conditioner, TextEncoder, TokenEmbeddings
+from starflow.config import to_dict
+from starflow.data import index, latent_cache
+from starflow.data.buckets import Buckets
+from starflow.data.index import Pictures, ViewPictures, open_source
+from starflow.data.sets.fashion_mnist import read_fashion_mnist
+from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sources.base import SourceKind
+from starflow.data.sources.folder import read_folder
+from starflow.data.views import Views, load_views, make_views, save_views
+from starflow.errors import UserError
+from starflow.io import files
+from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
+from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
+from starflow.train.distributed.world import World
+from starflow.train.init_from import autoencoder_folder, initial_patch
+from starflow.train.loader import training_order
+from starflow.train.loop import fit
+from starflow.train.recipe import AutoencoderRecipe, DataRecipe
+from starflow.train.tasks.autoencoder import AutoencoderTask
+from starflow.train.tasks.cache_latents import Cache, cache_latents
+from starflow.train.tasks.flow import FeedSettings, make_feed
+
+if TYPE_CHECKING:
+    from starflow.train.run import Run
+
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from starflow import files
-from starflow.conditioning import Conditioner
-from starflow.config import to_dict
+from starflow.data.images import from_pil, save_grid
 from starflow.data.latent_cache import read_cache
-from starflow.data.pictures import from_pil, save_grid
-from starflow.errors import UserError
+from starflow.flow.config import config_from_dict
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
-from starflow.latents import Autoencoder, AutoencoderSpec
-from starflow.model_config import config_from_dict
-from starflow.pipeline import Cleaning, PipelineConfig, StarFlowPipeline
-from starflow.train.distributed.initial import initialise
-from starflow.train.distributed.world import World
-from starflow.train.flow import FlowTask
+from starflow.pipeline.config import Cleaning, PipelineConfig
+from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.train.distributed.sharding import initialise
 from starflow.train.init_from import fill, read_initial
-from starflow.train.joint import JointTask, joint_latents
-from starflow.train.live import LiveFlowTask, LiveLatents
-from starflow.train.loop import Task, fit
-from starflow.train.prepare import (
-    feed_settings,
-    first_autoencoder,
-    prepare_autoencoder,
-    prepare_conditioner,
-    prepare_latents,
-    prepare_pictures,
-)
+from starflow.train.loop import Task
 from starflow.train.recipe import Objective, Recipe
-
-USUAL_PROMPTS = ("a red apple", "a blue car", "a green tree", "a dog")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe, its folder and where it computes."""
-
-    recipe: Recipe
-    folder: Path
-    device: torch.device
-    progress: bool = True
-    world: World = field(default_factory=World)
-
-    def say(self, text: str) -> None:
-        """One line about what happens next."""
-        if self.progress:
-            tqdm.write(text)
+from starflow.train.tasks.flow import FlowTask, LiveFlowTask, LiveLatents
+from starflow.train.tasks.joint import JointTask, joint_latents
 
 
-def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = True, world: World | None = None) -> Run:
-    """Prepare the run's folder; `world` is the processes that train together, None this one alone.
+def prepare_pictures(run: Run) -> Pictures:
+    """The run's pictures by number: views in memory, or an index of what stays where it is, made once.
 
     Raises:
-        UserError: it cannot be written, or holds a run whose finished stages this recipe would have made otherwise.
+        UserError: no pictures there, or sizes that autoencoder and patches cannot take.
     """
-    files.check_output_folder(folder)
-    path = folder / "recipe.json"
-    if path.is_file():
-        _check_same_stages(files.read_json(path), to_dict(recipe), folder)
-    world = world or World(device=device)
-    if world.main:
-        files.write_json(path, to_dict(recipe))
-    return Run(recipe, folder, world.device, progress and world.main, world)
-
-
-_MAY_CHANGE = frozenset({"train", "workers", "window", "latents"})
-"""Keys of those sections that change no stage's result."""
-
-
-def _check_same_stages(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with results that the recipe no longer describes; how long to train may change."""
-    for section in ("data", "autoencoder", "conditioning"):
-        old, new = dict(before.get(section, {})), dict(now[section])
-        changed = [key for key in new if key not in _MAY_CHANGE and key in old and old[key] != new[key]]
-        if changed:
-            raise UserError(
-                f"{folder} was started with another {section}.{changed[0]}: choose another --output, or undo the change"
+    data = run.recipe.data
+    if not data.indexed:
+        return ViewPictures(prepare_views(run))
+    buckets = Buckets(data.views.size, _multiple(run), data.aspects)
+    source = open_source(_kind(data), data.path)
+    folder = run.folder / "index"
+    if not index.is_whole(folder):
+        settings = index.IndexSettings(data.aspects, data.heldout)
+        missing = index.missing_parts(source, folder)
+        run.world.wait()  # until all have seen the same
+        for shard in missing[run.world.rank :: run.world.size]:
+            index.scan_shard(source, shard, folder, settings)
+        run.world.wait()
+        if run.world.main:
+            info = index.join_parts(source, folder)
+            run.say(
+                f"pictures: {info['pictures']}, {info['heldout']} of them held out, {info['skipped']} skipped "
+                f"({folder / 'skipped.jsonl'})"
             )
+        run.world.wait()
+    return index.IndexedPictures(source, folder, buckets)
+
+
+def _kind(data: DataRecipe) -> SourceKind:
+    assert data.source in ("folder", "tar", "parquet")
+    return data.source
+
+
+def _multiple(run: Run) -> int:
+    """What sides of pictures must be multiples of: the autoencoder's factor times the flow's patch."""
+    recipe, own = run.recipe.autoencoder, run.recipe.flow.get("patch_size")
+    if recipe.kind != "small":
+        factor = 1 if recipe.kind == "pixels" else _pretrained(recipe.kind, recipe.source).spec.factor
+    else:
+        config = load_small(autoencoder_folder(recipe.source)).network.config if recipe.source else recipe.model
+        factor = config.factor
+    source = run.recipe.train.init_from
+    return factor * int(own or (initial_patch(source) if source else 1))
+
+
+def prepare_views(run: Run) -> Views:
+    """Training and held-out views of a set that is kept in memory, drawn once a run."""
+    path = run.folder / "views.safetensors"
+    run.world.first(lambda: None if path.is_file() else save_views(path, _draw_views(run)))
+    return load_views(path)
+
+
+def _draw_views(run: Run) -> Views:
+    data = run.recipe.data
+    if data.source == "shapes":
+        return draw_shapes(data.shapes, data.views.size, data.views.seed)
+    if data.source == "fashion-mnist":
+        return read_fashion_mnist(Path(data.path) if data.path else None)
+    if not Path(data.path).is_dir():
+        raise UserError(f"no folder of pictures at '{data.path}': run `starflow prepare-data glyphs`")
+    views, skipped = make_views(read_folder(Path(data.path)), data.views, progress=run.progress, workers=2)
+    for one in skipped:
+        run.say(f"skipped {one.name}: {one.reason}")
+    if skipped:
+        run.say(f"skipped {len(skipped)} of {len(skipped) + len(set(views.names))} pictures")
+    return views
+
+
+def feed_settings(run: Run) -> FeedSettings:
+    """How the run's pictures reach a task; views in memory have been mirrored already."""
+    data = run.recipe.data
+    return FeedSettings(data.workers, data.window, data.indexed and data.views.flip, run.say)
+
+
+def prepare_autoencoder(run: Run) -> Autoencoder:
+    """The recipe's autoencoder: pretrained, identity, or trained by the main process unless its model is there."""
+    recipe = run.recipe.autoencoder
+    if recipe.kind != "small":
+        spec = AutoencoderSpec(recipe.kind, channels=recipe.channels, factor=1, source=recipe.source)
+        return _on(load_autoencoder(spec) if recipe.kind == "pixels" else _pretrained(recipe.kind, recipe.source), run)
+    if recipe.joint:
+        raise UserError("autoencoder.joint is on: the autoencoder is trained with the flow, by `starflow train`")
+    if recipe.source:
+        return _on(load_small(autoencoder_folder(recipe.source)), run)
+    folder = run.folder / "autoencoder"
+    if run.world.missing(folder / "model" / "config.json"):
+        pictures = prepare_pictures(run)
+        run.world.first(lambda: _train_autoencoder(run, pictures, folder))
+    return _on(load_small(folder / "model"), run)
+
+
+def _pretrained(kind: str, source: str) -> Autoencoder:
+    from starflow.latents import KLLatents, TinyLatents
+    from starflow.latents.load import decoder_noise
+
+    adapter = KLLatents if kind == "diffusers_kl" else TinyLatents
+    return adapter.from_pretrained(source, noise_std=decoder_noise(source))
+
+
+def _on(autoencoder: Autoencoder, run: Run) -> Autoencoder:
+    network = getattr(autoencoder, "network", None)
+    if network is not None:
+        network.to(run.device)
+    return autoencoder
+
+
+def _train_autoencoder(run: Run, pictures: Pictures, folder: Path) -> None:
+    recipe, how, alone = run.recipe.autoencoder, feed_settings(run), World(device=run.device)
+    order = training_order(pictures, recipe.train.batch, recipe.train.seed, how.window)
+    feed = make_feed(pictures, order, recipe.train, alone, how)
+    model = first_autoencoder(recipe).to(run.device)
+    noise = (recipe.noise_min, recipe.noise_max)
+    task = AutoencoderTask(model, feed, noise, recipe.loss, recipe.train, mirror=how.mirror)
+    run.say(f"autoencoder: {recipe.train.steps} steps on {sum(map(len, order.buckets))} pictures")
+    try:
+        fit(task, recipe.train, folder, run.progress)
+    finally:
+        feed.close()
+
+
+def first_autoencoder(recipe: AutoencoderRecipe) -> SmallAutoencoder:
+    """A new autoencoder, or the one that `autoencoder.train.init_from` names, to go on with.
+
+    Raises:
+        UserError: it is of another shape than `autoencoder.model`.
+    """
+    config = _sizes(recipe)
+    source = recipe.train.init_from
+    if not source:
+        torch.manual_seed(recipe.train.seed)
+        return SmallAutoencoder(config)
+    found = load_small(autoencoder_folder(source)).network
+    if found.config != config:
+        raise UserError(
+            f"autoencoder.model is {to_dict(config)}, but '{source}' has {to_dict(found.config)}: give the same sizes"
+        )
+    return found.train().requires_grad_(True)
+
+
+def _sizes(recipe: AutoencoderRecipe) -> SmallAutoencoderConfig:
+    """Standardised latents would take from joint training what it shapes them by."""
+    return replace(recipe.model, standardise=False) if recipe.joint else recipe.model
+
+
+def prepare_conditioner(run: Run, pictures: Pictures | None) -> Conditioner | None:
+    """Text encoder or class labels; labels are the class names of the pictures, in their order.
+
+    Raises:
+        UserError: the encoder is missing, or one of the recipe's prompts is no class.
+    """
+    recipe = run.recipe.conditioning
+    if recipe.kind == "none":
+        return None
+    if recipe.kind == "class":
+        path = run.folder / "classes.json"
+        if run.world.missing(path):
+            found = pictures or prepare_pictures(run)
+            run.world.first(lambda: files.write_json(path, found.classes()))
+        classes = ClassLabels(files.read_json(path))
+        if run.recipe.prompts:
+            classes.encode(run.recipe.prompts)  # a wrong name shows now, not with the first samples
+        return classes
+    adapter = TokenEmbeddings if recipe.kind == "embeddings" else TextEncoder
+    conditioner = adapter.from_pretrained(recipe.encoder, recipe.tokens)
+    conditioner.network.to(run.device)
+    return conditioner
+
+
+def prepare_latents(run: Run) -> None:
+    """Fill the latent cache unless it is whole; the processes share the work."""
+    folder = run.folder / "latents"
+    if latent_cache.is_whole(folder):
+        return
+    pictures = prepare_pictures(run)
+    conditioner = prepare_conditioner(run, pictures)  # before the autoencoder: what is missing shows now, not in hours
+    autoencoder = prepare_autoencoder(run)
+    data = run.recipe.data
+    info = {
+        "autoencoder": to_dict(autoencoder.spec),
+        "conditioner": to_dict(conditioner.spec) if conditioner else None,
+    }
+    mirrored = data.indexed and data.views.flip and data.views.views > 1
+    cache = Cache(pictures, autoencoder, conditioner, folder, mirrored, data.workers)
+    cache_latents(cache, info, run.world, show_progress=run.progress, say=run.say)
+
+
+USUAL_PROMPTS = ("a red apple", "a blue car", "a green tree", "a dog")
 
 
 def train_flow(run: Run) -> Path:

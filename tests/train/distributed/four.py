@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tests.train.distributed.scenario import Stopped, settings, train
 
 from starflow.train.distributed.world import join
+from tests.train.distributed.scenario import Stopped, settings, train
 
 
 def main(folder: Path) -> None:

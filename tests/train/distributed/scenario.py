@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from starflow.data.latent_cache import CachedPicture, LatentCache
+from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow, STARFlow
-from starflow.model_config import STARFlowConfig
 from starflow.train.checkpoint import Progress
-from starflow.train.distributed.initial import initialise
+from starflow.train.distributed.sharding import initialise
 from starflow.train.distributed.world import World
-from starflow.train.flow import FlowTask
 from starflow.train.loop import fit, read_log
 from starflow.train.recipe import Objective
 from starflow.train.settings import ParallelSettings, TrainSettings
+from starflow.train.tasks.flow import FlowTask
 
 CONFIG = STARFlowConfig(
     in_channels=2,

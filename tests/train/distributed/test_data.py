@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.train.distributed.launch import finish, torchrun
-from tests.train.distributed.scenario import numbers
 
 from starflow.cli.main import main
+from tests.train.distributed.launch import finish, torchrun
+from tests.train.distributed.scenario import numbers
 
 RECIPE = """
 name: pieces

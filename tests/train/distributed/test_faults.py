@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.train.distributed.kills import LAYOUTS, RECIPE, command, kill, launch, logged, newest, torture, workers
 
 pytestmark = [

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from tests.train.distributed.launch import finish, torchrun
 from tests.train.distributed.scenario import numbers, settings, train
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from starflow.flow.memory import training_memory
+from starflow.train.checkpoint import checkpoints
 from tests.train.distributed.launch import finish, torchrun
 from tests.train.distributed.scenario import CONFIG, Stopped, numbers, settings, train
-
-from starflow.memory import training_memory
-from starflow.train.checkpoint import checkpoints
 
 RESUMED = ("replicated-resumed", "sharded-resumed")
 TOGETHER = ("replicated", "sharded", "thrifty", "parts", "real", "one-to-two", "two-to-one", "across", *RESUMED)

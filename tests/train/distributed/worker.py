@@ -10,19 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
 from torch.distributed.fsdp import FSDPModule
 
 from starflow.errors import UserError
 from starflow.flow.model import build
-from starflow.train.distributed.pieces import local
+from starflow.train.distributed.sharding import local
 from starflow.train.distributed.world import World, join
-from starflow.train.engine import Engine
-from starflow.train.objective import TracedLoss
-from starflow.train.precision import network_precision
-from starflow.train.prepare import prepare_autoencoder, prepare_conditioner, prepare_latents, prepare_pictures
 from starflow.train.recipe import load_recipe
-from starflow.train.stages import Run
+from starflow.train.run import Run
+from starflow.train.settings import network_precision
+from starflow.train.stages import prepare_autoencoder, prepare_conditioner, prepare_latents, prepare_pictures
+from starflow.train.state import Engine
+from starflow.train.tasks.flow import TracedLoss
+from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
 
 LATE = """
 name: late

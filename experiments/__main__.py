@@ -1,0 +1,90 @@
+"""`python -m experiments NAME`: compute what is missing of a claim, draw its plot, write its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.cells import Result, document, write_result
+
+NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder")
+GLYPHS = Path("data/glyphs")
+
+
+def main() -> int:
+    """Run one claim and return the exit code."""
+    from starflow.errors import UserError
+
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--output", type=Path, help="the claim's folder (default: results/NAME)")
+    parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
+    parser.add_argument("--quick", action="store_true", help="a minute's run that proves the code, not the claim")
+    parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the claim's own)")
+    parser.add_argument(
+        "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
+    )
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder: the glyphs")
+    parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    from starflow.train.loop import Interrupted
+
+    folder: Path = options.output or Path("results") / options.name
+    try:
+        result = _run(options, folder)
+    except UserError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Interrupted):
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
+    write_result(folder, result)
+    if options.document and not options.quick:
+        document(options.document, result, folder / f"{result.name}.png")
+    print(result.verdict)
+    return 0
+
+
+def _run(options: argparse.Namespace, folder: Path) -> Result:
+    import dataclasses
+
+    import torch
+
+    from experiments import decoder, deep_shallow, fashion_mnist, guidance, universality
+    from starflow.nn.cpu import keep_memory
+
+    command = " ".join(["python -m experiments", *shown(sys.argv[1:])])
+    changed = {"steps": options.steps} if options.steps else {}
+    device = torch.device(options.device)
+    keep_memory()
+    if options.name == "universality":
+        budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
+        return universality.run(folder, budget, _say, command)
+    if options.name == "deep-shallow":
+        deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
+        return deep_shallow.run(folder, deep, _say, command, options.data, device)
+    if options.name == "fashion-mnist":
+        fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
+        return fashion_mnist.run(folder, fashion, _say, command, options.data, device)
+    if options.name == "decoder":
+        changed |= {"longer": options.longer} if options.longer else {}
+        noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
+        return decoder.run(folder, noisy, _say, command, options.autoencoder, options.data or GLYPHS, device)
+    guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
+    return guidance.run(folder, guided, _say, command, options.data, device)
+
+
+def shown(words: Sequence[str]) -> list[str]:
+    """The command's words as a document may show them: absolute paths, which are one machine's own, as FOLDER."""
+    return ["FOLDER" if Path(word).is_absolute() else word for word in words]
+
+
+def _say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

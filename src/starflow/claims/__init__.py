@@ -1,1 +1,0 @@
-"""The paper's claims at a size that anyone can rerun: one command each, `python -m starflow.claims NAME`."""

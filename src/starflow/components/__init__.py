@@ -1,1 +1,0 @@
-"""What a pipeline is made of: its configuration, the folders of its parts, the sizes that it makes, its card."""

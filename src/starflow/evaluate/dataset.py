@@ -1,0 +1,194 @@
+"""The rows of all processes in their own order, so that a measure under torchrun is that of one process.
+
+A set's rows are cut in as many runs as there are processes; each computes its own, and all get them all. Without a
+process group there is one process.
+
+The pictures that a model is measured on: both splits, plain, and what each of them shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from starflow.data.images import to_unit
+from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
+from starflow.data.sources.base import Record
+from starflow.data.sources.folder import read_folder
+from starflow.data.views import ViewConfig, Views, make_views
+from starflow.errors import UserError
+from starflow.pipeline.pipeline import StarFlowPipeline
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes that torchrun started, for the length of a block; alone, do nothing."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return _world()[0] == 0
+
+
+def own_rows(count: int) -> range:
+    """The rows of `count` that this process computes."""
+    rank, size = _world()
+    share = -(-count // size)
+    return range(min(count, rank * share), min(count, (rank + 1) * share))
+
+
+def gather_rows(rows: Tensor, count: int) -> Tensor:
+    """All `count` rows in order, in every process, of each process's own (n, ...), on `rows`' device.
+
+    Shards of unequal length are padded for the exchange and cut again: no row is dropped or counted twice.
+    """
+    import torch.distributed as dist
+
+    _, size = _world()
+    assert len(rows) == len(own_rows(count)), f"{len(rows)} rows, expected {len(own_rows(count))} of {count}"
+    if size == 1:
+        return rows
+    # gloo exchanges memory of the CPU, nccl that of the GPU.
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    padded = torch.zeros(-(-count // size), *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:count].to(rows.device)  # only the last shards are short, so their padding ends the list
+
+
+BATCH = 64
+
+FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Plain pictures of both splits, uint8."""
+
+    train: Views
+    heldout: Views
+    concepts: dict[str, str] = field(default_factory=dict)
+    """By a picture's name, where its captions say more than the thing."""
+
+    @staticmethod
+    def of_records(records: Sequence[Record], size: int) -> Pictures:
+        """Raises UserError: a split is empty."""
+        views = ViewConfig(size=size, views=1, heldout_views=1)
+        splits = {split: [record for record in records if record.split == split] for split in ("train", "heldout")}
+        for split, some in splits.items():
+            if not some:
+                raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
+        train, heldout = (make_views(some, views, progress=False)[0] for some in splits.values())
+        return Pictures(train, heldout, {record.name: record.caption.lower() for record in records})
+
+    def shown(self, views: Views) -> list[str]:
+        """The concept of each view: its record's caption without style or colour, or else its own."""
+        pairs = zip(views.names, views.captions, strict=True)
+        return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
+
+
+def open_pictures(source: str, size: int) -> Pictures:
+    """The set of that name: "fashion-mnist", a folder with its four files, or any folder of pictures.
+
+    Args:
+        source: name or folder.
+        size: side in pixels that a folder's pictures are brought to.
+
+    Raises:
+        UserError: no such folder, a split is empty, or Fashion-MNIST for a model of another size.
+    """
+    folder = Path(source).expanduser()
+    if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
+        return Pictures.of_records(read_folder(folder), size)
+    views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
+    _check_side(views, size, source)
+    train = views.splits.index("heldout")
+    return Pictures(part(views, range(train)), part(views, range(train, len(views))))
+
+
+def open_foreign(source: str, size: int) -> Tensor:
+    """Pictures (N, 3, size, size) uint8 that do not belong: "digits" (MNIST), or any set, both splits of it.
+
+    Raises:
+        UserError: see `open_pictures`; or digits for a model of another size.
+    """
+    if source == DIGITS:
+        digits = read_digits()
+        _check_side(digits, size, source)
+        return digits.images
+    pictures = open_pictures(source, size)
+    return torch.cat([pictures.heldout.images, pictures.train.images])
+
+
+def part(views: Views, rows: Sequence[int]) -> Views:
+    """Some rows of a set."""
+    index = list(rows)
+    return Views(
+        images=views.images[index],
+        captions=[views.captions[row] for row in index],
+        labels=[views.labels[row] for row in index],
+        names=[views.names[row] for row in index],
+        splits=[views.splits[row] for row in index],
+    )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` rows, evenly over the set; `most` 0 is all."""
+    if not most or most >= count:
+        return list(range(count))
+    return [row * count // most for row in range(most)]
+
+
+def prompts_of(pipeline: StarFlowPipeline, views: Views, rows: Sequence[int]) -> list[str]:
+    """What the pipeline is told about these pictures: captions, class names or nothing."""
+    if pipeline.conditioner is None:
+        return [""] * len(rows)
+    by_class = pipeline.conditioner.spec.kind == "class"
+    return [(views.labels[row] or "") if by_class else views.captions[row] for row in rows]
+
+
+def batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """uint8 pictures as batches in [-1, 1], the last one as short as it comes."""
+    for start in range(0, len(images), BATCH):
+        yield to_unit(images[start : start + BATCH]).to(device)
+
+
+def concept_of(prompt: str, known: set[str]) -> str:
+    """The longest known concept whose words stand in the prompt one after the other; "" where there is none."""
+    words = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
+    return max((concept for concept in known if f" {concept} " in words), key=len, default="")
+
+
+def _check_side(views: Views, size: int, source: str) -> None:
+    side = views.images.shape[-1]
+    if side != size:
+        raise UserError(f"{source} is of {side} px, the model of {size}: take a model trained at that size")

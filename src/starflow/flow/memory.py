@@ -1,0 +1,330 @@
+"""How much memory sampling and training take: arithmetic from a configuration alone, before anything is loaded.
+
+Contract: counts of parameters and cache bytes are exact. Activations are upper estimates of what a pass holds at once;
+every figure is in bytes, of one device. Nothing here needs torch.
+
+Shapes: B pictures, R rows (B, or 2B with guidance), N tokens, S condition tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from starflow.errors import UserError
+from starflow.flow.config import ModelConfig, STARFlowConfig
+
+Precision = Literal["float32", "bfloat16"]
+
+Sharding = Literal["replicated", "sharded", "hybrid"]
+"""Whether every GPU holds all, all share one copy, or the GPUs of a host share one."""
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+GPUS_A_HOST = 8
+
+PACKED_KEPT = 4 * 2**30
+"""Bytes of packed weights that a CPU keeps from block to block; of a larger model only those of the block at work."""
+
+TEXT_ENCODERS = {"google/flan-t5-xl": 1_223_527_424}
+"""Parameters of encoders that are released after use."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What memory depends on of a block's layers."""
+
+    layers: int
+    width: int
+    inner: int
+    """heads x head_dim"""
+    kv: int
+    """kv_heads x head_dim"""
+    hidden: int
+    gated: bool
+    linear: int
+    """Weights of one layer's linear maps, biases aside."""
+    outputs: int
+    """Output channels of these maps."""
+    parameters: int
+    """All of one layer."""
+
+
+@dataclass(frozen=True)
+class AutoencoderShape:
+    """What memory depends on of an autoencoder."""
+
+    parameters: int
+    """Of encoder and decoder: both are loaded."""
+    factor: int
+    pixel_bytes: int
+    """Bytes of activations a pixel of the picture at the decoder's peak, in float32."""
+    reach: int = 0
+    """Latent pixels around a tile that are decoded with it."""
+
+
+AUTOENCODERS = {
+    "pixels": AutoencoderShape(0, 1, 3 * 4),
+    "small": AutoencoderShape(4_193_332, 8, 3 * 48, 11),  # 48 channels at half the side: three tensors of 48 / 4 floats
+    "diffusers_tiny": AutoencoderShape(2_445_063, 8, 3 * 64 * 4, 20),  # TAESD: three tensors of 64 channels
+    "diffusers_kl": AutoencoderShape(83_653_863, 8, 4 * 256 * 4),  # sd-vae: 256 channels at full size, in and out
+}
+
+
+@dataclass(frozen=True)
+class SamplingMemory:
+    """Bytes while a batch is sampled and decoded."""
+
+    weights: int
+    cache: int
+    activations: int
+    """Of the largest pass: the condition's, or where blocks are iterated a whole sequence's."""
+    autoencoder: int
+    decoding: int
+    """The decoder's activations; the flow's are gone by then."""
+    packed: int
+    """Copies of the weights that the compiled loop of a CPU reads; elsewhere there are none, and `peak` has none."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any time, packed copies aside. Caches stay while a batch is decoded."""
+        return self.weights + self.cache + self.autoencoder + max(self.activations, self.decoding)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one GPU while the flow is trained."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    """AdamW's two."""
+    average: int
+    gathered: int
+    """Copies in the network's precision: of all weights, or under sharding of the two largest units."""
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def layer_shape(config: ModelConfig, block: int) -> LayerShape:
+    """Sizes of the layers of one block."""
+    if isinstance(config, STARFlowConfig):
+        width, hidden = config.width(block), config.hidden(block)
+        inner, kv = config.heads(block) * config.head_dim, config.kv_heads(block) * config.head_dim
+        gated, bias, norm = config.use_swiglu, config.use_bias, config.norm_type
+        extras = 2 * config.head_dim * config.use_qk_norm + 2 * width * config.use_post_norm
+    else:
+        width, hidden, inner, kv = config.channels, 4 * config.channels, config.channels, config.channels
+        gated, bias, norm, extras = False, True, "layer_norm", 0
+    linear = width * (inner + 2 * kv) + inner * width + (3 if gated else 2) * width * hidden
+    outputs = inner + 2 * kv + width + (2 if gated else 1) * hidden + width
+    norms = 2 * width * (2 if norm == "layer_norm" else 1)
+    return LayerShape(
+        config.layers(block), width, inner, kv, hidden, gated, linear, outputs, linear + outputs * bias + norms + extras
+    )
+
+
+def block_parameters(config: ModelConfig, block: int) -> int:
+    """Parameters of one block."""
+    shape = layer_shape(config, block)
+    channels, width, tokens = token_channels(config), shape.width, config.grid_side**2
+    count = shape.layers * shape.parameters + (channels + 1) * width + (width + 1) * 2 * channels
+    if not isinstance(config, STARFlowConfig):
+        return count + tokens * width + config.num_classes * width
+    count += width * config.use_final_norm + channels * config.sos + tokens * width * (not config.rope)
+    return count + (config.txt_dim + 1) * width * config.conditioned(block)
+
+
+def parameters(config: ModelConfig) -> int:
+    """Parameters of the flow."""
+    return sum(block_parameters(config, block) for block in range(config.num_blocks))
+
+
+def token_channels(config: ModelConfig) -> int:
+    return config.in_channels * config.patch_size**2
+
+
+def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of the flow's weights; with `int8` the linear maps next to the noise take a byte and a scale a channel."""
+    return sum(block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks))
+
+
+def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of one block's weights; see `weight_bytes`."""
+    total = block_parameters(config, block) * BYTES[dtype]
+    if int8 and block == config.num_blocks - 1:
+        shape = layer_shape(config, block)
+        total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
+    return total
+
+
+def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
+    """Bytes of the copies that a CPU's compiled loop packs at once: of a large model those of the block at work."""
+    blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
+    return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
+
+
+def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
+    """Layers in their precision, the projections at both ends in float32; what fills up panels is not counted."""
+    shape, channels = layer_shape(config, block), token_channels(config)
+    ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
+    vectors = shape.parameters - shape.linear
+    return shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
+
+
+def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
+    """Bytes of keys and values; blocks of one shape share a cache, one after the other."""
+    return BYTES[dtype] * sum(2 * math.prod(shape) for shape in set(_caches(config, batch, tokens, guided)))
+
+
+def _caches(config: ModelConfig, batch: int, tokens: int, guided: bool) -> list[tuple[int, int, int, int]]:
+    """(layers, rows, positions, channels) of every block's cache."""
+    found = []
+    for block in range(config.num_blocks):
+        shape = layer_shape(config, block)
+        found.append((shape.layers, _rows(config, block, batch, guided), _inputs(config, block, tokens), shape.kv))
+    return found
+
+
+def _rows(config: ModelConfig, block: int, batch: int, guided: bool) -> int:
+    steered = not isinstance(config, STARFlowConfig) or config.conditioned(block)
+    return batch * (2 if guided and steered else 1)
+
+
+def _inputs(config: ModelConfig, block: int, tokens: int) -> int:
+    """What a block reads: its condition tokens, and the tokens but the last where there is no start token."""
+    if not isinstance(config, STARFlowConfig):
+        return tokens - 1
+    return tokens - (not config.sos) + config.txt_size * config.conditioned(block)
+
+
+def sampling_memory(
+    config: ModelConfig,
+    batch: int,
+    *,
+    tokens: int | None = None,
+    guided: bool = True,
+    dtype: Precision = "float32",
+    cache_dtype: Precision | None = None,
+    int8: bool = False,
+    offload: bool = False,
+    iterated: bool = True,
+    autoencoder: AutoencoderShape | None = None,
+    tile: int | None = None,
+) -> SamplingMemory:
+    """Memory of sampling `batch` pictures at once and decoding them.
+
+    Args:
+        config: of the flow.
+        batch: pictures at once.
+        tokens: of a picture; None is as in training.
+        guided: whether guidance runs a null branch beside the condition's.
+        dtype: of the flow's weights.
+        cache_dtype: of keys and values; None is `dtype`.
+        int8: whether the linear maps of the block next to the noise have weights of one byte.
+        offload: whether only the weights of the block at work are on the device.
+        iterated: whether blocks without guidance are solved in parallel, whole sequences at once.
+        autoencoder: one of `AUTOENCODERS`, or None.
+        tile: side in latent pixels of the tiles that are decoded one by one; None is whole pictures.
+
+    Raises:
+        UserError: no pictures or tokens.
+    """
+    tokens = config.grid_side**2 if tokens is None else tokens
+    if batch < 1 or tokens < 1:
+        raise UserError(f"{batch} pictures of {tokens} tokens: both must be at least 1")
+    activations = 0
+    for block in range(config.num_blocks):
+        last = block == config.num_blocks - 1
+        own = _inputs(config, block, tokens)
+        length = max(1, own - tokens) if last or not iterated else own
+        activations = max(activations, _pass_bytes(config, block, _rows(config, block, batch, guided) * length))
+    coder, decoding = autoencoder, 0
+    if coder is not None:
+        area = tokens * config.patch_size**2
+        area = area if tile is None else min((tile + 2 * coder.reach) ** 2, area)
+        decoding = coder.pixel_bytes * area * coder.factor**2 * (batch if tile is None else 1)
+    blocks = [block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks)]
+    return SamplingMemory(
+        max(blocks) if offload else sum(blocks),
+        cache_bytes(config, batch, tokens, cache_dtype or dtype, guided=guided),
+        activations * BYTES[dtype],
+        4 * coder.parameters if coder else 0,
+        decoding,
+        0 if offload else packed_bytes(config, dtype, int8=int8),
+    )
+
+
+def _pass_bytes(config: ModelConfig, block: int, tokens: int) -> int:
+    """Numbers that a layer holds at once for some tokens: residual, and its attention's or its MLP's tensors."""
+    shape = layer_shape(config, block)
+    attention = 3 * shape.inner + 4 * shape.kv  # queries, keys, values, turned queries and keys, result
+    return tokens * (2 * shape.width + max(attention, 2 * shape.hidden))
+
+
+def training_memory(
+    config: ModelConfig,
+    batch: int,
+    *,
+    gpus: int = 1,
+    sharding: Sharding = "replicated",
+    precision: Precision = "bfloat16",
+    checkpointing: bool = False,
+    averaged: bool = True,
+) -> TrainingMemory:
+    """Memory of one GPU that trains the flow with AdamW, all states in float32.
+
+    Args:
+        config: of the flow.
+        batch: pictures a GPU and pass.
+        gpus: in all; a host has 8.
+        sharding: what the GPUs share; "hybrid" shares within a host.
+        precision: of the network's products.
+        checkpointing: keep the inputs of each attention and MLP, and compute the rest again on the way back.
+        averaged: keep an average of the weights.
+
+    Raises:
+        UserError: no pictures or GPUs.
+    """
+    if batch < 1 or gpus < 1:
+        raise UserError(f"{batch} pictures on {gpus} GPUs: both must be at least 1")
+    parts = {"replicated": 1, "sharded": gpus, "hybrid": min(gpus, GPUS_A_HOST)}[sharding]
+    count = parameters(config)
+    share = 4 * math.ceil(count / parts)
+    if parts == 1:
+        gathered = 0 if precision == "float32" else BYTES[precision] * count
+    else:  # a unit is a layer: its weights, the next one's, and its gradients in float32
+        unit = max(layer_shape(config, block).parameters for block in range(config.num_blocks))
+        gathered = unit * (2 * BYTES[precision] + 4)
+    activations = _kept_bytes(config, batch, precision, checkpointing=checkpointing)
+    return TrainingMemory(share, share, 2 * share, share if averaged else 0, gathered, activations)
+
+
+def _kept_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
+    """What the way back needs, of all layers, and the gradients of the hidden channels of one; the logits of attention
+    are computed again (flash attention)."""
+    total = largest = back = 0
+    for block in range(config.num_blocks):
+        shape = layer_shape(config, block)
+        tokens = batch * _inputs(config, block, config.grid_side**2)
+        inputs = 2 * BYTES[precision] * shape.width * tokens
+        attention, mlp = (kept * tokens for kept in _layer_kept(shape, BYTES[precision]))
+        largest = max(largest, attention, mlp)
+        back = max(back, BYTES[precision] * (3 if shape.gated else 2) * shape.hidden * tokens)
+        total += shape.layers * (inputs if checkpointing else attention + mlp)
+    return total + back + (largest if checkpointing else 0)
+
+
+def _layer_kept(shape: LayerShape, low: int) -> tuple[int, int]:
+    """Bytes a token of attention and of the MLP: a norm's input (float32) and output each, then queries, keys and
+    values and the result; or the hidden channels before and after the activation, of gate and product if it is gated.
+    """
+    norm = shape.width * (4 + low + (4 if low < 4 else 0))
+    attention = low * (2 * shape.inner + 2 * shape.kv) + 4 * (shape.inner + shape.kv)
+    return norm + attention, norm + low * (4 if shape.gated else 2) * shape.hidden

@@ -1,0 +1,252 @@
+"""JSON lines by number, without reading the file: it is mapped, and only where each line starts is kept in memory.
+
+Files, written whole or not at all. Knows no model.
+
+Contract: every writer goes to a temporary name in the target's folder, is flushed to the disk and then
+renamed, so a reader sees the old file or the new one and a full disk keeps the old one. Weights are
+safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+
+class Lines:
+    """`Lines(path)[i]` is line i as an object; 8 bytes of memory a line. Pickles as its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Raises UserError: the line is no JSON object."""
+        start = int(self._ends[number - 1]) + 1 if number else 0
+        try:
+            line = json.loads(self._bytes[start : int(self._ends[number])])
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise UserError(f"{self.path}, line {number + 1} is damaged: delete the folder and make it again")
+        return line
+
+    def __reduce__(self) -> tuple[type[Lines], tuple[Path]]:
+        return Lines, (self.path,)
+
+    @cached_property
+    def _bytes(self) -> mmap.mmap | bytes:
+        if not self.path.stat().st_size:
+            return b""  # nothing to map
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Where each line's newline is."""
+        import numpy as np
+
+        step, found = 1 << 24, []
+        for start in range(0, len(self._bytes), step):
+            part = np.frombuffer(self._bytes[start : start + step], dtype=np.uint8)
+            found.append(np.flatnonzero(part == ord("\n")) + start)
+        return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be made or written, or the disk is full; `path` is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; the old file, if any, is unchanged") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to `path`, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, indented, with a final newline."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: no such file, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # its name for a full disk
+            raise OSError(str(error)) from None
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: no such file, or a truncated or foreign file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock while a block runs; the system drops it with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # no such locks on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process writes to {folder}: wait until it ends, stop it, or choose another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def check_output_folder(folder: Path) -> Path:
+    """Make `folder` and prove that it can be written, before any long work.
+
+    Raises:
+        UserError: a file stands there, or no permission.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder: choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
+    return folder
+
+
+def cache_folder() -> Path:
+    """STARFLOW_CACHE, or `starflow` in the system's folder for caches; made for the user alone.
+
+    Raises:
+        UserError: it cannot be made, or others may write to it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    folder = Path(os.environ.get("STARFLOW_CACHE") or Path(base) / "starflow")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise UserError(f"{folder} may be written to by others: set STARFLOW_CACHE to a folder of your own")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: set STARFLOW_CACHE to another folder")
+    return folder
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Compare what is about to be written with what the disk has left.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free there: "
+            "make room, or choose another folder"
+        )
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Let go of the memory behind a tensor that is mapped from a file; what is read again comes from the file.
+
+    Only for tensors that nobody has written to. Where the system has no such call nothing happens: it takes the memory
+    back when it needs it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    if size > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE), mmap.MADV_DONTNEED)

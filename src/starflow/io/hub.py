@@ -1,0 +1,280 @@
+"""Fetching from the Hugging Face hub: the local cache first, then the network, and a clear line where neither has it.
+
+Contract: what is cached is used without asking the network, and so never changes under its user; a name may say which
+state it means, "owner/name@revision". Every downloaded file is compared with the hub's own digest of it, once, when it
+comes; one that differs is removed and named. Knows no model. Nothing that is downloaded is ever run: callers name the
+files they read, and weights are safetensors. Token, cache and endpoint are those of huggingface_hub's settings
+(HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+
+Other libraries' remarks, kept from standing between ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+from starflow.errors import UserError
+
+REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Which state of a hub repository is meant, and how it may be reached."""
+
+    revision: str | None = None
+    """A branch, tag or commit; None is what the name says after "@", or else "main"."""
+    cache: str | Path | None = None
+    """Folder of downloads; None is huggingface_hub's own."""
+    offline: bool = False
+    """Take only what is cached."""
+
+    @property
+    def elsewhere(self) -> Fetch:
+        """The same for another repository, which has revisions of its own."""
+        return dataclasses.replace(self, revision=None)
+
+
+HERE = Fetch()
+
+
+def split_revision(name: str, fetch: Fetch = HERE) -> tuple[str, str | None]:
+    """Repository and revision of "owner/name@revision", or of "owner/name" and what `fetch` says.
+
+    Raises:
+        UserError: both say one, and they differ.
+    """
+    repository, _, revision = name.partition("@")
+    if revision and fetch.revision and revision != fetch.revision:
+        raise UserError(f"'{name}' names the revision {revision}, and {fetch.revision} is asked for: choose one")
+    return repository, revision or fetch.revision
+
+
+def local_or_hub(
+    source: str,
+    needed: Sequence[str],
+    also: Sequence[str] = (),
+    remedy: str = REMEDY,
+    fetch: Fetch = HERE,
+    within: Sequence[str] = ("",),
+) -> Path:
+    """The folder `source` if it is one, else a snapshot of the hub repository of that name.
+
+    Args:
+        source: a folder, or a repository such as "google/flan-t5-xl" or "google/flan-t5-xl@main".
+        needed: file names with wildcards; each must match something.
+        also: others to fetch where the repository has them; see `snapshot`.
+        remedy: what to do where this fails, for the message.
+        fetch: the hub's revision, cache and whether to ask the network.
+        within: sub-folders that may hold the needed files instead of the top ("").
+
+    Raises:
+        UserError: no such folder, and the hub has no such repository or cannot be reached; or a needed file is missing.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = snapshot(source, [*needed, *also], needed=needed, remedy=remedy, fetch=fetch)
+    missing = min((_missing(folder / inner, needed) for inner in within), key=len)
+    if missing:
+        raise UserError(f"{folder} has no {' and no '.join(missing)}: {remedy}")
+    return folder
+
+
+def snapshot(
+    source: str, files: Sequence[str], *, needed: Sequence[str], remedy: str = REMEDY, fetch: Fetch = HERE
+) -> Path:
+    """Local folder of a hub repository: the cached one where it has what is needed, else downloaded and checked.
+
+    Args:
+        source: such as "google/flan-t5-xl", perhaps with a revision after "@".
+        files: wildcards of what to fetch; where none of them has a "/", only files at the top are fetched.
+        needed: wildcards, each of which must match something at the top of a cached folder for it to do.
+        remedy: what to do where this fails, for the message, if nothing better is known.
+        fetch: the hub's revision, cache and whether to ask the network.
+
+    Raises:
+        UserError: the hub has no such repository or revision, asks for a login, or cannot be reached; or a file came
+            damaged.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    repository, revision = split_revision(source, fetch)
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": fetch.cache,
+        "allow_patterns": list(files),
+        "ignore_patterns": [] if any("/" in pattern for pattern in files) else ["*/*"],
+    }
+    expected: tuple[type[BaseException], ...] = (_Absent, HFValidationError, *hub_errors())
+    try:
+        folder = _cached(repository, settings)
+        if folder is not None and not _missing(folder, needed) and _has_shards(folder):
+            return folder
+        if fetch.offline:
+            raise _Absent
+        return _download(repository, settings)
+    except expected as error:
+        reason, better = explain(error, repository, revision)
+        remedy = better if better and remedy == REMEDY else remedy
+        raise UserError(f"'{repository}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
+
+
+class _Absent(Exception):
+    """Not in the cache, and the network is not to be asked."""
+
+
+def _cached(repository: str, settings: dict[str, Any]) -> Path | None:
+    """The cached snapshot, if there is one and it has all of the files."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True, **settings))
+    except OSError:  # not there, or incomplete
+        return None
+
+
+def _download(repository: str, settings: dict[str, Any]) -> Path:
+    """A snapshot from the network, what came now compared with the hub's digests.
+
+    Raises:
+        UserError: a file differs; it is removed, so that the next call fetches it again.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    cache = Path(settings["cache_dir"] or constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
+    before = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
+    folder = Path(snapshot_download(repository, local_files_only=False, **settings))
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.resolve().name not in before and is_intact(path) is False:
+            path.resolve().unlink()
+            path.unlink()
+            name = path.relative_to(folder).as_posix()
+            raise UserError(
+                f"'{name}' of '{repository}' came damaged, its digest is not the hub's: it was removed, "
+                "run the same command again"
+            )
+    return folder
+
+
+def is_intact(path: Path) -> bool | None:
+    """Whether a file of the hub's cache is what the hub has; None where the cache does not tell.
+
+    The cache keeps a file under its digest: sha256 of a large one, git's sha1 of a small one.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs":  # a file system without links, or no file of the cache
+        return None
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        digest = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    else:
+        return None
+    with blob.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest() == blob.name
+
+
+def size_to_fetch(source: str, file: str, fetch: Fetch = HERE) -> int:
+    """Bytes of a repository's file that is not in the cache yet; 0 where it is, or where the hub does not say.
+
+    Raises:
+        UserError: `source` and `fetch` name two revisions.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, revision = split_revision(source, fetch)
+    expected: tuple[type[BaseException], ...] = (HFValidationError, *hub_errors())
+    try:
+        cached = try_to_load_from_cache(repository, file, cache_dir=fetch.cache, revision=revision)
+        if fetch.offline or isinstance(cached, str):
+            return 0
+        return get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).size or 0
+    except expected:  # whoever fetches it says what is wrong
+        return 0
+
+
+def explain(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
+    """An error of the hub's client in words, and what to do about it ("" where nothing better is known)."""
+    from huggingface_hub import errors, get_token
+
+    chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{repository}"
+        return "its terms must be accepted first", f"accept them at {page}, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one", "check the name, or log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision '{revision}'", "name a branch, tag or commit that the repository has"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401 and not get_token():
+        return "it asks for a token, and there is none", "log in with `hf auth login`"
+    if status == 401:
+        return "it does not accept the token", "log in with `hf auth login`, or correct HF_TOKEN"
+    if status == 403:
+        return "the token has no right to it", "use a token with that right: `hf auth login`"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "there is no token", "log in with `hf auth login`"
+    if isinstance(error, _Absent) or any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+        state = f" at revision '{revision}'" if revision else ""
+        return f"it is not in the cache{state}, and the network is switched off", "run once with the network"
+    if any(type(one).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout") for one in chain):
+        return "it cannot be reached", "check the connection, and HF_ENDPOINT if you set it"
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0].rstrip(":. ") if lines else type(error).__name__, ""
+
+
+def hub_errors() -> tuple[type[BaseException], ...]:
+    """What huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return (OSError, http)
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether a cached folder has every shard of its indices; a download may have been interrupted."""
+    for index in folder.rglob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        if not all((index.parent / str(name)).is_file() for name in names):
+            return False
+    return True
+
+
+def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
+    return [pattern for pattern in patterns if not any(folder.glob(pattern))]
+
+
+TORCHAO = ("torchao", "torch.utils._pytree")
+"""Who speaks when torchao is imported, as transformers and diffusers do wherever it is installed."""
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Loggers of these names let errors through alone while a block runs."""
+    loggers = [getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,162 @@
+"""A published checkpoint as a whole pipeline: what its options say is around the flow becomes config.json.
+
+The released YAML names autoencoder, text encoder, noise and guidance. TarFlow is of pixels. Where the options name no
+autoencoder and none is given, the flow is written alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starflow.conditioning import ClassLabels, ConditionerSpec
+from starflow.conditioning.text import width_of
+from starflow.config import to_dict
+from starflow.errors import UserError
+from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
+from starflow.flow.memory import parameters
+from starflow.io import files
+from starflow.latents import AutoencoderSpec
+from starflow.latents.load import open_trainable
+from starflow.pipeline.config import Cleaning, PipelineConfig
+from starflow.pipeline.folder import FLOW
+from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
+from starflow.published.convert import SHARD_BYTES, Progress, convert_flow, silent
+
+SD_SCALING = 0.18215
+"""Factor of Stable Diffusion's latents."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is around the flow, where the options do not say it, or are to be overruled; None is as they say."""
+
+    autoencoder: str | None = None
+    """Folder or hub id."""
+    text_encoder: str | None = None
+    """Folder or hub id."""
+    noise_std: float | None = None
+    guidance: float | None = None
+
+
+AS_THEY_SAY = Around()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion found and made."""
+
+    folder: Path
+    whole: bool
+    """Whether it is a pipeline, rather than a flow alone."""
+    parameters: int
+    bytes: int
+    """Of the written weights."""
+    ignored_keys: list[str]
+    """Of the checkpoint: deprecated, or made anew from the options."""
+    ignored_options: list[str]
+    """Settings of a training run."""
+
+
+def convert(
+    file: Path,
+    options: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    around: Around = AS_THEY_SAY,
+    *,
+    name: str = "",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> Converted:
+    """Write a checkpoint as a pipeline's folder, or where no autoencoder is known as a flow's.
+
+    Keys, shapes, options, what is around the flow and the room on the disk are looked at before anything is written.
+
+    Args:
+        file: a `.pth` (one of torch before 1.6 is read as a whole) or `.safetensors`.
+        options: the published configuration, as `load_published` takes it.
+        folder: made where it is missing.
+        dtype: of the written weights.
+        around: what the options do not say.
+        name: of the model; "" is the file's.
+        shard_bytes: size that a file stays under.
+        progress: told the bytes written so far and in all.
+
+    Raises:
+        UserError: as `load_published`; a video model; an autoencoder or a text encoder that is nowhere, or does not
+            fit; the folder cannot be written, or the disk has no room.
+    """
+    found, said = open_published(file, options), around_the_model(options)
+    whole = bool(around.autoencoder or said.get("vae")) or isinstance(found.config, TarFlowConfig)
+    config = pipeline_config(name or file.stem, found.config, said, around) if whole else None
+    files.check_output_folder(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # it comes last, so its presence means that all is there
+    size = convert_flow(found, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress)
+    if config is not None:
+        files.write_json(folder / "config.json", to_dict(config))
+    return Converted(folder, whole, parameters(found.config), size, found.ignored, ignored_options(options))
+
+
+def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: Around) -> PipelineConfig:
+    """config.json of a pipeline, from the flow's and what options say around it.
+
+    Raises:
+        UserError: an autoencoder or a text encoder that cannot be found, or does not fit.
+    """
+    coder = _autoencoder(around.autoencoder or said.get("vae"), flow)
+    noise = float(said.get("noise_std", 0.0) if around.noise_std is None else around.noise_std)
+    reader = _conditioner(around.text_encoder or said.get("text"), flow)
+    guidance = float(said.get("cfg", 0.0) if around.guidance is None else around.guidance)
+    cleaning: Cleaning = "decoder" if coder.noise_std else "tweedie" if noise else "none"
+    return PipelineConfig(name, flow.img_size * coder.factor, noise, coder, reader, guidance, cleaning)
+
+
+def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
+    if source is None:
+        return AutoencoderSpec("pixels", flow.in_channels, 1)
+    if source in SD_VAES and not Path(source).is_dir():
+        found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
+    else:
+        found = open_trainable(source).spec
+    if Path(source).expanduser().is_dir():
+        found = dataclasses.replace(found, source=str(Path(source).expanduser().resolve()))
+    if found.channels != flow.in_channels:
+        raise UserError(
+            f"the autoencoder '{source}' has {found.channels} channels, the flow {flow.in_channels}: "
+            "name the one that it was trained with"
+        )
+    return found
+
+
+def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | None:
+    """A text encoder where one is named, else classes by their numbers where the model has any."""
+    if isinstance(flow, TarFlowConfig):
+        return _numbered(flow.num_classes) if flow.num_classes else None
+    assert isinstance(flow, STARFlowConfig)
+    if not flow.txt_size:
+        return None
+    if source is None and flow.txt_size == 1:
+        return _numbered(flow.txt_dim - 1)
+    if source is None:
+        raise UserError(
+            f"the model reads {flow.txt_size} tokens of width {flow.txt_dim}, and its options name no text encoder: "
+            "name it, as 'text' there or by --text-encoder"
+        )
+    folder = Path(source).expanduser()
+    if folder.is_dir() and (width := width_of(folder)) != flow.txt_dim:
+        raise UserError(
+            f"the text encoder '{source}' has width {width}, the model expects {flow.txt_dim}: "
+            "name the one that it was trained with"
+        )
+    place = str(folder.resolve()) if folder.is_dir() else source
+    return ConditionerSpec("text", flow.txt_size, flow.txt_dim, place, dtype="bfloat16")
+
+
+def _numbered(classes: int) -> ConditionerSpec:
+    return ClassLabels([str(number) for number in range(classes)]).spec

@@ -1,0 +1,3 @@
+"""Weights of others: the published layouts."""
+
+from __future__ import annotations

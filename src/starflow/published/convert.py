@@ -1,0 +1,119 @@
+"""A published checkpoint's flow into our layout, one tensor after the other.
+
+Contract: the checkpoint is mapped and never read as a whole, and what is written goes to the disk a shard at a time:
+the memory needed is that of a shard and a tensor. Keys, shapes and options are compared, and room on the disk is looked
+for, before anything is written.
+
+Repositories of the hub that hold published checkpoints in their authors' layout, and what is known of them.
+
+The options are the released configuration's (STARFlow, arXiv 2506.06276), which the repository itself does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow.flow import checkpoint
+from starflow.io import files
+from starflow.published.checkpoint import Checkpoint
+
+SHARD_BYTES = 2**30
+"""Size that a shard stays under: it waits in memory until it is full."""
+
+Progress = Callable[[int, int], None]
+"""Told the bytes written so far and in all."""
+
+
+def silent(_done: int, _total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def convert_flow(
+    found: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> int:
+    """Write a checkpoint's flow as `from_pretrained` reads it; returns the bytes of its weights.
+
+    Args:
+        found: the checkpoint, from `open_published`.
+        folder: made where it is missing.
+        dtype: of the written weights.
+        shard_bytes: size that a file stays under.
+        progress: told the bytes written so far and in all.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk has no room.
+    """
+    total = sum(tensor.numel() * dtype.itemsize for tensor in found.tensors.values())
+    files.check_room(folder, total + total // 100, f"{found.name} in {str(dtype).removeprefix('torch.')}")
+    checkpoint.save(folder, found.config, _cast(found, dtype, total, progress), shard_bytes)
+    return total
+
+
+def _cast(found: Checkpoint, dtype: torch.dtype, total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    done = 0
+    for name, tensor in found.tensors.items():
+        yield name, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if found.mapped and name not in found.added:
+            files.drop_pages(tensor)
+        done += tensor.numel() * dtype.itemsize
+        progress(done, total)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One checkpoint of a repository."""
+
+    file: str
+    options: Mapping[str, Any]
+    """As `load_published` takes them."""
+    terms: str
+    """What its licence allows, in words."""
+    preset: str = ""
+    """Its architecture's name in `starflow.flow.config`."""
+
+
+def _arguments(**values: Any) -> dict[str, Any]:
+    return {"arguments": [{key: value} for key, value in values.items()]}
+
+
+RELEASES: dict[str, Release] = {
+    "apple/starflow": Release(
+        "starflow_3B_t2i_256x256.pth",
+        _arguments(
+            img_size=256,
+            channel_size=4,
+            patch_size=1,
+            channels=3072,
+            blocks=6,
+            layers_per_block="2 2 2 2 2 24",
+            txt_size=128,
+            rope=1,
+            sos=1,
+            nvp=1,
+            use_softplus=1,
+            cond_top_only=1,
+            use_final_norm=1,
+            adaln=0,
+            seq_order="L2R",
+            soft_clip=4,
+            noise_std=0.3,
+            vae="stabilityai/sd-vae-ft-ema",
+            text="google/flan-t5-xl",
+            cfg=2.5,
+        ),
+        "for research only",
+        "starflow-t2i-3b",
+    ),
+}
+"""By repository."""

@@ -1,0 +1,194 @@
+"""Build step.cpp with the user's own compiler, once a machine, and load it.
+
+Contract: the library lies in the user's cache folder under a name that holds the source, the flags, the compiler and
+the processor; it is put there whole. Nothing is loaded from a folder that others may write to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from starflow.errors import UserError
+from starflow.io import files
+from starflow.sampling.cpu.pack import BlockStruct, Panels, bytes_of
+
+SOURCE = Path(__file__).parent / "step.cpp"
+
+COMPILERS = ("c++", "g++", "clang++")
+
+TIMEOUT_SECONDS = 120
+
+VERSION = 2
+"""Of the functions and structs that step.cpp shares with layout.py."""
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded functions of step.cpp."""
+
+    handle: ctypes.CDLL
+
+    @property
+    def panels(self) -> Panels:
+        return Panels(self.handle.starflow_panel(), self.handle.starflow_vector())
+
+    def workspace(self, block: BlockStruct, count: int) -> int:
+        """Floats that a call for `count` tokens needs."""
+        return int(self.handle.starflow_workspace(ctypes.byref(block), count))
+
+    def solve(self, block: BlockStruct, start: int, stop: int) -> None:
+        """Tokens start..stop-1 of a block, one after the other; Python runs on meanwhile."""
+        self.handle.starflow_solve(ctypes.byref(block), start, stop)
+
+    def extend(self, block: BlockStruct, hidden: int, position: int, count: int) -> None:
+        """The layers for hidden states at an address, (rows, count, width), in place."""
+        self.handle.starflow_extend(ctypes.byref(block), hidden, position, count)
+
+    def mark(self, values: Tensor) -> int:
+        """A number that changes with a tensor's values."""
+        values = values.detach().contiguous()
+        return int(self.handle.starflow_mark(values.data_ptr(), bytes_of(values)))
+
+    def advise(self, address: int, size: int) -> None:
+        """Ask for large pages."""
+        self.handle.starflow_advise(address, size)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the library is made here, and where it lies."""
+
+    command: tuple[str, ...]
+    target: str
+    """The flag for this very processor; a compiler that does not know it goes without."""
+    path: Path
+
+    @staticmethod
+    def here() -> Recipe:
+        """With CXX, or the first of `COMPILERS`.
+
+        Raises:
+            BuildError: no compiler, or no folder of our own.
+        """
+        if sys.byteorder != "little":
+            raise BuildError("the packed layout is for processors that store the low byte first")
+        compiler = _compiler()
+        machine = platform.machine().lower()
+        target = "-mcpu=native" if machine in ("arm64", "aarch64") else "-march=native"
+        command = (*compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+        known = (SOURCE.read_text(), *command, target, _output(*compiler, "--version"), machine, _processor())
+        key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:20]
+        return Recipe(command, target, cache_folder() / f"step-{key}.so")
+
+    def built(self) -> bool:
+        return self.path.is_file()
+
+    def build(self) -> Library:
+        """Compile it where it is missing, or damaged, and load it; some seconds.
+
+        Raises:
+            BuildError: the compiler fails, or its result does not load.
+        """
+        if self.built():
+            try:
+                return _load(self.path)
+            except BuildError:
+                self.path.unlink(missing_ok=True)
+        self._compile()
+        return _load(self.path)
+
+    def _compile(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as name:
+            made = Path(name) / self.path.name
+            for flags in ((self.target,), ()):
+                done = _run([*self.command, *flags, str(SOURCE), "-o", str(made)])
+                if done.returncode == 0 and made.is_file():
+                    made.replace(self.path)
+                    return
+        lines = done.stderr.strip().splitlines() or ["it gave no reason"]
+        raise BuildError(f"{self.command[0]} failed: {lines[0]}")
+
+
+def cache_folder() -> Path:
+    """The user's own folder for caches; see `starflow.io.files.cache_folder`.
+
+    Raises:
+        BuildError: it cannot be made, or others may write to it.
+    """
+    try:
+        return files.cache_folder()
+    except UserError as error:
+        raise BuildError(str(error)) from None
+
+
+def _compiler() -> tuple[str, ...]:
+    """A path, and what CXX may have after it ("ccache g++")."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    found = next(filter(None, map(shutil.which, given[:1] or COMPILERS)), None)
+    if found is None:
+        raise BuildError(f"no C++ compiler ({' '.join(given) or ', '.join(COMPILERS)}): install one, or set CXX")
+    return found, *given[1:]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    found = sorted({line for line in lines if line.startswith(wanted)})
+    return "\n".join(found) or platform.processor()
+
+
+def _output(*command: str) -> str:
+    return _run(list(command)).stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from None
+
+
+def _load(path: Path) -> Library:
+    try:
+        return Library(_typed(ctypes.CDLL(str(path))))
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} does not load: {str(error).splitlines()[0]}") from None
+
+
+def _typed(handle: ctypes.CDLL) -> ctypes.CDLL:
+    """The handle with its functions' arguments declared; one of another version is refused."""
+    block, number, address = ctypes.POINTER(BlockStruct), ctypes.c_int32, ctypes.c_void_p
+    signatures = {
+        "version": (number, ()),
+        "panel": (number, ()),
+        "vector": (number, ()),
+        "workspace": (ctypes.c_int64, (block, number)),
+        "solve": (None, (block, number, number)),
+        "extend": (None, (block, address, number, number)),
+        "gelu": (None, (address, address, number, number)),
+        "mark": (ctypes.c_uint64, (address, ctypes.c_int64)),
+        "advise": (None, (address, ctypes.c_int64)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(handle, f"starflow_{name}")
+        function.restype, function.argtypes = result, arguments
+    assert handle.starflow_version() == VERSION
+    return handle

@@ -1,0 +1,390 @@
+"""Token-by-token solving on a CPU in compiled code: all layers of all tokens of a block without Python in between.
+
+Contract: the answer is that of the eager path up to rounding, and a picture's is bit for bit the same whatever its
+batch and the threads. It works on the predictor's own cache, in its layout, so either path may go on where the other
+stopped. What it does not cover goes the eager way: devices other than a CPU, precisions other than float32 and
+bfloat16, and linear layers that are not plain ones (quantised weights). Networks in bfloat16 are computed in float32
+from their bfloat16 weights and cache.
+
+An engine belongs to a model and is kept with it (`engine_of`): packed weights, and the decision whether to build. It
+builds where that takes less time than it saves: at once for a large model, and for a small one when as much has been
+spent without it. Several threads may sample with one model at once. `extend` runs the layers over any number of tokens,
+a segment or the condition, and takes the place of the block's own.
+
+Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.memory import PACKED_KEPT
+from starflow.flow.model import Flow
+from starflow.nn.kv_cache import KVCache, LayerCache
+from starflow.sampling.cpu.build import BuildError, Library, Recipe
+from starflow.sampling.cpu.pack import (
+    BlockStruct,
+    LayerStruct,
+    PackedBlock,
+    bytes_of,
+    layers_of,
+    linears_of,
+    pack,
+    stamp_of,
+)
+
+if TYPE_CHECKING:
+    from starflow.sampling.predictor import Predictor
+
+BUILD_SECONDS = 5.0
+"""What a build takes, about: it must be earned."""
+
+TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
+"""Of the eager path, about: a layer's calls at one token, and how fast it reads weights."""
+
+CALL_SECONDS = 0.2
+"""About how long a call may take: between calls, progress is told and Ctrl-C is heard."""
+
+THREAD_BYTES = 2**16
+"""Weights between two meetings of the threads that are worth another thread, about."""
+
+LARGE = 4 * 2**20
+"""Bytes from which large pages are worth asking for."""
+
+RULES = {"gaussian": 1, "linear": 2}
+
+PRECISIONS = (torch.float32, torch.bfloat16)
+
+Report = Callable[[int], None]
+
+
+@dataclass
+class Engine:
+    """The compiled token loop of one model."""
+
+    eager_seconds: float
+    """What a picture takes without it, about."""
+    library: Library | None = None
+    closed: bool = False
+    """Whether the eager path is all there is."""
+    build_seconds: float = 0.0
+    """What compiling, or loading, took."""
+    compiled: bool = False
+    """Whether it was compiled for this engine, rather than found."""
+    _recipe: Recipe | None = None
+    _spent: float = 0.0
+    """Seconds that went by, about, where it would have been of use and was not built."""
+    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """As they are, and rounded to bfloat16."""
+    _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
+    """Of the blocks as they are in this call."""
+    _work: list[Tensor] = field(default_factory=list)
+    """Memory of the calls that are over."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled model opens and packs for itself."""
+        return Engine, (self.eager_seconds, None, self.closed)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that packed weights take."""
+        return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
+
+    def ready(self, predictor: Predictor) -> bool:
+        """Whether it takes the place of a pass or more: it covers the predictor, and is built, or worth it by now."""
+        if self.closed or not self._covers(predictor):
+            return False
+        if self.library is None:
+            with self._lock:
+                self._open()
+                self._spent += _pass_seconds(predictor.block)
+        return self.library is not None
+
+    def _covers(self, predictor: Predictor) -> bool:
+        block = predictor.block
+        if block not in self._covered:
+            self._covered[block] = covers_block(block)
+        return self._covered[block] and covers_cache(predictor.cache)
+
+    def build(self) -> None:
+        """Build it now, whether or not that pays."""
+        with self._lock:
+            self._spent = math.inf
+            self._open()
+
+    def _open(self) -> None:
+        """Load the library; compile it only if that takes less time than it saves."""
+        if self.closed or self.library is not None:
+            return
+        try:
+            self._recipe = self._recipe or Recipe.here()
+            found = self._recipe.built()
+            if found or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
+                began = time.perf_counter()
+                self.library = self._recipe.build()
+                self.build_seconds, self.compiled = time.perf_counter() - began, not found
+        except BuildError as error:
+            self.closed = True
+            warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
+
+    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
+        """Tokens from the first on, in place; the condition is in the cache already."""
+        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), report, rounded=False)
+
+    def draft(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
+        """The same for some tokens, with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
+        self._solve(predictor, x_BNC, noise_BNC, tokens, lambda _: None, rounded=True)
+
+    def _solve(
+        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, report: Report, *, rounded: bool
+    ) -> None:
+        assert self.library is not None
+        wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
+        assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
+        assert predictor.prefixed + predictor.tokens - predictor.first <= _length(predictor)
+        with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
+            start, count = tokens.start, 1
+            while start < tokens.stop:
+                stop = min(start + count, tokens.stop)
+                began = time.perf_counter()
+                self.library.solve(call.block, start, stop)
+                report(stop - start)
+                rate = (time.perf_counter() - began) / (stop - start)
+                start, count = stop, max(1, min(4 * count, int(CALL_SECONDS / max(rate, 1e-6))))
+
+    def prefill(self, predictor: Predictor) -> None:
+        """The condition's keys and values; pictures with the same condition share the work."""
+        prefix_RSD = predictor.prefix_RSD
+        assert prefix_RSD is not None
+        if predictor.query_scale is not None:  # the same condition is another one in the null branch
+            self.extend(predictor, prefix_RSD, 0)
+            return
+        some_KX, place_R = torch.unique(prefix_RSD.flatten(1), dim=0, return_inverse=True)
+        layers = predictor.cache.layers
+        count, length = len(some_KX), prefix_RSD.shape[1]
+        first = tuple(LayerCache(layer.keys_BNLH[:count], layer.values_BNLH[:count]) for layer in layers)
+        self.extend(replace(predictor, cache=KVCache(first), guidance=None), some_KX.unflatten(1, (length, -1)), 0)
+        for layer in layers:
+            for cache_BNLH in (layer.keys_BNLH, layer.values_BNLH):
+                cache_BNLH[:, :, :length] = cache_BNLH[place_R, :, :length]
+
+    def extend(self, predictor: Predictor, hidden_RTD: Tensor, position: int) -> Tensor:
+        """The layers for hidden states that continue the cache at `position`; as `AutoregressiveBlock.extend`."""
+        assert self.library is not None
+        rows, count, width = hidden_RTD.shape
+        assert (rows, width) == (_rows(predictor), predictor.block.spec.layer.width), hidden_RTD.shape
+        assert 0 <= position <= _length(predictor) - count, f"{count} tokens at {position} of {_length(predictor)}"
+        out_RTD = hidden_RTD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        nothing = out_RTD.new_zeros(0)
+        with self._call(predictor, nothing, nothing, count) as call:
+            self.library.extend(call.block, out_RTD.data_ptr(), position, count)
+        return out_RTD.to(hidden_RTD.dtype)
+
+    def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
+        """A block's packed weights, as they are or rounded, made anew where its parameters have changed."""
+        assert self.library is not None
+        with self._lock:
+            both = self._packed.setdefault(block, {})
+            found = both.get(rounded)
+            if found is None or found.stamp != stamp_of(block):
+                both.pop(rounded, None)
+                self._make_room(block)
+                move = functools.partial(_on_large_pages, self.library)
+                found = pack(block, self.library.panels, move, rounded=rounded)
+                found = both[rounded] = replace(found, mark=self._mark(block))
+            return found
+
+    def _make_room(self, block: AutoregressiveBlock) -> None:
+        """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
+        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
+            for other in [other for other in self._packed if other is not block]:
+                del self._packed[other]
+
+    def forget_changed(self) -> None:
+        """Drop what was packed of weights that have been written to since, whichever way."""
+        with self._lock:
+            self._covered.clear()
+            for block, both in list(self._packed.items()):
+                mark = self._mark(block)
+                if any(packed.mark != mark for packed in both.values()):
+                    del self._packed[block]
+
+    def _mark(self, block: AutoregressiveBlock) -> tuple[int, ...]:
+        library = self.library
+        assert library is not None
+        return tuple(library.mark(one) if _readable(one) else -1 for one in block.parameters())
+
+    @contextmanager
+    def _call(
+        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int, *, rounded: bool = False
+    ) -> Iterator[_Call]:
+        """A filled struct with memory of its own, which the next call may have."""
+        assert self.library is not None
+        packed = self.packed(predictor.block, rounded=rounded)
+        call = _prepare(predictor, packed, x_BNC, noise_BNC, self.library)
+        needed = self.library.workspace(call.block, count)
+        with self._lock:
+            work = self._work.pop() if self._work else torch.empty(0)
+        if work.numel() < needed:
+            work = torch.empty(needed)
+        call.block.work = work.data_ptr()
+        try:
+            yield call
+        finally:
+            with self._lock:
+                self._work.append(work)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A filled struct, and what must live as long as its pointers."""
+
+    block: BlockStruct
+    alive: list[Any]
+
+
+def engine_of(model: Flow) -> Engine:
+    """The engine that is kept with the model; what it has packed is of the weights as they are now."""
+    found = model.kept.get("engine")
+    if not isinstance(found, Engine):
+        tokens = model.config.grid_side**2
+        found = model.kept["engine"] = Engine(tokens * sum(map(_pass_seconds, model.stack())))
+    found.forget_changed()
+    return found
+
+
+def _pass_seconds(block: AutoregressiveBlock) -> float:
+    """What the eager path takes for a pass over a few tokens, about."""
+    calls = len(block.attn_blocks) * TOKEN_SECONDS
+    return calls + sum(map(bytes_of, block.parameters())) / BYTES_A_SECOND
+
+
+def _rows(predictor: Predictor) -> int:
+    return predictor.cache.layers[0].keys_BNLH.shape[0]
+
+
+def _length(predictor: Predictor) -> int:
+    """Positions of the cache."""
+    return predictor.cache.layers[0].keys_BNLH.shape[2]
+
+
+def _pictures(predictor: Predictor) -> int:
+    return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
+
+
+def _on_large_pages(library: Library, tensor: Tensor) -> Tensor:
+    """The same in memory that is asked for in large pages: the panels are read as one long stream."""
+    if bytes_of(tensor) < LARGE:
+        return tensor
+    room = torch.empty_like(tensor)
+    library.advise(room.data_ptr(), bytes_of(room))
+    return room.copy_(tensor)
+
+
+def covers_block(block: AutoregressiveBlock) -> bool:
+    """Whether the compiled loop knows every part of a block."""
+    dtype = block.proj_in.weight.dtype
+    return (
+        dtype in PRECISIONS
+        and block.spec.layer.head_dim % 2 == 0
+        and all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
+        and all(_readable(parameter) and parameter.dtype == dtype for parameter in block.parameters())
+    )
+
+
+def covers_cache(cache: KVCache) -> bool:
+    """Whether keys and values lie as the compiled loop expects them."""
+    dtype = cache.layers[0].keys_BNLH.dtype
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys_BNLH, layer.values_BNLH)]
+    return dtype in PRECISIONS and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
+
+
+def _readable(parameter: Tensor) -> bool:
+    """Whether its values are plain numbers in this machine's memory."""
+    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+
+
+def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
+    """The struct of one block's calls."""
+    spec = predictor.block.spec
+    layer, guidance = spec.layer, predictor.guidance
+    keys = predictor.cache.layers[0].keys_BNLH
+    struct = BlockStruct(
+        pictures=_pictures(predictor),
+        rows=_rows(predictor),
+        width=layer.width,
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        hidden=layer.hidden,
+        layers=spec.layers,
+        channels=spec.token_channels,
+        length=_length(predictor),
+        tokens=predictor.tokens,
+        first=predictor.first,
+        prefix=predictor.prefixed,
+        threads=_threads(packed),
+        rms=layer.norm_type == "rms_norm",
+        gated=layer.swiglu,
+        half_split=layer.half_split_rope,
+        softplus=spec.softplus,
+        rule=0 if guidance is None else RULES[guidance.rule],
+        half_weights=packed.half,
+        half_cache=keys.dtype == torch.bfloat16,
+        clip=spec.clip,
+    )
+    given = {**packed.ends, **_given(predictor, library), "noise": noise_BNC, "x": x_BNC}
+    layers = (LayerStruct * spec.layers)(
+        *(
+            LayerStruct(
+                **{name: tensor.data_ptr() for name, tensor in weights.items()},
+                keys=cache.keys_BNLH.data_ptr(),
+                values=cache.values_BNLH.data_ptr(),
+            )
+            for weights, cache in zip(packed.layers, predictor.cache.layers, strict=True)
+        )
+    )
+    struct.layer = ctypes.addressof(layers)
+    for name, tensor in given.items():
+        assert tensor.is_contiguous()
+        setattr(struct, name, tensor.data_ptr())
+    return _Call(struct, [layers, given, packed])
+
+
+def _threads(packed: PackedBlock) -> int:
+    """As many as torch would use, as far as there is work for them: they meet after each of a layer's four products."""
+    between = sum(map(bytes_of, packed.layers[0].values())) // 4
+    return max(1, min(torch.get_num_threads(), between // THREAD_BYTES))
+
+
+def _given(predictor: Predictor, library: Library) -> dict[str, Tensor]:
+    """The tensors of a call that are no weights, float32 and contiguous."""
+    found: dict[str, Tensor] = {}
+    if predictor.rotary is not None:
+        found["rotary"] = predictor.rotary
+    if predictor.class_R1D is not None:
+        found["class_vector"] = library.panels.rows_of(predictor.class_R1D.flatten(1).expand(_rows(predictor), -1))
+    if predictor.query_scale is not None:
+        found["query_scale"] = predictor.query_scale.flatten()
+    if predictor.guidance is not None:
+        weight_B11 = predictor.guidance.weights(0, predictor.tokens, predictor.tokens)
+        pictures = len(predictor.guidance.weight_B)
+        found["weight"] = weight_B11.expand(pictures, predictor.tokens, 1)
+    return {name: tensor.float().contiguous() for name, tensor in found.items()}

@@ -1,1 +1,0 @@
-"""The compiled token loop: one C++ source file, built once on the machine it runs on, and its Python side."""

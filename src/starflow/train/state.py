@@ -1,0 +1,198 @@
+"""Optimiser, learning-rate schedule and averaged weights.
+
+The state that training changes (weights, averages, moments), in one process or many, and one update of it.
+
+Contract: gradients are means over the whole batch, in float32, whatever the layout, the number of processes and the
+accumulated parts. All processes take the same decisions: they compare numbers that were summed over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from starflow.nn.cpu import keep_memory
+from starflow.train.distributed.sharding import (
+    Layout,
+    compile_units,
+    initialise,
+    local,
+    make_layout,
+    named_state,
+    recompute,
+    shard,
+    whole,
+)
+from starflow.train.distributed.world import World
+from starflow.train.settings import TrainSettings, network_dtype
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """Learning rate of update `step` (counted from 0)."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "cosine":
+        progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        share = min(1.0, (settings.steps - step) / max(1.0, settings.decay * settings.steps))
+    return settings.min_lr + (settings.lr - settings.min_lr) * max(0.0, share)
+
+
+def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW whose decay spares vectors (biases, norms, start tokens), as is usual."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    spared = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    beta1, beta2 = settings.betas
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, fused=True
+    )
+
+
+class AveragedWeights:
+    """Exponential moving average of a model's state (parameters and floating buffers), in float32, split as it is.
+
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: tensor.clone() for name, tensor in named_state(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after update `step` (counted from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averaged: list[Tensor] = []
+        current: list[Tensor] = []
+        for name, tensor in named_state(model).items():
+            if tensor.is_floating_point():
+                averaged.append(local(self.state[name]))
+                current.append(local(tensor))
+            else:
+                self.state[name].copy_(tensor)
+        torch._foreach_lerp_(averaged, current, weight)
+
+
+class Engine:
+    """A model, wrapped in place for its world, with its optimiser and its average."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, world: World) -> None:
+        """`model` is real, and then equal in every process, or on the meta device: its flow is then initialised here.
+
+        Raises:
+            UserError: a layout that these processes cannot have.
+        """
+        self.model, self.settings, self.world = model, settings, world
+        self.layout: Layout | None = None
+        if world.device.type == "cpu":
+            keep_memory()
+        blank = all(parameter.is_meta for parameter in model.parameters())
+        if world.size > 1:
+            self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save
+            self.layout = make_layout(settings.parallel, world)
+        recompute(model, settings.parallel)
+        if settings.compile:
+            compile_units(model)
+        if self.layout is not None:
+            gathered = network_dtype(settings, world.device)
+            shard(model, self.layout, None if gathered == torch.float32 else gathered)
+        if blank:
+            model.to_empty(device=world.device)
+            initialise(model, settings.seed)
+        self.optimiser = make_optimiser(model, settings)
+        self.average = AveragedWeights(model, settings.average)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def before_part(self, *, last: bool) -> None:
+        """Hold back what need not be exchanged before the last accumulated part."""
+        if self.layout is not None and isinstance(self.model, FSDPModule):
+            if self.layout.shards == 1:
+                self.model.set_requires_gradient_sync(last)
+            elif self.layout.copies > 1:
+                self.model.set_requires_all_reduce(last)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients, float32, on the device; collective.
+
+        Summed over all copies, not one: the same bits everywhere, so that no two clip or skip differently.
+        """
+        norms = torch._foreach_norm(self._gradients())
+        squares = torch.stack([norm.float() for norm in norms]).square().sum()
+        if self.layout is not None:
+            dist.all_reduce(squares)
+            squares = squares / self.layout.copies
+        return squares.sqrt()
+
+    def apply(self, norm: float, step: int) -> None:
+        """Clip gradients of that norm, update the weights and then their average."""
+        factor = self.settings.clip / (norm + 1e-6)
+        if factor < 1:
+            torch._foreach_mul_(self._gradients(), factor)
+        self.optimiser.step()
+        self.average.update(self.model, step)
+
+    def forget_gradients(self) -> None:
+        """Free the gradients."""
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[Tensor]:
+        return [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Run a block with the averaged weights in the model, in eval mode, and put everything back bit for bit."""
+        self._swap()
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self._swap()
+            self.model.train()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in named_state(self.model).items():
+            mine, other = local(tensor), local(self.average.state[name])
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
+
+    @contextlib.contextmanager
+    def whole_average(self, device: torch.device) -> Iterator[nn.Module | None]:
+        """The averaged model as a plain one in the main process, None in the others; they wait for the block's end.
+
+        Args:
+            device: that a model of several processes is gathered on; alone, a model stays where it is.
+        """
+        if self.layout is None:
+            with self.averaged() as model:
+                yield model
+            return
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.average.state.items():
+            gathered = whole(tensor)
+            if self.world.main:
+                state[name] = gathered.to(device)
+        if self.world.main:
+            model = copy.deepcopy(self._plain)
+            model.load_state_dict(state, assign=True)
+            yield model.eval()
+        else:
+            yield None
+        self.world.wait()

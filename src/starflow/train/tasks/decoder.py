@@ -1,0 +1,314 @@
+"""Distances of pictures as a network sees them: LPIPS where it is installed, MobileNetV2's features anywhere.
+
+Features of several depths, each normalised over channels, squared differences averaged over places and added: Zhang et
+al., arXiv 1801.03924, equation 1, with equal weights instead of learned ones.
+
+Fine-tuning a decoder on noisy latents, the encoder frozen: the third way out of the noise.
+
+STARFlow, arXiv 2506.06276, section 3.3: L2, perceptual and adversarial loss. The latents are encoded once; every update
+crops some of them, adds fresh noise, and compares the decoded crops with the pictures' own. Whole pictures are encoded,
+so a crop's latents know what lies beside it, as those of a flow do.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from starflow.data.images import save_grid, to_unit
+from starflow.errors import UserError
+from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
+from starflow.evaluate.features import MEAN, STD
+from starflow.latents.load import Decoder, Trainable, memory_layout, save_trainable
+from starflow.train.loader import batch_indices, generator
+from starflow.train.settings import TrainSettings, network_precision
+
+PerceptualName = Literal["mobilenetv2", "lpips"]
+
+DEPTHS = (1, 3, 6, 10)
+"""Layers of MobileNetV2 after which features are compared: 16, 24, 32 and 64 channels at strides 2 to 16."""
+
+EPS = 1e-8
+
+
+class Perceptual(Protocol):
+    """Two batches of pictures (B, 3, H, W) in [-1, 1] to a scalar, 0 for equal ones."""
+
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor: ...
+
+
+class MobileNetDistance:
+    """Distance of MobileNetV2's inner features, at the pictures' own size."""
+
+    def __init__(self, network: MobileNetV2, device: torch.device) -> None:
+        layers = list(network.features.to(device).children())
+        ends = [depth + 1 for depth in DEPTHS]
+        self._stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends])]
+        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor:
+        """See `Perceptual`."""
+        ours, theirs = self._prepared(images), self._prepared(references)
+        total = images.new_zeros(())
+        for stage in self._stages:
+            ours, theirs = stage(ours), stage(theirs)
+            total = total + (_normalised(ours.float()) - _normalised(theirs.float())).square().sum(1).mean()
+        return total
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        return ((images + 1) / 2 - self._mean) / self._std
+
+
+def load_perceptual(name: PerceptualName, device: torch.device) -> Perceptual:
+    """The distance of that name, frozen.
+
+    Raises:
+        UserError: the package that carries its weights is not installed.
+    """
+    if name == "mobilenetv2":
+        return MobileNetDistance(load_mobilenet(), device)
+    try:
+        lpips: Any = importlib.import_module("lpips")
+    except ImportError:
+        raise UserError("LPIPS is not installed: run 'pip install lpips', or take --features mobilenetv2") from None
+    network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+
+    def distance(images: Tensor, references: Tensor) -> Tensor:
+        found: Tensor = network(images, references).mean()
+        return found
+
+    return distance
+
+
+def _normalised(features: Tensor) -> Tensor:
+    return features / (features.square().sum(1, keepdim=True) + EPS).sqrt()
+
+
+EVALUATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class DecoderLoss:
+    """Weights of the loss's terms; images are in [-1, 1]. A weight of 0 leaves a term out."""
+
+    squared: float = 1.0
+    """Of the mean squared error."""
+    perceptual: float = 0.1
+    """Of the distance of features; see `starflow.train.tasks.decoder`."""
+    adversarial: float = 0.01
+    """Of the critic's mean answer to decoded crops."""
+    adversarial_from: int = 500
+    """Update at which the critic starts, once there is something to judge."""
+
+    def __post_init__(self) -> None:
+        if min(self.squared, self.perceptual, self.adversarial, self.adversarial_from) < 0 or self.squared == 0:
+            raise UserError("the loss needs a squared weight above 0, and no weight below 0")
+
+
+class Critic(nn.Module):
+    """Pictures (B, 3, H, W) to scores (B, 1, H / 8, W / 8), higher for real ones (Isola et al., arXiv 1611.07004)."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for _ in range(2):
+            layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)]
+            width *= 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        scores: Tensor = self.layers(images)
+        return scores
+
+
+class DecoderObjective(nn.Module):
+    """Decoder and critic with one loss for both: each term has gradients for one of them alone.
+
+    The decoder's adversarial term goes through a copy of the critic without gradients, the critic's hinge through
+    pictures without gradients, so that one backward pass and one optimiser update both.
+    """
+
+    def __init__(self, decoder: Decoder, loss: DecoderLoss, perceptual: Perceptual | None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.critic = Critic() if loss.adversarial else None
+        self._weights = loss
+        # Not a submodule: its weights are not trained, averaged or saved.
+        self._perceptual = (perceptual,)
+
+    def forward(self, latents: Tensor, images: Tensor, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Noisy latents (B, C, h, w) and pictures (B, 3, H, W) -> scalar and its terms, float32."""
+        output = self.decoder(latents).float()
+        terms = {"squared": (output - images).square().mean()}
+        loss = self._weights.squared * terms["squared"]
+        (perceptual,) = self._perceptual
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(output, images)
+            loss = loss + self._weights.perceptual * terms["perceptual"]
+        if self.critic is not None and judged:
+            terms["adversarial"] = -self._frozen_critic(output).float().mean()
+            real, made = self.critic(images).float(), self.critic(output.detach()).float()
+            terms["critic"] = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+            loss = loss + self._weights.adversarial * terms["adversarial"] + terms["critic"]
+        return loss, terms
+
+    def _frozen_critic(self, images: Tensor) -> Tensor:
+        assert self.critic is not None
+        weights = {name: tensor.detach() for name, tensor in self.critic.named_parameters()}
+        scores: Tensor = functional_call(self.critic, weights, (images,))
+        return scores
+
+
+@dataclass(frozen=True)
+class LatentPictures:
+    """Pictures (N, 3, H, W) uint8, and the mean and spread of their latents (N, C, h, w), float16."""
+
+    images: Tensor
+    mean: Tensor
+    std: Tensor | None
+    names: list[str]
+
+    def latents(self, rows: Tensor, draw: torch.Generator) -> Tensor:
+        """Latents of some pictures, drawn from the posterior where there is one."""
+        mean = self.mean[rows].float()
+        return mean if self.std is None else mean + self.std[rows].float() * torch.randn(mean.shape, generator=draw)
+
+
+class DecoderTask:
+    """Noisy-latent reconstruction of crops; see `starflow.train.loop.Task`."""
+
+    flops = 0.0
+
+    def __init__(
+        self,
+        autoencoder: Trainable,
+        objective: DecoderObjective,
+        train: LatentPictures,
+        heldout: LatentPictures,
+        noise_std: float,
+        crop: int,
+        loss: DecoderLoss,
+        settings: TrainSettings,
+    ) -> None:
+        """`crop` is the side of a crop in pixels, a multiple of the autoencoder's factor; 0 is the whole picture."""
+        if not len(train.images) or not len(heldout.images):
+            raise UserError(
+                f"{len(train.images)} training and {len(heldout.images)} held-out pictures: both must be at least 1"
+            )
+        factor, side = autoencoder.spec.factor, train.images.shape[-1]
+        crop = crop or side
+        if crop % factor or not factor <= crop <= side:
+            raise UserError(f"crops of {crop} px: expected a multiple of {factor} up to the pictures' side, {side}")
+        self.model: nn.Module = objective
+        self.autoencoder, self.train, self.heldout = autoencoder, train, heldout
+        self.noise_std, self.crop, self.weights, self.settings = noise_std, crop, loss, settings
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _indices(self, step: int, rows: range) -> Tensor:
+        order = batch_indices(len(self.train.images), self.settings.batch, self.settings.seed, step)
+        return order[rows.start : rows.stop]
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor, bool]:
+        """Noisy latents and pictures, one crop a picture, cut at the same place; and whether the critic judges."""
+        latents, images = zip(
+            *(self._crop(int(index), row, step) for index, row in self._places(step, rows)), strict=True
+        )
+        pair = torch.stack(latents).to(self._device), to_unit(torch.stack(images).to(self._device))
+        return *pair, step >= self.weights.adversarial_from
+
+    def _places(self, step: int, rows: range) -> Iterator[tuple[int, int]]:
+        return zip(self._indices(step, rows).tolist(), rows, strict=True)
+
+    def _crop(self, index: int, row: int, step: int) -> tuple[Tensor, Tensor]:
+        """A crop of one picture: noisy latents (C, h, w), and pixels (3, crop, crop) uint8."""
+        draw = generator(self.settings.seed, f"decoder/{row}", step)
+        latents = self.train.latents(torch.tensor([index]), draw)[0]
+        factor = self.autoencoder.spec.factor
+        cells, side = self.crop // factor, latents.shape[-1]
+        y, x = torch.randint(0, side - cells + 1, (2,), generator=draw).tolist()
+        cut = latents[:, y : y + cells, x : x + cells]
+        top, left = y * factor, x * factor
+        pixels = self.train.images[index, :, top : top + self.crop, left : left + self.crop]
+        return cut + self.noise_std * torch.randn(cut.shape, generator=draw), pixels
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        with network_precision(self.settings, self._device):
+            found: tuple[Tensor, dict[str, Tensor]] = model(*batch)
+        return found
+
+    def batch_names(self, step: int, rows: range) -> list[str]:
+        return [self.train.names[index] for index in self._indices(step, rows).tolist()]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean PSNR in dB of whole held-out pictures without noise and with the decoder's; loss is minus the latter."""
+        values = {f"psnr_noise_{sigma:g}": self.psnr(model, sigma) for sigma in (0.0, self.noise_std)}
+        return {"loss": -values[f"psnr_noise_{self.noise_std:g}"], **values}
+
+    @torch.no_grad()
+    def psnr(self, model: nn.Module, sigma: float) -> float:
+        """Mean over the held-out pictures; the noise of a picture is the same at every call."""
+        total = 0.0
+        for start in range(0, len(self.heldout.images), EVALUATION_BATCH):
+            rows = torch.arange(start, min(start + EVALUATION_BATCH, len(self.heldout.images)))
+            images = to_unit(self.heldout.images[rows].to(self._device))
+            total += float(psnr(self._decoded(model, rows, sigma), images).sum())
+        return total / len(self.heldout.images)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> None:
+        """Rows: held-out pictures, their reconstructions, and those with the noise."""
+        rows = torch.arange(0, len(self.heldout.images), max(1, len(self.heldout.images) // 8))[:8]
+        images = to_unit(self.heldout.images[rows].to(self._device))
+        made = [images, *(self._decoded(model, rows, sigma) for sigma in (0.0, self.noise_std))]
+        save_grid(torch.cat(made), path, columns=len(rows))
+
+    def _decoded(self, model: nn.Module, rows: Tensor, sigma: float) -> Tensor:
+        assert isinstance(model, DecoderObjective)
+        latents = self.heldout.mean[rows].float()
+        noise = [torch.randn(latents.shape[1:], generator=generator(0, "heldout", row)) for row in rows.tolist()]
+        with network_precision(self.settings, self._device):
+            images: Tensor = model.decoder((latents + sigma * torch.stack(noise)).to(self._device))
+        return images.float().clamp(-1, 1)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The autoencoder with the decoder of `model`, which may be a copy of the one that is trained."""
+        assert isinstance(model, DecoderObjective)
+        twin = copy.deepcopy(self.autoencoder)
+        Decoder(twin).load_state_dict(model.decoder.state_dict())
+        save_trainable(twin, folder, self.noise_std)
+
+    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
+
+
+@torch.no_grad()
+def encode_pictures(
+    autoencoder: Trainable, images: Tensor, device: torch.device, show_progress: bool
+) -> dict[str, Tensor]:
+    """Latents of uint8 pictures: `mean` and, where the autoencoder has a posterior, `std`, float16 on the CPU."""
+    parts: dict[str, list[Tensor]] = {"mean": []}
+    layout = memory_layout(autoencoder)
+    for some in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
+        unit = to_unit(some.to(device)).contiguous(memory_format=layout)
+        posterior = getattr(autoencoder, "posterior", None)
+        mean, std = posterior(unit) if posterior else (autoencoder.encode(unit), None)
+        parts["mean"].append(mean.to("cpu", torch.float16))
+        if std is not None:
+            parts.setdefault("std", []).append(std.to("cpu", torch.float16))
+    return {name: torch.cat(values) for name, values in parts.items()}

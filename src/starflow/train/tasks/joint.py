@@ -1,0 +1,140 @@
+"""Autoencoder and flow trained together, with a constant latent noise (SimFlow, arXiv 2512.04084).
+
+The encoder gives the mean of a latent and nothing else; its standard deviation is a constant sigma. The evidence lower
+bound of a picture is then, up to the entropy of that noise, which is constant,
+
+    log p(x | z) + log p(z),    z = mean(x) + sigma e,    e standard normal,
+
+with the flow as log p(z). Nothing is detached: the flow's likelihood shapes the encoder, the reconstruction keeps
+latents apart, and as the decoder learns from noisy latents, samples need no cleaning.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from starflow.conditioning.base import Conditioner
+from starflow.data.images import to_unit
+from starflow.data.index import Pictures
+from starflow.flow.model import STARFlow, TarFlow
+from starflow.latents.small import SmallAutoencoder, SmallLatents
+from starflow.train.distributed.world import World
+from starflow.train.loader import normal
+from starflow.train.recipe import AutoencoderRecipe, Objective
+from starflow.train.settings import TrainSettings, network_precision
+from starflow.train.tasks.flow import FeedSettings, LiveFlowTask, LiveLatents, TracedLoss, bits_per_dim, nats_per_dim
+
+
+class JointModel(nn.Module):
+    """Both networks and their objective, so that one call covers all that is trained."""
+
+    def __init__(
+        self, autoencoder: SmallAutoencoder, flow: STARFlow | TarFlow, objective: Objective, recipe: AutoencoderRecipe
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.density = TracedLoss(flow, objective.latent_penalty)
+        self.sigma, self.reconstruction = objective.noise_std, recipe.loss
+        config = autoencoder.config
+        self.weight = recipe.flow_weight * config.channels / (3 * config.factor**2)  # latent dimensions a pixel's
+
+    def forward(self, images: Tensor, noise: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> loss, and terms of both parts."""
+        z = self.autoencoder.encode(images) + self.sigma * noise
+        nats, squares, logdet, penalty = self.density(z.float(), condition)
+        output = self.autoencoder.decode(z)
+        reconstruction, terms = self.reconstruction(output, images)
+        found = {"reconstruction": reconstruction, **terms}
+        found |= {"squares": squares, "logdet": logdet, "penalty": penalty}
+        found["bits_per_dim"] = bits_per_dim(squares.detach() - logdet.detach())
+        return reconstruction + self.weight * nats, found
+
+
+class JointTask(LiveFlowTask):
+    """See the module's docstring and `starflow.train.loop.Task`."""
+
+    def __init__(
+        self,
+        autoencoder: SmallAutoencoder,
+        flow: STARFlow | TarFlow,
+        pictures: Pictures,
+        conditioner: Conditioner | None,
+        objective: Objective,
+        recipe: AutoencoderRecipe,
+        settings: TrainSettings,
+        draw: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
+        save: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
+        world: World | None = None,
+        how: FeedSettings | None = None,
+    ) -> None:
+        """Both networks are real, and equal in every process."""
+        # Of the encoder as it begins, only sizes are read of it: what is trained encodes for itself.
+        latents = LiveLatents(pictures, joint_latents(copy.deepcopy(autoencoder), objective), conditioner)
+        nothing = lambda flow, path: None  # noqa: E731  (both parts are drawn and saved below)
+        super().__init__(flow, latents, objective, settings, nothing, nothing, world, how)
+        self.model = JointModel(autoencoder, flow, objective, recipe)
+        self._draw_both, self._save_both = draw, save
+
+    def _latent_noise(self, images: Tensor, seed: int, step: int, rows: range) -> Tensor:
+        spec = self.latents.autoencoder.spec
+        shape = (spec.channels, images.shape[-2] // spec.factor, images.shape[-1] // spec.factor)
+        return normal(rows, shape, seed, "noise", step).to(self._device)
+
+    def batch(self, step: int, rows: range) -> Any:
+        """Pictures in [-1, 1], the noise of their latents, and their conditions."""
+        images, numbers = self._images(step, rows)
+        noise = self._latent_noise(images, self.settings.seed, step, rows)
+        condition = self._conditions(numbers, self._dropped(step, rows))
+        return to_unit(images.to(self._device, non_blocking=True)), noise, condition
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with network_precision(self.settings, self._device):
+            loss, terms = model(*batch)
+        return loss, terms | {"unreadable": loss.new_tensor(float(len(self.feed.unreadable) * self.world.size))}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Of held-out pictures: the loss, the flow's nats and bits per latent dimension, and decibels with noise."""
+        total = torch.zeros(3, device=self._device)
+        for start, numbers, weight in self._dealt(self.heldout):
+            images = self.latents.images(numbers)
+            noise = self._latent_noise(images, 0, 0, range(start, start + len(numbers)))
+            condition = self._conditions(numbers, None)
+            with network_precision(self.settings, self._device):
+                loss, terms = model(to_unit(images.to(self._device)), noise, condition)
+            total += weight * torch.stack([loss, terms["squares"] - terms["logdet"], terms["squared"]]).float()
+        count = sum(map(len, self.heldout))
+        loss, nats, squared = (value / count for value in self.world.total(total))
+        return {
+            "loss": loss,
+            "nats_per_dim": nats_per_dim(nats),
+            "bits_per_dim": bits_per_dim(nats),
+            "psnr_noised": 10 * math.log10(4 / max(squared, 1e-12)),
+        }
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> None:
+        self._draw_both(*self._parts(model), path)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        self._save_both(*self._parts(model), folder)
+
+    def _parts(self, model: nn.Module) -> tuple[SmallLatents, STARFlow | TarFlow]:
+        """A frozen copy of the autoencoder, and the flow."""
+        assert isinstance(model, JointModel)
+        flow: Any = model.density.flow
+        return joint_latents(copy.deepcopy(model.autoencoder), self.objective), flow
+
+    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        return {**super().describe(terms), "mse": f"{terms['squared']:.5f}"}
+
+
+def joint_latents(autoencoder: SmallAutoencoder, objective: Objective) -> SmallLatents:
+    """The autoencoder as a pipeline holds it: frozen, its decoder one of latents with the constant noise."""
+    return SmallLatents(autoencoder, objective.noise_std)

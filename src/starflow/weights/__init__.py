@@ -1,1 +1,0 @@
-"""Weights of others: the published layouts."""

@@ -1,0 +1,44 @@
+"""`starflow bench calibrate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.planner import planner_of
+from tests.cli.conftest import Run, fails
+
+
+def test_a_policy_is_written_beside_the_weights_and_found_there(run: Run, classes: Path) -> None:
+    result = run("bench", "calibrate", classes, "--batches", "1,2", "--repeats", 1, "--tolerance", 0.01)
+    assert result.code == 0, result.err
+    assert "blocks by how hard they are to iterate" in result.out
+    assert str(classes / "flow" / "policy.json") in result.out
+    pipeline = StarFlowPipeline.from_pretrained(classes)
+    known = planner_of(pipeline.flow).policy
+    assert known is not None
+    assert [(plan.situation.batch, plan.situation.guided) for plan in known.plans] == [
+        (1, True),
+        (1, False),
+        (2, True),
+        (2, False),
+    ]
+    assert known.tolerance == 0.01
+    assert len(known.convergence) == pipeline.flow.config.num_blocks
+    (classes / "flow" / "policy.json").unlink()
+
+
+def test_elsewhere_and_as_json(run: Run, classes: Path, tmp_path: Path) -> None:
+    result = run("bench", "calibrate", classes, "--batches", 1, "--repeats", 1, "--output", tmp_path / "here", "--json")
+    told = json.loads(result.out)
+    stored = json.loads((tmp_path / "here" / "policy.json").read_text())
+    assert {key: told[key] for key in stored} == stored
+    assert not (classes / "flow" / "policy.json").exists()
+
+
+def test_bad_input(run: Run, classes: Path) -> None:
+    fails(run("bench", "calibrate", classes, "--batches", "1,x"), "--batches is '1,x', expected whole numbers above 0")
+    fails(run("bench", "calibrate", classes, "--tolerance", 0), "--tolerance is 0, expected above 0")
+    fails(run("bench", "calibrate", classes, "--repeats", 0), "--repeats is 0")
+    fails(run("bench", "calibrate", "nowhere"), "no model 'nowhere'")

@@ -1,0 +1,107 @@
+"""Two processes get what one gets: rows in order, none dropped, and a distance that is the same number.
+
+What a prompt asks for, which rows are taken, and which sets are known by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow.data.sources.base import Record
+from starflow.errors import UserError
+from starflow.evaluate import gather_rows, kernel_distance, own_rows
+from starflow.evaluate.dataset import Pictures, concept_of, is_first, open_foreign, open_pictures, part, spread
+from tests.data.sets.test_fashion_mnist import write_set
+
+CODE = """
+import json, sys, torch
+from starflow.evaluate import gather_rows, is_first, kernel_distance, own_rows
+from starflow.evaluate.dataset import process_group
+
+def rows(count, seed):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+with process_group():
+    found = {}
+    for count in (1, 2, 7, 8):
+        whole = rows(count, count)
+        mine = own_rows(count)
+        found[str(count)] = torch.equal(gather_rows(whole[mine.start:mine.stop], count), whole)
+    samples, real = rows(7, 1), rows(9, 2)
+    mine = own_rows(7)
+    found["distance"] = kernel_distance(gather_rows(samples[mine.start:mine.stop], 7), real).value
+    if is_first():
+        print(json.dumps(found))
+"""
+
+
+def test_alone_everything_is_ones_own() -> None:
+    rows = torch.arange(5.0)
+    assert is_first()
+    assert list(own_rows(5)) == [0, 1, 2, 3, 4]
+    assert gather_rows(rows, 5) is rows
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "run.py").write_text(CODE)
+    source = Path(__file__).parents[2] / "src"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source), "CUDA_VISIBLE_DEVICES": ""}
+    made = subprocess.run(
+        [*torchrun, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120, env=env, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout.strip().splitlines()[-1])
+
+    def rows(count: int, seed: int) -> torch.Tensor:
+        return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    assert found.pop("distance") == pytest.approx(kernel_distance(rows(7, 1), rows(9, 2)).value, abs=1e-12)
+    assert found == {"1": True, "2": True, "7": True, "8": True}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concept"),
+    [
+        ("a blue car", "car"),
+        ("a cat face", "cat face"),
+        ("Twemoji of a unicorn", "unicorn"),
+        ("a frog on a yellow background", "frog"),
+        ("a carrot", "carrot"),
+        ("a spaceship", ""),
+    ],
+)
+def test_the_longest_known_concept_is_asked_for(prompt: str, concept: str) -> None:
+    assert concept_of(prompt, {"car", "cat", "cat face", "unicorn", "frog", "carrot", "ship"}) == concept
+
+
+def test_rows_are_spread_evenly() -> None:
+    assert spread(5, 0) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(10, 3) == [0, 3, 6]
+    assert spread(60_000, 10_000)[-1] == 59_994
+
+
+def test_a_missing_split_is_refused(tmp_path: Path) -> None:
+    records = [Record(tmp_path / "a.png", "a", None, "train", "a", {})] * 3
+    with pytest.raises(UserError, match="no heldout pictures among 3"):
+        Pictures.of_records(records, 8)
+
+
+def test_a_folder_with_the_four_files(tmp_path: Path) -> None:
+    write_set(tmp_path, train=6, test=3)
+    pictures = open_pictures(str(tmp_path), 28)
+    assert (len(pictures.train), len(pictures.heldout)) == (6, 3)
+    assert pictures.shown(pictures.heldout) == pictures.heldout.labels
+    assert len(open_foreign(str(tmp_path), 28)) == 9
+    with pytest.raises(UserError, match="28 px, the model of 32"):
+        open_pictures(str(tmp_path), 32)
+    some = part(pictures.train, [4, 1])
+    assert some.names == [pictures.train.names[4], pictures.train.names[1]]
+    assert torch.equal(some.images, pictures.train.images[[4, 1]])

@@ -1,0 +1,159 @@
+"""A whole report on a tiny model with stubbed features: its parts, its repeatability, and samples that break."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from starflow.conditioning import ClassLabels
+from starflow.data.images import to_pil, to_unit
+from starflow.data.sources.base import Record
+from starflow.errors import UserError
+from starflow.evaluate import Extractor
+from starflow.evaluate.dataset import Pictures
+from starflow.evaluate.render import page, table
+from starflow.evaluate.report import measure, weights_to_try
+from starflow.evaluate.settings import Plan, Report
+from starflow.latents import PixelLatents
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.cli.conftest import CLASSES, random_pipeline
+
+
+class MeanColour(nn.Module):
+    """Features that are cheap: the mean colour and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([images.mean((2, 3)), torch.ones(len(images), 1)], dim=1) * self.scale
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Pictures:
+    colours = {"circle": "red", "square": "lime", "star": "blue"}
+    found = []
+    for number in range(18):
+        shape = CLASSES[number % 3]
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (8, 8), colours[shape]).save(path)
+        split: Literal["train", "heldout"] = "heldout" if number >= 12 else "train"
+        found.append(Record(path, shape, shape, split, f"p{number}", {}))
+    return Pictures.of_records(found, 8)
+
+
+def pipeline() -> StarFlowPipeline:
+    return random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES))
+
+
+PLAN = Plan(samples=6, tuning_samples=4, guidance=(0.0, 1.0), prompts=CLASSES, classify=True, draws=2)
+
+
+def run(pictures: Pictures, plan: Plan = PLAN) -> Report:
+    return measure(pipeline(), pictures, plan, lambda text: None, Extractor("colour", MeanColour()))
+
+
+def test_a_whole_report(pictures: Pictures) -> None:
+    report = run(pictures)
+    assert report.reconstruction["noise 0.0"] > 90  # pixels are their own latents
+    assert report.reconstruction["noise 0.0"] > report.reconstruction["noise 0.2"] > report.reconstruction["noise 0.3"]
+    assert set(report.tuning) == {"0", "1"}
+    assert report.tuning[f"{report.guidance:g}"] == min(report.tuning.values())
+    floor, *others = report.distances
+    assert floor == "floor (training pictures)"
+    assert others == ["autoencoder, noise 0", "autoencoder, noise 0.1", "samples, guidance 0", "samples, guidance 1"]
+    assert report.distances[floor]["kid_colour"] < report.distances["samples, guidance 0"]["kid_colour"]
+    assert report.distances["autoencoder, noise 0"]["fd_colour"] == pytest.approx(0, abs=1e-6)
+    assert {measures["count"] for measures in report.distances.values()} == {6, 12}
+    assert report.retrieval["reconstructions of held-out pictures"] == 1.0
+    assert len(report.sheets.samples) == len(report.sheets.nearest) == 3
+    found = report.likelihood["heldout"]
+    assert (found.count, found.draws, found.space, found.dimensions) == (6, 2, "noised pixels", 192)
+    assert found.bits_per_dim == pytest.approx(found.nats_per_dim / math.log(2))
+    assert report.classification is not None
+    assert sum(map(sum, report.classification.confusion)) == 6
+    assert json.loads(json.dumps(report.as_json()))["counts"] == {"train": 12, "heldout": 6, "samples": 6}
+
+
+def test_likelihoods_are_the_pipelines(pictures: Pictures) -> None:
+    plan = Plan(only_likelihood=True, draws=2)
+    report = run(pictures, plan)
+    assert not report.distances
+    assert not report.sheets.samples
+    made = pipeline()
+    each = [
+        made.log_prob(one, str(label), seed=2 * row, draws=2).nats
+        for row, (one, label) in enumerate(
+            zip(to_pil(to_unit(pictures.heldout.images)), pictures.heldout.labels, strict=True)
+        )
+    ]
+    assert report.likelihood["heldout"].nats_per_dim == pytest.approx(-sum(each) / 6 / 192, rel=1e-5)
+
+
+def test_a_report_repeats_at_any_batch_size(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(pictures)
+    assert run(pictures).as_json() == whole.as_json()
+    monkeypatch.setattr("starflow.evaluate.samples.BATCH", 4)
+    monkeypatch.setattr("starflow.evaluate.likelihood.BATCH", 5)
+    monkeypatch.setattr("starflow.evaluate.dataset.BATCH", 5)
+    again = run(pictures)
+    for name, measures in whole.distances.items():
+        assert again.distances[name] == pytest.approx(measures, rel=1e-3, abs=1e-4)
+    assert again.likelihood["heldout"].nats_per_dim == pytest.approx(whole.likelihood["heldout"].nats_per_dim)
+
+
+def test_samples_that_are_not_finite_are_counted_not_redrawn(
+    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starflow.pipeline import pipeline as module
+
+    sample = module.best_candidates  # type: ignore[attr-defined]
+
+    def broken(*arguments: object, **options: object) -> Tensor:
+        made = sample(*arguments, **options)  # type: ignore[arg-type]
+        made[0] = torch.nan
+        return made
+
+    monkeypatch.setattr(module, "best_candidates", broken)
+    report = run(pictures)
+    for weight in (0, 1):
+        found = report.distances[f"samples, guidance {weight}"]
+        assert (found["count"], found["not_finite"]) == (5, 1)
+    assert "pictures that are not finite, samples, guidance 0" in table(report)
+
+
+def test_the_table_and_the_page_say_everything(pictures: Pictures) -> None:
+    report = run(pictures)
+    for text in (table(report), page(report, "a <model>", [("Samples", "samples.png")])):
+        for part in ("kid_colour x 1000, floor", "fd_colour, samples, guidance 1", "autoencoder, noise 0.1",
+                     "bits/dim of the noised pixels, heldout, 6 pictures, 2 draws", "best guidance",
+                     "accuracy of the likelihood classifier"):  # fmt: skip
+            assert part in text
+    assert "a &lt;model&gt;" in page(report, "a <model>", [])
+    assert '<img src="samples.png"' in page(report, "t", [("Samples", "samples.png")])
+
+
+def test_plans_are_checked() -> None:
+    with pytest.raises(UserError, match="draws 0"):
+        Plan(draws=0)
+    with pytest.raises(UserError, match="none below 0"):
+        Plan(guidance=(1.0, -1.0))
+
+
+def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:
+    assert weights_to_try((0.0,)) == [0.0, 1.0]
+    assert weights_to_try((3.0, 2.0)) == [0.0, 2.0, 3.0]
+
+
+def test_a_model_without_classes_is_no_classifier(pictures: Pictures) -> None:
+    made = random_pipeline("plain", PixelLatents(), None)
+    with pytest.raises(UserError, match="no classes to tell apart"):
+        measure(made, pictures, PLAN, lambda text: None, Extractor("colour", MeanColour()))

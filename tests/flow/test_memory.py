@@ -1,0 +1,207 @@
+"""Predicted memory is that of the built model, of its caches and of its passes."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from starflow.cli.main import main
+from starflow.errors import UserError
+from starflow.flow import memory
+from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig
+from starflow.flow.model import build
+from starflow.nn.kv_cache import CachePool
+from starflow.sampling.policy import SampleSettings
+from starflow.sampling.sampler import run
+from starflow.train.distributed.sharding import recompute
+from starflow.train.settings import ParallelSettings
+from tests.registry import configs, randomised
+
+RECIPE = str(Path(__file__).parent.parent.parent / "recipes" / "starflow-t2i.yaml")
+DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@DRAWN
+@given(config=configs())
+def test_parameters_are_counted_as_built(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = build(config)
+    for number, block in enumerate(model.stack()):
+        assert memory.block_parameters(config, number) == sum(one.numel() for one in block.parameters())
+    assert memory.parameters(config) == sum(one.numel() for one in model.parameters())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sos": False}, {"num_kv_heads": 1}, {"cond_top_only": False}])
+def test_caches_take_what_is_predicted(options: dict[str, object], guided: bool) -> None:
+    config = STARFlowConfig(
+        in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=(1, 2, 1), txt_size=3,
+        txt_dim=5, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    pool, noise, condition = CachePool(), torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    weight = 1.0 if guided else 0.0
+    run(randomised(config, 0), noise, condition, condition, SampleSettings(weight), caches=pool)
+    held = sum(
+        layer.keys_BNLH.nbytes + layer.values_BNLH.nbytes for cache in pool._caches.values() for layer in cache.layers
+    )
+    assert memory.cache_bytes(config, 2, 16, "float32", guided=guided) == held
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that operations made and that still live; the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: dict[int, int] = {}
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage(), given)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key = id(storage)
+        if key in given or key in self.seen:
+            return
+        self.seen[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self.seen.pop(key)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_the_peak_of_training_with_checkpoints_is_about_what_is_predicted(
+    precision: memory.Precision, *, swiglu: bool
+) -> None:
+    config = STARFlowConfig(
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(2, 8), txt_size=4, txt_dim=16,
+        use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
+    )  # fmt: skip
+    model = build(config)
+    recompute(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
+    low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    x, condition = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16)
+    for parameter in model.parameters():  # what is measured is without gradients
+        parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
+    with Living() as living:
+        with low:
+            z, logdet = model(x, condition)
+            loss = z.square().sum() - logdet.sum()
+        kept = living.bytes
+        loss.backward()
+    predicted = memory.training_memory(config, 8, precision=precision, checkpointing=True)
+    assert 0.9 * living.most < predicted.activations + predicted.gathered < 1.3 * living.most
+    assert kept < predicted.activations < memory.training_memory(config, 8, precision=precision).activations / 4
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_training_keeps_is_about_what_is_predicted(precision: memory.Precision, *, swiglu: bool) -> None:
+    config = STARFlowConfig(
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(1, 3), txt_size=4, txt_dim=16,
+        use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
+    )  # fmt: skip
+    model, sizes, kept = build(config), {}, []
+    weights = {one.data_ptr() for one in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), low:
+        model(torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16))
+    predicted = memory.training_memory(config, 8, precision=precision).activations
+    held = sum(sizes.values())
+    assert 0.8 * held < predicted < 1.4 * held
+
+
+def test_sharding_divides_the_states_and_nothing_else() -> None:
+    config = PRESETS["starflow-t2i-3b"].config
+    whole = memory.training_memory(config, 8)
+    for gpus, sharding, parts in ((8, "sharded", 8), (64, "sharded", 64), (64, "hybrid", 8), (64, "replicated", 1)):
+        share = memory.training_memory(config, 8, gpus=gpus, sharding=sharding)  # type: ignore[arg-type]
+        for name in ("parameters", "gradients", "moments", "average"):
+            assert math.isclose(getattr(share, name) * parts, getattr(whole, name), rel_tol=1e-6)
+        assert share.activations == whole.activations
+    assert memory.training_memory(config, 8, checkpointing=True).activations < whole.activations / 5
+    assert 3.8e9 < memory.parameters(config) < 3.9e9
+    assert whole.peak == sum(vars(whole).values())
+
+
+@DRAWN
+@given(batch=st.integers(1, 64), guided=st.booleans())
+def test_less_precision_and_smaller_tiles_take_less(batch: int, guided: bool) -> None:
+    config, coder = PRESETS["starflow-t2i-3b"].config, memory.AUTOENCODERS["diffusers_kl"]
+
+    def peak(**options: object) -> int:
+        known = {"guided": guided, "autoencoder": coder}
+        return memory.sampling_memory(config, batch, **known, **options).peak  # type: ignore[arg-type]
+
+    assert peak(dtype="bfloat16", int8=True) < peak(dtype="bfloat16") < peak(cache_dtype="bfloat16") < peak()
+    assert peak(tile=16) <= peak()
+    assert peak(dtype="bfloat16", int8=True, offload=True) < peak(dtype="bfloat16", offload=True)
+    assert peak(dtype="bfloat16", offload=True) < peak(dtype="bfloat16")
+
+
+def test_the_released_model_fits_8_gb_of_a_gpu_with_int8_and_offload() -> None:
+    """Of 8 GB a driver's context takes a part; a batch of one, guided, with its cache and sd-vae."""
+    config, coder = PRESETS["starflow-t2i-3b"].config, memory.AUTOENCODERS["diffusers_kl"]
+    whole = memory.sampling_memory(config, 1, dtype="bfloat16", autoencoder=coder)
+    small = memory.sampling_memory(config, 1, dtype="bfloat16", int8=True, offload=True, autoencoder=coder)
+    assert whole.peak > 8e9
+    assert small.peak < 6e9
+    assert small.weights == max(memory.block_bytes(config, block, "bfloat16", int8=True) for block in range(6))
+
+
+def test_impossible_amounts_are_refused() -> None:
+    config = PRESETS["tarflow-afhq-256"].config
+    with pytest.raises(UserError, match="0 pictures of 1024 tokens: both must be at least 1"):
+        memory.sampling_memory(config, 0)
+    with pytest.raises(UserError, match="1 pictures on 0 GPUs"):
+        memory.training_memory(config, 1, gpus=0)
+
+
+@pytest.mark.parametrize("model", ["glyphs", "starflow-t2i-3b", "tarflow-afhq-256", RECIPE])
+def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", model, "--memory", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {row["kind"] for row in facts["sampling"]} == {
+        "float32", "bfloat16", "int8", "bfloat16 offload", "int8 offload",
+    }  # fmt: skip
+    assert {row["gpus"] for row in facts["training"]} == {1, 8, 64}
+    assert main(["info", model, "--memory"]) == 0
+    assert f"{facts['parameters']:,} parameters" in capsys.readouterr().out
+    assert main(["info", "nothing-here", "--memory"]) == 2
+
+
+def test_a_published_repository_is_known_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "apple/starflow", "--memory", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == memory.parameters(PRESETS["starflow-t2i-3b"].config)
+    assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
+    assert main(["info", "apple/starflow", "--memory"]) == 0
+    assert "google/flan-t5-xl takes 2.28 GiB before that, and is released" in capsys.readouterr().out

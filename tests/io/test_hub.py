@@ -1,0 +1,90 @@
+"""Folder, then the local cache, then the network; and one clear line where none has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starflow.errors import UserError
+from starflow.io.hub import local_or_hub
+
+NEEDED = ("config.json", "*.safetensors")
+
+
+class FakeHub:
+    """Answers as `snapshot_download` does: a folder, or an error of the hub's kind."""
+
+    def __init__(self, cached: Path | None, online: Path | Exception) -> None:
+        self.cached, self.online = cached, online
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, repo: str, **settings: Any) -> str:
+        self.calls.append(settings)
+        if settings["local_files_only"]:
+            if self.cached is None:
+                raise FileNotFoundError("not in the cache")
+            return str(self.cached)
+        if isinstance(self.online, Exception):
+            raise self.online
+        return str(self.online)
+
+
+def folder(path: Path, *names: str) -> Path:
+    path.mkdir()
+    for name in names:
+        (path / name).touch()
+    return path
+
+
+def use(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    return hub
+
+
+def test_a_folder_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = use(monkeypatch, FakeHub(None, OSError("no")))
+    whole = folder(tmp_path / "model", "config.json", "a.safetensors")
+    assert local_or_hub(str(whole), NEEDED) == whole
+    assert not hub.calls
+
+
+def test_a_cached_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = folder(tmp_path / "cached", "config.json", "a.safetensors")
+    hub = use(monkeypatch, FakeHub(whole, OSError("no network")))
+    assert local_or_hub("owner/name", NEEDED, also=("*.txt",)) == whole
+    assert len(hub.calls) == 1
+    assert hub.calls[0]["allow_patterns"] == [*NEEDED, "*.txt"]
+
+
+def test_a_cache_that_lacks_a_file_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    partial = folder(tmp_path / "cached", "config.json")
+    whole = folder(tmp_path / "fetched", "config.json", "a.safetensors")
+    hub = use(monkeypatch, FakeHub(partial, whole))
+    assert local_or_hub("owner/name", NEEDED) == whole
+    assert [call["local_files_only"] for call in hub.calls] == [True, False]
+
+
+def test_what_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, FakeHub(None, OSError("401 for url\nmany\nlines")))
+    with pytest.raises(UserError, match=r"^'owner/name' is no folder, .* \(401 for url\): do this$"):
+        local_or_hub("owner/name", NEEDED, remedy="do this")
+    use(monkeypatch, FakeHub(folder(tmp_path / "partial", "config.json"), OSError("no network")))
+    with pytest.raises(UserError, match="no network"):
+        local_or_hub("owner/name", NEEDED)
+
+
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare = folder(tmp_path / "bare", "config.json")
+    with pytest.raises(UserError, match=r"bare has no \*\.safetensors: do this"):
+        local_or_hub(str(bare), NEEDED, remedy="do this")
+    use(monkeypatch, FakeHub(None, bare))
+    with pytest.raises(UserError, match=r"bare has no \*\.safetensors"):
+        local_or_hub("owner/name", NEEDED)
+
+
+def test_a_name_that_no_repository_can_have() -> None:
+    """The hub library's own check of names, which needs no network."""
+    with pytest.raises(UserError, match=r"'no/such/folder' is no folder"):
+        local_or_hub("no/such/folder", NEEDED)

@@ -1,0 +1,341 @@
+"""The compiled loop is the eager one: every option of every block, any batch, any number of threads."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from starflow.flow.config import STARFlowConfig
+from starflow.flow.model import Flow
+from starflow.nn.attention import Continuation
+from starflow.nn.kv_cache import CachePool, CacheShape
+from starflow.sampling.cpu import engine as native
+from starflow.sampling.cpu.build import Library
+from starflow.sampling.cpu.engine import engine_of
+from starflow.sampling.cpu.pack import layers_of
+from starflow.sampling.policy import SampleSettings
+from starflow.sampling.predictor import Predictor, draft_of, narrow
+from starflow.sampling.sampler import run
+from starflow.sampling.sequential import advance
+from tests.registry import Case, cases, randomised
+from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
+
+DRAWN = settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+FEWER = settings(DRAWN, max_examples=15)
+BFLOAT16_STEP = 2**-8
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As many as a test asks for, however little there is to do; after it as many as before."""
+    monkeypatch.setattr(native, "THREAD_BYTES", 1)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@DRAWN
+@given(
+    case=cases(torch.float32),
+    weights=st.sampled_from([0.0, 1.5, (0.0, 3.0)]),
+    rule=st.sampled_from(["gaussian", "linear"]),
+    schedule=st.sampled_from(["constant", "linear"]),
+    temperature=st.sampled_from([1.0, 0.7]),
+    threads=st.sampled_from([1, 3]),
+)
+def test_compiled_equals_eager(
+    library: Library, case: Case, weights: float | tuple[float, ...], rule: str, schedule: str, temperature: float,
+    threads: int,
+) -> None:  # fmt: skip
+    torch.set_num_threads(threads)
+    weight = torch.tensor(weights) if guided(case) else 0.0
+    chosen = SampleSettings(weight, "sequential", rule, schedule, temperature)  # type: ignore[arg-type]
+    assert_close(drawn(case, chosen, library), drawn(case, chosen, None))
+
+
+@DRAWN
+@given(case=cases(torch.float32), threads=st.sampled_from([1, 2, 3]), number=st.integers(0, 2))
+def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case, threads: int, number: int) -> None:
+    """Nine pictures, which no tile of rows divides evenly, each with its own weight; alone on one thread."""
+    index = torch.arange(9) % 2
+    many = Case(
+        case.model,
+        torch.randn(9, *case.x.shape[1:], generator=torch.Generator().manual_seed(0)),
+        *(None if one is None else one[index] for one in (case.condition, case.null_condition)),
+    )
+    whole = solving(many, number % len(case.model.blocks), torch.linspace(0, 4, 9))
+    torch.set_num_threads(threads)
+    together = whole.native(library)
+    torch.set_num_threads(1)
+    for row in range(9):
+        alone = Solving(narrow(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
+        assert torch.equal(together[row : row + 1], alone.native(library))
+
+
+@FEWER
+@given(case=cases(torch.float32), number=st.integers(0, 2), threads=st.sampled_from([1, 2]))
+def test_extend_is_the_blocks_own(library: Library, case: Case, number: int, threads: int) -> None:
+    """Hidden states after others, of any count; more rows than the threads norm for themselves among them."""
+    torch.set_num_threads(threads)
+    index = torch.arange(24) % 2
+    many = Case(case.model, case.x[index], *(None if one is None else one[index] for one in _conditions(case)))
+    number %= len(case.model.blocks)
+    ours, theirs = (solving(many, number, 1.5).predictor for _ in range(2))
+    engine = engine_for(library)
+    rows, length = ours.cache.layers[0].keys_BNLH.shape[::2]
+    hidden = torch.randn(rows, length, ours.block.spec.layer.width, generator=torch.Generator().manual_seed(0))
+    start = 0
+    for count in (1, length // 2, length):
+        some = hidden[:, start : start + count]
+        table = None if theirs.rotary is None else theirs.rotary[start : start + count]
+        with torch.no_grad():
+            onto = Continuation.at(theirs.cache, start, some.shape[1], theirs.query_scale)
+            assert_close(engine.extend(ours, some, start), theirs.block.extend(some, table, onto))
+        for mine, own in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+            assert_close(mine.keys_BNLH, own.keys_BNLH)
+            assert_close(mine.values_BNLH, own.values_BNLH)
+        start = min(start + count, length - 1)
+
+
+def _conditions(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    return case.condition, case.null_condition
+
+
+def test_where_it_would_leave_the_cache_it_stops(library: Library) -> None:
+    predictor, engine = solving(text_case(), 0).predictor, engine_for(library)
+    hidden = torch.zeros(2, 2, 48)
+    for position in (-1, 15):
+        with pytest.raises(AssertionError, match=f"2 tokens at {position} of 16"):
+            engine.extend(predictor, hidden, position)
+    with pytest.raises(AssertionError):
+        engine.extend(predictor, hidden[:1], 0)
+    with pytest.raises(AssertionError):
+        engine.solve(predictor, torch.zeros(2, 15, 2), torch.zeros(2, 15, 2), lambda _: None)
+
+
+def text_case(model_seed: int = 0, **options: Any) -> Case:
+    """A model with a text condition in its last block, and two pictures for it."""
+    config = STARFlowConfig(
+        in_channels=2, img_size=4, channels=48, num_blocks=2, layers_per_block=2, head_dim=24, txt_size=3, txt_dim=5,
+        **options,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    condition, null = torch.randn(2, 2, 3, 5, generator=draw)
+    return Case(randomised(config, model_seed), torch.randn(2, 2, 4, 4, generator=draw), condition, null)
+
+
+@DRAWN
+@given(case=cases(torch.float32), number=st.integers(0, 2))
+def test_weights_and_cache_in_bfloat16(library: Library, case: Case, number: int) -> None:
+    """As a float32 network of the same rounded weights, but for what the cache rounds away."""
+    number %= len(case.model.blocks)
+    case.model.bfloat16()
+    given = solving(case, number, 1.5)
+    assert given.predictor.cache.layers[0].keys_BNLH.dtype == torch.bfloat16
+    ours = given.native(library)
+    case.model.float()
+    exact = solving(case, number, 1.5).eager()
+    change = torch.linalg.vector_norm(ours - exact) / torch.linalg.vector_norm(exact)
+    assert change < 4 * BFLOAT16_STEP
+
+
+@DRAWN
+@given(case=cases(torch.float32), number=st.integers(0, 2))
+def test_bfloat16_weights_alone_are_exact(library: Library, case: Case, number: int) -> None:
+    """With a float32 cache nothing but the weights is rounded, and they are the same."""
+    number %= len(case.model.blocks)
+    case.model.bfloat16()
+    ours = solving(case, number, pool=CachePool(torch.float32))
+    exact = dataclasses.replace(ours, predictor=_in_float32(ours.predictor)).eager()
+    assert_close(ours.native(library), exact)
+
+
+def _in_float32(predictor: Predictor) -> Predictor:
+    """The same with its weights, rounded as they are, in float32."""
+    block, pool = copy.deepcopy(predictor.block).float(), CachePool()
+    prefix = None if predictor.prefix_RSD is None else predictor.prefix_RSD.float()
+    shape = predictor.cache.layers[0].keys_BNLH.shape
+    cache = pool.take(CacheShape(len(predictor.cache.layers), *shape), dtype=torch.float32, device=torch.device("cpu"))
+    class_R1D = None if predictor.class_R1D is None else predictor.class_R1D.float()
+    return dataclasses.replace(predictor, block=block, prefix_RSD=prefix, class_R1D=class_R1D, cache=cache)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 9, 15])
+def test_either_path_goes_on_where_the_other_stopped(library: Library, stop: int) -> None:
+    """The keys, values and tokens that one leaves are what the other would have."""
+    for number in (0, 1):
+        eager, ours = solving(text_case(), number, 2.0), solving(text_case(), number, 2.0)
+        whole, engine = eager.eager(), engine_for(library)
+        x_BNC = ours.noise_BNC.clone()
+        ours.predictor.prefill()
+        with torch.no_grad(), engine._call(ours.predictor, x_BNC, ours.noise_BNC, 1) as call:
+            library.solve(call.block, 0, stop)
+            advance(ours.predictor, x_BNC, ours.noise_BNC, stop)
+            library.solve(call.block, stop + 1, 16)
+        assert_close(x_BNC, whole)
+
+
+WRITES: dict[str, Callable[[Flow], object]] = {
+    "in place": lambda model: [parameter.mul_(1.1) for parameter in model.parameters()],
+    "one number": lambda model: next(model.stack()).proj_in.weight[3, 1].add_(0.5),
+    "through .data": lambda model: [parameter.data.mul_(1.1) for parameter in model.parameters()],
+    "one number through .data": lambda model: next(model.stack()).proj_in.weight.data[3, 1].add_(0.5),
+    "other tensors": lambda model: model.load_state_dict(randomised(model.config, 5).state_dict(), assign=True),
+    "another precision": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", WRITES)
+def test_changed_weights_are_packed_anew(library: Library, change: str) -> None:
+    case = text_case()
+    case.model.requires_grad_(False)
+    before = drawn(case, SampleSettings(1.0), library)
+    engine = case.model.kept["engine"]
+    with torch.no_grad():
+        WRITES[change](case.model)
+    after = run(case.model, case.x, case.condition, case.null_condition, SampleSettings(1.0)).x
+    assert case.model.kept["engine"] is engine
+    assert not torch.equal(after, before)
+    assert torch.equal(after, drawn(case, SampleSettings(1.0), library)), "an engine that never saw the old weights"
+
+
+def test_weights_made_in_inference_mode_count_no_writes_and_are_packed_anew_all_the_same(library: Library) -> None:
+    with torch.inference_mode():
+        case = text_case()
+        case.model.requires_grad_(False)
+        assert next(case.model.parameters()).is_inference()
+        before = drawn(case, SampleSettings(1.0), library)
+        next(case.model.parameters()).mul_(1.5)
+        after = run(case.model, case.x, case.condition, case.null_condition, SampleSettings(1.0)).x
+        assert not torch.equal(after, before)
+
+
+def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
+    case = text_case()
+    engine = case.model.kept["engine"] = engine_for(library)
+    assert engine.ready(solving(case, 1).predictor)
+    assert not engine.ready(draft_of(solving(case, 1).predictor))
+    assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
+    layer = next(layers_of(list(case.model.stack())[1]))
+    layer.attention.proj = Other(layer.attention.proj)
+    assert engine_of(case.model) is engine
+    assert not engine.ready(solving(case, 1).predictor)
+    assert engine.ready(solving(case, 0).predictor)
+    case.model.double()
+    run(case.model, case.x, case.condition, case.null_condition, SampleSettings(1.0))
+    assert not engine.ready(solving(dataclasses.replace(case, x=case.x.double()), 0).predictor)
+
+
+class Other(torch.nn.Linear):
+    """A linear layer that computes something of its own."""
+
+    def __init__(self, given: torch.nn.Linear) -> None:
+        super().__init__(given.in_features, given.out_features)
+
+
+def test_several_threads_may_sample_with_one_model(library: Library) -> None:
+    """Each with memory of its own: as if alone, bit for bit."""
+    case = text_case(sos=False)
+    case.model.kept["engine"] = engine_for(library)
+    noises = torch.randn(8, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def draw(noise: Tensor) -> Tensor:
+        weight = float(noise[0, 0, 0, 0].abs())
+        return run(case.model, noise, case.condition, case.null_condition, SampleSettings(weight)).x
+
+    alone = [draw(noise) for noise in noises]
+    torch.set_num_threads(2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(torch.equal(one, other) for one, other in zip(pool.map(draw, noises), alone, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, struct.unpack("f", struct.pack("I", 0x7FC00001))[0]])
+def test_what_is_no_number_stays_none_and_in_its_own_picture(library: Library, value: float) -> None:
+    case = text_case()
+    clean = drawn(case, SampleSettings(1.0), library)
+    case.x[0, 0, 2, 1] = value
+    ours, eager = (drawn(case, SampleSettings(1.0), given) for given in (library, None))
+    assert torch.equal(ours[1], clean[1])
+    assert torch.equal(ours[0].isfinite(), eager[0].isfinite())
+    assert not ours[0].isfinite().all()
+
+
+def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(3)
+    given = solving(text_case(), 1)
+    engine, used = engine_for(library), []
+    for size in (1, native.LARGE):
+        monkeypatch.setattr(native, "THREAD_BYTES", size)
+        with engine._call(given.predictor, given.noise_BNC, given.noise_BNC, 1) as call:
+            used.append(call.block.threads)
+    assert used == [3, 1]
+
+
+def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=1)
+    model, noise = randomised(config, 0), torch.randn(2, 2, 4, 4)
+    engine = model.kept["engine"] = engine_for(library)
+    expected = run(model, noise, None, None, SampleSettings()).x
+    whole, first = engine.bytes, engine._packed[next(model.stack())][False].bytes
+    assert len(engine._packed) == 3
+    monkeypatch.setattr(native, "PACKED_KEPT", whole // 2)
+    engine = model.kept["engine"] = engine_for(library)
+    most = 0
+
+    def look(_done: int, _total: int) -> None:
+        nonlocal most
+        most = max(most, engine.bytes)
+
+    for _ in range(2):
+        assert torch.equal(run(model, noise, None, None, SampleSettings(), look).x, expected)
+    assert most == first
+    assert list(engine._packed) == [model.blocks[0]]
+
+
+def test_progress_is_told_of_every_token(library: Library) -> None:
+    case = text_case(sos=False)
+    case.model.kept["engine"] = engine_for(library)
+    calls: list[tuple[int, int]] = []
+    run(case.model, case.x, case.condition, None, SampleSettings(), lambda *call: calls.append(call))
+    assert calls[-1] == (32, 32)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+@pytest.mark.parametrize("tanh_form", [False, True])
+def test_gelu_is_accurate(library: Library, tanh_form: bool) -> None:
+    x = torch.cat(
+        (torch.linspace(-20, 20, 4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 88.0, -88.0] * 2))
+    )
+    y = torch.empty_like(x)
+    library.handle.starflow_gelu(x.data_ptr(), y.data_ptr(), len(x), tanh_form)
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh" if tanh_form else "none")
+    assert ((y - expected).abs() <= 3e-7 * x.abs().clamp(max=1e3).double() * 1.0 + 1e-9).all()
+    for odd in (math.nan, math.inf):
+        x[:16] = odd
+        library.handle.starflow_gelu(x.data_ptr(), y.data_ptr(), 16, tanh_form)
+        assert y[:16].isnan().all() if math.isnan(odd) else (y[:16] == odd).all()
+
+
+def test_the_mark_sees_values_and_places(library: Library) -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    marks = {library.mark(values), library.mark(values[:-1]), library.mark(values.flip(0))}
+    for index in (0, 17, 500, 999):
+        changed = values.clone()
+        changed[index] += 1e-6
+        marks.add(library.mark(changed))
+    assert len(marks) == 7
+    assert library.mark(values.clone()) == library.mark(values)
