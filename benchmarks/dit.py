@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.bench.limits import Baseline, Task
+from starflow.bench.limits import Baseline, DrawTask
 
 STEPS = (50, 250)
 TIMED = 3
 HEAD, PATCH, CLASSES = 64, 2, 1000
 
 
-def baselines(task: Task) -> list[Baseline]:
+def baselines(task: DrawTask) -> list[Baseline]:
     """One for each number of steps; without diffusers none."""
     try:
         import diffusers
@@ -60,7 +60,7 @@ def network_like(model: Any, diffusers: Any) -> Any:
 
 
 @torch.no_grad()
-def draw(network: Any, scheduler: Any, task: Task) -> Tensor:
+def draw(network: Any, scheduler: Any, task: DrawTask) -> Tensor:
     """The first steps of a batch of pictures as large as the task's."""
     x = task.noise.to(next(network.parameters()).dtype)
     batch, channels = x.shape[:2]

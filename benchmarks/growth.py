@@ -26,17 +26,17 @@ from typing import Any
 
 import torch
 
-from starflow.bench.limits import Ceilings, measure_ceilings, sampling_work
+from starflow.bench.limits import MachineLimits, measure_limits, sampling_work
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.memory import BYTES, cache_bytes
 from starflow.flow.model import build
 from starflow.io.files import write_bytes, write_json
 from starflow.nn.kv_cache import CachePool
-from starflow.sampling.cpu.engine import engine_of
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.jacobi import Span, step
 from starflow.sampling.planner import wait
 from starflow.sampling.policy import machine_of
-from starflow.sampling.predictor import Effort, Predictor
+from starflow.sampling.predictor import IterationLimits, Predictor
 from starflow.sampling.sequential import solve_sequential
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts")
     options = parser.parse_args()
     device, load = torch.device(options.device), os.getloadavg()
-    ceilings = measure_ceilings(device, torch.float32)
+    ceilings = measure_limits(device, torch.float32)
     sweeps = {
         name: [measure({**BASE, name: value}, device, ceilings, options.repeats) for value in values]
         for name, values in SWEEPS.items()
@@ -87,7 +87,7 @@ def main() -> None:
     print(json.dumps({key: value for key, value in result.items() if key != "sweeps"}))
 
 
-def measure(sizes: dict[str, int], device: torch.device, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
+def measure(sizes: dict[str, int], device: torch.device, ceilings: MachineLimits, repeats: int) -> dict[str, Any]:
     """Seconds of one block, and of what it cannot do without."""
     side, batch = math.isqrt(sizes["tokens"]), sizes["batch"]
     config = STARFlowConfig(
@@ -95,12 +95,14 @@ def measure(sizes: dict[str, int], device: torch.device, ceilings: Ceilings, rep
     )
     model = build(config).to(device).requires_grad_(False)
     block, noise = next(model.stack()), torch.randn(batch, side * side, 4, device=device)
-    table, engine = model.block_rotary(block, model.rotary((side, side))), engine_of(model)
+    table, engine = model.block_rotary(block, model.rotary((side, side))), cpu_engine_of(model)
     if device.type == "cpu":
         engine.build()
     predictor = Predictor.of(block, batch, side * side, [None], table, None, CachePool(), engine)
     with torch.no_grad():
-        one_by_one = fastest(lambda: solve_sequential(predictor, noise, Effort(), lambda _: None), device, repeats)
+        one_by_one = fastest(
+            lambda: solve_sequential(predictor, noise, IterationLimits(), lambda _: None), device, repeats
+        )
         whole = fastest(lambda: step(predictor, noise, noise, Span(0, side * side)), device, repeats)
     work = sampling_work(model, batch, side * side, guided=False)
     cache = cache_bytes(config, batch, side * side, "float32", guided=False) * (side * side + 1) / 2  # the mean is read

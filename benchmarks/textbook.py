@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.bench.limits import Baseline, Task
+from starflow.bench.limits import Baseline, DrawTask
 from starflow.flow import affine
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
@@ -29,14 +29,14 @@ from starflow.nn.rope import rotate
 from starflow.sampling import guidance as rules
 
 
-def baselines(task: Task) -> list[Baseline]:
+def baselines(task: DrawTask) -> list[Baseline]:
     """The same batch, by this file."""
     note = "eager, one token at a time, the whole key cache rotated at each token; the same pictures"
     return [Baseline("textbook decoder", lambda: decode(task), 1.0, note)]
 
 
 @torch.no_grad()
-def decode(task: Task) -> Tensor:
+def decode(task: DrawTask) -> Tensor:
     """Noise to latents (B, C, H, W), block after block."""
     model = task.model
     tokens, grid = model.tokens(task.noise)
@@ -52,7 +52,7 @@ def decode(task: Task) -> Tensor:
 
 
 def _decode_block(
-    model: Flow, block: AutoregressiveBlock, noise: Tensor, rotary: Tensor | None, task: Task, *, guided: bool
+    model: Flow, block: AutoregressiveBlock, noise: Tensor, rotary: Tensor | None, task: DrawTask, *, guided: bool
 ) -> Tensor:
     """x_n = mu_n + sigma_n z_n, for n = 0, 1, .."""
     condition = model.check_condition(task.condition, len(noise))

@@ -54,12 +54,12 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     import torch
 
     from experiments import decoder, deep_shallow, fashion_mnist, guidance, universality
-    from starflow.nn.cpu import keep_memory
+    from starflow.nn.cpu import keep_freed_memory
 
     command = " ".join(["python -m experiments", *shown(sys.argv[1:])])
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
-    keep_memory()
+    keep_freed_memory()
     if options.name == "universality":
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
         return universality.run(folder, budget, _say, command)

@@ -18,7 +18,7 @@ from experiments.fashion import heldout_curve, prepare, reference_features, trai
 from starflow.data.images import from_pil
 from starflow.evaluate import Extractor, extract, kernel_distance, load_extractor
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.sampler import noise_of, sample
+from starflow.sampling.sampler import noise_from_seeds, sample
 
 NAME = "deep-shallow"
 RECIPE = Path("recipes/claims/deep-shallow.yaml")
@@ -105,7 +105,7 @@ def compute(
 def sampling_seconds(pipeline: StarFlowPipeline, solver: str) -> float:
     """Seconds for 64 pictures at once; the median of three after a warm-up."""
     side = pipeline.flow.config.img_size
-    noise = noise_of(range(TIMED), (pipeline.flow.config.in_channels, side, side)).to(pipeline.device)
+    noise = noise_from_seeds(range(TIMED), (pipeline.flow.config.in_channels, side, side)).to(pipeline.device)
     times = []
     for _ in range(4):
         started = time.perf_counter()

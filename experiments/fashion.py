@@ -17,7 +17,7 @@ from starflow.io import files
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import prepare_latents, train_flow
 
 
@@ -30,7 +30,7 @@ def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: 
         rows = [row * first // train for row in range(train)]
         rows += [first + row * (len(views) - first) // heldout for row in range(heldout)]
         save_views(shared / "views.safetensors", part(views, rows))
-    prepare_latents(start(load_recipe(recipe), shared, device, progress=False))
+    prepare_latents(start_run(load_recipe(recipe), shared, device, progress=False))
     return shared
 
 
@@ -44,7 +44,7 @@ def trained(
             (folder / name).symlink_to(os.path.relpath(shared / name, folder))
     model = folder / "model"
     if not (model / "config.json").is_file():
-        train_flow(start(load_recipe(recipe, overrides | slow_bfloat16(device)), folder, device))
+        train_flow(start_run(load_recipe(recipe, overrides | slow_bfloat16(device)), folder, device))
     return StarFlowPipeline.from_pretrained(model, device)
 
 

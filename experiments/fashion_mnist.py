@@ -18,10 +18,10 @@ from experiments.fashion import heldout_curve, prepare, trained
 from starflow.data.images import from_pil
 from starflow.data.sets.fashion_mnist import CLASSES
 from starflow.evaluate import load_extractor
-from starflow.evaluate.dataset import DIGITS, FASHION_MNIST, Pictures, open_foreign, open_pictures
+from starflow.evaluate.dataset import DIGITS, FASHION_MNIST, EvaluationSet, open_evaluation_set, open_foreign
 from starflow.evaluate.likelihood import measure_classification, measure_likelihoods, measure_outliers
-from starflow.evaluate.samples import Measured
-from starflow.evaluate.settings import Plan
+from starflow.evaluate.samples import SampleMeasurements
+from starflow.evaluate.settings import EvaluationSettings
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 NAME = "fashion-mnist"
@@ -66,7 +66,7 @@ def run(
         "train.evaluate_every": str(max(1, budget.steps // 6)),
     }
     pipeline = trained(shared, folder / "run", RECIPE, overrides, device)
-    pictures = open_pictures(str(data) if data else FASHION_MNIST, SIDE)
+    pictures = open_evaluation_set(str(data) if data else FASHION_MNIST, SIDE)
     parts: dict[str, Callable[[], Cell]] = {
         "bits": lambda: bits_of(pipeline, pictures, budget),
         "classifier": lambda: asdict(measure_classification(pipeline, pictures.heldout, budget.pictures, 1)),
@@ -81,16 +81,16 @@ def run(
     return Result(NAME, title, CLAIM, verdict(found, curve), table(found), command, values)
 
 
-def bits_of(pipeline: StarFlowPipeline, pictures: Pictures, budget: Budget) -> Cell:
+def bits_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Cell:
     """Bits/dim of both splits, each picture told its class."""
     both = measure_likelihoods(pipeline, pictures, budget.pictures, budget.draws)
     return {split: asdict(found) for split, found in both.items()}
 
 
-def distances_of(pipeline: StarFlowPipeline, pictures: Pictures, budget: Budget) -> Cell:
+def distances_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Cell:
     """Kernel distance and its like of samples without and with guidance, beside the floor."""
-    plan = Plan(samples=budget.samples, references=budget.samples)
-    measured = Measured.of(pipeline, pictures, load_extractor(), plan)
+    plan = EvaluationSettings(samples=budget.samples, references=budget.samples)
+    measured = SampleMeasurements.of(pipeline, pictures, load_extractor(), plan)
     return {
         "floor": measured.floor(),
         "samples, unguided": measured.samples(budget.samples, 0.0),

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.golden.make import command, environment, likelihoods, log_of, machine, pixels
-from tests.golden.make import starflow_outputs as outputs_of_starflow
-from tests.golden.make import tarflow_outputs as outputs_of_tarflow
 from torch import Tensor
 
 from starflow import STARFlow, StarFlowPipeline, TarFlow
+from tests.golden.make import command, environment, likelihoods, log_of, machine, pixels
+from tests.golden.make import starflow_outputs as outputs_of_starflow
+from tests.golden.make import tarflow_outputs as outputs_of_tarflow
 
 HERE = Path(__file__).parent / "golden"
 EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())

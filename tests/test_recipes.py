@@ -20,7 +20,7 @@ from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 from tests.conditioning.conftest import WORDS, save_encoder
 from tests.conditioning.conftest import t5 as t5  # a fixture
@@ -108,7 +108,7 @@ def tiny(name: str) -> Recipe:
 
 
 def train(name: str, folder: Path) -> StarFlowPipeline:
-    train_flow(start(tiny(name), folder, torch.device("cpu"), progress=False))
+    train_flow(start_run(tiny(name), folder, torch.device("cpu"), progress=False))
     return StarFlowPipeline.from_pretrained(folder / "model")
 
 

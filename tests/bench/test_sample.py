@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from starflow.bench import sample as bench
-from starflow.bench.limits import Ceilings, Task, load_baselines, measure_ceilings, sampling_work
-from starflow.bench.sample import Plan, Report, measure, subject
+from starflow.bench.limits import DrawTask, MachineLimits, load_baselines, measure_limits, sampling_work
+from starflow.bench.sample import SamplingBenchmark, SpeedReport, measure, subject
 from starflow.cli.bench import BenchSampleOptions, bench_sample, sample_table
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
@@ -29,7 +29,7 @@ SMALL = STARFlowConfig(
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings that nobody measures, and a small model under the name of the usual one."""
-    monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e10, 1e11))
+    monkeypatch.setattr(bench, "measure_limits", lambda _device, _dtype: MachineLimits(1e10, 1e11))
     monkeypatch.setattr(bench, "architecture", lambda _name: SMALL)
     set_compiler("/nowhere/c++", monkeypatch)
 
@@ -44,9 +44,9 @@ def baselines(task):
 """
 
 
-def report(tmp_path: Path, batches: tuple[int, ...] = (1, 2)) -> Report:
+def report(tmp_path: Path, batches: tuple[int, ...] = (1, 2)) -> SpeedReport:
     (tmp_path / "textbook.py").write_text(SLOW_BASELINE)
-    return measure(subject("57m", CPU, torch.float32), Plan(batches, 3.0, 2, 1, tmp_path))
+    return measure(subject("57m", CPU, torch.float32), SamplingBenchmark(batches, 3.0, 2, 1, tmp_path))
 
 
 def test_the_figures_fit_each_other(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_random_weights_serve_the_sequential_solver_alone_and_it_says_so(tmp_pat
 def test_a_trained_pipeline_is_timed_with_its_own_prompts_and_the_best_policy(tmp_path: Path) -> None:
     random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(tmp_path / "model")
     given = subject(str(tmp_path / "model"), CPU, torch.float32)
-    found = measure(given, Plan((3,), 2.0, 3, 1, None))
+    found = measure(given, SamplingBenchmark((3,), 2.0, 3, 1, None))
     assert found.trained
     assert {one.solver for one in found.speeds} == {"sequential", "auto"}
     assert all(one.deviation <= 1e-2 for one in found.speeds)
@@ -97,7 +97,7 @@ def test_a_flow_without_its_conditioner_counts_as_random(tmp_path: Path) -> None
     for name in ("tarflow", "starflow"):
         given = subject(str(tmp_path / name), CPU, torch.float32)
         assert not given.trained
-        assert {one.solver for one in measure(given, Plan((2,), 1.0, 2, 1)).speeds} == {"sequential"}
+        assert {one.solver for one in measure(given, SamplingBenchmark((2,), 1.0, 2, 1)).speeds} == {"sequential"}
 
 
 def test_what_a_batch_needs_is_counted() -> None:
@@ -121,15 +121,15 @@ def test_guidance_doubles_the_rows_of_guided_blocks_and_reads_no_weight_twice() 
 
 
 def test_ceilings() -> None:
-    found = measure_ceilings(CPU, torch.float32, 2**20)
+    found = measure_limits(CPU, torch.float32, 2**20)
     assert found.bytes_per_second > 1e8
     assert found.flops_per_second > 1e8
-    assert Ceilings(1, 5).better(Ceilings(2, 3)) == Ceilings(2, 5)
-    assert Ceilings(2, 4).seconds(6, 8) == (3, 2)
+    assert MachineLimits(1, 5).better(MachineLimits(2, 3)) == MachineLimits(2, 5)
+    assert MachineLimits(2, 4).seconds(6, 8) == (3, 2)
 
 
 def test_a_folder_without_baselines_is_refused(tmp_path: Path) -> None:
-    task = Task(build(SMALL), torch.zeros(1, 2, 4, 4), None, None, 0.0)
+    task = DrawTask(build(SMALL), torch.zeros(1, 2, 4, 4), None, None, 0.0)
     with pytest.raises(UserError, match=r"has none of textbook.py, dit.py: name a folder of baselines"):
         load_baselines(tmp_path, task)
 

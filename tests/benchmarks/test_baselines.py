@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from starflow.bench.limits import Task, load_baselines
+from starflow.bench.limits import DrawTask, load_baselines
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.sampler import sample
 from tests.registry import Case, cases, randomised
@@ -36,7 +36,7 @@ TEXTBOOK = module("textbook")
 def test_the_textbook_decoder_draws_the_same_pictures(case: Case) -> None:
     weight = 0.0 if case.condition is None else 1.5
     null = torch.full((2,), -1) if case.null_condition is None and case.condition is not None else case.null_condition
-    task = Task(case.model, case.x, case.condition, null, weight)
+    task = DrawTask(case.model, case.x, case.condition, null, weight)
     ours = sample(case.model, case.x, case.condition, null, weight)
     torch.testing.assert_close(TEXTBOOK.decode(task), ours, rtol=1e-4, atol=2e-5)
 
@@ -47,7 +47,7 @@ def test_both_are_found_and_the_dit_is_as_large_as_the_model() -> None:
         in_channels=4, img_size=8, channels=64, num_blocks=3, layers_per_block=(2, 2, 24), txt_size=2, txt_dim=4
     )
     model = randomised(config, 0)
-    task = Task(model, torch.randn(2, 4, 8, 8), torch.randn(2, 2, 4), torch.zeros(2, 2, 4), 2.0)
+    task = DrawTask(model, torch.randn(2, 4, 8, 8), torch.randn(2, 2, 4), torch.zeros(2, 2, 4), 2.0)
     found = {one.name: one for one in load_baselines(FOLDER, task)}
     assert list(found) == ["textbook decoder", "DiT, 50 steps", "DiT, 250 steps"]
     assert found["DiT, 250 steps"].scale == pytest.approx(5 * found["DiT, 50 steps"].scale)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from starflow.bench import sample as bench
-from starflow.bench.limits import Ceilings
-from starflow.bench.sample import Plan, measure, subject
+from starflow.bench.limits import MachineLimits
+from starflow.bench.sample import SamplingBenchmark, measure, subject
 from starflow.config import to_dict
 from starflow.flow.config import STARFlowConfig
 from tests.compilers import set_compiler
@@ -26,14 +26,14 @@ SPEC.loader.exec_module(document)
 @pytest.mark.filterwarnings("ignore:sampling goes on without its compiled loop")
 def test_a_report_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = STARFlowConfig(in_channels=2, img_size=4, channels=32, num_blocks=1, layers_per_block=1, head_dim=32)
-    monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(2e9, 3e9))
+    monkeypatch.setattr(bench, "measure_limits", lambda _device, _dtype: MachineLimits(2e9, 3e9))
     monkeypatch.setattr(bench, "architecture", lambda _name: small)
     set_compiler("/nowhere/c++", monkeypatch)
     (tmp_path / "textbook.py").write_text(
         "from starflow.bench.limits import Baseline\n"
         "def baselines(task): return [Baseline('textbook', lambda: None, 1.0, 'a note')]\n"
     )
-    report = measure(subject("57m", torch.device("cpu"), torch.float32), Plan((2,), 0.0, 2, 1, tmp_path))
+    report = measure(subject("57m", torch.device("cpu"), torch.float32), SamplingBenchmark((2,), 0.0, 2, 1, tmp_path))
     text = document.section({"command": "starflow bench sample 57m", **to_dict(report)})
     assert "random weights, token by token only" in text
     assert "Ceilings of the run: 2.0 GB/s, 3 GFLOP/s." in text

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from starflow.bench.limits import Ceilings
+from starflow.bench.limits import MachineLimits
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling goes on without its compiled loop")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -34,7 +34,7 @@ def test_a_run_writes_figures_a_plot_and_a_section(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setattr(GROWTH, "SWEEPS", {"tokens": (4, 16), "batch": (1, 2), "width": (64, 128)})
     monkeypatch.setattr(GROWTH, "BASE", {"tokens": 16, "batch": 2, "width": 64})
-    monkeypatch.setattr(GROWTH, "measure_ceilings", lambda _device, _dtype: Ceilings(1e10, 1e11))
+    monkeypatch.setattr(GROWTH, "measure_limits", lambda _device, _dtype: MachineLimits(1e10, 1e11))
     output, plot = tmp_path / "growth.json", tmp_path / "growth.png"
     monkeypatch.setattr(sys, "argv", ["growth.py", "--output", str(output), "--plot", str(plot), "--repeats", "1"])
     GROWTH.main()
@@ -51,7 +51,7 @@ def test_a_run_writes_figures_a_plot_and_a_section(tmp_path: Path, monkeypatch: 
 def test_what_a_token_needs_grows_as_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GROWTH, "fastest", lambda *_: 1.0)
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    base, ceilings = {"tokens": 16, "batch": 2, "width": 64}, Ceilings(1e10, 1e11)
+    base, ceilings = {"tokens": 16, "batch": 2, "width": 64}, MachineLimits(1e10, 1e11)
 
     def needs(**changes: int) -> dict[str, float]:
         found: dict[str, float] = GROWTH.measure({**base, **changes}, torch.device("cpu"), ceilings, 1)["needs"]

@@ -12,7 +12,7 @@ from starflow.flow.model import TarFlow
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 from tests.cli.conftest import Run
 from tests.data.sets.test_fashion_mnist import write_set
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_set(folder, train=40, test=20)
     small = {"data.path": str(folder), "flow.channels": "64", "flow.num_blocks": "2", "flow.layers_per_block": "1"}
     steps = {"train.steps": "2", "train.batch": "8", "train.warmup": "1", "prompts": "[bag]"}
-    train_flow(start(load_recipe(RECIPE, small | steps), folder / "run", torch.device("cpu"), progress=False))
+    train_flow(start_run(load_recipe(RECIPE, small | steps), folder / "run", torch.device("cpu"), progress=False))
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from starflow.cli.options import Target, parse_size, slug
+from starflow.cli.options import OutputTarget, parse_size, slug
 from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
@@ -265,7 +265,7 @@ def test_output_is_checked_before_the_model_is_loaded(run: Run, tmp_path: Path) 
 def test_outputs_that_do_not_fit(tmp_path: Path, output: str, count: int, grid: bool, parts: list[str]) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError) as raised:
-        Target.of(str(tmp_path / output), count, grid=grid)
+        OutputTarget.of(str(tmp_path / output), count, grid=grid)
     assert all(part in str(raised.value) for part in parts)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from starflow.data.sets.glyphs import prepare as glyphs
 from starflow.data.sets.glyphs.prepare import GlyphSummary
-from starflow.data.sources.base import Skipped
+from starflow.data.sources.base import SkippedImage
 from tests.cli.conftest import Run, fails
 
 
@@ -18,7 +18,7 @@ def test_options_reach_the_function(run: Run, tmp_path: Path, monkeypatch: pytes
 
     def prepare(output: Path, tarballs: Path | None, *, size: int, include: str) -> GlyphSummary:
         seen.update(output=output, tarballs=tarballs, size=size, include=include)
-        return GlyphSummary(2, {"3d": 2, "flat": 1}, 1, 3, (Skipped("noto/1f600", "broken"),))
+        return GlyphSummary(2, {"3d": 2, "flat": 1}, 1, 3, (SkippedImage("noto/1f600", "broken"),))
 
     monkeypatch.setattr(glyphs, "prepare_glyphs", prepare)
     result = run("prepare-data", "glyphs", "--output", tmp_path, "--tarballs", "tars", "--include", "all", "--size", 64)

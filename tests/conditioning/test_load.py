@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.conditioning import ConditionerSpec, ReleasedText, TextEncoder, load, load_conditioner
+from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, load, load_conditioner
 from starflow.conditioning import load as loading
 from starflow.errors import UserError
 
@@ -158,7 +158,7 @@ class Loads:
 def test_a_released_encoder_gives_the_same_and_is_gone_after(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load_conditioner(spec(flan))
     loads = Loads(monkeypatch)
-    lazy = ReleasedText(spec(flan))
+    lazy = OnDemandTextEncoder(spec(flan))
     assert not loads.networks
     prompts = [*CAPTIONS, CAPTIONS[0], ""]
     torch.testing.assert_close(lazy.encode(prompts), kept.encode(prompts), rtol=1e-5, atol=1e-5)
@@ -174,7 +174,7 @@ def test_a_released_encoder_gives_the_same_and_is_gone_after(flan: Path, monkeyp
 
 def test_prompts_of_many_calls_are_encoded_together(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = Loads(monkeypatch)
-    lazy = ReleasedText(spec(flan))
+    lazy = OnDemandTextEncoder(spec(flan))
     texts = [f"{number} apples" for number in range(40)]  # over two passes
     lazy.remember(texts)
     together = torch.cat([lazy.encode([text]) for text in texts])
@@ -185,7 +185,7 @@ def test_prompts_of_many_calls_are_encoded_together(flan: Path, monkeypatch: pyt
 def test_what_is_remembered_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "REMEMBERED", 3)
     loads = Loads(monkeypatch)
-    lazy = ReleasedText(spec(flan))
+    lazy = OnDemandTextEncoder(spec(flan))
     found = lazy.encode(CAPTIONS)
     torch.testing.assert_close(lazy.encode(CAPTIONS), found)  # more than are remembered is no fault
     assert len(lazy._known) <= 3
@@ -195,21 +195,21 @@ def test_what_is_remembered_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPat
 def test_large_encoders_are_released_unless_kept_by_request(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load_conditioner(spec(flan), keep=None), TextEncoder)
     monkeypatch.setattr(loading, "LARGE", 1000)
-    assert isinstance(load_conditioner(spec(flan), keep=None), ReleasedText)
+    assert isinstance(load_conditioner(spec(flan), keep=None), OnDemandTextEncoder)
     assert isinstance(load_conditioner(spec(flan), keep=True), TextEncoder)
-    assert isinstance(load_conditioner(spec(flan), keep=False), ReleasedText)
+    assert isinstance(load_conditioner(spec(flan), keep=False), OnDemandTextEncoder)
 
 
 def test_faults_show_before_anything_is_loaded(flan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = Loads(monkeypatch)
     with pytest.raises(UserError, match="has width 16, the model expects 17"):
-        ReleasedText(spec(flan, dim=17))
+        OnDemandTextEncoder(spec(flan, dim=17))
     with pytest.raises(UserError, match=r"has no config.json"):
-        ReleasedText(spec(tmp_path))
+        OnDemandTextEncoder(spec(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="is of no text encoder: it has neither d_model nor hidden_size"):
-        ReleasedText(spec(tmp_path))
+        OnDemandTextEncoder(spec(tmp_path))
     assert not loads.networks
 
 
@@ -217,7 +217,7 @@ def test_saving_a_released_encoder_leaves_nothing_in_memory(
     flan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = Loads(monkeypatch)
-    ReleasedText(spec(flan)).save(tmp_path / "encoder")
+    OnDemandTextEncoder(spec(flan)).save(tmp_path / "encoder")
     gc.collect()
     assert loads.alive == 0
     assert TextEncoder.from_pretrained(str(tmp_path / "encoder")).spec.dim == WIDTH

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.data.latent_cache import (
-    CachedPicture,
+    CachedLatent,
     finish_cache,
     part_path,
     read_cache,
@@ -38,7 +38,7 @@ def write(folder: Path, with_std: bool = True) -> list[torch.Tensor]:
             write_part(folder, part, piece, piece.abs() if with_std else None, numbers, [("broken", "why")])
             places += [(part, row) for row in range(len(piece))]
         pictures += [
-            CachedPicture(f"p{bucket}{i}", "ä caption", "heldout" if i == 3 else "train", i % 2, bucket)
+            CachedLatent(f"p{bucket}{i}", "ä caption", "heldout" if i == 3 else "train", i % 2, bucket)
             for i in range(10)
         ]
     write_states(folder, 0, torch.randn(2, 5, 6))
@@ -59,7 +59,7 @@ def test_there_and_back(tmp_path: Path, with_std: bool) -> None:
         assert (std is not None) == with_std
         if std is not None:
             assert torch.equal(std, found.abs())
-    assert cache.picture(13) == CachedPicture("p13", "ä caption", "heldout", 1, 1)
+    assert cache.picture(13) == CachedLatent("p13", "ä caption", "heldout", 1, 1)
     assert (len(cache), cache.side, cache.name(0)) == (20, 3, "p00")
     assert read_part_head(tmp_path, 1)[1] == [("broken", "why")]
 
@@ -75,7 +75,7 @@ def test_conditions_lose_their_padding_and_get_it_back(
     write_part(folder, 0, torch.zeros(len(lengths), 1, 1, 1), None, torch.arange(len(lengths)))
     write_states(folder, 0, states)
     write_null(folder, torch.ones(5, 3))
-    pictures = [CachedPicture(f"{i}", "", "train", i) for i in range(len(lengths))]
+    pictures = [CachedLatent(f"{i}", "", "train", i) for i in range(len(lengths))]
     finish_cache(folder, pictures, [(0, i) for i in range(len(lengths))], {"side": 1})
     cache = read_cache(folder)
     assert torch.equal(cache.conditions(torch.arange(len(lengths))), states)

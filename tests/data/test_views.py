@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw
 from starflow.config import from_dict, to_dict
 from starflow.data.images import on_background, resize_crop
 from starflow.data.sets.glyphs.colours import BACKGROUNDS
-from starflow.data.sources.base import Record, Split
-from starflow.data.views import ViewConfig, Views, load_views, make_views, save_views
+from starflow.data.sources.base import ImageRecord, Split
+from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
 from starflow.errors import UserError
 
 MANY = ViewConfig(size=32, views=40, colour_backgrounds=0.5, hue=0.5)
 
 
-def glyph(folder: Path, name: str, *, split: Split = "train", flip: str = "yes", arrow: bool = False) -> Record:
+def glyph(folder: Path, name: str, *, split: Split = "train", flip: str = "yes", arrow: bool = False) -> ImageRecord:
     """A red disc, or a red triangle that points right, with a margin, 64 px."""
     image = Image.new("RGBA", (64, 64))
     pen = ImageDraw.Draw(image)
@@ -31,10 +31,10 @@ def glyph(folder: Path, name: str, *, split: Split = "train", flip: str = "yes",
     file = folder / f"{name}.png"
     image.save(file)
     meta = {"style": "flat", "group": "objects", "subgroup": "tool", "tags": "round,red,toy,game", "flip": flip}
-    return Record(file, "red ball", "tool", split, f"flat/{name}", meta)
+    return ImageRecord(file, "red ball", "tool", split, f"flat/{name}", meta)
 
 
-def draw(records: list[Record], config: ViewConfig = MANY, workers: int = 1) -> Views:
+def draw(records: list[ImageRecord], config: ViewConfig = MANY, workers: int = 1) -> TrainingViews:
     views, skipped = make_views(records, config, progress=False, workers=workers)
     assert skipped == []
     return views
@@ -155,7 +155,9 @@ def test_photographs_keep_their_captions(tmp_path: Path) -> None:
     pixels[:, 10:20] = (255, 0, 0)
     pixels[:, 20:30] = (0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    views = draw([Record(tmp_path / "a.png", "half and half", None, "train", "a.png")], ViewConfig(size=20, views=12))
+    views = draw(
+        [ImageRecord(tmp_path / "a.png", "half and half", None, "train", "a.png")], ViewConfig(size=20, views=12)
+    )
     assert set(views.captions) == {"half and half"}
     assert views.images[0, :, 10, 2].tolist() == [255, 0, 0], "the central square, as it is"
     assert views.images[0, :, 10, 17].tolist() == [0, 0, 255]

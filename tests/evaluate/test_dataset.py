@@ -14,10 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.data.sources.base import Record
+from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
 from starflow.evaluate import gather_rows, kernel_distance, own_rows
-from starflow.evaluate.dataset import Pictures, concept_of, is_first, open_foreign, open_pictures, part, spread
+from starflow.evaluate.dataset import (
+    EvaluationSet,
+    concept_of,
+    is_first,
+    open_evaluation_set,
+    open_foreign,
+    part,
+    spread,
+)
 from tests.data.sets.test_fashion_mnist import write_set
 
 CODE = """
@@ -89,19 +97,19 @@ def test_rows_are_spread_evenly() -> None:
 
 
 def test_a_missing_split_is_refused(tmp_path: Path) -> None:
-    records = [Record(tmp_path / "a.png", "a", None, "train", "a", {})] * 3
+    records = [ImageRecord(tmp_path / "a.png", "a", None, "train", "a", {})] * 3
     with pytest.raises(UserError, match="no heldout pictures among 3"):
-        Pictures.of_records(records, 8)
+        EvaluationSet.of_records(records, 8)
 
 
 def test_a_folder_with_the_four_files(tmp_path: Path) -> None:
     write_set(tmp_path, train=6, test=3)
-    pictures = open_pictures(str(tmp_path), 28)
+    pictures = open_evaluation_set(str(tmp_path), 28)
     assert (len(pictures.train), len(pictures.heldout)) == (6, 3)
     assert pictures.shown(pictures.heldout) == pictures.heldout.labels
     assert len(open_foreign(str(tmp_path), 28)) == 9
     with pytest.raises(UserError, match="28 px, the model of 32"):
-        open_pictures(str(tmp_path), 32)
+        open_evaluation_set(str(tmp_path), 32)
     some = part(pictures.train, [4, 1])
     assert some.names == [pictures.train.names[4], pictures.train.names[1]]
     assert torch.equal(some.images, pictures.train.images[[4, 1]])

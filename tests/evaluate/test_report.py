@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from starflow.conditioning import ClassLabels
 from starflow.data.images import to_pil, to_unit
-from starflow.data.sources.base import Record
+from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
 from starflow.evaluate import Extractor
-from starflow.evaluate.dataset import Pictures
+from starflow.evaluate.dataset import EvaluationSet
 from starflow.evaluate.render import page, table
 from starflow.evaluate.report import measure, weights_to_try
-from starflow.evaluate.settings import Plan, Report
+from starflow.evaluate.settings import EvaluationReport, EvaluationSettings
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -38,7 +38,7 @@ class MeanColour(nn.Module):
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Pictures:
+def pictures(tmp_path: Path) -> EvaluationSet:
     colours = {"circle": "red", "square": "lime", "star": "blue"}
     found = []
     for number in range(18):
@@ -46,22 +46,22 @@ def pictures(tmp_path: Path) -> Pictures:
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (8, 8), colours[shape]).save(path)
         split: Literal["train", "heldout"] = "heldout" if number >= 12 else "train"
-        found.append(Record(path, shape, shape, split, f"p{number}", {}))
-    return Pictures.of_records(found, 8)
+        found.append(ImageRecord(path, shape, shape, split, f"p{number}", {}))
+    return EvaluationSet.of_records(found, 8)
 
 
 def pipeline() -> StarFlowPipeline:
     return random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES))
 
 
-PLAN = Plan(samples=6, tuning_samples=4, guidance=(0.0, 1.0), prompts=CLASSES, classify=True, draws=2)
+PLAN = EvaluationSettings(samples=6, tuning_samples=4, guidance=(0.0, 1.0), prompts=CLASSES, classify=True, draws=2)
 
 
-def run(pictures: Pictures, plan: Plan = PLAN) -> Report:
+def run(pictures: EvaluationSet, plan: EvaluationSettings = PLAN) -> EvaluationReport:
     return measure(pipeline(), pictures, plan, lambda text: None, Extractor("colour", MeanColour()))
 
 
-def test_a_whole_report(pictures: Pictures) -> None:
+def test_a_whole_report(pictures: EvaluationSet) -> None:
     report = run(pictures)
     assert report.reconstruction["noise 0.0"] > 90  # pixels are their own latents
     assert report.reconstruction["noise 0.0"] > report.reconstruction["noise 0.2"] > report.reconstruction["noise 0.3"]
@@ -83,8 +83,8 @@ def test_a_whole_report(pictures: Pictures) -> None:
     assert json.loads(json.dumps(report.as_json()))["counts"] == {"train": 12, "heldout": 6, "samples": 6}
 
 
-def test_likelihoods_are_the_pipelines(pictures: Pictures) -> None:
-    plan = Plan(only_likelihood=True, draws=2)
+def test_likelihoods_are_the_pipelines(pictures: EvaluationSet) -> None:
+    plan = EvaluationSettings(only_likelihood=True, draws=2)
     report = run(pictures, plan)
     assert not report.distances
     assert not report.sheets.samples
@@ -98,7 +98,7 @@ def test_likelihoods_are_the_pipelines(pictures: Pictures) -> None:
     assert report.likelihood["heldout"].nats_per_dim == pytest.approx(-sum(each) / 6 / 192, rel=1e-5)
 
 
-def test_a_report_repeats_at_any_batch_size(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_repeats_at_any_batch_size(pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(pictures)
     assert run(pictures).as_json() == whole.as_json()
     monkeypatch.setattr("starflow.evaluate.samples.BATCH", 4)
@@ -111,7 +111,7 @@ def test_a_report_repeats_at_any_batch_size(pictures: Pictures, monkeypatch: pyt
 
 
 def test_samples_that_are_not_finite_are_counted_not_redrawn(
-    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from starflow.pipeline import pipeline as module
 
@@ -130,7 +130,7 @@ def test_samples_that_are_not_finite_are_counted_not_redrawn(
     assert "pictures that are not finite, samples, guidance 0" in table(report)
 
 
-def test_the_table_and_the_page_say_everything(pictures: Pictures) -> None:
+def test_the_table_and_the_page_say_everything(pictures: EvaluationSet) -> None:
     report = run(pictures)
     for text in (table(report), page(report, "a <model>", [("Samples", "samples.png")])):
         for part in ("kid_colour x 1000, floor", "fd_colour, samples, guidance 1", "autoencoder, noise 0.1",
@@ -143,9 +143,9 @@ def test_the_table_and_the_page_say_everything(pictures: Pictures) -> None:
 
 def test_plans_are_checked() -> None:
     with pytest.raises(UserError, match="draws 0"):
-        Plan(draws=0)
+        EvaluationSettings(draws=0)
     with pytest.raises(UserError, match="none below 0"):
-        Plan(guidance=(1.0, -1.0))
+        EvaluationSettings(guidance=(1.0, -1.0))
 
 
 def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:
@@ -153,7 +153,7 @@ def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:
     assert weights_to_try((3.0, 2.0)) == [0.0, 2.0, 3.0]
 
 
-def test_a_model_without_classes_is_no_classifier(pictures: Pictures) -> None:
+def test_a_model_without_classes_is_no_classifier(pictures: EvaluationSet) -> None:
     made = random_pipeline("plain", PixelLatents(), None)
     with pytest.raises(UserError, match="no classes to tell apart"):
         measure(made, pictures, PLAN, lambda text: None, Extractor("colour", MeanColour()))

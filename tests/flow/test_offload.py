@@ -16,7 +16,7 @@ from starflow.flow import model as models
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
-from starflow.flow.offload import brought_to
+from starflow.flow.offload import moved_to
 from starflow.latents import PixelLatents
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.registry import randomised
@@ -55,7 +55,7 @@ class Seen:
             self.here += 1
             self.brought.append(module)
         try:
-            with brought_to(module, device):
+            with moved_to(module, device):
                 for copy, true in zip(module.parameters(), self.true[module].parameters(), strict=True):
                     copy.data.copy_(true)
                 yield
@@ -73,7 +73,7 @@ def test_both_directions_and_the_score_are_the_same(
     plain, away, x, condition = pair
     homes, parameters, blocks = places(away), list(away.parameters()), list(away.blocks)
     seen = Seen(plain, away)
-    monkeypatch.setattr(models, "brought_to", seen.bring)
+    monkeypatch.setattr(models, "moved_to", seen.bring)
     for ours, theirs in zip(away(x, condition), plain(x, condition), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert seen.brought == blocks
@@ -92,7 +92,7 @@ def test_both_directions_and_the_score_are_the_same(
 def test_weights_are_copies_while_a_block_works_and_its_own_after_an_error() -> None:
     block = randomised(CONFIGS[0], 0).blocks[0]
     own = dict(block.named_parameters())
-    with pytest.raises(KeyError), brought_to(block, torch.device("cpu")):
+    with pytest.raises(KeyError), moved_to(block, torch.device("cpu")):
         for name, parameter in block.named_parameters():
             assert parameter.data_ptr() != own[name].data_ptr()
             assert torch.equal(parameter, own[name])

@@ -10,7 +10,7 @@ import torch
 
 from starflow.errors import UserError
 from starflow.io.files import write_json
-from starflow.latents.load import Decoder, Trainable, decoder_noise, open_trainable, save_trainable
+from starflow.latents.load import DecoderModule, TrainableAutoencoder, decoder_noise, load_trainable, save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from tests.latents.test_base import save_kl, save_tiny
 
@@ -23,23 +23,23 @@ def save_ours(folder: Path) -> Path:
 
 
 @pytest.fixture(params=[save_kl, save_tiny, save_ours], ids=["kl", "tiny", "small"])
-def autoencoder(request: pytest.FixtureRequest, tmp_path: Path) -> Trainable:
+def autoencoder(request: pytest.FixtureRequest, tmp_path: Path) -> TrainableAutoencoder:
     make: Callable[[Path], Path] = request.param
-    return open_trainable(str(make(tmp_path / "source")))
+    return load_trainable(str(make(tmp_path / "source")))
 
 
-def latents(autoencoder: Trainable) -> torch.Tensor:
+def latents(autoencoder: TrainableAutoencoder) -> torch.Tensor:
     return torch.randn(2, autoencoder.spec.channels, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_it_decodes_as_the_adapter_does_but_for_the_clamp(autoencoder: Trainable) -> None:
-    decoder = Decoder(autoencoder)
+def test_it_decodes_as_the_adapter_does_but_for_the_clamp(autoencoder: TrainableAutoencoder) -> None:
+    decoder = DecoderModule(autoencoder)
     found = decoder(latents(autoencoder))
     torch.testing.assert_close(found.clamp(-1, 1), autoencoder.decode(latents(autoencoder)), rtol=0, atol=1e-5)
 
 
-def test_the_encoder_stays_out(autoencoder: Trainable) -> None:
-    decoder = Decoder(autoencoder)
+def test_the_encoder_stays_out(autoencoder: TrainableAutoencoder) -> None:
+    decoder = DecoderModule(autoencoder)
     decoder(latents(autoencoder)).square().mean().backward()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
     own = {id(parameter) for parameter in decoder.parameters()}
@@ -48,12 +48,12 @@ def test_the_encoder_stays_out(autoencoder: Trainable) -> None:
     assert not any(parameter.requires_grad for parameter in others)
 
 
-def test_to_disk_and_back_with_the_noise(autoencoder: Trainable, tmp_path: Path) -> None:
+def test_to_disk_and_back_with_the_noise(autoencoder: TrainableAutoencoder, tmp_path: Path) -> None:
     with torch.no_grad():
-        for parameter in Decoder(autoencoder).parameters():
+        for parameter in DecoderModule(autoencoder).parameters():
             parameter.add_(0.01)
     save_trainable(autoencoder, tmp_path / "out", 0.3)
-    again = open_trainable(str(tmp_path / "out"))
+    again = load_trainable(str(tmp_path / "out"))
     assert again.spec.noise_std == 0.3
     assert type(again) is type(autoencoder)
     torch.testing.assert_close(again.decode(latents(again)), autoencoder.decode(latents(again)), rtol=0, atol=1e-5)
@@ -65,4 +65,4 @@ def test_to_disk_and_back_with_the_noise(autoencoder: Trainable, tmp_path: Path)
 def test_what_has_no_decoder_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"_class_name": "UNet2DModel"})
     with pytest.raises(UserError, match="UNet2DModel"):
-        open_trainable(str(tmp_path))
+        load_trainable(str(tmp_path))

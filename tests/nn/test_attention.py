@@ -15,7 +15,7 @@ from starflow import STARFlow, denoise, sample
 from starflow.flow import block as blocks
 from starflow.flow.config import STARFlowConfig
 from starflow.nn import attention
-from starflow.nn.attention import Attention, Continuation, Layer
+from starflow.nn.attention import Attention, CacheSlice, Layer
 from starflow.nn.kv_cache import CachePool, CacheShape, KVCache
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import grid_positions, rotary_table
@@ -73,7 +73,7 @@ def test_cached_equals_uncached_however_the_tokens_come(kv_heads: int, pieces: t
     starts = itertools.accumulate(pieces, initial=0)
     outs = []
     for start, count in zip(starts, pieces, strict=False):
-        onto = Continuation.at(cache, start, count)
+        onto = CacheSlice.at(cache, start, count)
         rows = slice(start, start + count)
         outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], onto))
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
@@ -84,9 +84,9 @@ def test_writing_further_back_rewinds() -> None:
     layer, rotary = Layer(spec()).double(), table()
     first, second = torch.randn(2, 1, TOKENS, 24, dtype=torch.float64)
     cache = cache_for(spec(), batch=1)
-    layer.extend(first, rotary, cache.layers[0], Continuation.at(cache, 0, TOKENS))
+    layer.extend(first, rotary, cache.layers[0], CacheSlice.at(cache, 0, TOKENS))
     mixed = torch.cat((first[:, :2], second[:, 2:4]), dim=1)
-    out = layer.extend(second[:, 2:4], rotary[2:4], cache.layers[0], Continuation.at(cache, 2, 2))
+    out = layer.extend(second[:, 2:4], rotary[2:4], cache.layers[0], CacheSlice.at(cache, 2, 2))
     torch.testing.assert_close(out, layer(mixed, rotary[:4])[:, 2:])
 
 
@@ -94,7 +94,7 @@ def test_query_scale_divides_the_logits_of_its_row_alone() -> None:
     attention, x = Attention(spec()).double(), torch.randn(2, TOKENS, 24, dtype=torch.float64)
     scale = torch.tensor([1.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
     cache = cache_for(spec(), batch=2)
-    out = attention.extend(x, None, cache.layers[0], Continuation.at(cache, 0, TOKENS, scale))
+    out = attention.extend(x, None, cache.layers[0], CacheSlice.at(cache, 0, TOKENS, scale))
     plain = attention(x, None)
     torch.testing.assert_close(out[0], plain[0])
     with torch.no_grad():
@@ -166,12 +166,12 @@ def test_one_layer_is_wide_at_a_time_and_a_few_tokens_are_not(half: STARFlow, mo
 
     def counted(*given: object) -> nn.Module:
         nonlocal most, made
-        layer = attention.widened(*given)  # type: ignore[arg-type]
+        layer = attention.float32_copy(*given)  # type: ignore[arg-type]
         alive.add(layer)
         most, made = max(most, len(alive)), made + 1
         return layer
 
-    monkeypatch.setattr(blocks, "widened", counted)
+    monkeypatch.setattr(blocks, "float32_copy", counted)
     half(X, CONDITION)
     assert (most, made) == (1, 4)
     half(X[:1, :, :4, :4], CONDITION[:1])  # 16 tokens
@@ -180,12 +180,12 @@ def test_one_layer_is_wide_at_a_time_and_a_few_tokens_are_not(half: STARFlow, mo
 
 def test_training_and_other_precisions_stay_as_they_are(half: STARFlow) -> None:
     block, hidden = half.blocks[1], torch.zeros(2, 64, 48, dtype=torch.bfloat16)
-    assert attention.runs_wide(block, hidden)
-    assert not attention.runs_wide(block, hidden.float())
+    assert attention.computes_in_float32(block, hidden)
+    assert not attention.computes_in_float32(block, hidden.float())
     half.requires_grad_(True)
-    assert not attention.runs_wide(block, hidden)
+    assert not attention.computes_in_float32(block, hidden)
     with torch.no_grad():
-        assert attention.runs_wide(block, hidden)
+        assert attention.computes_in_float32(block, hidden)
 
 
 def test_the_score_goes_through_the_cast(half: STARFlow) -> None:

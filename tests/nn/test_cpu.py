@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.nn.cpu import LARGE, on_large_pages
+from starflow.nn.cpu import LARGE, on_huge_pages
 
 # Ten blocks of 64 MiB, one after the other: 16,384 pages each.
 SCRIPT = """
 import resource, sys
-from starflow.nn.cpu import keep_memory
-assert sys.argv[1] == "default" or keep_memory()
+from starflow.nn.cpu import keep_freed_memory
+assert sys.argv[1] == "default" or keep_freed_memory()
 block = int(sys.argv[2]) * b"x"
 del block
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,7 +45,7 @@ def test_freed_memory_is_used_again_without_faults() -> None:
 def test_the_tensor_itself_comes_back_as_it_was() -> None:
     for count in (0, 3, LARGE // 4, LARGE):
         tensor = torch.arange(count, dtype=torch.float32)
-        assert on_large_pages(tensor) is tensor
+        assert on_huge_pages(tensor) is tensor
         assert torch.equal(tensor, torch.arange(count, dtype=torch.float32))
     elsewhere = torch.empty(LARGE, device="meta")
-    assert on_large_pages(elsewhere) is elsewhere
+    assert on_huge_pages(elsewhere) is elsewhere

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow.conditioning import ClassLabels, ReleasedText, TextEncoder
+from starflow.conditioning import ClassLabels, OnDemandTextEncoder, TextEncoder
 from starflow.conditioning import load as loading
 from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
@@ -104,15 +104,15 @@ def test_the_text_encoder_is_released_unless_kept(
     prompts = ["a red apple", "a blue car", ""]
     expected = reading(prompts, num_images=2, solver="sequential").latents
     lazy = StarFlowPipeline.from_pretrained(tmp_path, keep_text_encoder=False)
-    assert isinstance(lazy.conditioner, ReleasedText)
+    assert isinstance(lazy.conditioner, OnDemandTextEncoder)
     loads = []
-    original = ReleasedText.load
+    original = OnDemandTextEncoder.load
 
-    def counting(released: ReleasedText) -> TextEncoder:
+    def counting(released: OnDemandTextEncoder) -> TextEncoder:
         loads.append(released)
         return original(released)
 
-    monkeypatch.setattr(ReleasedText, "load", counting)
+    monkeypatch.setattr(OnDemandTextEncoder, "load", counting)
     found = lazy(prompts, num_images=2, batch_size=1, solver="sequential").latents
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert len(loads) == 1  # for six batches
@@ -123,7 +123,7 @@ def test_the_text_encoder_is_released_unless_kept(
     kept = StarFlowPipeline.from_pretrained(tmp_path)
     assert isinstance(kept.conditioner, TextEncoder)  # a small one
     monkeypatch.setattr(loading, "LARGE", 100)
-    assert isinstance(StarFlowPipeline.from_pretrained(tmp_path).conditioner, ReleasedText)
+    assert isinstance(StarFlowPipeline.from_pretrained(tmp_path).conditioner, OnDemandTextEncoder)
     assert isinstance(StarFlowPipeline.from_pretrained(tmp_path, keep_text_encoder=True).conditioner, TextEncoder)
     lazy.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "conditioner" / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ from starflow.errors import UserError
 from starflow.flow.config import TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.io.files import read_json
-from starflow.pipeline.from_published import Around, convert
+from starflow.pipeline.from_published import PipelineOverrides, convert
 from starflow.published import convert as flows
 from tests.checkpoints import DEPRECATED, arguments, model, write_checkpoint
 from tests.registry import randomised
@@ -99,12 +99,12 @@ def test_the_constructors_dialect_is_a_flow_alone_or_with_an_autoencoder(file: P
     done = convert(file, options, tmp_path / "alone")
     assert (done.whole, done.ignored_options) == (False, ["lr"])
     assert same(STARFlow.from_pretrained(tmp_path / "alone"), model())
-    around = Around("stabilityai/sd-vae-ft-mse", "google/flan-t5-xl", noise_std=0.2, guidance=3.0)
+    around = PipelineOverrides("stabilityai/sd-vae-ft-mse", "google/flan-t5-xl", noise_std=0.2, guidance=3.0)
     convert(file, options, tmp_path / "whole", around=around)
     config = read_json(tmp_path / "whole" / "config.json")
     assert (config["image_size"], config["noise_std"], config["guidance"]) == (32, 0.2, 3.0)
     with pytest.raises(UserError, match="reads 8 tokens of width 16, and its options name no text encoder: name it"):
-        convert(file, options, tmp_path / "no", around=Around("stabilityai/sd-vae-ft-mse"))
+        convert(file, options, tmp_path / "no", around=PipelineOverrides("stabilityai/sd-vae-ft-mse"))
     assert not (tmp_path / "no").exists()
 
 
@@ -119,7 +119,7 @@ def test_tarflow_is_a_pipeline_of_pixels(tmp_path: Path, classes: int) -> None:
     torch.save({**tensors, "blocks.1.attn_mask": torch.ones(4, 4)}, tmp_path / "afhq.pth")
     options = {"kind": "tarflow", "in_channels": 3, "img_size": 8, "patch_size": 4, "channels": 64, "num_blocks": 2,
                "layers_per_block": 1}  # fmt: skip
-    around = Around(noise_std=0.07)
+    around = PipelineOverrides(noise_std=0.07)
     done = convert(tmp_path / "afhq.pth", options, tmp_path / "model", torch.float32, around)
     assert done.ignored_keys == ["blocks.1.attn_mask"]
     pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model")
@@ -180,7 +180,7 @@ def test_an_autoencoder_and_a_text_encoder_must_fit(file: Path, tmp_path: Path) 
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text(json.dumps({"d_model": 32}))
     with pytest.raises(UserError, match="has width 32, the model expects 16"):
-        convert(file, arguments(), tmp_path / "model", around=Around(text_encoder=str(tmp_path / "text")))
+        convert(file, arguments(), tmp_path / "model", around=PipelineOverrides(text_encoder=str(tmp_path / "text")))
     (tmp_path / "text" / "config.json").write_text(json.dumps({"d_model": 16}))
-    convert(file, arguments(), tmp_path / "model", around=Around(text_encoder=str(tmp_path / "text")))
+    convert(file, arguments(), tmp_path / "model", around=PipelineOverrides(text_encoder=str(tmp_path / "text")))
     assert read_json(tmp_path / "model" / "config.json")["conditioner"]["source"] == str((tmp_path / "text").resolve())

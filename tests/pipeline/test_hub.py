@@ -13,7 +13,7 @@ import torch
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow
-from starflow.io.hub import Fetch, is_intact
+from starflow.io.hub import HubOptions, is_intact
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.pipeline.locate import find_model
 from starflow.pipeline.pipeline import StarFlowPipeline
@@ -85,7 +85,7 @@ def test_a_revision_by_argument_or_after_the_name(hub: Hub, model: Path, tmp_pat
 
 def test_a_cache_of_ones_own(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.put(NAME, model)
-    folder = find_model(NAME, Fetch(cache=tmp_path / "mine"))
+    folder = find_model(NAME, HubOptions(cache=tmp_path / "mine"))
     assert folder.is_relative_to(tmp_path / "mine")
     assert picture(NAME, cache=tmp_path / "mine", offline=True) == picture(model)
     with pytest.raises(UserError, match="not in the cache"):
@@ -95,7 +95,7 @@ def test_a_cache_of_ones_own(hub: Hub, model: Path, tmp_path: Path) -> None:
 def refusal(model: str = NAME, **settings: object) -> str:
     """The one line that asking for a model comes to."""
     with pytest.raises(UserError) as raised:
-        find_model(model, Fetch(**settings))  # type: ignore[arg-type]
+        find_model(model, HubOptions(**settings))  # type: ignore[arg-type]
     text = str(raised.value)
     assert "\n" not in text
     return text

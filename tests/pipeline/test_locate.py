@@ -14,10 +14,10 @@ from starflow import STARFlow, StarFlowPipeline
 from starflow.cli.main import main
 from starflow.errors import UserError
 from starflow.io import files
-from starflow.io.hub import Fetch
+from starflow.io.hub import HubOptions
 from starflow.pipeline import locate
 from starflow.pipeline.locate import find_pipeline
-from starflow.published.convert import RELEASES, Release
+from starflow.published.convert import RELEASES, PublishedRelease
 from tests.checkpoints import FILE, arguments, model, write_checkpoint
 from tests.conditioning.test_load import flan  # noqa: F401  # a fixture
 from tests.latents.test_diffusers import save_sd_vae
@@ -32,7 +32,7 @@ CARD = "---\nlicense: apple-amlr\n---\n# weights\n"
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The repository with a tiny checkpoint, under the options of its size."""
     monkeypatch.setenv("STARFLOW_CACHE", str(tmp_path / "starflow"))
-    monkeypatch.setitem(RELEASES, NAME, Release(FILE, arguments(), "for research only"))
+    monkeypatch.setitem(RELEASES, NAME, PublishedRelease(FILE, arguments(), "for research only"))
     folder = write_checkpoint(tmp_path / "repository").parent
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE").write_text("Research only.")
@@ -57,7 +57,7 @@ def test_fetched_and_converted_once_with_its_terms(hub: Hub, tmp_path: Path) -> 
     said.clear()
     hub.asked.clear()
     assert find_pipeline(NAME, note=said.append) == folder
-    assert find_pipeline(NAME, Fetch(offline=True), note=said.append) == folder
+    assert find_pipeline(NAME, HubOptions(offline=True), note=said.append) == folder
     shutil.rmtree(tmp_path / "cache")  # the download is not needed any more
     hub.down = True
     assert find_pipeline(NAME, note=said.append) == folder
@@ -73,7 +73,7 @@ def test_two_names_of_a_file_share_it_and_another_precision_is_another(hub: Hub,
     wide = find_pipeline(NAME, precision="float32", note=said.append)
     assert converted(tmp_path) == sorted([folder, wide])
     assert sum("come under the licence" in line for line in said) == 1
-    mine = find_pipeline(NAME, Fetch(cache=tmp_path / "mine"), note=said.append)
+    mine = find_pipeline(NAME, HubOptions(cache=tmp_path / "mine"), note=said.append)
     assert mine.is_relative_to(tmp_path / "mine" / "converted")
 
 
@@ -81,7 +81,7 @@ def test_what_is_wrong_is_said_in_one_line(hub: Hub, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="it has no revision 'v9'"):
         find_pipeline(f"{NAME}@v9")
     with pytest.raises(UserError, match="it is not in the cache.*network is switched off"):
-        find_pipeline(NAME, Fetch(offline=True))
+        find_pipeline(NAME, HubOptions(offline=True))
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         patch.setattr(shutil, "disk_usage", lambda _: usage)

@@ -19,7 +19,7 @@ from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.pipeline.config import PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.sampler import candidates_of, noise_of, sample
+from starflow.sampling.sampler import candidate_noise, noise_from_seeds, sample
 from tests.cli.conftest import CLASSES, random_pipeline
 
 
@@ -76,7 +76,7 @@ def test_seeds_and_prompts_are_reported_in_order(pixels: StarFlowPipeline) -> No
 
 
 def test_temperature_scales_the_noise(pixels: StarFlowPipeline) -> None:
-    z = 0.5 * noise_of([3], pixels._latent_shape(None))
+    z = 0.5 * noise_from_seeds([3], pixels._latent_shape(None))
     condition, _ = pixels._condition(["star"])
     cool = pixels("star", guidance=0.0, temperature=0.5, seed=3, solver="sequential").latents
     assert torch.equal(cool, sample(pixels.flow, z, condition))
@@ -93,7 +93,7 @@ def test_of_several_candidates_the_likeliest_is_kept(pixels: StarFlowPipeline) -
     condition, null = pixels._condition(prompts)
     assert condition is not None
     assert null is not None
-    for index, noise in enumerate(candidates_of([3, 4, 5], pixels._latent_shape(None), 4)):
+    for index, noise in enumerate(candidate_noise([3, 4, 5], pixels._latent_shape(None), 4)):
         given, none = (tensor[index : index + 1].expand(4, -1, -1) for tensor in (condition, null))
         drawn = sample(pixels.flow, noise, given, none, pixels.config.guidance)
         best = pixels.flow.log_prob(drawn, given).argmax()
@@ -148,7 +148,7 @@ def test_log_prob_is_the_flows_density_of_the_noised_latent(small: StarFlowPipel
     image = to_pil(torch.rand(1, 3, 8, 8) * 2 - 1)[0]
     found = small.log_prob(image, "star", seed=3)
     latents = small.autoencoder.encode(from_pil(image))
-    noised = latents + 0.1 * noise_of([3], tuple(latents.shape[1:]))
+    noised = latents + 0.1 * noise_from_seeds([3], tuple(latents.shape[1:]))
     assert small.conditioner is not None
     expected = float(small.flow.log_prob(noised, small.conditioner.encode(["star"])))
     assert found.nats == pytest.approx(expected, rel=1e-5)
@@ -165,7 +165,7 @@ def test_pixels_are_called_pixels(pixels: StarFlowPipeline) -> None:
 
 def test_no_class_is_the_null_label_of_a_tarflow(tarflow: StarFlowPipeline) -> None:
     image = to_pil(torch.zeros(1, 3, 8, 8))[0]
-    latents = from_pil(image) + 0.1 * noise_of([0], (3, 8, 8))
+    latents = from_pil(image) + 0.1 * noise_from_seeds([0], (3, 8, 8))
     assert tarflow.log_prob(image).nats == pytest.approx(float(tarflow.flow.log_prob(latents, None)), rel=1e-5)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from starflow import sample
 from starflow.flow.model import Flow
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.sampler import best_candidates, candidates_of, noise_of
+from starflow.sampling.sampler import best_candidates, candidate_noise, noise_from_seeds
 from tests.sampling.test_sampler import CONDITION, NULL, draw, starflow, tarflow
 
 LABELS, NONE = torch.tensor([0, 2]), torch.tensor([-1, -1])
@@ -76,7 +76,7 @@ def test_progress_counts_every_candidate() -> None:
 
 
 def test_the_first_of_several_draws_is_the_only_one_of_one() -> None:
-    several = candidates_of([0, 7], (2, 4, 4), 3)
-    assert torch.equal(several[:, 0], noise_of([0, 7], (2, 4, 4)))
-    assert torch.equal(several[1], candidates_of([7], (2, 4, 4), 3)[0])
+    several = candidate_noise([0, 7], (2, 4, 4), 3)
+    assert torch.equal(several[:, 0], noise_from_seeds([0, 7], (2, 4, 4)))
+    assert torch.equal(several[1], candidate_noise([7], (2, 4, 4), 3)[0])
     assert not torch.allclose(several[:, 0], several[:, 1])

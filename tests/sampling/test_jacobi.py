@@ -15,7 +15,7 @@ from starflow.nn.kv_cache import CachePool
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.predictor import Effort, Predictor, draft_of, narrow
+from starflow.sampling.predictor import IterationLimits, Predictor, draft_of, select_pictures
 from starflow.sampling.sampler import run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
@@ -54,7 +54,7 @@ def test_the_reported_residual_is_that_of_the_returned_values(
     case: Case, policy: BlockPolicy, tolerance: float
 ) -> None:
     """F evaluated anew on what came back, segment by segment: no more than reported, and that within the bound."""
-    effort = Effort(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    effort = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
     for predictor, noise in predictors(case):
         solution = solve_jacobi(predictor, noise, effort, lambda _: None)
         assert (solution.residual_B <= tolerance).all()
@@ -141,7 +141,7 @@ def test_a_narrowed_predictor_predicts_what_the_whole_one_does(model: Flow) -> N
     whole.prefill()
     whole.predict(whole.before(tokens, 0, 6), 0)
     rows = torch.tensor([3, 1])
-    some = narrow(whole, rows, 3 + 6)
+    some = select_pictures(whole, rows, 3 + 6)
     before = whole.before(tokens, 6, 16)
     for ours, theirs in zip(some.predict(before[rows], 6), whole.predict(before, 6), strict=True):
         torch.testing.assert_close(ours, theirs[rows], rtol=1e-4, atol=2e-5)
@@ -166,9 +166,9 @@ def test_drafts_replace_passes(model: Flow) -> None:
     found = []
     for draft in (False, True):
         predictor = Predictor.of(block, 2, 16, [None], table, None, CachePool())
-        found.append(solve_jacobi(predictor, tokens, Effort(1e-2, draft=draft), lambda _: None))
+        found.append(solve_jacobi(predictor, tokens, IterationLimits(1e-2, draft=draft), lambda _: None))
     plain, drafted = found
     assert plain.drafts == 0 < drafted.drafts
     assert drafted.iterations < plain.iterations
-    exact = solve_sequential(predictor, tokens, Effort(), lambda _: None).x_BNC
+    exact = solve_sequential(predictor, tokens, IterationLimits(), lambda _: None).x_BNC
     assert relative_change(drafted.x_BNC, exact).max() < 5e-2

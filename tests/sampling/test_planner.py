@@ -18,7 +18,7 @@ from starflow.flow.config import STARFlowConfig, config_to_dict
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling import calibrate as calibrate_module
 from starflow.sampling import planner as planner_module
-from starflow.sampling.calibrate import Material, calibrate
+from starflow.sampling.calibrate import CalibrationData, calibrate
 from starflow.sampling.planner import Planner, Question, planner_of
 from starflow.sampling.policy import (
     BlockPolicy,
@@ -33,7 +33,7 @@ from starflow.sampling.policy import (
     machine_of,
     read_policy,
 )
-from starflow.sampling.predictor import Predictor, Solution, can_draft
+from starflow.sampling.predictor import Predictor, SolverResult, can_draft
 from starflow.sampling.sampler import run
 from tests.registry import randomised
 
@@ -105,7 +105,7 @@ def test_what_turns_out_slower_or_does_not_converge_is_given_up() -> None:
     planner = planner_of(model)
     situation = Situation("here", "float32", 3, 16, guided=False)
     question = Question(0, 3, situation, 1e-3, None)
-    solution = Solution(NOISE, 3, torch.zeros(2))
+    solution = SolverResult(NOISE, 3, torch.zeros(2))
     for outcome, seconds, kept in ((solution, 0.9, "jacobi"), (solution, 1.1, "sequential")):
         planner.decisions.clear()
         planner.meter = Told(1.0, 0.1, 1.0)
@@ -194,7 +194,7 @@ def test_a_policy_lies_beside_the_weights(tmp_path: Path) -> None:
 def test_calibration_finds_what_meets_the_tolerance() -> None:
     model = starflow()
     notes: list[str] = []
-    material = Material(NOISE, CONDITION, CONDITION * 0, SampleSettings(1.0, tolerance=1e-2))
+    material = CalibrationData(NOISE, CONDITION, CONDITION * 0, SampleSettings(1.0, tolerance=1e-2))
     policy = calibrate(model, material, [1, 3], repeats=1, note=notes.append)
     assert [(plan.situation.batch, plan.situation.guided) for plan in policy.plans] == [
         (1, True),
@@ -236,7 +236,7 @@ def test_what_wins_block_by_block_must_win_as_a_whole(
     monkeypatch.setattr(calibrate_module, "in_turn", timed((before, after)))
     monkeypatch.setattr(calibrate_module, "_expected", lambda _block, _candidate: 0.0)
     policy = calibrate(
-        starflow(), Material(NOISE, CONDITION, None, SampleSettings(tolerance=0.3)), [2], 1, lambda _: None
+        starflow(), CalibrationData(NOISE, CONDITION, None, SampleSettings(tolerance=0.3)), [2], 1, lambda _: None
     )
     (plan,) = policy.plans
     solvers = {choice.policy.solver for choice in plan.choices}

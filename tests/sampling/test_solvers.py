@@ -16,8 +16,8 @@ from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.jacobi import solve_jacobi
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.predictor import Effort, Predictor
-from starflow.sampling.sampler import Sampling, run
+from starflow.sampling.predictor import IterationLimits, Predictor
+from starflow.sampling.sampler import SamplingResult, run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
 
@@ -56,7 +56,7 @@ def _grid(case: Case) -> tuple[int, int]:
     return case.x.shape[2] // patch, case.x.shape[3] // patch
 
 
-def guided_run(case: Case, settings: SampleSettings, rows: slice | None = None) -> Sampling:
+def guided_run(case: Case, settings: SampleSettings, rows: slice | None = None) -> SamplingResult:
     """Sample with the case's x as noise; models without a condition run unguided."""
     rows = rows or slice(None)
     condition, null = (None if given is None else given[rows] for given in (case.condition, case.null_condition))
@@ -160,7 +160,7 @@ def test_later_segments_see_the_final_tokens_however_loose_the_tolerance(
     rotary = conditional.block_rotary(block, conditional.rotary(grid))
     with torch.no_grad():
         used, fresh = (Predictor.of(block, 4, 16, [condition], rotary, None, CachePool()) for _ in range(2))
-        x = solve_jacobi(used, tokens, Effort(tolerance=10.0, segment=5), lambda _: None).x_BNC
+        x = solve_jacobi(used, tokens, IterationLimits(tolerance=10.0, segment=5), lambda _: None).x_BNC
         fresh.prefill()
         fresh.write(fresh.before(x, 0, 15), 0)
     left, right = used.cache.layers[-1], fresh.cache.layers[-1]
@@ -193,7 +193,7 @@ class Explosive:
 
 def test_guesses_that_overflow_do_not_spoil_the_answer() -> None:
     predictor, noise = cast(Predictor, Explosive()), torch.full((1, 6, 1), 2.0)
-    solution = solve_jacobi(predictor, noise, Effort(tolerance=0.0), lambda _: None)
+    solution = solve_jacobi(predictor, noise, IterationLimits(tolerance=0.0), lambda _: None)
     torch.testing.assert_close(solution.x_BNC, torch.full((1, 6, 1), 0.3))
 
 
@@ -202,6 +202,6 @@ def test_what_is_no_number_stays_none() -> None:
     predictor, noise = cast(Predictor, Explosive()), torch.full((1, 6, 1), 2.0)
     noise[:, 2] = 4.0
     for solve in (solve_jacobi, solve_sequential):
-        x = solve(predictor, noise, Effort(tolerance=0.0), lambda _: None).x_BNC.flatten()
+        x = solve(predictor, noise, IterationLimits(tolerance=0.0), lambda _: None).x_BNC.flatten()
         assert x[:3].isfinite().all()
         assert not x[3:].isfinite().any()

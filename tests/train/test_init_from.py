@@ -18,9 +18,9 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.io.files import read_json, read_tensors
 from starflow.latents import AutoencoderSpec
-from starflow.train.init_from import fill, planned_flow, read_initial
+from starflow.train.init_from import flow_config_of, load_initial, read_initial
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import build_flow, train_flow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +52,7 @@ def started(source: str, classes: int, side: int = 4, **own: object) -> tuple[ST
     initial = read_initial(source, own)
     with torch.device("meta"):
         flow = build_flow(initial.options, LATENTS, ClassLabels([f"class {i}" for i in range(classes)]), side)
-    return flow, fill(flow, initial, 0, CPU)
+    return flow, load_initial(flow, initial, 0, CPU)
 
 
 def test_the_same_shape_is_the_same_flow(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_bundled_model_goes_on_on_other_pictures(tmp_path: Path) -> None:
     """`train.init_from: glyphs` with its own autoencoder: the first update starts from its likelihood, not from 1.4."""
     values = QUICK | {"train.init_from": "glyphs", "autoencoder": "{source: glyphs}", "data.views.size": "64"}
     recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", values | {"data.shapes": "24", "prompts": "[a red star]"})
-    run = start(recipe, tmp_path / "run", CPU, progress=False)
+    run = start_run(recipe, tmp_path / "run", CPU, progress=False)
     try:
         folder = train_flow(run)
     except UserError as error:
@@ -120,7 +120,7 @@ def test_the_bundled_model_goes_on_on_other_pictures(tmp_path: Path) -> None:
         raise
     assert (folder / "flow" / "model.safetensors").is_file()
     again = replace(recipe, train=replace(recipe.train, init_from=str(tmp_path / "run"), steps=1))
-    train_flow(start(again, tmp_path / "second", CPU, progress=False))
+    train_flow(start_run(again, tmp_path / "second", CPU, progress=False))
 
 
 def test_published_weights_go_on(shared: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_published_weights_go_on(shared: Path, tmp_path: Path) -> None:
     latents = AutoencoderSpec("diffusers_kl", channels=flow.config.in_channels, factor=8)
     with torch.device("meta"):
         again = build_flow(initial.options, latents, ClassLabels(["a", "b", "c"]), side=2 * flow.config.img_size)
-    fresh = fill(again, initial, 0, CPU)
+    fresh = load_initial(again, initial, 0, CPU)
     assert fresh == [f"blocks.{len(flow.blocks) - 1}.proj_txt.weight"]
 
 
@@ -153,26 +153,26 @@ def planned(name: str, **overrides: str) -> Recipe:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_is_its_preset(name: str) -> None:
     known, kind = PUBLISHED[name]
-    assert planned_flow(planned(name)) == (preset(known).config, kind)
+    assert flow_config_of(planned(name)) == (preset(known).config, kind)
 
 
 def test_what_the_recipe_says_goes_first() -> None:
-    config, kind = planned_flow(planned("tiny", flow__txt_dim="7"))
+    config, kind = flow_config_of(planned("tiny", flow__txt_dim="7"))
     assert (kind, config.img_size, config.in_channels, config.num_blocks) == ("small", 4, 12, 3)
     assert (vars(config)["txt_size"], vars(config)["txt_dim"]) == (1, 7)
-    config, _ = planned_flow(planned("tiny", conditioning__kind="none", data__views__size="64"))
+    config, _ = flow_config_of(planned("tiny", conditioning__kind="none", data__views__size="64"))
     assert (config.img_size, vars(config)["txt_size"]) == (8, 0)
 
 
 def test_a_recipe_that_goes_on_has_the_shape_of_what_it_goes_on_from() -> None:
-    config, _ = planned_flow(planned("finetune-glyphs"))
+    config, _ = flow_config_of(planned("finetune-glyphs"))
     assert (config.channels, vars(config)["layers_per_block"]) == (192, (1, 1, 1, 6))
-    config, _ = planned_flow(planned("starflow-imagenet-512"))
+    config, _ = flow_config_of(planned("starflow-imagenet-512"))
     assert (config.channels, config.img_size) == (2048, 64)
 
 
 def test_a_shape_that_only_an_absent_model_knows_is_refused() -> None:
     with pytest.raises(UserError, match="has the shape of 'google/gemma-2-2b', which is not on this machine"):
-        planned_flow(planned("starflow-t2i-gemma"))
+        flow_config_of(planned("starflow-t2i-gemma"))
     with pytest.raises(UserError, match=r"the width of 'owner/encoder' is not known .* flow.txt_dim"):
-        planned_flow(planned("starflow-t2i", conditioning__encoder="owner/encoder"))
+        flow_config_of(planned("starflow-t2i", conditioning__encoder="owner/encoder"))

@@ -18,14 +18,14 @@ from PIL import Image
 
 from starflow.data.buckets import Buckets
 from starflow.data.images import ImageError
-from starflow.data.index import IndexedPictures, open_source
+from starflow.data.index import IndexedDataset, open_source
 from starflow.train.loader import (
     BLOCKS_MIXED,
-    Feed,
-    Order,
+    BatchOrder,
+    TrainingLoader,
     batch_indices,
-    decoded,
-    training_order,
+    batch_order,
+    read_batches,
     windowed_permutation,
 )
 from starflow.train.settings import TrainSettings
@@ -33,7 +33,7 @@ from tests.data.sources.test_sources import indexed
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> IndexedPictures:
+def pictures(tmp_path: Path) -> IndexedDataset:
     """Thirty pictures in two shapes; the red of each is in its name."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -43,20 +43,20 @@ def pictures(tmp_path: Path) -> IndexedPictures:
 
 
 def feed_of(
-    pictures: IndexedPictures,
+    pictures: IndexedDataset,
     rank: int = 0,
     size: int = 1,
     workers: int = 0,
     batch: int = 6,
     said: list[str] | None = None,
-) -> tuple[Feed, list[range]]:
+) -> tuple[TrainingLoader, list[range]]:
     settings = TrainSettings(steps=1, batch=batch)
     parts = settings.rows(rank, size)
     say = (lambda _: None) if said is None else said.append
-    return Feed(pictures, training_order(pictures, batch, 0, 0), parts, workers, say=say), parts
+    return TrainingLoader(pictures, batch_order(pictures, batch, 0, 0), parts, workers, say=say), parts
 
 
-def reds(pictures: IndexedPictures, feed: Feed, parts: list[range], steps: range) -> list[list[int]]:
+def reds(pictures: IndexedDataset, feed: TrainingLoader, parts: list[range], steps: range) -> list[list[int]]:
     """What a process sees; each picture is the one that its number says."""
     seen = []
     for step in steps:
@@ -70,7 +70,7 @@ def reds(pictures: IndexedPictures, feed: Feed, parts: list[range], steps: range
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_resumed_is_uninterrupted_at_any_number_of_processes(pictures: IndexedPictures, size: int) -> None:
+def test_resumed_is_uninterrupted_at_any_number_of_processes(pictures: IndexedDataset, size: int) -> None:
     alone = feed_of(pictures)
     whole = reds(pictures, *alone, range(12))
     for step in range(12):
@@ -87,12 +87,12 @@ def test_resumed_is_uninterrupted_at_any_number_of_processes(pictures: IndexedPi
     assert reds(pictures, feed, parts, range(4)) + reds(pictures, feed, parts, range(9, 12)) == whole[:4] + whole[9:]
 
 
-def test_worker_processes_change_nothing(pictures: IndexedPictures) -> None:
+def test_worker_processes_change_nothing(pictures: IndexedDataset) -> None:
     expected = reds(pictures, *feed_of(pictures), range(3, 9))
     assert reds(pictures, *feed_of(pictures, workers=2), range(3, 9)) == expected
 
 
-def test_what_cannot_be_read_is_named_once_and_replaced(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named_once_and_replaced(pictures: IndexedDataset, tmp_path: Path) -> None:
     (tmp_path / "set" / "064.png").write_bytes(b"nothing")
     said: list[str] = []
     feed, (rows,) = feed_of(pictures, said=said)
@@ -102,7 +102,7 @@ def test_what_cannot_be_read_is_named_once_and_replaced(pictures: IndexedPicture
     assert feed.unreadable == {"064.png"}
 
 
-def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedDataset, tmp_path: Path) -> None:
     for path in (tmp_path / "set").iterdir():
         path.unlink()
     feed, (rows,) = feed_of(pictures)
@@ -110,8 +110,8 @@ def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedPictures, tm
         feed.batch(0, rows)
 
 
-def test_the_thread_stays_ahead_and_ends(pictures: IndexedPictures) -> None:
-    endless = decoded(pictures, ([1, 2] for _ in iter(int, 1)), 0, replace=False)
+def test_the_thread_stays_ahead_and_ends(pictures: IndexedDataset) -> None:
+    endless = read_batches(pictures, ([1, 2] for _ in iter(int, 1)), 0, replace=False)
     assert [len(one.images) for one in islice(endless, 3)] == [2, 2, 2]
     del endless
     time.sleep(0.3)
@@ -125,7 +125,7 @@ def test_the_thread_stays_ahead_and_ends(pictures: IndexedPictures) -> None:
     assert sorted(waits)[len(waits) // 2] < 0.02, "the next batch is ready when it is asked for"
 
 
-def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedPictures) -> None:
+def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedDataset) -> None:
     feed, (rows,) = feed_of(pictures)
     feed.steps = 3
     whole = [feed.batch(step, rows).numbers.tolist() for step in range(3)]
@@ -137,7 +137,7 @@ def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedPictures) -
     assert feed.batch(1, rows).numbers.tolist() == whole[1]
 
 
-def test_steps_in_turn_use_one_stream(pictures: IndexedPictures) -> None:
+def test_steps_in_turn_use_one_stream(pictures: IndexedDataset) -> None:
     feed, (rows,) = feed_of(pictures)
     streams = []
     for step in (0, 1, 2, 7, 8):
@@ -160,7 +160,7 @@ def test_every_bucket_comes_whole_epoch_after_epoch(sizes: list[int], batch: int
     if len(sizes) == 1 or not any(size >= batch for size in sizes):
         sizes = [*sizes, batch]
     buckets = buckets_of(sizes)
-    order = Order(buckets, batch, seed, window)
+    order = BatchOrder(buckets, batch, seed, window)
     epochs = 3
     streams: list[list[int]] = [[] for _ in sizes]
     for step in range(sum(epochs * size // batch for size in sizes)):
@@ -187,20 +187,20 @@ def test_processes_see_disjoint_parts_that_make_up_the_batch(
     settings = TrainSettings(steps=1, batch=batch)
     parts = []
     for rank in range(processes):
-        order = Order(buckets_of(sizes), batch, 0)  # a process's own, asked for this step alone
+        order = BatchOrder(buckets_of(sizes), batch, 0)  # a process's own, asked for this step alone
         parts += [order(step)[rows.start : rows.stop] for rows in settings.rows(rank, processes)]
-    assert torch.equal(torch.cat(parts), Order(buckets_of(sizes), batch, 0)(step))
+    assert torch.equal(torch.cat(parts), BatchOrder(buckets_of(sizes), batch, 0)(step))
     places = [place for rank in range(processes) for rows in settings.rows(rank, processes) for place in rows]
     assert sorted(places) == list(range(batch))
 
 
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), step=st.integers(0, 30))
 def test_of_one_bucket_it_is_the_plain_order(size: int, batch: int, step: int) -> None:
-    assert torch.equal(Order([torch.arange(size)], batch, 5)(step), batch_indices(size, batch, 5, step))
+    assert torch.equal(BatchOrder([torch.arange(size)], batch, 5)(step), batch_indices(size, batch, 5, step))
 
 
 def test_seed_and_epoch_change_it() -> None:
-    one, other = (Order([torch.arange(64)], 64, seed) for seed in (0, 1))
+    one, other = (BatchOrder([torch.arange(64)], 64, seed) for seed in (0, 1))
     assert not torch.equal(one(0), one(1))
     assert not torch.equal(one(0), other(0))
 
@@ -217,5 +217,5 @@ def test_a_windowed_order_is_a_permutation_that_stays_near(count: int, window: i
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_an_order_of_many_steps_needs_no_counting_up(batch: int) -> None:
-    order = Order(buckets_of([10_000, 5_000, 3]), batch, 0)
+    order = BatchOrder(buckets_of([10_000, 5_000, 3]), batch, 0)
     assert len(order(10_000_000)) == batch

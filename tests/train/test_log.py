@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.model import build
-from starflow.train.log import Product, training_flops
+from starflow.train.log import MatrixProduct, training_flops
 
 WITH_TEXT = STARFlowConfig(
     in_channels=3, img_size=4, channels=64, num_blocks=2, layers_per_block=(1, 3), head_dim=32, txt_size=5, txt_dim=16
@@ -72,4 +72,4 @@ def test_attention_counts_what_causality_lets_through() -> None:
 
 
 def test_a_product_has_a_rate() -> None:
-    assert Product(torch.device("cpu"), torch.float32, side=64).rate(3) > 1e6
+    assert MatrixProduct(torch.device("cpu"), torch.float32, side=64).rate(3) > 1e6

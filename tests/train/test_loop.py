@@ -29,7 +29,7 @@ from starflow.train.loader import batch_indices, generator
 from starflow.train.log import RunLog
 from starflow.train.loop import Interrupted, fit, read_log
 from starflow.train.settings import ParallelSettings, TrainSettings
-from starflow.train.state import AveragedWeights, Engine, learning_rate, make_optimiser
+from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
 
 SETTINGS = TrainSettings(
     steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4
@@ -231,7 +231,10 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with files.alone_in(tmp_path), pytest.raises(UserError, match="another process writes to .*: wait until it ends"):
+    with (
+        files.folder_lock(tmp_path),
+        pytest.raises(UserError, match="another process writes to .*: wait until it ends"),
+    ):
         run(Regression(), tmp_path)
     run(Regression(), tmp_path)
 
@@ -286,7 +289,7 @@ def test_a_second_interrupt_does_not_wait_unless_torchrun_may_have_sent_it() -> 
 
 def test_weights_in_training_are_untouched_by_evaluation() -> None:
     task = Regression()
-    engine = Engine(task.model, SETTINGS, World())
+    engine = TrainState(task.model, SETTINGS, World())
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     engine.average.state["0.weight"].zero_()
     with engine.averaged():

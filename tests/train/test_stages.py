@@ -11,7 +11,7 @@ import torch
 from starflow.errors import UserError
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.settings import TrainSettings
 
 RECIPE = Recipe("r", TrainSettings(steps=3), data=DataRecipe(source="shapes", shapes=20))
@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 
 
 def test_longer_training_goes_on_in_the_same_folder(tmp_path: Path) -> None:
-    start(RECIPE, tmp_path, CPU)
+    start_run(RECIPE, tmp_path, CPU)
     longer = AutoencoderRecipe(train=TrainSettings(steps=9000))
-    start(replace(RECIPE, train=TrainSettings(steps=10), autoencoder=longer, guidance=4.0), tmp_path, CPU)
+    start_run(replace(RECIPE, train=TrainSettings(steps=10), autoencoder=longer, guidance=4.0), tmp_path, CPU)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_longer_training_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     ],
 )
 def test_results_of_another_recipe_are_not_reused(tmp_path: Path, changed: Recipe, named: str) -> None:
-    start(RECIPE, tmp_path, CPU)
+    start_run(RECIPE, tmp_path, CPU)
     with pytest.raises(UserError, match=f"was started with another {named}: choose another --output"):
-        start(changed, tmp_path, CPU)
-    start(RECIPE, tmp_path, CPU)  # the refused recipe left nothing behind
+        start_run(changed, tmp_path, CPU)
+    start_run(RECIPE, tmp_path, CPU)  # the refused recipe left nothing behind

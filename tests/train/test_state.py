@@ -12,18 +12,18 @@ from torch import nn
 from starflow.nn.layers import MLP
 from starflow.train.distributed.sharding import layers_of
 from starflow.train.distributed.world import World
-from starflow.train.state import Engine
-from starflow.train.tasks.flow import TracedLoss
+from starflow.train.state import TrainState
+from starflow.train.tasks.flow import FlowLoss
 from tests.registry import randomised
 from tests.train.distributed.scenario import CONFIG, settings
 
 
-def engine_of(model: nn.Module | None = None, clip: float = 1.0, **parallel: object) -> Engine:
-    model = model or TracedLoss(randomised(CONFIG, 0), 0.1)
-    return Engine(model, replace(settings(**parallel), clip=clip), World())
+def engine_of(model: nn.Module | None = None, clip: float = 1.0, **parallel: object) -> TrainState:
+    model = model or FlowLoss(randomised(CONFIG, 0), 0.1)
+    return TrainState(model, replace(settings(**parallel), clip=clip), World())
 
 
-def gradients(engine: Engine) -> list[torch.Tensor]:
+def gradients(engine: TrainState) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     x, condition = torch.randn(4, 2, 4, 4, generator=draw), torch.randn(4, 1, 4, generator=draw)
     engine.model(x, condition)[0].backward()
@@ -47,7 +47,7 @@ def test_attention_and_mlp_are_computed_again_each_where_it_is_asked_for(*, atte
         count("attention", layer.attention.qkv)
         assert isinstance(layer.mlp, MLP)
         count("mlp", layer.mlp.main[0])
-    engine = engine_of(TracedLoss(flow, 0.1), checkpoint_attention=attention, checkpoint_mlp=mlp)
+    engine = engine_of(FlowLoss(flow, 0.1), checkpoint_attention=attention, checkpoint_mlp=mlp)
     found = gradients(engine)
     assert calls == {"attention": len(layers) * (1 + attention), "mlp": len(layers) * (1 + mlp)}
     assert all(torch.equal(one, other) for one, other in zip(found, gradients(engine_of()), strict=True))

@@ -14,7 +14,7 @@ from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train import loop
 from starflow.train.loop import Interrupted, read_log
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +45,7 @@ def recipe() -> Recipe:
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    train_flow(start(recipe, folder, torch.device("cpu"), progress=False))
+    train_flow(start_run(recipe, folder, torch.device("cpu"), progress=False))
     return folder
 
 
@@ -108,8 +108,8 @@ def test_a_run_that_is_stopped_in_both_trainings_repeats_it(
     monkeypatch.setattr(loop, "_update", stopping)
     for _ in range(2):
         with pytest.raises(Interrupted, match="the same command resumes"):
-            train_flow(start(recipe, tmp_path, torch.device("cpu"), progress=False))
-    train_flow(start(recipe, tmp_path, torch.device("cpu"), progress=False))
+            train_flow(start_run(recipe, tmp_path, torch.device("cpu"), progress=False))
+    train_flow(start_run(recipe, tmp_path, torch.device("cpu"), progress=False))
     assert not stops
     for stage in (".", "autoencoder"):
         assert numbers(tmp_path / stage) == numbers(whole / stage)
@@ -123,5 +123,5 @@ def test_a_run_that_is_stopped_in_both_trainings_repeats_it(
 
 def test_a_finished_run_is_not_trained_again(recipe: Recipe, whole: Path) -> None:
     before = (whole / "log.jsonl").read_text()
-    train_flow(start(recipe, whole, torch.device("cpu"), progress=False))
+    train_flow(start_run(recipe, whole, torch.device("cpu"), progress=False))
     assert (whole / "log.jsonl").read_text() == before

@@ -46,16 +46,16 @@ from starflow.flow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
-from starflow.sampling.cpu.engine import Engine, engine_of
+from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
 from starflow.sampling.planner import wait
-from starflow.train.log import Product
+from starflow.train.log import MatrixProduct
 
 NAMES = ("textbook", "dit")
 
 
 @dataclass(frozen=True)
-class Task:
+class DrawTask:
     """What is to be drawn."""
 
     model: Flow
@@ -84,7 +84,7 @@ def tree_folder() -> Path | None:
     return folder if (folder / f"{NAMES[0]}.py").is_file() else None
 
 
-def load_baselines(folder: Path, task: Task) -> list[Baseline]:
+def load_baselines(folder: Path, task: DrawTask) -> list[Baseline]:
     """Those of the files `NAMES`.py that are in the folder.
 
     Raises:
@@ -97,7 +97,7 @@ def load_baselines(folder: Path, task: Task) -> list[Baseline]:
     return [one for path in found for one in _load(path, task)]
 
 
-def _load(path: Path, task: Task) -> list[Baseline]:
+def _load(path: Path, task: DrawTask) -> list[Baseline]:
     spec = importlib.util.spec_from_file_location(f"starflow_baseline_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -116,15 +116,15 @@ RUNS = 5
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class MachineLimits:
     """The two rates that no sampling in this precision is expected to pass."""
 
     bytes_per_second: float
     flops_per_second: float
 
-    def better(self, other: Ceilings) -> Ceilings:
+    def better(self, other: MachineLimits) -> MachineLimits:
         """The higher of each: whatever else the machine does can only lower them."""
-        return Ceilings(
+        return MachineLimits(
             max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
         )
 
@@ -133,12 +133,12 @@ class Ceilings:
         return moved / self.bytes_per_second, operations / self.flops_per_second
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, read_bytes: int = 0) -> Ceilings:
+def measure_limits(device: torch.device, dtype: torch.dtype, read_bytes: int = 0) -> MachineLimits:
     """The best of a few runs each; `read_bytes` 0 is as much as no cache holds."""
-    product = Product(device, dtype, 2048 if device.type == "cpu" else 0)
+    product = MatrixProduct(device, dtype, 2048 if device.type == "cpu" else 0)
     size = read_bytes or READ_BYTES.get(device.type, READ_ELSEWHERE)
     flops = max(product.rate() for _ in range(RUNS))
-    return Ceilings(_read_rate(device, size), flops)
+    return MachineLimits(_read_rate(device, size), flops)
 
 
 def _read_rate(device: torch.device, size: int) -> float:
@@ -178,7 +178,7 @@ class Footprint:
 
 
 @dataclass
-class Rise:
+class MemoryRise:
     """How far above its start the memory in use went; None where nobody knows."""
 
     bytes: int | None = None
@@ -207,14 +207,14 @@ def measure_footprint(
         if autoencoder is not None:
             autoencoder.decode(latents)
 
-    parameter, engine = next(model.parameters()), engine_of(model)
+    parameter, engine = next(model.parameters()), cpu_engine_of(model)
     if engine.library is not None:  # without the rounded copies of other solvers
-        model.kept["engine"] = Engine(engine.eager_seconds, engine.library)
+        model.kept["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
     with rise(parameter.device) as found:
         picture(caches)
-    weights, packed = sum(map(bytes_of, model.parameters())), engine_of(model).bytes
+    weights, packed = sum(map(bytes_of, model.parameters())), cpu_engine_of(model).bytes
     coder = 0 if autoencoder is None else sum(map(bytes_of, autoencoder.network.parameters()))
     dtype: Precision = "bfloat16" if parameter.dtype == torch.bfloat16 else "float32"
     shape = None
@@ -229,9 +229,9 @@ def measure_footprint(
 
 
 @contextmanager
-def rise(device: torch.device) -> Iterator[Rise]:
+def rise(device: torch.device) -> Iterator[MemoryRise]:
     """What is filled in once it is over."""
-    found = Rise()
+    found = MemoryRise()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -265,23 +265,23 @@ def _status(name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class SamplingWork:
     """Of one batch."""
 
     bytes: float
     flops: float
 
 
-def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> Work:
+def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> SamplingWork:
     """What one batch of pictures needs, whoever computes it token by token."""
     parts = [
         _block_work(block, batch * (2 if guided and model.guided[number] else 1), tokens, model.condition_length)
         for number, block in enumerate(model.stack())
     ]
-    return Work(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    return SamplingWork(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 
 
-def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: int) -> Work:
+def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: int) -> SamplingWork:
     inputs, prefix = tokens - block.first_predicted, condition if block.proj_txt is not None else 0
     layer, layers = block.spec.layer, block.spec.layers
     seen = inputs * prefix + inputs * (inputs + 1) // 2  # keys that all tokens together attend to
@@ -291,7 +291,7 @@ def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: i
     cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
     read = (inputs + bool(prefix)) * _bytes(block.attn_blocks) + inputs * ends * size + seen * cache
     attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
-    return Work(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
+    return SamplingWork(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
 
 
 def _entries(module: nn.Module) -> int:

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from starflow.bench.limits import (
     Baseline,
-    Ceilings,
+    DrawTask,
     Footprint,
-    Task,
-    Work,
+    MachineLimits,
+    SamplingWork,
     load_baselines,
-    measure_ceilings,
     measure_footprint,
+    measure_limits,
     sampling_work,
 )
 from starflow.bench.train import architecture
@@ -39,11 +39,11 @@ from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.cpu.engine import Engine, covers_block, engine_of
+from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
 from starflow.sampling.jacobi import relative_change
 from starflow.sampling.planner import in_turn, seconds_of
 from starflow.sampling.policy import SampleSettings, SolverName, machine_of
-from starflow.sampling.sampler import Sampling, noise_of, run
+from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 
 RANDOM = "57m"
 """What is sampled without a name: 57 M random parameters."""
@@ -52,7 +52,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkedModel:
     """The model that is timed, and what it is given."""
 
     name: str
@@ -63,15 +63,15 @@ class Subject:
     null_condition: Tensor | None
     autoencoder: Autoencoder | None = None
 
-    def task(self, batch: int, guidance: float) -> Task:
+    def task(self, batch: int, guidance: float) -> DrawTask:
         """`batch` pictures with seeds 0, 1, .."""
         config, device = self.model.config, next(self.model.parameters()).device
-        noise = noise_of(range(batch), (config.in_channels, config.img_size, config.img_size)).to(device)
+        noise = noise_from_seeds(range(batch), (config.in_channels, config.img_size, config.img_size)).to(device)
         if self.condition is None:
-            return Task(self.model, noise, None, None, guidance)
+            return DrawTask(self.model, noise, None, None, guidance)
         index = torch.arange(batch, device=device) % len(self.condition)
         null = None if self.null_condition is None else self.null_condition[index]
-        return Task(self.model, noise, self.condition[index], null, guidance)
+        return DrawTask(self.model, noise, self.condition[index], null, guidance)
 
     @property
     def can_guide(self) -> bool:
@@ -79,7 +79,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingBenchmark:
     """What to measure."""
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -116,7 +116,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Other:
-    """A baseline, at `Plan.compare_at`."""
+    """A baseline, at `SamplingBenchmark.compare_at`."""
 
     name: str
     seconds: float
@@ -129,7 +129,7 @@ class Other:
 
 
 @dataclass(frozen=True)
-class Once:
+class OneTimeCosts:
     """What is paid once."""
 
     first_picture_seconds: float
@@ -143,7 +143,7 @@ class Once:
 
 
 @dataclass(frozen=True)
-class Report:
+class SpeedReport:
     """All of one run."""
 
     model: str
@@ -156,8 +156,8 @@ class Report:
     date: str
     load: tuple[tuple[float, ...], tuple[float, ...]]
     """Averages over 1, 5 and 15 minutes, before and after."""
-    ceilings: Ceilings
-    once: Once
+    ceilings: MachineLimits
+    once: OneTimeCosts
     speeds: tuple[Speed, ...]
     compare_at: int
     guidance: float
@@ -166,7 +166,7 @@ class Report:
     """Of the largest batch, with guidance, token by token."""
 
 
-def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+def subject(name: str, device: torch.device, dtype: torch.dtype) -> BenchmarkedModel:
     """A trained model by its folder, bundled name or hub id, or random weights of "57m" or a preset.
 
     Raises:
@@ -179,7 +179,9 @@ def subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
         material = pipeline.material()
-        return Subject(name, pipeline.flow, True, material.condition, material.null_condition, pipeline.autoencoder)
+        return BenchmarkedModel(
+            name, pipeline.flow, True, material.condition, material.null_condition, pipeline.autoencoder
+        )
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
     return _given_noise(name, flow, trained=False)
@@ -194,21 +196,21 @@ def _random_model(name: str) -> STARFlow | TarFlow:
     return model
 
 
-def _given_noise(name: str, model: STARFlow | TarFlow, *, trained: bool) -> Subject:
+def _given_noise(name: str, model: STARFlow | TarFlow, *, trained: bool) -> BenchmarkedModel:
     """A flow without its conditioner: random conditions, on which no trained model is itself."""
     parameter, draw = next(model.parameters()), torch.Generator().manual_seed(0)
     if isinstance(model, TarFlow):
         classes = model.config.num_classes
         labels = torch.randint(classes, (16,), generator=draw).to(parameter.device) if classes else None
-        return Subject(name, model, trained, labels, None)
+        return BenchmarkedModel(name, model, trained, labels, None)
     if not model.config.txt_size:
-        return Subject(name, model, trained, None, None)
+        return BenchmarkedModel(name, model, trained, None, None)
     condition = torch.randn(16, model.config.txt_size, model.config.txt_dim, generator=draw).to(parameter.device)
-    return Subject(name, model, trained, condition, torch.zeros_like(condition))
+    return BenchmarkedModel(name, model, trained, condition, torch.zeros_like(condition))
 
 
 @torch.no_grad()
-def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
+def measure(given: BenchmarkedModel, plan: SamplingBenchmark, note: Note = lambda _: None) -> SpeedReport:
     """Time everything that the plan names.
 
     Raises:
@@ -221,7 +223,7 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     note("the first picture")
     once = _paid_once(model, seconds_of(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter.device))
     note("ceilings")
-    ceilings = measure_ceilings(parameter.device, parameter.dtype)
+    ceilings = measure_limits(parameter.device, parameter.dtype)
     times: list[_Timed] = []
     for weight in dict.fromkeys((guidance, 0.0)):
         for batch in plan.batches:
@@ -231,10 +233,10 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     baselines = load_baselines(plan.baselines, task) if plan.baselines else []
     note(f"batch {plan.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
     compared, theirs = _time(task, solvers, baselines, plan.repeats)
-    ceilings = ceilings.better(measure_ceilings(parameter.device, parameter.dtype))
+    ceilings = ceilings.better(measure_limits(parameter.device, parameter.dtype))
     note("memory")
     footprint = _footprint(given, max(*plan.batches, plan.compare_at), guidance)
-    return Report(
+    return SpeedReport(
         model=given.name,
         trained=given.trained,
         parameters=sum(one.numel() for one in model.parameters()),
@@ -256,7 +258,7 @@ def measure(given: Subject, plan: Plan, note: Note = lambda _: None) -> Report:
     )
 
 
-def _footprint(given: Subject, batch: int, guidance: float) -> Footprint:
+def _footprint(given: BenchmarkedModel, batch: int, guidance: float) -> Footprint:
     task = given.task(batch, guidance)
     return measure_footprint(
         given.model,
@@ -277,7 +279,7 @@ class _Timed:
 
 
 def _time(
-    task: Task, solvers: Sequence[SolverName], baselines: Sequence[Baseline], repeats: int
+    task: DrawTask, solvers: Sequence[SolverName], baselines: Sequence[Baseline], repeats: int
 ) -> tuple[list[_Timed], list[float]]:
     """Ours, and seconds of the baselines, in turn; a run of each before does not count."""
     drawn = {solver: _draw(task, solver).x.flatten(2) for solver in solvers}
@@ -303,7 +305,7 @@ def _best(times: Sequence[_Timed]) -> list[_Timed]:
     return list(found.values())
 
 
-def _speed(timed: _Timed, model: Flow, ceilings: Ceilings) -> Speed:
+def _speed(timed: _Timed, model: Flow, ceilings: MachineLimits) -> Speed:
     tokens = _tokens(model)
     work = sampling_work(model, timed.batch, tokens, guided=timed.guidance > 0)
     limit, by = _limit(work, ceilings)
@@ -324,12 +326,12 @@ def _speed(timed: _Timed, model: Flow, ceilings: Ceilings) -> Speed:
     )
 
 
-def _limit(work: Work, ceilings: Ceilings) -> tuple[float, str]:
+def _limit(work: SamplingWork, ceilings: MachineLimits) -> tuple[float, str]:
     reads, arithmetic = ceilings.seconds(work.bytes, work.flops)
     return max((reads, "reads"), (arithmetic, "arithmetic"))
 
 
-def _other(one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: Ceilings) -> Other:
+def _other(one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: MachineLimits) -> Other:
     work = sampling_work(model, ours[0].batch, _tokens(model), guided=ours[0].guidance > 0)
     speedup = {str(timed.solver): seconds / timed.seconds for timed in ours}
     return Other(one.name, seconds, seconds / _limit(work, ceilings)[0], speedup, one.note)
@@ -339,21 +341,21 @@ def _tokens(model: Flow) -> int:
     return int(model.config.grid_side**2)
 
 
-def _draw(task: Task, solver: SolverName, caches: CachePool | None = None) -> Sampling:
+def _draw(task: DrawTask, solver: SolverName, caches: CachePool | None = None) -> SamplingResult:
     settings = SampleSettings(task.guidance, solver)
     return run(task.model, task.noise, task.condition, task.null_condition, settings, caches=caches)
 
 
-def _paid_once(model: Flow, first: float) -> Once:
+def _paid_once(model: Flow, first: float) -> OneTimeCosts:
     """Build, whether or not it pays for this model, and pack anew; each timed apart."""
-    engine = engine_of(model)
+    engine = cpu_engine_of(model)
     if next(model.parameters()).device.type == "cpu":
         engine.build()
     if engine.library is None:
-        return Once(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
-    fresh = model.kept["engine"] = Engine(engine.eager_seconds, engine.library)
+        return OneTimeCosts(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
+    fresh = model.kept["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     started = time.perf_counter()
     for block in model.stack():
         if covers_block(block):
             fresh.packed(block)
-    return Once(first, engine.build_seconds, engine.compiled, time.perf_counter() - started, fresh.bytes)
+    return OneTimeCosts(first, engine.build_seconds, engine.compiled, time.perf_counter() - started, fresh.bytes)

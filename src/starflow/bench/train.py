@@ -18,11 +18,11 @@ from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
 from starflow.train.distributed.world import World
-from starflow.train.log import Product, synchronise, training_flops
+from starflow.train.log import MatrixProduct, synchronise, training_flops
 from starflow.train.loop import peak_memory
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
-from starflow.train.state import Engine
-from starflow.train.tasks.flow import TracedLoss
+from starflow.train.state import TrainState
+from starflow.train.tasks.flow import FlowLoss
 
 SMALL = STARFlowConfig(
     in_channels=4,
@@ -96,10 +96,10 @@ def measure(config: ModelConfig, settings: TrainSettings, world: World) -> Train
         flow = build(config)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     flops = training_flops(flow)
-    engine = Engine(TracedLoss(flow, latent_penalty=1e-4), settings, world)
+    engine = TrainState(FlowLoss(flow, latent_penalty=1e-4), settings, world)
     batch = _random_batch(flow, len(rows), world.device)
     precision = network_dtype(settings, world.device)
-    product = Product(world.device, precision, PRODUCT_SIDE if world.device.type == "cpu" else 0)
+    product = MatrixProduct(world.device, precision, PRODUCT_SIDE if world.device.type == "cpu" else 0)
     first = sum(_update(engine, batch, 0))
     product.rate()
     times, products = [], [product.rate()]
@@ -133,7 +133,7 @@ def measure(config: ModelConfig, settings: TrainSettings, world: World) -> Train
     )
 
 
-def _update(engine: Engine, batch: tuple[Tensor, Tensor | None], step: int) -> tuple[float, float, float]:
+def _update(engine: TrainState, batch: tuple[Tensor, Tensor | None], step: int) -> tuple[float, float, float]:
     """Seconds of forward, backward, and all the rest of an update."""
     device = engine.world.device
     synchronise(device)

@@ -7,29 +7,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, Precision, pick_device, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.sampling.policy import Plan, Policy
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from starflow.bench.limits import Footprint
-    from starflow.bench.sample import Report, Speed
-
-import dataclasses
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
+    from starflow.bench.sample import Speed, SpeedReport
     from starflow.bench.train import TrainSpeed
+    from starflow.sampling.policy import Plan, Policy
     from starflow.train.settings import TrainSettings
 
 
@@ -193,7 +185,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
     import torch
 
     from starflow.bench.limits import tree_folder
-    from starflow.bench.sample import Plan, measure, subject
+    from starflow.bench.sample import SamplingBenchmark, measure, subject
     from starflow.config import to_dict
     from starflow.io.files import check_output_folder, write_json
 
@@ -202,7 +194,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
     if options.output:
         check_output_folder(Path(options.output).parent)
     folder = tree_folder() if not options.baselines else Path(options.baselines)
-    plan = Plan(
+    plan = SamplingBenchmark(
         tuple(parse_batches(options.batches)),
         options.guidance,
         options.compare_at,
@@ -225,7 +217,7 @@ def command_of(options: BenchSampleOptions) -> str:
     return " ".join(["starflow bench sample", options.model, *flags])
 
 
-def sample_table(report: Report) -> list[str]:
+def sample_table(report: SpeedReport) -> list[str]:
     """What to read of it; the last line is the comparison to quote."""
     ceilings, once = report.ceilings, report.once
     weights = "trained weights" if report.trained else "random weights: token by token only, as no parallel solver can"
@@ -272,7 +264,7 @@ def speed_text(one: Speed) -> str:
     )
 
 
-def others_text(report: Report) -> list[str]:
+def others_text(report: SpeedReport) -> list[str]:
     """Ours against each baseline, from runs that took turns."""
     if not report.others:
         return ["", "no baselines: a source tree has them in benchmarks/ (--baselines FOLDER)"]
@@ -320,12 +312,12 @@ def bench_train(options: BenchTrainOptions) -> None:
     import torch
 
     from starflow.bench.train import architecture, measure
-    from starflow.train.distributed.world import join
+    from starflow.train.distributed.world import join_world
 
     config, settings = architecture(options.architecture), _train_settings(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    with join(pick_device(options.device), settings.parallel.timeout) as world:
+    with join_world(pick_device(options.device), settings.parallel.timeout) as world:
         speed = measure(config, settings, world)
         if world.main:
             print(json.dumps(dataclasses.asdict(speed)) if options.json else train_table(speed))

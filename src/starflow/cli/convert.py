@@ -11,7 +11,7 @@ from starflow.cli.options import Argument, Flag, Precision, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.pipeline.from_published import Converted
+    from starflow.pipeline.from_published import ConvertedPipeline
 
 SHOWN = 6
 """Ignored keys of one kind are shown by example."""
@@ -51,12 +51,14 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> None:
     """Run the command."""
     from starflow.config import read_mapping
-    from starflow.pipeline.from_published import Around
+    from starflow.pipeline.from_published import PipelineOverrides
     from starflow.pipeline.from_published import convert as convert_published
     from starflow.pipeline.locate import progress_bar
 
     published = read_mapping(options.options)
-    around = Around(options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance)
+    around = PipelineOverrides(
+        options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance
+    )
     with progress_bar(f"converting {options.file.name}") as progress:
         done = convert_published(
             options.file, published, options.output, pick_dtype(options.dtype), around, progress=progress
@@ -65,11 +67,11 @@ def convert(options: ConvertOptions) -> None:
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else _text(done, options))
 
 
-def _facts(done: Converted, options: ConvertOptions) -> dict[str, Any]:
+def _facts(done: ConvertedPipeline, options: ConvertOptions) -> dict[str, Any]:
     return {**asdict(done), "folder": str(done.folder), "dtype": options.dtype}
 
 
-def _text(done: Converted, options: ConvertOptions) -> str:
+def _text(done: ConvertedPipeline, options: ConvertOptions) -> str:
     """What was made, what was ignored, and how to go on."""
     lines = [
         f"{done.folder}: {done.parameters:,} parameters in {options.dtype}, {done.bytes / 1e9:.3f} GB",

@@ -14,7 +14,7 @@ from starflow.errors import UserError
 from starflow.io.files import check_output_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from starflow.evaluate.settings import Plan, Report, Sheets
+    from starflow.evaluate.settings import ContactSheets, EvaluationReport, EvaluationSettings
     from starflow.pipeline.pipeline import StarFlowPipeline
 
 COLUMNS = 8
@@ -83,7 +83,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Run the command."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
-    from starflow.evaluate.dataset import is_first, open_pictures, process_group
+    from starflow.evaluate.dataset import is_first, open_evaluation_set, process_group
     from starflow.evaluate.report import measure
     from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -92,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> None:
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
         pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
-        pictures = open_pictures(options.data, pipeline.config.image_size)
+        pictures = open_evaluation_set(options.data, pipeline.config.image_size)
 
         def say(text: str) -> None:
             if is_first():
@@ -103,7 +103,7 @@ def evaluate(options: EvaluateOptions) -> None:
             write(folder, report, options)
 
 
-def write(folder: Path, report: Report, options: EvaluateOptions) -> None:
+def write(folder: Path, report: EvaluationReport, options: EvaluateOptions) -> None:
     """The report's files, and the table or the JSON on stdout."""
     from starflow.evaluate.render import page, table
 
@@ -114,7 +114,7 @@ def write(folder: Path, report: Report, options: EvaluateOptions) -> None:
     print(json.dumps(report.as_json(), indent=2) if options.json else table(report))
 
 
-def _save_sheets(folder: Path, sheets: Sheets) -> list[tuple[str, str]]:
+def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:
     from starflow.evaluate import save_sheet
 
     save_sheet(folder / "samples.png", sheets.samples, sheets.prompts, COLUMNS)
@@ -129,12 +129,12 @@ def _save_sheets(folder: Path, sheets: Sheets) -> list[tuple[str, str]]:
     ]
 
 
-def _plan(options: EvaluateOptions) -> Plan:
+def _plan(options: EvaluateOptions) -> EvaluationSettings:
     from starflow.cli.generate import read_prompt_file
-    from starflow.evaluate.settings import Plan
+    from starflow.evaluate.settings import EvaluationSettings
 
     weights = {"guidance": options.guidance} if options.guidance else {}
-    return Plan(
+    return EvaluationSettings(
         samples=options.samples,
         tuning_samples=options.tuning_samples,
         prompts=tuple(read_prompt_file(Path(options.prompts))) if options.prompts else (),

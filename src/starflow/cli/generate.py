@@ -15,8 +15,8 @@ from starflow.cli.options import (
     CacheDtype,
     Device,
     Flag,
+    OutputTarget,
     Precision,
-    Target,
     check_seed,
     parse_size,
     pick_device,
@@ -122,7 +122,7 @@ def generate(options: GenerateOptions) -> None:
     """Run the command."""
     size = parse_size(options.size) if options.size else None
     prompts = [prompt for prompt in read_prompts(options) for _ in range(options.num_images)]
-    target = Target.of(options.output, len(prompts), grid=options.grid)
+    target = OutputTarget.of(options.output, len(prompts), grid=options.grid)
     started = time.perf_counter()
     pipeline = _load(options)
     if options.aspect:
@@ -180,7 +180,7 @@ def _write(
     prompts: list[str],
     size: tuple[int, int] | None,
     options: GenerateOptions,
-    target: Target,
+    target: OutputTarget,
 ) -> Iterator[Written]:
     """Sample batch by batch; each batch is on the disk before the next, so that Ctrl-C keeps what is finished."""
     from tqdm import tqdm
@@ -240,7 +240,7 @@ def _sample(
         ) from None
 
 
-def _write_grid(written: list[Written], options: GenerateOptions, target: Target) -> Path:
+def _write_grid(written: list[Written], options: GenerateOptions, target: OutputTarget) -> Path:
     """A row a prompt where each has several pictures, else about as many columns as rows."""
     import torch
 

@@ -195,7 +195,7 @@ BATCHES = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryScenario:
     """How the weights are held while pictures are drawn, and what it is called."""
 
     name: str
@@ -204,12 +204,12 @@ class Way:
     offload: bool = False
 
 
-WAYS = (
-    Way("float32", "float32"),
-    Way("bfloat16", "bfloat16"),
-    Way("int8", "bfloat16", int8=True),
-    Way("bfloat16 offload", "bfloat16", offload=True),
-    Way("int8 offload", "bfloat16", int8=True, offload=True),
+SCENARIOS = (
+    MemoryScenario("float32", "float32"),
+    MemoryScenario("bfloat16", "bfloat16"),
+    MemoryScenario("int8", "bfloat16", int8=True),
+    MemoryScenario("bfloat16 offload", "bfloat16", offload=True),
+    MemoryScenario("int8 offload", "bfloat16", int8=True, offload=True),
 )
 
 TRAINING: tuple[tuple[Sharding, int], ...] = (
@@ -250,13 +250,13 @@ def describe_memory(model: str) -> dict[str, Any]:
         ]
     ]
     facts = {"model": model, "parameters": memory.parameters(config), "tokens": config.grid_side**2, "guided": guided}
-    sampling = [_sampling(subject, way, batch, guided=guided) for way in WAYS for batch in BATCHES]
+    sampling = [_sampling(subject, way, batch, guided=guided) for way in SCENARIOS for batch in BATCHES]
     facts |= {"available": available(), "text_encoder": _text_encoder(subject.text)}
     return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
 
 
 @dataclass(frozen=True)
-class Subject:
+class MemorySubject:
     """What memory depends on of a pipeline."""
 
     config: ModelConfig
@@ -265,57 +265,57 @@ class Subject:
     """Where the text encoder is from; "" is none."""
 
 
-def _subject(model: str) -> Subject:
+def _subject(model: str) -> MemorySubject:
     """The parts' shapes, from configurations alone."""
     from starflow.flow.config import PRESETS
     from starflow.pipeline.locate import is_release
     from starflow.published.convert import RELEASES
 
     if model.endswith((".yaml", ".yml")):
-        from starflow.train.init_from import planned_flow
+        from starflow.train.init_from import flow_config_of
         from starflow.train.recipe import load_recipe
 
         recipe = load_recipe(Path(model))
-        config, kind = planned_flow(recipe)
+        config, kind = flow_config_of(recipe)
         condition = recipe.conditioning
-        return Subject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
+        return MemorySubject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
     if name in PRESETS:
         known = PRESETS[name]
         coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
-        return Subject(known.config, coder, known.text)
+        return MemorySubject(known.config, coder, known.text)
     with _configs_of(model) as folder:
         values = files.read_json(folder / "config.json")
         if "autoencoder" not in values:  # a flow alone
-            return Subject(config_from_dict(values), None, "")
+            return MemorySubject(config_from_dict(values), None, "")
         flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
         coder = AUTOENCODERS[values["autoencoder"]["kind"]]
         own = folder / "autoencoder" / "config.json"
         if values["autoencoder"]["kind"] == "small" and own.is_file():
             coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
     reader = values.get("conditioner") or {}
-    return Subject(flow, coder, reader.get("source", ""))
+    return MemorySubject(flow, coder, reader.get("source", ""))
 
 
 @contextmanager
 def _configs_of(model: str) -> Iterator[Path]:
     """The folder of a model; of one on the hub that is not here, only its configurations, for a while."""
-    from starflow.io.hub import Fetch, snapshot
+    from starflow.io.hub import HubOptions, snapshot
     from starflow.pipeline.locate import find_model
 
     try:
-        folder = find_model(model, Fetch(offline=True))
+        folder = find_model(model, HubOptions(offline=True))
     except UserError as error:
         if "the hub" not in str(error):
             raise
         with tempfile.TemporaryDirectory() as cache:
             wanted = ("config.json", "flow/config.json")
-            yield snapshot(model, wanted, needed=["config.json"], fetch=Fetch(cache=cache))
+            yield snapshot(model, wanted, needed=["config.json"], fetch=HubOptions(cache=cache))
         return
     yield folder
 
 
-def _sampling(subject: Subject, way: Way, batch: int, *, guided: bool) -> dict[str, Any]:
+def _sampling(subject: MemorySubject, way: MemoryScenario, batch: int, *, guided: bool) -> dict[str, Any]:
     """One row: bytes on the device that computes, and what a CPU holds beside it."""
     found = memory.sampling_memory(
         subject.config,

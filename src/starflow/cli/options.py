@@ -19,20 +19,16 @@ import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from starflow.errors import UserError
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from starflow.io import files
 
 if TYPE_CHECKING:
     import torch
+    from jsonargparse import ArgumentParser
+
 
 OVERRIDES = "overrides"
 """The field, where a class has it, that takes options of other names: (("train.lr", "1e-4"), ...)."""
@@ -228,14 +224,14 @@ LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
-class Target:
+class OutputTarget:
     """A folder for PNG files that can be written, or the one file of it that is to be written."""
 
     folder: Path
     file: Path | None = None
 
     @classmethod
-    def of(cls, output: str, count: int, *, grid: bool = False) -> Target:
+    def of(cls, output: str, count: int, *, grid: bool = False) -> OutputTarget:
         """Read `--output` for `count` pictures, and prove that it can be written.
 
         Raises:

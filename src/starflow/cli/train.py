@@ -9,19 +9,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, pick_device
+from starflow.errors import UserError
 
 if TYPE_CHECKING:
     from starflow.latents import Autoencoder
     from starflow.train.run import Run
-
-from typing import TYPE_CHECKING, Literal
-
-from starflow.errors import UserError
-
-if TYPE_CHECKING:
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
 
 
@@ -114,18 +109,18 @@ def _name(autoencoder: Autoencoder) -> str:
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
-    from starflow.nn.cpu import keep_memory
-    from starflow.train.distributed.world import join
+    from starflow.nn.cpu import keep_freed_memory
+    from starflow.train.distributed.world import join_world
     from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
-    from starflow.train.run import start
+    from starflow.train.run import start_run
 
-    keep_memory()
+    keep_freed_memory()
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
     try:
-        with join(pick_device(options.device), recipe.train.parallel.timeout) as world:
-            yield start(recipe, folder, world.device, world=world)
+        with join_world(pick_device(options.device), recipe.train.parallel.timeout) as world:
+            yield start_run(recipe, folder, world.device, world=world)
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
 
@@ -184,11 +179,11 @@ class TrainDecoderOptions:
 
 def train_decoder(options: TrainDecoderOptions) -> None:
     """Run the command."""
-    from starflow.nn.cpu import keep_memory
+    from starflow.nn.cpu import keep_freed_memory
     from starflow.train.loop import Interrupted
     from starflow.train.tasks.decoder_run import run_decoder
 
-    keep_memory()
+    keep_freed_memory()
     folder = Path(options.output).expanduser()
     try:
         report = run_decoder(_settings(options), folder, pick_device(options.device))

@@ -1,7 +1,7 @@
 """Condition tokens from prompts: class labels, text encoders by transformers, and token embeddings."""
 
 from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
-from starflow.conditioning.load import ReleasedText, load_conditioner
+from starflow.conditioning.load import OnDemandTextEncoder, load_conditioner
 from starflow.conditioning.text import MINILM, TextEncoder, name_emoji
 from starflow.conditioning.token_embeddings import TokenEmbeddings
 
@@ -10,7 +10,7 @@ __all__ = [
     "ClassLabels",
     "Conditioner",
     "ConditionerSpec",
-    "ReleasedText",
+    "OnDemandTextEncoder",
     "TextEncoder",
     "TokenEmbeddings",
     "load_conditioner",

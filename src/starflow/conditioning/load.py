@@ -22,7 +22,7 @@ from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
 from starflow.conditioning.text import TextEncoder, resolve, width_of
 from starflow.conditioning.token_embeddings import TokenEmbeddings
 from starflow.errors import UserError
-from starflow.io.hub import HERE, Fetch
+from starflow.io.hub import DEFAULT_HUB, HubOptions
 
 AT_ONCE = 16
 """Prompts a pass of the encoder."""
@@ -33,13 +33,13 @@ REMEMBERED = 2048
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class ReleasedText:
+class OnDemandTextEncoder:
     """A `TextEncoder` that is loaded when there is something to encode, and released after; see `Conditioner`.
 
     Its files are looked for, and fetched, at once. `network` holds no weights: it says where they will be put.
     """
 
-    def __init__(self, spec: ConditionerSpec, fetch: Fetch = HERE) -> None:
+    def __init__(self, spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB) -> None:
         """Of the encoder that `spec` describes.
 
         Raises:
@@ -52,7 +52,7 @@ class ReleasedText:
                 "the model was trained with"
             )
         self._spec, self._fetch = spec, fetch
-        self.network: nn.Module = _Place()
+        self.network: nn.Module = _OnDevice()
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
@@ -110,7 +110,7 @@ class ReleasedText:
         _free(next(self.network.buffers()).device)
 
 
-class _Place(nn.Module):
+class _OnDevice(nn.Module):
     """Stands for the weights, and is moved as they would be."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ LARGE = 10**9
 """Bytes of a text encoder's files from which on it is released after use."""
 
 
-def load_conditioner(spec: ConditionerSpec, fetch: Fetch = HERE, keep: bool | None = True) -> Conditioner:
+def load_conditioner(spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB, keep: bool | None = True) -> Conditioner:
     """Build the conditioner that `spec` describes, on the CPU.
 
     Args:
@@ -149,7 +149,7 @@ def load_conditioner(spec: ConditionerSpec, fetch: Fetch = HERE, keep: bool | No
     elif keep or (keep is None and _bytes(spec.source, fetch) < LARGE):
         found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], fetch)
     else:
-        found = ReleasedText(spec, fetch)
+        found = OnDemandTextEncoder(spec, fetch)
     if (found.spec.size, found.spec.dim) != (spec.size, spec.dim):
         raise UserError(
             f"the conditioner '{spec.source or spec.kind}' gives {found.spec.size} tokens of width {found.spec.dim}, "
@@ -158,5 +158,5 @@ def load_conditioner(spec: ConditionerSpec, fetch: Fetch = HERE, keep: bool | No
     return found
 
 
-def _bytes(source: str, fetch: Fetch) -> int:
+def _bytes(source: str, fetch: HubOptions) -> int:
     return sum(path.stat().st_size for path in resolve(source, fetch).glob("*.safetensors"))

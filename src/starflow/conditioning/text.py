@@ -32,7 +32,7 @@ from starflow.conditioning.base import ConditionerSpec, Dtype
 from starflow.errors import UserError
 from starflow.io import weights as shards
 from starflow.io.files import check_output_folder, read_json
-from starflow.io.hub import HERE, TORCHAO, Fetch, errors_only, local_or_hub
+from starflow.io.hub import DEFAULT_HUB, TORCHAO, HubOptions, local_or_hub, only_errors_logged
 
 _IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")  # text or picture style, and skin tones
 
@@ -106,7 +106,7 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, fetch: Fetch = HERE
+        cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, fetch: HubOptions = DEFAULT_HUB
     ) -> TextEncoder:
         """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
 
@@ -152,7 +152,7 @@ class TextEncoder:
         with _quiet():
             network.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
-        shards.seal(folder)
+        shards.write_checksums(folder)
 
     def _warn_of_cuts(self, texts: Sequence[str]) -> None:
         size = self._spec.size
@@ -166,7 +166,7 @@ class TextEncoder:
             )
 
 
-def resolve(source: str, fetch: Fetch = HERE) -> Path:
+def resolve(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
     """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
@@ -253,7 +253,7 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with errors_only(*TORCHAO):
+        with only_errors_logged(*TORCHAO):
             yield
     finally:
         logging.set_verbosity(level)

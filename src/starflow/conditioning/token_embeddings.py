@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from starflow.conditioning.base import ConditionerSpec
 from starflow.errors import UserError
-from starflow.io.hub import HERE, Fetch, local_or_hub
+from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 
 FILES = ("config.json", "*.safetensors")
 
@@ -37,7 +37,7 @@ class TokenEmbeddings:
         self.network: nn.Module = nn.Embedding.from_pretrained(table)
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int = 128, fetch: Fetch = HERE) -> TokenEmbeddings:
+    def from_pretrained(cls, source: str, size: int = 128, fetch: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
         """Load from a folder or the hub.
 
         Raises:

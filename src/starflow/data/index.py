@@ -27,7 +27,7 @@ from starflow.data.buckets import Buckets, Size
 from starflow.data.images import on_background
 from starflow.data.sources.base import SourceKind
 from starflow.data.sources.folder import FolderSource, order_classes
-from starflow.data.views import Views
+from starflow.data.views import TrainingViews
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,14 +39,14 @@ from typing import Any
 
 from starflow.data.buckets import Aspect
 from starflow.data.images import decode_image
-from starflow.data.sources.base import Found, Skipped, Source, unit_hash
+from starflow.data.sources.base import SkippedImage, Source, SourceImage, unit_hash
 from starflow.errors import UserError
 from starflow.io import files
-from starflow.io.files import Lines
+from starflow.io.files import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ImageInfo:
     """What is known of a picture without opening it; the caption says its ratio where a model sees several."""
 
     name: str
@@ -56,7 +56,7 @@ class Entry:
     bucket: int
 
 
-class Pictures(Protocol):
+class ImageDataset(Protocol):
     """See the module's docstring."""
 
     buckets: Buckets
@@ -64,7 +64,7 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def entry(self, number: int) -> Entry: ...
+    def entry(self, number: int) -> ImageInfo: ...
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
         """Numbers of a bucket's pictures of one split, ascending."""
@@ -87,22 +87,22 @@ class Pictures(Protocol):
         ...
 
 
-class ViewPictures:
+class ViewDataset:
     """Views in memory as pictures of one bucket."""
 
     in_memory = True
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: TrainingViews) -> None:
         self.views = views
         self.buckets = Buckets(views.images.shape[-1], 1)
 
     def __len__(self) -> int:
         return len(self.views)
 
-    def entry(self, number: int) -> Entry:
+    def entry(self, number: int) -> ImageInfo:
         views = self.views
         heldout = views.splits[number] == "heldout"
-        return Entry(views.names[number], views.captions[number], views.labels[number], heldout, 0)
+        return ImageInfo(views.names[number], views.captions[number], views.labels[number], heldout, 0)
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
         return torch.tensor([i for i, split in enumerate(self.views.splits) if (split == "heldout") == heldout])
@@ -117,12 +117,12 @@ class ViewPictures:
         return order_classes(label for label in self.views.labels if label)
 
 
-def all_numbers(pictures: Pictures, *, heldout: bool) -> list[Tensor]:
+def all_numbers(pictures: ImageDataset, *, heldout: bool) -> list[Tensor]:
     """Numbers of one split, a tensor a bucket."""
     return [pictures.numbers(bucket, heldout=heldout) for bucket in range(len(pictures.buckets.aspects))]
 
 
-def picture_tensor(image: Image.Image, size: Size) -> Tensor:
+def image_tensor(image: Image.Image, size: Size) -> Tensor:
     """A picture as uint8 (3, height, width): scaled until it covers the size, and its middle cut out."""
     from PIL import Image
 
@@ -180,7 +180,7 @@ def scan_shard(source: Source, shard: int, folder: Path, settings: IndexSettings
     buckets = Buckets(1, 1, settings.aspects)  # which ratio is nearest needs no sizes of ours
     lines = []
     for found in source.scan(shard, sizes=not buckets.single):
-        if isinstance(found, Skipped):
+        if isinstance(found, SkippedImage):
             line: dict[str, Any] = {"skipped": found.name, "reason": found.reason}
         else:
             line = {"name": found.name, "caption": found.caption, "label": found.label, "at": found.place}
@@ -189,7 +189,7 @@ def scan_shard(source: Source, shard: int, folder: Path, settings: IndexSettings
     files.write_text(_part(folder, shard), "".join(f"{line}\n" for line in lines))
 
 
-def _is_heldout(found: Found, settings: IndexSettings) -> bool:
+def _is_heldout(found: SourceImage, settings: IndexSettings) -> bool:
     return found.split == "heldout" if found.split else unit_hash(found.name) < settings.heldout
 
 
@@ -233,8 +233,8 @@ def join_parts(source: Source, folder: Path) -> dict[str, Any]:
     return info
 
 
-class IndexedPictures:
-    """`starflow.data.index.Pictures` over an index and its source."""
+class IndexedDataset:
+    """`starflow.data.index.ImageDataset` over an index and its source."""
 
     in_memory = False
 
@@ -244,12 +244,12 @@ class IndexedPictures:
     def __len__(self) -> int:
         return len(self._kinds["bucket"])
 
-    def __reduce__(self) -> tuple[type[IndexedPictures], tuple[Source, Path, Buckets]]:
-        return IndexedPictures, (self.source, self.folder, self.buckets)
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Source, Path, Buckets]]:
+        return IndexedDataset, (self.source, self.folder, self.buckets)
 
     @cached_property
-    def _lines(self) -> Lines:
-        return Lines(self.folder / "pictures.jsonl")
+    def _lines(self) -> JsonLines:
+        return JsonLines(self.folder / "pictures.jsonl")
 
     @cached_property
     def _kinds(self) -> dict[str, Tensor]:
@@ -260,30 +260,30 @@ class IndexedPictures:
         names: dict[str, str] = files.read_json(self.folder / "info.json")["class_names"]
         return names
 
-    def entry(self, number: int) -> Entry:
-        """See `Pictures.entry`; ImageNet's synsets are called by their names."""
+    def entry(self, number: int) -> ImageInfo:
+        """See `ImageDataset.entry`; ImageNet's synsets are called by their names."""
         line, bucket = self._lines[number], int(self._kinds["bucket"][number])
         label, caption = line["label"], line["caption"]
         if label in self._names:
             caption = self._names[label] if caption == label else caption
             label = self._names[label]
         told = self.buckets.caption(caption, bucket)
-        return Entry(line["name"], told, label, bool(self._kinds["heldout"][number]), bucket)
+        return ImageInfo(line["name"], told, label, bool(self._kinds["heldout"][number]), bucket)
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
-        """See `Pictures.numbers`."""
+        """See `ImageDataset.numbers`."""
         return ((self._kinds["bucket"] == bucket) & (self._kinds["heldout"] == int(heldout))).nonzero()[:, 0]
 
     def read(self, number: int) -> Tensor:
-        """See `Pictures.read`."""
+        """See `ImageDataset.read`."""
         line = self._lines[number]
         size = self.buckets.size(int(self._kinds["bucket"][number]))
         # Twice the size leaves the antialiased reduction to picture_tensor.
         image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
-        return picture_tensor(image, size)
+        return image_tensor(image, size)
 
     def like(self, number: int) -> Sequence[int]:
-        """See `Pictures.like`."""
+        """See `ImageDataset.like`."""
         bucket, heldout = int(self._kinds["bucket"][number]), bool(self._kinds["heldout"][number])
         same = self.numbers(bucket, heldout=heldout)
         place = int(torch.searchsorted(same, number))
@@ -291,7 +291,7 @@ class IndexedPictures:
         return after
 
     def classes(self) -> list[str]:
-        """See `Pictures.classes`."""
+        """See `ImageDataset.classes`."""
         from starflow.data.sources.folder import order_classes
 
         found = {self._lines[number]["label"] for number in range(len(self))}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from starflow.errors import UserError
-from starflow.io.files import Lines, read_json, read_tensors, write_json, write_tensors, write_text
+from starflow.io.files import JsonLines, read_json, read_tensors, write_json, write_tensors, write_text
 
 PART = 1024
 """Pictures, or conditions, per part: a killed run encodes at most so many again a process."""
@@ -36,7 +36,7 @@ ROWS = ("part", "row", "condition", "bucket", "heldout")
 
 
 @dataclass(frozen=True)
-class CachedPicture:
+class CachedLatent:
     """What the index says of a picture."""
 
     name: str
@@ -46,7 +46,7 @@ class CachedPicture:
     bucket: int = 0
 
 
-class Latents(Protocol):
+class LatentDataset(Protocol):
     """Encoded pictures by number, as training reads them."""
 
     @property
@@ -76,7 +76,7 @@ class Latents(Protocol):
 
 @dataclass
 class LatentCache:
-    """`Latents` in memory, of one bucket."""
+    """`LatentDataset` in memory, of one bucket."""
 
     mean: Tensor
     """(N, C, h, w) float16."""
@@ -86,7 +86,7 @@ class LatentCache:
     """(M, S, D) float16 condition tokens, or None without conditions."""
     null: Tensor | None
     """(S, D) null condition."""
-    pictures: list[CachedPicture]
+    pictures: list[CachedLatent]
     info: dict[str, Any]
 
     @property
@@ -108,8 +108,8 @@ class LatentCache:
         return self.pictures[number].name
 
 
-class StoredLatents:
-    """`Latents` on the disk."""
+class CachedLatents:
+    """`LatentDataset` on the disk."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError: unfinished or damaged."""
@@ -117,7 +117,7 @@ class StoredLatents:
             raise UserError(f"{folder} holds no finished latent cache: run `starflow cache-latents` on the recipe")
         self.folder, self.info = folder, read_json(folder / "info.json")
         self._rows = read_tensors(folder / "rows.safetensors")
-        self._lines = Lines(folder / "index.jsonl")
+        self._lines = JsonLines(folder / "index.jsonl")
         self._latents: dict[int, dict[str, Tensor]] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         counts = {name: len(tensor) for name, tensor in self._rows.items()} | {"index": len(self._lines)}
@@ -167,11 +167,11 @@ class StoredLatents:
     def name(self, number: int) -> str:
         return str(self._lines[number]["name"])
 
-    def picture(self, number: int) -> CachedPicture:
+    def picture(self, number: int) -> CachedLatent:
         """What the index says of a picture."""
         line, rows = self._lines[number], self._rows
         condition, bucket = int(rows["condition"][number]), int(rows["bucket"][number])
-        return CachedPicture(line["name"], line["caption"], line["split"], condition, bucket)
+        return CachedLatent(line["name"], line["caption"], line["split"], condition, bucket)
 
     def _part(self, part: int) -> dict[str, Tensor]:
         """A part's tensors: safetensors maps the file, so that nothing is read before it is asked for."""
@@ -235,7 +235,7 @@ def write_null(folder: Path, null: Tensor) -> None:
 
 
 def finish_cache(
-    folder: Path, pictures: Iterable[CachedPicture], places: Sequence[tuple[int, int]], info: Mapping[str, Any]
+    folder: Path, pictures: Iterable[CachedLatent], places: Sequence[tuple[int, int]], info: Mapping[str, Any]
 ) -> None:
     """Write the index and then `info.json`, which marks the cache as whole; `places` are (part, row)."""
     lines, rows = [], []
@@ -254,10 +254,10 @@ def is_whole(folder: Path) -> bool:
     return (folder / "info.json").is_file()
 
 
-def read_cache(folder: Path) -> StoredLatents:
+def read_cache(folder: Path) -> CachedLatents:
     """The cache in `folder`.
 
     Raises:
         UserError: unfinished or damaged; parts are checked when they are wanted.
     """
-    return StoredLatents(folder)
+    return CachedLatents(folder)

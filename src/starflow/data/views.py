@@ -13,33 +13,27 @@ views of one picture lie side by side, in the records' order.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from starflow.data.images import WHITE, on_background, resize_crop
+from starflow.data.images import WHITE, ImageError, on_background, open_image, resize_crop
 from starflow.data.sets.glyphs import captions
 from starflow.data.sets.glyphs.colours import BACKGROUNDS, HUES, colour_name, fitting_backgrounds, main_hue, turn_hue
-from starflow.data.sources.base import Record
+from starflow.data.sources.base import ImageRecord, SkippedImage
 from starflow.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-import json
-from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from starflow.data.images import ImageError, open_image
-from starflow.data.sources.base import Skipped
 from starflow.io.files import read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
 
 Pixels = NDArray[np.uint8]
 
@@ -99,12 +93,12 @@ class ViewConfig:
             raise UserError(f"colour_backgrounds {self.colour_backgrounds} and hue {self.hue} must be shares, 0 to 1")
 
 
-def view_count(record: Record, config: ViewConfig) -> int:
+def view_count(record: ImageRecord, config: ViewConfig) -> int:
     """How many views a picture gets."""
     return config.views if record.split == "train" else config.heldout_views
 
 
-def draw_views(image: Image.Image, record: Record, config: ViewConfig) -> list[View]:
+def draw_views(image: Image.Image, record: ImageRecord, config: ViewConfig) -> list[View]:
     """All views of one picture, each (size, size, 3) with its caption.
 
     Glyphs (records with a style) get every augmentation; other pictures are cropped to their central square
@@ -123,7 +117,7 @@ def _rng(config: ViewConfig, name: str, index: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def _photo_view(square: Image.Image, record: Record, config: ViewConfig, index: int) -> Pixels:
+def _photo_view(square: Image.Image, record: ImageRecord, config: ViewConfig, index: int) -> Pixels:
     from PIL import ImageOps
 
     flips = config.flip and index > 0 and _rng(config, record.name, index).random() < 0.5
@@ -133,7 +127,7 @@ def _photo_view(square: Image.Image, record: Record, config: ViewConfig, index: 
 class _Artist:
     """Draws the views of one glyph; holds what they share: its colours and its extent."""
 
-    def __init__(self, image: Image.Image, record: Record, config: ViewConfig) -> None:
+    def __init__(self, image: Image.Image, record: ImageRecord, config: ViewConfig) -> None:
         self.image, self.record, self.config = image, record, config
         self.small = image.resize((ANALYSIS_SIZE, ANALYSIS_SIZE))
         pixels = np.asarray(self.small)
@@ -228,11 +222,11 @@ def _window_start(side: float, window: float, shift: float, low: float, high: fl
     return min(max(centred - shift, first), last)
 
 
-__all__ = ["ViewConfig", "Views", "load_views", "make_views", "save_views"]
+__all__ = ["TrainingViews", "ViewConfig", "load_views", "make_views", "save_views"]
 
 
 @dataclass(frozen=True)
-class Views:
+class TrainingViews:
     """N views in memory: images (N, 3, H, W) uint8 in 0..255, and one entry a view in each list."""
 
     images: torch.Tensor
@@ -246,8 +240,8 @@ class Views:
 
 
 def make_views(
-    records: Sequence[Record], config: ViewConfig, *, progress: bool = True, workers: int = 1
-) -> tuple[Views, list[Skipped]]:
+    records: Sequence[ImageRecord], config: ViewConfig, *, progress: bool = True, workers: int = 1
+) -> tuple[TrainingViews, list[SkippedImage]]:
     """Draw all views, in the records' order; pictures that cannot be read are left out and returned by name.
 
     Raises:
@@ -258,11 +252,11 @@ def make_views(
 
     total = sum(view_count(record, config) for record in records)
     images = np.empty((total, 3, config.size, config.size), dtype=np.uint8)
-    kept: list[tuple[Record, str]] = []
+    kept: list[tuple[ImageRecord, str]] = []
     skipped = []
     drawn = _draw(records, config, workers)
     for record, views in zip(tqdm(records, desc="views", unit="picture", disable=not progress), drawn, strict=True):
-        if isinstance(views, Skipped):
+        if isinstance(views, SkippedImage):
             skipped.append(views)
             continue
         for pixels, caption in views:
@@ -271,7 +265,7 @@ def make_views(
     if not kept:
         reason = f"{skipped[0].name}: {skipped[0].reason}" if skipped else "the list of records is empty"
         raise UserError(f"none of {len(records)} pictures could be read, first reason: {reason}")
-    views_made = Views(
+    views_made = TrainingViews(
         images=torch.from_numpy(images[: len(kept)]),
         captions=[caption for _, caption in kept],
         labels=[record.label for record, _ in kept],
@@ -281,7 +275,7 @@ def make_views(
     return views_made, skipped
 
 
-def save_views(path: Path, views: Views) -> None:
+def save_views(path: Path, views: TrainingViews) -> None:
     """Write `path` (safetensors) and, beside it, the same name with .jsonl: one line a view."""
     rows = zip(views.captions, views.labels, views.names, views.splits, strict=True)
     lines = (
@@ -292,7 +286,7 @@ def save_views(path: Path, views: Views) -> None:
     write_text(path.with_suffix(".jsonl"), "".join(line + "\n" for line in lines))
 
 
-def load_views(path: Path) -> Views:
+def load_views(path: Path) -> TrainingViews:
     """Read what `save_views` wrote.
 
     Raises:
@@ -308,7 +302,7 @@ def load_views(path: Path) -> Views:
     if images is None or images.ndim != 4 or len(images) != len(rows):
         found = "no tensor 'images'" if images is None else f"images of shape {tuple(images.shape)}"
         raise UserError(f"{path} holds {found}, {beside} {len(rows)} lines: expected one a view; make the views again")
-    return Views(
+    return TrainingViews(
         images=images,
         captions=[row["caption"] for row in rows],
         labels=[row["label"] for row in rows],
@@ -317,7 +311,7 @@ def load_views(path: Path) -> Views:
     )
 
 
-def _draw(records: Sequence[Record], config: ViewConfig, workers: int) -> Iterator[list[View] | Skipped]:
+def _draw(records: Sequence[ImageRecord], config: ViewConfig, workers: int) -> Iterator[list[View] | SkippedImage]:
     one = partial(_views_of, config=config)
     if workers <= 1:
         yield from map(one, records)
@@ -336,10 +330,10 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _views_of(record: Record, config: ViewConfig) -> list[View] | Skipped:
+def _views_of(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
     """All views of one picture, or why there are none; runs in a worker."""
     try:
         image = open_image(record.file)
     except ImageError as error:
-        return Skipped(record.name, error.reason)
+        return SkippedImage(record.name, error.reason)
     return draw_views(image, record, config)

@@ -5,7 +5,7 @@ All measures of a pipeline on a set of pictures, in one report.
 
 from __future__ import annotations
 
-from starflow.evaluate.dataset import Pictures, concept_of, gather_rows, is_first, open_pictures, own_rows
+from starflow.evaluate.dataset import EvaluationSet, concept_of, gather_rows, is_first, open_evaluation_set, own_rows
 from starflow.evaluate.distances import (
     Distance,
     Fidelity,
@@ -29,7 +29,7 @@ from starflow.evaluate.features import (
     load_extractor,
     load_mobilenet,
 )
-from starflow.evaluate.likelihood import Bits, bits, log_likelihoods
+from starflow.evaluate.likelihood import BitsPerDim, bits, log_likelihoods
 from starflow.evaluate.render import heatmap, save_heatmap, save_sheet
 from starflow.evaluate.report import measure
 from starflow.evaluate.samples import Reconstruction, measure_reconstruction, psnr, through_noise
@@ -43,12 +43,15 @@ from starflow.evaluate.scores import (
     outliers,
     retrieval_score,
 )
-from starflow.evaluate.settings import Plan, Report
+from starflow.evaluate.settings import EvaluationReport, EvaluationSettings
 
 __all__ = [
-    "Bits",
+    "BitsPerDim",
     "Classification",
     "Distance",
+    "EvaluationReport",
+    "EvaluationSet",
+    "EvaluationSettings",
     "Extracted",
     "Extractor",
     "Fidelity",
@@ -56,10 +59,7 @@ __all__ = [
     "MobileNetV2",
     "Moments",
     "Outliers",
-    "Pictures",
-    "Plan",
     "Reconstruction",
-    "Report",
     "Retrieval",
     "auroc",
     "bits",
@@ -83,7 +83,7 @@ __all__ = [
     "measure_reconstruction",
     "moments",
     "nearest",
-    "open_pictures",
+    "open_evaluation_set",
     "outliers",
     "own_rows",
     "psnr",

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from starflow.data.images import to_unit
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
-from starflow.data.sources.base import Record
+from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
-from starflow.data.views import ViewConfig, Views, make_views
+from starflow.data.views import TrainingViews, ViewConfig, make_views
 from starflow.errors import UserError
 from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -91,16 +91,16 @@ FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class EvaluationSet:
     """Plain pictures of both splits, uint8."""
 
-    train: Views
-    heldout: Views
+    train: TrainingViews
+    heldout: TrainingViews
     concepts: dict[str, str] = field(default_factory=dict)
     """By a picture's name, where its captions say more than the thing."""
 
     @staticmethod
-    def of_records(records: Sequence[Record], size: int) -> Pictures:
+    def of_records(records: Sequence[ImageRecord], size: int) -> EvaluationSet:
         """Raises UserError: a split is empty."""
         views = ViewConfig(size=size, views=1, heldout_views=1)
         splits = {split: [record for record in records if record.split == split] for split in ("train", "heldout")}
@@ -108,15 +108,15 @@ class Pictures:
             if not some:
                 raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
         train, heldout = (make_views(some, views, progress=False)[0] for some in splits.values())
-        return Pictures(train, heldout, {record.name: record.caption.lower() for record in records})
+        return EvaluationSet(train, heldout, {record.name: record.caption.lower() for record in records})
 
-    def shown(self, views: Views) -> list[str]:
+    def shown(self, views: TrainingViews) -> list[str]:
         """The concept of each view: its record's caption without style or colour, or else its own."""
         pairs = zip(views.names, views.captions, strict=True)
         return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
 
 
-def open_pictures(source: str, size: int) -> Pictures:
+def open_evaluation_set(source: str, size: int) -> EvaluationSet:
     """The set of that name: "fashion-mnist", a folder with its four files, or any folder of pictures.
 
     Args:
@@ -128,31 +128,31 @@ def open_pictures(source: str, size: int) -> Pictures:
     """
     folder = Path(source).expanduser()
     if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
-        return Pictures.of_records(read_folder(folder), size)
+        return EvaluationSet.of_records(read_folder(folder), size)
     views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
     _check_side(views, size, source)
     train = views.splits.index("heldout")
-    return Pictures(part(views, range(train)), part(views, range(train, len(views))))
+    return EvaluationSet(part(views, range(train)), part(views, range(train, len(views))))
 
 
 def open_foreign(source: str, size: int) -> Tensor:
     """Pictures (N, 3, size, size) uint8 that do not belong: "digits" (MNIST), or any set, both splits of it.
 
     Raises:
-        UserError: see `open_pictures`; or digits for a model of another size.
+        UserError: see `open_evaluation_set`; or digits for a model of another size.
     """
     if source == DIGITS:
         digits = read_digits()
         _check_side(digits, size, source)
         return digits.images
-    pictures = open_pictures(source, size)
+    pictures = open_evaluation_set(source, size)
     return torch.cat([pictures.heldout.images, pictures.train.images])
 
 
-def part(views: Views, rows: Sequence[int]) -> Views:
+def part(views: TrainingViews, rows: Sequence[int]) -> TrainingViews:
     """Some rows of a set."""
     index = list(rows)
-    return Views(
+    return TrainingViews(
         images=views.images[index],
         captions=[views.captions[row] for row in index],
         labels=[views.labels[row] for row in index],
@@ -168,7 +168,7 @@ def spread(count: int, most: int) -> list[int]:
     return [row * count // most for row in range(most)]
 
 
-def prompts_of(pipeline: StarFlowPipeline, views: Views, rows: Sequence[int]) -> list[str]:
+def prompts_of(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int]) -> list[str]:
     """What the pipeline is told about these pictures: captions, class names or nothing."""
     if pipeline.conditioner is None:
         return [""] * len(rows)
@@ -188,7 +188,7 @@ def concept_of(prompt: str, known: set[str]) -> str:
     return max((concept for concept in known if f" {concept} " in words), key=len, default="")
 
 
-def _check_side(views: Views, size: int, source: str) -> None:
+def _check_side(views: TrainingViews, size: int, source: str) -> None:
     side = views.images.shape[-1]
     if side != size:
         raise UserError(f"{source} is of {side} px, the model of {size}: take a model trained at that size")

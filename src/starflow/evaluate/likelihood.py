@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from starflow.data.images import to_unit
-from starflow.data.views import Views
+from starflow.data.views import TrainingViews
 from starflow.errors import UserError
-from starflow.evaluate.dataset import BATCH, Pictures, gather_rows, own_rows, prompts_of, spread
+from starflow.evaluate.dataset import BATCH, EvaluationSet, gather_rows, own_rows, prompts_of, spread
 from starflow.evaluate.scores import Classification, Outliers, classify, outliers
 from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -24,7 +24,7 @@ Density = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
-class Bits:
+class BitsPerDim:
     """Mean negative log-likelihood of a set; of which dimensions, `space` says.
 
     Attributes:
@@ -70,7 +70,7 @@ def log_likelihoods(density: Density, rows: Sequence[int], draws: int, batch: in
     return gather_rows(torch.cat(found) if found else torch.zeros(0, draws, dtype=torch.float64), len(rows))
 
 
-def bits(nats: Tensor, dimensions: int, space: str) -> Bits:
+def bits(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
     """The mean and its errors of log-likelihoods (N, draws).
 
     Raises:
@@ -84,7 +84,7 @@ def bits(nats: Tensor, dimensions: int, space: str) -> Bits:
     means = -kept.mean(1) / unit
     draws = nats.shape[1]
     draw_error = float((kept.mean(0) / unit).std()) / math.sqrt(draws) if draws > 1 else None
-    return Bits(
+    return BitsPerDim(
         space=space,
         dimensions=dimensions,
         nats_per_dim=float(means.mean()) * math.log(2),
@@ -97,7 +97,9 @@ def bits(nats: Tensor, dimensions: int, space: str) -> Bits:
     )
 
 
-def measure_likelihoods(pipeline: StarFlowPipeline, pictures: Pictures, most: int, draws: int) -> dict[str, Bits]:
+def measure_likelihoods(
+    pipeline: StarFlowPipeline, pictures: EvaluationSet, most: int, draws: int
+) -> dict[str, BitsPerDim]:
     """Bits of the held-out pictures, and of as many training pictures spread over the set; prompts as in training."""
     heldout = spread(len(pictures.heldout), most)
     train = spread(len(pictures.train), min(len(heldout), len(pictures.train)))
@@ -107,7 +109,7 @@ def measure_likelihoods(pipeline: StarFlowPipeline, pictures: Pictures, most: in
     }
 
 
-def _bits(pipeline: StarFlowPipeline, views: Views, rows: Sequence[int], draws: int) -> Bits:
+def _bits(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int], draws: int) -> BitsPerDim:
     nats = log_likelihoods(
         lambda some, seeds: _nats(pipeline, views.images, some, seeds, prompts_of(pipeline, views, some)),
         rows,
@@ -117,7 +119,7 @@ def _bits(pipeline: StarFlowPipeline, views: Views, rows: Sequence[int], draws: 
     return bits(nats, _dimensions(pipeline, views.images), pipeline.density_space)
 
 
-def measure_classification(pipeline: StarFlowPipeline, views: Views, most: int, draws: int) -> Classification:
+def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, most: int, draws: int) -> Classification:
     """Accuracy of argmax_c log p(x | c) on labelled pictures; each class meets the same draws of the noise.
 
     Raises:
@@ -146,7 +148,7 @@ def measure_classification(pipeline: StarFlowPipeline, views: Views, most: int, 
     return classify(gather_rows(found, len(rows)), labels)
 
 
-def measure_outliers(pipeline: StarFlowPipeline, pictures: Pictures, foreign: Tensor, most: int) -> Outliers:
+def measure_outliers(pipeline: StarFlowPipeline, pictures: EvaluationSet, foreign: Tensor, most: int) -> Outliers:
     """Likelihood and typicality, without condition, as scores that tell foreign pictures (N, 3, H, W) uint8 apart."""
 
     def unconditional(images: Tensor, count: int) -> Tensor:

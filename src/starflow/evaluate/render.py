@@ -7,6 +7,9 @@ A report as a table, as lines of text or as a page with its pictures.
 
 from __future__ import annotations
 
+import html
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +18,13 @@ from torch import Tensor
 
 from starflow.data.images import save_png, to_pil
 from starflow.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from starflow.evaluate.settings import EvaluationReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-import html
-
-from starflow.evaluate.settings import Report
 
 # Positions and colours in [-1, 1]: a blue, white, red scale that stays readable in grey.
 STOPS = (0.0, 0.5, 1.0)
@@ -151,7 +145,7 @@ STYLE = (
 )
 
 
-def rows(report: Report) -> list[Row]:
+def rows(report: EvaluationReport) -> list[Row]:
     """Name and value of every measure."""
     found = [(f"reconstruction, {noise} (dB)", f"{value:.2f}") for noise, value in report.reconstruction.items()]
     for split, bits in report.likelihood.items():
@@ -175,7 +169,7 @@ def rows(report: Report) -> list[Row]:
     return found + _distances(report)
 
 
-def _distances(report: Report) -> list[Row]:
+def _distances(report: EvaluationReport) -> list[Row]:
     found: list[Row] = []
     for name, measures in report.distances.items():
         for measure, value in measures.items():
@@ -196,14 +190,14 @@ def _distance(name: str, measure: str, value: float) -> list[Row]:
     return [(f"{measure}, {name}", f"{100 * value:.1f} %" if measure in PERCENT else f"{value:.3f}")]
 
 
-def table(report: Report) -> str:
+def table(report: EvaluationReport) -> str:
     """Aligned lines."""
     found = rows(report)
     width = max(len(name) for name, _ in found)
     return "\n".join(f"{name:{width}}  {value:>18}" for name, value in found)
 
 
-def page(report: Report, title: str, sheets: Sequence[tuple[str, str]]) -> str:
+def page(report: EvaluationReport, title: str, sheets: Sequence[tuple[str, str]]) -> str:
     """An HTML page: the table, then each sheet (heading, file name beside the page)."""
     cells = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows(report)

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from starflow.data.images import to_pil, to_unit
-from starflow.evaluate.dataset import Pictures, batches, is_first, open_foreign, prompts_of, spread
+from starflow.evaluate.dataset import EvaluationSet, batches, is_first, open_foreign, prompts_of, spread
 from starflow.evaluate.distances import moments, save_moments
 from starflow.evaluate.features import Extractor, load_extractor
 from starflow.evaluate.likelihood import measure_classification, measure_likelihoods, measure_outliers
-from starflow.evaluate.samples import Measured, measure_reconstruction, reconstruct, through_noise
-from starflow.evaluate.settings import Distances, Plan, Report, Say, Sheets
+from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, reconstruct, through_noise
+from starflow.evaluate.settings import ContactSheets, Distances, EvaluationReport, EvaluationSettings, LogLine
 from starflow.pipeline.config import PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -38,13 +38,13 @@ SHEET = 16
 
 def measure(
     pipeline: StarFlowPipeline,
-    pictures: Pictures,
-    plan: Plan,
-    say: Say,
+    pictures: EvaluationSet,
+    plan: EvaluationSettings,
+    say: LogLine,
     extractor: Extractor | None = None,
     foreign: str = "",
-) -> Report:
-    """Every measure of `Report` that the plan asks for; under torchrun every process gets the same one.
+) -> EvaluationReport:
+    """Every measure of `EvaluationReport` that the plan asks for; under torchrun every process gets the same one.
 
     Args:
         pipeline: reads texts or classes, or takes no prompt.
@@ -69,17 +69,17 @@ def measure(
         unknown = open_foreign(foreign, pipeline.config.image_size)
         strangers = measure_outliers(pipeline, pictures, unknown, plan.pictures)
     if plan.only_likelihood:
-        return Report(likelihood, counts, classification=classification, outliers=strangers)
+        return EvaluationReport(likelihood, counts, classification=classification, outliers=strangers)
     say("reconstructions")
     reconstruction = measure_reconstructions(pipeline, pictures)
     say("features of the pictures")
-    measured = Measured.of(pipeline, pictures, extractor or load_extractor(), plan)
+    measured = SampleMeasurements.of(pipeline, pictures, extractor or load_extractor(), plan)
     if plan.keep_moments and is_first():
         save_moments(Path(plan.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name)
     distances, tuning, best = _distances(pipeline, measured, plan, say)
     say("sheets")
     sheets, retrieval = _sheets(pipeline, measured, plan, best)
-    return Report(
+    return EvaluationReport(
         likelihood=likelihood,
         counts=counts | {"samples": plan.samples},
         features=measured.extractor.name,
@@ -94,7 +94,7 @@ def measure(
     )
 
 
-def measure_reconstructions(pipeline: StarFlowPipeline, pictures: Pictures) -> dict[str, float]:
+def measure_reconstructions(pipeline: StarFlowPipeline, pictures: EvaluationSet) -> dict[str, float]:
     """Mean PSNR in dB of held-out pictures without latent noise, with 0.2 and 0.3, and with the flow's own."""
     found = {}
     images = pictures.heldout.images[spread(len(pictures.heldout), 1000)]
@@ -106,7 +106,7 @@ def measure_reconstructions(pipeline: StarFlowPipeline, pictures: Pictures) -> d
 
 
 def _distances(
-    pipeline: StarFlowPipeline, measured: Measured, plan: Plan, say: Say
+    pipeline: StarFlowPipeline, measured: SampleMeasurements, plan: EvaluationSettings, say: LogLine
 ) -> tuple[Distances, dict[str, float], float]:
     """Distances by set, the kernel distance by weight, and the best weight."""
     weights = weights_to_try(plan.guidance) if pipeline.conditioner else [0.0]
@@ -139,7 +139,9 @@ def weights_to_try(asked: Sequence[float]) -> list[float]:
     return sorted(weights if max(weights) else {0.0, 1.0})
 
 
-def _sheets(pipeline: StarFlowPipeline, measured: Measured, plan: Plan, best: float) -> tuple[Sheets, dict[str, float]]:
+def _sheets(
+    pipeline: StarFlowPipeline, measured: SampleMeasurements, plan: EvaluationSettings, best: float
+) -> tuple[ContactSheets, dict[str, float]]:
     """Samples, the nearest training pictures, reconstructions, and the retrieval scores."""
     views = measured.heldout_views
     rows = spread(len(views), SHEET)
@@ -147,4 +149,4 @@ def _sheets(pipeline: StarFlowPipeline, measured: Measured, plan: Plan, best: fl
     grid = pipeline(list(prompts), guidance=best).images
     neighbours, retrieval = measured.retrieve(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
-    return Sheets(prompts, grid, neighbours, to_pil(to_unit(views.images[rows])), to_pil(again)), retrieval
+    return ContactSheets(prompts, grid, neighbours, to_pil(to_unit(views.images[rows])), to_pil(again)), retrieval

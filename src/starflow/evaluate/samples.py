@@ -15,11 +15,11 @@ import torch
 from torch import Generator, Tensor
 
 from starflow.data.images import from_pil, to_pil, to_unit
-from starflow.data.views import Views
+from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import (
     BATCH,
-    Pictures,
+    EvaluationSet,
     batches,
     concept_of,
     gather_rows,
@@ -41,9 +41,9 @@ from starflow.evaluate.distances import (
 )
 from starflow.evaluate.features import Extracted, Extractor, extract
 from starflow.evaluate.scores import nearest
-from starflow.evaluate.settings import Plan
+from starflow.evaluate.settings import EvaluationSettings
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.sampler import noise_of
+from starflow.sampling.sampler import noise_from_seeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +105,7 @@ def through_noise(
 
 
 def draw_samples(
-    pipeline: StarFlowPipeline, heldout: Views, count: int, guidance: float, seed: int
+    pipeline: StarFlowPipeline, heldout: TrainingViews, count: int, guidance: float, seed: int
 ) -> Iterator[Tensor]:
     """This process's share of `count` pictures of the held-out prompts in turn, as batches (B, 3, H, W) in [-1, 1].
 
@@ -126,31 +126,33 @@ def draw_samples(
 def reconstruct(pipeline: StarFlowPipeline, images: Tensor, rows: Sequence[int], noise: float) -> Tensor:
     """Some rows of uint8 pictures through the autoencoder, with noise on their latents; row r has the seed r."""
     latents = pipeline.autoencoder.encode(to_unit(images[list(rows)]).to(pipeline.device))
-    return pipeline.autoencoder.decode(latents + noise * noise_of(rows, tuple(latents.shape[1:])).to(latents))
+    return pipeline.autoencoder.decode(latents + noise * noise_from_seeds(rows, tuple(latents.shape[1:])).to(latents))
 
 
 @dataclass(frozen=True)
-class Measured:
+class SampleMeasurements:
     """Features of the references, and what is measured against them."""
 
     pipeline: StarFlowPipeline
     extractor: Extractor
-    pictures: Pictures
-    train_views: Views
-    heldout_views: Views
+    pictures: EvaluationSet
+    train_views: TrainingViews
+    heldout_views: TrainingViews
     train: Extracted
     heldout: Extracted
     reference: Moments | None
 
     @staticmethod
-    def of(pipeline: StarFlowPipeline, pictures: Pictures, extractor: Extractor, plan: Plan) -> Measured:
+    def of(
+        pipeline: StarFlowPipeline, pictures: EvaluationSet, extractor: Extractor, plan: EvaluationSettings
+    ) -> SampleMeasurements:
         """Features of both splits, at most `plan.references` pictures of each."""
         train, heldout = (
             part(views, spread(len(views), plan.references)) for views in (pictures.train, pictures.heldout)
         )
         extractor.network.to(pipeline.device)
         path = plan.reference_moments
-        return Measured(
+        return SampleMeasurements(
             pipeline,
             extractor,
             pictures,

@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starflow.errors import UserError
-from starflow.evaluate.likelihood import Bits
+from starflow.evaluate.likelihood import BitsPerDim
 from starflow.evaluate.scores import Classification, Outliers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationSettings:
     """How much is measured."""
 
     samples: int = 1000
@@ -56,7 +56,7 @@ Distances = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Sheets:
+class ContactSheets:
     """Pictures for a person to look at."""
 
     prompts: tuple[str, ...] = ()
@@ -69,10 +69,10 @@ class Sheets:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What was measured; the sheets stay out of the JSON. What a plan leaves out is empty or None."""
 
-    likelihood: dict[str, Bits]
+    likelihood: dict[str, BitsPerDim]
     """By split."""
     counts: dict[str, int]
     features: str = ""
@@ -88,7 +88,7 @@ class Report:
     """Share whose nearest training picture shows the prompted concept."""
     classification: Classification | None = None
     outliers: Outliers | None = None
-    sheets: Sheets = field(default_factory=Sheets)
+    sheets: ContactSheets = field(default_factory=ContactSheets)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the pictures."""

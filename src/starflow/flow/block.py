@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from starflow.flow import affine
 from starflow.flow.tokens import in_order
-from starflow.nn.attention import Continuation, Layer, Spot, runs_wide, widened
+from starflow.nn.attention import CacheIndex, CacheSlice, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm
 
-Bring = Callable[[nn.Module], AbstractContextManager[object]]
+MoveTo = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AutoregressiveBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: Bring | None = None
+        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: MoveTo | None = None
     ) -> tuple[Tensor, Tensor]:
         """Data to noise in one parallel pass.
 
@@ -144,26 +144,26 @@ class AutoregressiveBlock(nn.Module):
         assert label is not None
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
-    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: Continuation | Spot) -> Tensor:
+    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: CacheSlice | CacheIndex) -> Tensor:
         """The layers, for hidden states that continue a cache."""
-        wide = runs_wide(self, hidden_BTD)
+        wide = computes_in_float32(self, hidden_BTD)
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
             assert isinstance(layer, Layer)
-            out_BTD = (widened(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
+            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
         return out_BTD.to(hidden_BTD.dtype)
 
-    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: Bring | None = None) -> Tensor:
+    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: MoveTo | None = None) -> Tensor:
         """The layers over a whole sequence."""
-        wide = runs_wide(self, hidden_BTD)
+        wide = computes_in_float32(self, hidden_BTD)
         again = (wide or bring is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
-        place: Bring = bring if again and bring is not None else contextlib.nullcontext
+        place: MoveTo = bring if again and bring is not None else contextlib.nullcontext
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer in self.attn_blocks:
 
             def work(hidden: Tensor, layer: nn.Module = layer) -> Tensor:
                 with place(layer):
-                    one = widened(layer, self.spec.layer) if wide else layer
+                    one = float32_copy(layer, self.spec.layer) if wide else layer
                     done: Tensor = one(hidden, rotary)
                 return done
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, config_from_dict, config_to_dict
 from starflow.io import files, weights
-from starflow.io.hub import HERE, Fetch, local_or_hub
+from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 
 CONFIG_NAME = "config.json"
 
@@ -39,7 +39,7 @@ def save(
     files.write_json(folder / CONFIG_NAME, config_to_dict(config))
 
 
-def find(folder_or_hub_id: str | Path, fetch: Fetch = HERE) -> Path:
+def find(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> Path:
     """The folder with a flow's own config.json and weights; see the module's docstring.
 
     Raises:
@@ -51,7 +51,7 @@ def find(folder_or_hub_id: str | Path, fetch: Fetch = HERE) -> Path:
     return next((one for one in inner if (one / CONFIG_NAME).is_file() and weights.has_weights(one)), folder)
 
 
-def load(folder_or_hub_id: str | Path, fetch: Fetch = HERE) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read config and weights.
 
     Raises:
@@ -84,17 +84,17 @@ def write_policy(folder: Path, policy: Mapping[str, Any]) -> Path:
     return folder / POLICY_NAME
 
 
-def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def assign_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Make `tensors` the model's own, in their precision and without a copy.
 
     Raises:
         UserError: missing or unexpected keys, or other shapes; lists them.
     """
-    compare(model.state_dict(), tensors, source)
+    check_keys(model.state_dict(), tensors, source)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
-def compare(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+def check_keys(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
     """Compare names and shapes with those of a model.
 
     Raises:

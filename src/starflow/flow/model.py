@@ -30,9 +30,9 @@ from starflow.errors import UserError
 from starflow.flow import affine, checkpoint
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
 from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.offload import brought_through, brought_to
+from starflow.flow.offload import moved_to, run_offloaded
 from starflow.flow.tokens import Grid, grid_of, in_order, patchify, unpatchify
-from starflow.io.hub import Fetch
+from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import condition_positions, grid_positions, rotary_table
@@ -121,7 +121,7 @@ class Flow(nn.Module, ABC):
         log_sigmas: list[Tensor] = []
         for block in self.stack():
             given = (tokens, condition, self.block_rotary(block, rotary))
-            passed = block(*given) if self.offloaded_to is None else brought_through(block, self.at_work, *given)
+            passed = block(*given) if self.offloaded_to is None else run_offloaded(block, self.at_work, *given)
             tokens, log_sigma = passed
             states.append(tokens)
             log_sigmas.append(log_sigma)
@@ -163,7 +163,7 @@ class Flow(nn.Module, ABC):
 
     def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
         """A context in which the weights of a block, or of a part of it, are where the model computes."""
-        return nullcontext() if self.offloaded_to is None else brought_to(part, self.offloaded_to)
+        return nullcontext() if self.offloaded_to is None else moved_to(part, self.offloaded_to)
 
     @property
     def network_dtype(self) -> torch.dtype:
@@ -244,14 +244,14 @@ class Flow(nn.Module, ABC):
         Raises:
             UserError: no such folder or repository, another kind of model, a damaged file, missing or unexpected keys.
         """
-        folder = checkpoint.find(folder_or_hub_id, Fetch(revision, cache, offline))
+        folder = checkpoint.find(folder_or_hub_id, HubOptions(revision, cache, offline))
         config, tensors = checkpoint.load(folder)
         with torch.device("meta"):
             model = build(config)
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise UserError(f"{folder_or_hub_id} holds a {kind}, expected a {cls.__name__}: load it as a {kind}")
-        checkpoint.assign(model, tensors, str(folder))
+        checkpoint.assign_weights(model, tensors, str(folder))
         model.policy = checkpoint.read_policy(folder)
         return model
 

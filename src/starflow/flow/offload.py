@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from starflow.flow.block import AutoregressiveBlock, Bring
+from starflow.flow.block import AutoregressiveBlock, MoveTo
 
 
 @contextmanager
-def brought_to(module: nn.Module, device: torch.device) -> Iterator[None]:
+def moved_to(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Weights and buffers as copies on `device` while a block runs."""
     places = [(part, name, held) for part in module.modules() for name, held in part._parameters.items()]
     buffers = [(part, name, held) for part in module.modules() for name, held in part._buffers.items()]
@@ -37,8 +37,8 @@ def brought_to(module: nn.Module, device: torch.device) -> Iterator[None]:
             part._buffers[name] = buffer
 
 
-def brought_through(
-    block: AutoregressiveBlock, bring: Bring, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
+def run_offloaded(
+    block: AutoregressiveBlock, bring: MoveTo, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A block's pass with its weights brought; where gradients are wanted, the way back brings them again.
 

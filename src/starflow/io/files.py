@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Lines:
-    """`Lines(path)[i]` is line i as an object; 8 bytes of memory a line. Pickles as its path."""
+class JsonLines:
+    """`JsonLines(path)[i]` is line i as an object; 8 bytes of memory a line. Pickles as its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,8 +50,8 @@ class Lines:
             raise UserError(f"{self.path}, line {number + 1} is damaged: delete the folder and make it again")
         return line
 
-    def __reduce__(self) -> tuple[type[Lines], tuple[Path]]:
-        return Lines, (self.path,)
+    def __reduce__(self) -> tuple[type[JsonLines], tuple[Path]]:
+        return JsonLines, (self.path,)
 
     @cached_property
     def _bytes(self) -> mmap.mmap | bytes:
@@ -161,7 +161,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Hold a folder's lock while a block runs; the system drops it with the process, however that ends.
 
     Raises:

@@ -30,7 +30,7 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Fetch:
+class HubOptions:
     """Which state of a hub repository is meant, and how it may be reached."""
 
     revision: str | None = None
@@ -41,15 +41,15 @@ class Fetch:
     """Take only what is cached."""
 
     @property
-    def elsewhere(self) -> Fetch:
+    def elsewhere(self) -> HubOptions:
         """The same for another repository, which has revisions of its own."""
         return dataclasses.replace(self, revision=None)
 
 
-HERE = Fetch()
+DEFAULT_HUB = HubOptions()
 
 
-def split_revision(name: str, fetch: Fetch = HERE) -> tuple[str, str | None]:
+def split_revision(name: str, fetch: HubOptions = DEFAULT_HUB) -> tuple[str, str | None]:
     """Repository and revision of "owner/name@revision", or of "owner/name" and what `fetch` says.
 
     Raises:
@@ -66,7 +66,7 @@ def local_or_hub(
     needed: Sequence[str],
     also: Sequence[str] = (),
     remedy: str = REMEDY,
-    fetch: Fetch = HERE,
+    fetch: HubOptions = DEFAULT_HUB,
     within: Sequence[str] = ("",),
 ) -> Path:
     """The folder `source` if it is one, else a snapshot of the hub repository of that name.
@@ -92,7 +92,7 @@ def local_or_hub(
 
 
 def snapshot(
-    source: str, files: Sequence[str], *, needed: Sequence[str], remedy: str = REMEDY, fetch: Fetch = HERE
+    source: str, files: Sequence[str], *, needed: Sequence[str], remedy: str = REMEDY, fetch: HubOptions = DEFAULT_HUB
 ) -> Path:
     """Local folder of a hub repository: the cached one where it has what is needed, else downloaded and checked.
 
@@ -188,7 +188,7 @@ def is_intact(path: Path) -> bool | None:
     return digest.hexdigest() == blob.name
 
 
-def size_to_fetch(source: str, file: str, fetch: Fetch = HERE) -> int:
+def size_to_fetch(source: str, file: str, fetch: HubOptions = DEFAULT_HUB) -> int:
     """Bytes of a repository's file that is not in the cache yet; 0 where it is, or where the hub does not say.
 
     Raises:
@@ -267,7 +267,7 @@ TORCHAO = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
-def errors_only(*names: str) -> Iterator[None]:
+def only_errors_logged(*names: str) -> Iterator[None]:
     """Loggers of these names let errors through alone while a block runs."""
     loggers = [getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

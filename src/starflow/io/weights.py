@@ -227,7 +227,7 @@ def checksums(folder: Path) -> dict[str, Checksum]:
     return found
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write checksums.json of the safetensors files that a library of others has put into a folder.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from starflow.errors import UserError
 from starflow.io import weights
 from starflow.io.files import read_json, read_tensors
-from starflow.io.hub import HERE, TORCHAO, Fetch, errors_only, local_or_hub
+from starflow.io.hub import DEFAULT_HUB, TORCHAO, HubOptions, local_or_hub, only_errors_logged
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
@@ -47,7 +47,7 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: Fetch = HERE) -> nn.Module:
+def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: HubOptions = DEFAULT_HUB) -> nn.Module:
     """Build the diffusers class `name` from `source`, a folder or a hub repository, frozen and in evaluation mode.
 
     Raises:
@@ -105,7 +105,7 @@ def quiet(diffusers: Any) -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with errors_only(*TORCHAO, "diffusers"):
+        with only_errors_logged(*TORCHAO, "diffusers"):
             yield
     finally:
         logging.set_verbosity(level)
@@ -130,7 +130,7 @@ class KLLatents:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: Fetch = HERE
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
     ) -> KLLatents:
         """Load from a folder or a hub repository, e.g. "stabilityai/sd-vae-ft-ema".
 
@@ -196,7 +196,7 @@ class TinyLatents:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: Fetch = HERE
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
     ) -> TinyLatents:
         """Load from a folder or a hub repository, e.g. "madebyollin/taesd".
 

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
-from starflow.flow.checkpoint import assign
+from starflow.flow.checkpoint import assign_weights
 from starflow.io import weights
 from starflow.io.files import read_json, write_json
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
@@ -155,6 +155,6 @@ def load_small(folder: Path) -> SmallLatents:
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
     network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
-    assign(network, weights.read(folder), str(weights.weight_files(folder)[0]))
+    assign_weights(network, weights.read(folder), str(weights.weight_files(folder)[0]))
     network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SmallLatents(network, float(noise_std), str(folder))

@@ -29,7 +29,7 @@ from starflow.nn.rope import rotate
 
 
 @dataclass(frozen=True)
-class Continuation:
+class CacheSlice:
     """Where a pass goes on from: the caches it extends, and the index of its first token in them."""
 
     cache: KVCache
@@ -40,13 +40,13 @@ class Continuation:
     """(B, 1, 1, 1) factor on the attention logits of each row; None is 1."""
 
     @staticmethod
-    def at(cache: KVCache, start: int, count: int, query_scale: Tensor | None = None) -> Continuation:
+    def at(cache: KVCache, start: int, count: int, query_scale: Tensor | None = None) -> CacheSlice:
         """The continuation of `start` tokens by `count` more."""
         mask_TL = None
         if start and count > 1:
             device = cache.layers[0].keys_BNLH.device
             mask_TL = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
-        return Continuation(cache, start, mask_TL, query_scale)
+        return CacheSlice(cache, start, mask_TL, query_scale)
 
     @property
     def causal(self) -> bool:
@@ -59,7 +59,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Spot:
+class CacheIndex:
     """A continuation by one token, at a position that a tensor holds: the same work at every position.
 
     So it can be recorded once and replayed, at the price of reading `limit` positions, those masked included.
@@ -75,10 +75,10 @@ class Spot:
     causal = False
 
     @staticmethod
-    def at(cache: KVCache, position_1: Tensor, limit: int, query_scale: Tensor | None = None) -> Spot:
+    def at(cache: KVCache, position_1: Tensor, limit: int, query_scale: Tensor | None = None) -> CacheIndex:
         """The spot of one position."""
         mask_TL = torch.arange(limit, device=position_1.device)[None] <= position_1[:, None]
-        return Spot(cache, position_1, limit, mask_TL, query_scale)
+        return CacheIndex(cache, position_1, limit, mask_TL, query_scale)
 
     def write(self, cache: LayerCache, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values; the positions below the limit."""
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation | Spot) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
         """The same for tokens that continue a cache, which takes their keys and values."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         if onto.query_scale is not None:
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: Continuation | Spot) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
         """The same for tokens that continue a cache."""
         x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, onto)
         out: Tensor = x_BTD + self.mlp(x_BTD)
@@ -157,7 +157,7 @@ LONG = 32
 """Tokens of a pass from which on the cast pays."""
 
 
-def runs_wide(block: nn.Module, hidden_BTD: Tensor) -> bool:
+def computes_in_float32(block: nn.Module, hidden_BTD: Tensor) -> bool:
     """Whether a block's layers are to be cast for a pass over these hidden states."""
     if hidden_BTD.dtype != torch.bfloat16 or hidden_BTD.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -165,7 +165,7 @@ def runs_wide(block: nn.Module, hidden_BTD: Tensor) -> bool:
     return long and not has_bfloat16() and all(map(_plain, block.parameters()))
 
 
-def widened(layer: nn.Module, spec: LayerSpec) -> Layer:
+def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:
     """A copy of a layer in float32."""
     with torch.device("meta"):
         twin = Layer(spec)

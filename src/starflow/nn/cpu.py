@@ -20,7 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the rest of the process; False where there is no glibc.
 
     By default every large tensor goes back to the kernel when it is freed, and the next one comes as fresh pages, each
@@ -41,7 +41,7 @@ PAGE = 2**21
 MADV_HUGEPAGE = 14
 
 
-def on_large_pages(tensor: Tensor) -> Tensor:
+def on_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor itself, once its memory has been asked for in large pages."""
     if tensor.device.type == "cpu" and tensor.nbytes >= LARGE and sys.platform == "linux":
         start = -(-tensor.data_ptr() // PAGE) * PAGE

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from starflow.nn.cpu import on_large_pages
+from starflow.nn.cpu import on_huge_pages
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class KVCache:
         """Room for `shape.length` tokens in every layer."""
 
         def room() -> Tensor:
-            return on_large_pages(torch.empty(shape[1:], dtype=dtype, device=device)).zero_()
+            return on_huge_pages(torch.empty(shape[1:], dtype=dtype, device=device)).zero_()
 
         return KVCache(tuple(LayerCache(room(), room()) for _ in range(shape.layers)))
 

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from starflow.conditioning import Conditioner, ConditionerSpec, ReleasedText, TextEncoder, load_conditioner
+from starflow.conditioning import Conditioner, ConditionerSpec, OnDemandTextEncoder, TextEncoder, load_conditioner
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.io import files
-from starflow.io.hub import Fetch
+from starflow.io.hub import HubOptions
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
-from starflow.latents.load import open_trainable, save_trainable
+from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
 from starflow.pipeline import config as sizes
 from starflow.pipeline.config import PipelineConfig
@@ -99,7 +99,7 @@ def open_flow(folder: Path) -> STARFlow | TarFlow:
     return TarFlow.from_pretrained(folder / FLOW) if kind == "tarflow" else STARFlow.from_pretrained(folder / FLOW)
 
 
-def open_autoencoder(spec: AutoencoderSpec, folder: Path, fetch: Fetch) -> Autoencoder:
+def open_autoencoder(spec: AutoencoderSpec, folder: Path, fetch: HubOptions) -> Autoencoder:
     """The autoencoder that a pipeline's config.json describes.
 
     Raises:
@@ -109,7 +109,7 @@ def open_autoencoder(spec: AutoencoderSpec, folder: Path, fetch: Fetch) -> Autoe
     return load_autoencoder(dataclasses.replace(spec, source=source), fetch.elsewhere)
 
 
-def open_conditioner(spec: ConditionerSpec, folder: Path, fetch: Fetch, keep: bool | None) -> Conditioner:
+def open_conditioner(spec: ConditionerSpec, folder: Path, fetch: HubOptions, keep: bool | None) -> Conditioner:
     """The conditioner that a pipeline's config.json describes; see `load_conditioner` for `keep`.
 
     Raises:
@@ -119,13 +119,13 @@ def open_conditioner(spec: ConditionerSpec, folder: Path, fetch: Fetch, keep: bo
     return load_conditioner(dataclasses.replace(spec, source=source), fetch.elsewhere, keep)
 
 
-def open_decoder(source: str, spec: AutoencoderSpec, fetch: Fetch) -> Autoencoder:
+def open_decoder(source: str, spec: AutoencoderSpec, fetch: HubOptions) -> Autoencoder:
     """Another autoencoder that decodes the latents of the one that `spec` describes.
 
     Raises:
         UserError: it cannot be found, is damaged, or its latents are of another shape.
     """
-    found = open_trainable(source, fetch.elsewhere)
+    found = load_trainable(source, fetch.elsewhere)
     shapes = [f"{one.channels} channels, {one.factor} pixels a side" for one in (found.spec, spec)]
     if shapes[0] != shapes[1]:
         raise UserError(
@@ -170,7 +170,7 @@ def save_autoencoder(
 
 def save_conditioner(conditioner: Conditioner, stored: ConditionerSpec, folder: Path, parts: Parts) -> ConditionerSpec:
     """As `save_autoencoder`, of a text encoder with its tokenizer; of a T5 the encoder alone."""
-    if not isinstance(conditioner, (TextEncoder, ReleasedText)):
+    if not isinstance(conditioner, (TextEncoder, OnDemandTextEncoder)):
         return dataclasses.replace(stored, source=_absolute(stored.source))
     if not _inside(stored.source, parts):
         return dataclasses.replace(stored, source=_absolute(stored.source))

@@ -22,18 +22,18 @@ from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.memory import parameters
 from starflow.io import files
 from starflow.latents import AutoencoderSpec
-from starflow.latents.load import open_trainable
+from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
 from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
-from starflow.published.convert import SHARD_BYTES, Progress, convert_flow, silent
+from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
 """Factor of Stable Diffusion's latents."""
 
 
 @dataclass(frozen=True)
-class Around:
+class PipelineOverrides:
     """What is around the flow, where the options do not say it, or are to be overruled; None is as they say."""
 
     autoencoder: str | None = None
@@ -44,11 +44,11 @@ class Around:
     guidance: float | None = None
 
 
-AS_THEY_SAY = Around()
+NO_OVERRIDES = PipelineOverrides()
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedPipeline:
     """What a conversion found and made."""
 
     folder: Path
@@ -68,12 +68,12 @@ def convert(
     options: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
-    around: Around = AS_THEY_SAY,
+    around: PipelineOverrides = NO_OVERRIDES,
     *,
     name: str = "",
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = silent,
-) -> Converted:
+    progress: ByteProgress = no_progress,
+) -> ConvertedPipeline:
     """Write a checkpoint as a pipeline's folder, or where no autoencoder is known as a flow's.
 
     Keys, shapes, options, what is around the flow and the room on the disk are looked at before anything is written.
@@ -100,10 +100,10 @@ def convert(
     size = convert_flow(found, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress)
     if config is not None:
         files.write_json(folder / "config.json", to_dict(config))
-    return Converted(folder, whole, parameters(found.config), size, found.ignored, ignored_options(options))
+    return ConvertedPipeline(folder, whole, parameters(found.config), size, found.ignored, ignored_options(options))
 
 
-def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: Around) -> PipelineConfig:
+def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: PipelineOverrides) -> PipelineConfig:
     """config.json of a pipeline, from the flow's and what options say around it.
 
     Raises:
@@ -123,7 +123,7 @@ def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source in SD_VAES and not Path(source).is_dir():
         found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
     else:
-        found = open_trainable(source).spec
+        found = load_trainable(source).spec
     if Path(source).expanduser().is_dir():
         found = dataclasses.replace(found, source=str(Path(source).expanduser().resolve()))
     if found.channels != flow.in_channels:

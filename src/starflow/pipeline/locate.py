@@ -34,9 +34,9 @@ from importlib import resources
 import torch
 
 from starflow.io import files
-from starflow.io.hub import HERE, Fetch, explain, hub_errors, size_to_fetch, snapshot, split_revision
+from starflow.io.hub import DEFAULT_HUB, HubOptions, explain, hub_errors, size_to_fetch, snapshot, split_revision
 from starflow.pipeline.from_published import convert
-from starflow.published.convert import RELEASES, Progress, Release
+from starflow.published.convert import RELEASES, ByteProgress, PublishedRelease
 
 State = Literal["ok", "damaged", "unknown"]
 
@@ -44,7 +44,7 @@ SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model")
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedFile:
     """One file: what it is, and by what."""
 
     path: Path
@@ -52,7 +52,7 @@ class Verified:
     by: str
 
 
-def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = lambda _: None) -> list[Verified]:
+def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = lambda _: None) -> list[VerifiedFile]:
     """Check a pipeline's files, and those of its parts that lie elsewhere on this machine.
 
     Args:
@@ -77,10 +77,10 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
 def places(folder: Path, config: PipelineConfig) -> list[Path]:
     """The pipeline's folder, and those of the parts that it names elsewhere, as far as they are here."""
     from starflow.conditioning.text import resolve
-    from starflow.io.hub import Fetch, local_or_hub
+    from starflow.io.hub import HubOptions, local_or_hub
     from starflow.pipeline.folder import place_of
 
-    here = Fetch(offline=True)
+    here = HubOptions(offline=True)
     found = [folder]
     for spec in (config.autoencoder, config.conditioner):
         source = place_of(spec, folder) if spec else ""
@@ -99,14 +99,14 @@ def total_bytes(folders: list[Path]) -> int:
     return sum(path.stat().st_size for folder in folders for path in _files(folder))
 
 
-def _of_folder(folder: Path, read: Callable[[int], None]) -> Iterator[Verified]:
+def _of_folder(folder: Path, read: Callable[[int], None]) -> Iterator[VerifiedFile]:
     for path in _files(folder):
         known = weights.checksums(path.parent).get(path.name)
         if known is None:
-            yield Verified(path, *_by_the_cache(path))
+            yield VerifiedFile(path, *_by_the_cache(path))
             continue
         fine = path.stat().st_size == known.bytes and weights.sha256_of(path, read) == known.sha256
-        yield Verified(path, "ok" if fine else "damaged", weights.CHECKSUMS)
+        yield VerifiedFile(path, "ok" if fine else "damaged", weights.CHECKSUMS)
 
 
 def _by_the_cache(path: Path) -> tuple[State, str]:
@@ -131,7 +131,7 @@ FILES = ("*.json", "*.safetensors", "*.md", "NOTICE", "LICENSE*", "*/*.model", "
 """What is fetched of a pipeline's repository: its folders' configs, weights and tokenizers, and who made it."""
 
 
-def find_model(name: str, fetch: Fetch = HERE) -> Path:
+def find_model(name: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
     """The folder of a pipeline, which holds its config.json.
 
     Args:
@@ -208,7 +208,7 @@ def is_release(name: str) -> bool:
 
 
 def find_pipeline(
-    name: str, fetch: Fetch = HERE, precision: Precision = "bfloat16", note: Callable[[str], None] = say
+    name: str, fetch: HubOptions = DEFAULT_HUB, precision: Precision = "bfloat16", note: Callable[[str], None] = say
 ) -> Path:
     """As `find_model`, and of a published repository the converted folder; fetches and converts it the first time.
 
@@ -233,7 +233,7 @@ def find_pipeline(
 
 
 def _fetch_and_convert(
-    repository: str, revision: str, root: Path, fetch: Fetch, precision: Precision, note: Callable[[str], None]
+    repository: str, revision: str, root: Path, fetch: HubOptions, precision: Precision, note: Callable[[str], None]
 ) -> Path:
     release = RELEASES[repository]
     named = f"{repository}@{revision}"
@@ -249,7 +249,7 @@ def _fetch_and_convert(
         raise UserError(f"the hub's '{named}' has no {release.file}: name a revision that has it")
     digest = _digest(file)
     folder = root / f"{digest}-{precision}"
-    with files.alone_in(folder):
+    with files.folder_lock(folder):
         if not (folder / "config.json").is_file():
             _show_terms(repository, release, came, root, note)
             for path in _along(came):
@@ -261,7 +261,9 @@ def _fetch_and_convert(
     return folder
 
 
-def _show_terms(repository: str, release: Release, came: Path, root: Path, note: Callable[[str], None]) -> None:
+def _show_terms(
+    repository: str, release: PublishedRelease, came: Path, root: Path, note: Callable[[str], None]
+) -> None:
     """Say the licence of the weights, if that has not been said here before."""
     if (root / SHOWN).exists():
         return
@@ -298,12 +300,12 @@ def _refs(root: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _root(fetch: Fetch) -> Path:
+def _root(fetch: HubOptions) -> Path:
     return Path(fetch.cache).expanduser() if fetch.cache else files.cache_folder()
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
+def progress_bar(what: str) -> Iterator[ByteProgress]:
     """A bar over bytes, on a terminal, once there is something to wait for."""
     from tqdm import tqdm
 

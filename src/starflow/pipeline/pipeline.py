@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from starflow.conditioning import ClassLabels, Conditioner, ReleasedText
+from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
 from starflow.config import from_dict, to_dict
 from starflow.data.images import dequantise, from_pil, to_pil
 from starflow.errors import UserError
@@ -33,7 +33,7 @@ from starflow.flow.memory import parameters
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
 from starflow.flow.quantize import is_quantised, quantise
 from starflow.io import files
-from starflow.io.hub import Fetch
+from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.latents import Autoencoder
 from starflow.latents.tiled import decode_in_tiles
@@ -43,10 +43,10 @@ from starflow.pipeline.config import Cleaning as Cleaning
 from starflow.pipeline.config import PipelineConfig as PipelineConfig
 from starflow.pipeline.folder import Parts, facts_of, model_card
 from starflow.pipeline.locate import find_pipeline, push_folder
-from starflow.sampling.calibrate import Material, calibrate
+from starflow.sampling.calibrate import CalibrationData, calibrate
 from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import CacheDtype, Policy, SampleSettings, SolverChoice, keep_policy
-from starflow.sampling.sampler import best_candidates, candidates_of, noise_of, sample, shifted
+from starflow.sampling.sampler import best_candidates, candidate_noise, noise_from_seeds, offset_progress, sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,7 +143,7 @@ class StarFlowPipeline:
         Raises:
             UserError: nothing there, or its files are damaged or do not fit each other.
         """
-        fetch = Fetch(revision, cache, offline)
+        fetch = HubOptions(revision, cache, offline)
         folder = find_pipeline(str(model), fetch, "float32" if dtype == torch.float32 else "bfloat16")
         values = files.read_json(folder / "config.json")
         if not isinstance(values, dict) or "autoencoder" not in values:
@@ -323,7 +323,7 @@ class StarFlowPipeline:
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             condition, null = self._condition(some, shape)
-            noise = candidates_of(seeds[start : start + batch_size], shape, drawn_as.candidates)
+            noise = candidate_noise(seeds[start : start + batch_size], shape, drawn_as.candidates)
             drawn = best_candidates(
                 self.flow,
                 drawn_as.temperature * noise.to(self.device),
@@ -331,7 +331,7 @@ class StarFlowPipeline:
                 null,
                 dataclasses.replace(settings, guidance=weights[start : start + batch_size]),
                 batch_size,
-                shifted(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
+                offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
             images += to_pil(self._picture(drawn, condition, way, tile))
@@ -367,13 +367,13 @@ class StarFlowPipeline:
 
     def material(
         self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
-    ) -> Material:
+    ) -> CalibrationData:
         """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
         drawn = list(prompts or self._usual_prompts())
         weight = self.config.guidance if guidance is None else guidance
         condition, null = self._condition(drawn)
-        noise = self.config.temperature * noise_of(range(len(drawn)), self._latent_shape(None)).to(self.device)
-        return Material(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
+        noise = self.config.temperature * noise_from_seeds(range(len(drawn)), self._latent_shape(None)).to(self.device)
+        return CalibrationData(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
     def _usual_prompts(self) -> list[str]:
         if self.conditioner is None:
@@ -438,7 +438,7 @@ class StarFlowPipeline:
         if self.config.noise == "uniform":
             draws = [torch.rand(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
             return dequantise(latents, torch.stack(draws).to(self.device))
-        return latents + self.config.noise_std * noise_of(seeds, tuple(latents.shape[1:])).to(self.device)
+        return latents + self.config.noise_std * noise_from_seeds(seeds, tuple(latents.shape[1:])).to(self.device)
 
     @torch.no_grad()
     def encode(self, image: Image, prompt: str = "") -> Tensor:
@@ -492,7 +492,7 @@ class StarFlowPipeline:
         self._prepare(prompts, self._latent_shape(size))
 
     def _prepare(self, prompts: Sequence[str], shape: Sequence[int]) -> None:
-        if isinstance(self.conditioner, ReleasedText):
+        if isinstance(self.conditioner, OnDemandTextEncoder):
             self.conditioner.remember(sizes.told(self.config, prompts, shape))
 
     def _drawn_as(self, temperature: float | None, candidates: int | None) -> PipelineConfig:

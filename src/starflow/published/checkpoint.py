@@ -146,7 +146,7 @@ _OF_VIDEO = "learnable_self_denoiser."
 
 
 @dataclass(frozen=True)
-class Published:
+class LoadedCheckpoint:
     """A loaded checkpoint."""
 
     model: STARFlow | TarFlow
@@ -155,7 +155,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class OpenCheckpoint:
     """A checkpoint whose keys and shapes have been compared with its options; of a file, nothing is read yet."""
 
     name: str
@@ -186,16 +186,16 @@ def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
     return read_published(source, options).model
 
 
-def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> Published:
+def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> LoadedCheckpoint:
     """As `load_published`, and which keys were ignored."""
     found = open_published(source, options)
     with torch.device("meta"):
         model = build(found.config)
-    checkpoint.assign(model, found.tensors, _name(source))
-    return Published(model, found.ignored)
+    checkpoint.assign_weights(model, found.tensors, _name(source))
+    return LoadedCheckpoint(model, found.ignored)
 
 
-def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> Checkpoint:
+def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> OpenCheckpoint:
     """A checkpoint's tensors, compared with its options; a file's are mapped, so that memory is taken as they are used.
 
     Raises:
@@ -219,9 +219,9 @@ def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
     for key in added:
         device = next(iter(kept.values())).device if kept else None
         kept[key] = torch.ones(expected[key].shape, device=device)
-    checkpoint.compare(expected, kept, name)
+    checkpoint.check_keys(expected, kept, name)
     ignored = [key for key in tensors if key not in kept]
-    return Checkpoint(name, config, {key: kept[key] for key in expected}, ignored, added, _is_mapped(source))
+    return OpenCheckpoint(name, config, {key: kept[key] for key in expected}, ignored, added, _is_mapped(source))
 
 
 def _is_mapped(source: Mapping[str, Tensor] | str | Path) -> bool:

@@ -21,26 +21,26 @@ from torch import Tensor
 
 from starflow.flow import checkpoint
 from starflow.io import files
-from starflow.published.checkpoint import Checkpoint
+from starflow.published.checkpoint import OpenCheckpoint
 
 SHARD_BYTES = 2**30
 """Size that a shard stays under: it waits in memory until it is full."""
 
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 """Told the bytes written so far and in all."""
 
 
-def silent(_done: int, _total: int) -> None:
+def no_progress(_done: int, _total: int) -> None:
     """Progress that nobody looks at."""
 
 
 def convert_flow(
-    found: Checkpoint,
+    found: OpenCheckpoint,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = silent,
+    progress: ByteProgress = no_progress,
 ) -> int:
     """Write a checkpoint's flow as `from_pretrained` reads it; returns the bytes of its weights.
 
@@ -60,7 +60,9 @@ def convert_flow(
     return total
 
 
-def _cast(found: Checkpoint, dtype: torch.dtype, total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+def _cast(
+    found: OpenCheckpoint, dtype: torch.dtype, total: int, progress: ByteProgress
+) -> Iterator[tuple[str, Tensor]]:
     done = 0
     for name, tensor in found.tensors.items():
         yield name, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -71,7 +73,7 @@ def _cast(found: Checkpoint, dtype: torch.dtype, total: int, progress: Progress)
 
 
 @dataclass(frozen=True)
-class Release:
+class PublishedRelease:
     """One checkpoint of a repository."""
 
     file: str
@@ -87,8 +89,8 @@ def _arguments(**values: Any) -> dict[str, Any]:
     return {"arguments": [{key: value} for key, value in values.items()]}
 
 
-RELEASES: dict[str, Release] = {
-    "apple/starflow": Release(
+RELEASES: dict[str, PublishedRelease] = {
+    "apple/starflow": PublishedRelease(
         "starflow_3B_t2i_256x256.pth",
         _arguments(
             img_size=256,

@@ -26,7 +26,7 @@ from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
-from starflow.sampling.cpu.engine import engine_of
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.jacobi import Span, relative_change, step
 from starflow.sampling.planner import MARGIN, SLACK, Clock, in_turn
@@ -42,11 +42,11 @@ from starflow.sampling.policy import (
     SolverName,
     machine_of,
 )
-from starflow.sampling.predictor import Guess, Predictor, Solution, worth_drafting
+from starflow.sampling.predictor import InitialGuess, Predictor, SolverResult, worth_drafting
 from starflow.sampling.sampler import conditions_of, run, solve
 
 SEGMENTS = (4, 8, 16, 32, 64, 128)
-STARTS: tuple[Guess, ...] = ("noise", "zero", "previous", "gaussian")
+STARTS: tuple[InitialGuess, ...] = ("noise", "zero", "previous", "gaussian")
 """Guesses that cost nothing."""
 HOPELESS = 0.6
 """Contraction above which whole sequences are not tried: a residual of 1e-3 would take over 13 passes."""
@@ -62,7 +62,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Material:
+class CalibrationData:
     """What to calibrate with; the more pictures, the surer."""
 
     noise: Tensor
@@ -72,11 +72,11 @@ class Material:
     settings: SampleSettings
     """Guidance, its rule, and the tolerance."""
 
-    def first(self, batch: int) -> Material:
+    def first(self, batch: int) -> CalibrationData:
         """`batch` pictures of it, repeated where there are fewer."""
         index = torch.arange(batch, device=self.noise.device) % len(self.noise)
         null = self.null_condition
-        return Material(
+        return CalibrationData(
             self.noise[index],
             None if self.condition is None else self.condition[index],
             null if null is None or len(null) == 1 else null[index],
@@ -87,7 +87,7 @@ class Material:
     def guided(self) -> bool:
         return self.settings.guidance_for(self.noise) is not None
 
-    def guided_and_not(self) -> tuple[Material, ...]:
+    def guided_and_not(self) -> tuple[CalibrationData, ...]:
         """It, and where it is guided also without guidance."""
         plain = dataclasses.replace(self, settings=dataclasses.replace(self.settings, guidance=0.0))
         return (self, plain) if self.guided else (self,)
@@ -108,7 +108,9 @@ class Solved:
 
 
 @torch.no_grad()
-def calibrate(model: Flow, material: Material, batches: Sequence[int], repeats: int = 3, note: Note = print) -> Policy:
+def calibrate(
+    model: Flow, material: CalibrationData, batches: Sequence[int], repeats: int = 3, note: Note = print
+) -> Policy:
     """The policy of a model on the device that it is on.
 
     Args:
@@ -122,7 +124,7 @@ def calibrate(model: Flow, material: Material, batches: Sequence[int], repeats: 
         UserError: noise or conditions that the model cannot take.
     """
     if material.noise.device.type == "cpu":
-        engine_of(model).build()  # what is chosen must hold against the compiled loop too, whenever that comes
+        cpu_engine_of(model).build()  # what is chosen must hold against the compiled loop too, whenever that comes
     solved = solve_exactly(model, material)
     convergence = []
     for block in solved:
@@ -137,7 +139,7 @@ def calibrate(model: Flow, material: Material, batches: Sequence[int], repeats: 
     return Policy(config_to_dict(model.config), tolerance, tuple(convergence), tuple(plans))
 
 
-def solve_exactly(model: Flow, material: Material) -> list[Solved]:
+def solve_exactly(model: Flow, material: CalibrationData) -> list[Solved]:
     """Every block with the noise that reaches it and its exact answer, from the data to the noise."""
     tokens_BND, grid = model.tokens(material.noise)
     guidance = material.settings.guidance_for(tokens_BND)
@@ -167,13 +169,13 @@ def _predictor(
     batch, tokens = tokens_BND.shape[:2]
     rows = conditions if guidance is not None else conditions[:1]
     block_rotary = model.block_rotary(block, rotary)
-    return Predictor.of(block, batch, tokens, rows, block_rotary, guidance, CachePool(), engine_of(model))
+    return Predictor.of(block, batch, tokens, rows, block_rotary, guidance, CachePool(), cpu_engine_of(model))
 
 
 def converge(block: Solved, tolerance: float) -> Convergence:
     """How a block converges, and the parallel policies that meet the tolerance."""
     starts: dict[str, float] = {guess: _distance(start(block, guess), block) for guess in STARTS}
-    whole: Guess = "noise" if starts["noise"] <= starts["zero"] else "zero"
+    whole: InitialGuess = "noise" if starts["noise"] <= starts["zero"] else "zero"
     contraction = contraction_of(block, start(block, whole))
     tried = [BlockPolicy("jacobi", None, None, whole)] if contraction < HOPELESS else []
     within = min(STARTS, key=lambda guess: starts[guess])
@@ -189,7 +191,7 @@ def converge(block: Solved, tolerance: float) -> Convergence:
     return Convergence(contraction, starts, tuple(sorted(found, key=lambda one: one.passes)))
 
 
-def start(block: Solved, guess: Guess) -> Tensor:
+def start(block: Solved, guess: InitialGuess) -> Tensor:
     """x_0 of a whole sequence; "previous" and "gaussian" as if every token were the first of a segment."""
     if guess == "noise":
         return block.noise_BNC
@@ -235,7 +237,7 @@ def _try(block: Solved, policy: BlockPolicy, tolerance: float) -> Candidate | No
     return Candidate(dataclasses.replace(policy, max_iterations=most), found.iterations, found.drafts)
 
 
-def _plan(model: Flow, material: Material, convergence: Sequence[Convergence], repeats: int) -> Plan:
+def _plan(model: Flow, material: CalibrationData, convergence: Sequence[Convergence], repeats: int) -> Plan:
     choices = tuple(
         _choose(block, known.candidates, material.settings.tolerance, repeats)
         for block, known in zip(solve_exactly(model, material), convergence, strict=True)
@@ -272,7 +274,7 @@ def situation_of(model: Flow, tokens_BND: Tensor, settings: SampleSettings) -> S
 
 def _choose(block: Solved, candidates: Sequence[Candidate], tolerance: float, repeats: int) -> Choice:
     """The fastest of the candidates that may win, or going token by token."""
-    solutions: dict[BlockPolicy, Solution] = {}
+    solutions: dict[BlockPolicy, SolverResult] = {}
 
     def action(policy: BlockPolicy) -> None:
         solutions[policy] = solve(block.predictor, block.noise_BNC, policy, tolerance, _silent)

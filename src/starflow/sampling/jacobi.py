@@ -21,15 +21,15 @@ from torch import Tensor
 
 from starflow.flow import affine
 from starflow.sampling.predictor import (
-    Effort,
-    Guess,
+    InitialGuess,
+    IterationLimits,
     Predictor,
-    Report,
-    Solution,
+    SolverResult,
+    TokenProgress,
     can_draft,
+    copy_rows_back,
     draft_of,
-    give_back,
-    narrow,
+    select_pictures,
 )
 from starflow.sampling.sequential import advance, solve_sequential
 
@@ -40,7 +40,9 @@ DRAFT_GAIN = 2.0
 than a half of the distance wherever iterating pays."""
 
 
-def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report: Report) -> Solution:
+def solve_jacobi(
+    predictor: Predictor, noise_BNC: Tensor, effort: IterationLimits, report: TokenProgress
+) -> SolverResult:
     """Invert one block, segment by segment."""
     if effort.guess == "rounded" and not predictor.can_round:
         return solve_sequential(predictor, noise_BNC, effort, report)  # exact, where no cheaper guess is to be had
@@ -56,9 +58,9 @@ def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report
         span = Span(start, min(start + length, predictor.tokens))
         _guess(predictor, x_BNC, noise_BNC, span, effort.guess, last)
         if draft is not None:
-            rule = Rule(max(DRAFT_GAIN * effort.tolerance, DRAFT_FLOOR), _budget(span, effort), draft=True)
+            rule = StoppingRule(max(DRAFT_GAIN * effort.tolerance, DRAFT_FLOOR), _budget(span, effort), draft=True)
             tally.drafts += iterate(draft, x_BNC, noise_BNC, span, rule).passes
-        outcome = iterate(predictor, x_BNC, noise_BNC, span, Rule(effort.tolerance, _budget(span, effort)))
+        outcome = iterate(predictor, x_BNC, noise_BNC, span, StoppingRule(effort.tolerance, _budget(span, effort)))
         tally.passes += outcome.passes
         tally.residual_B = torch.maximum(tally.residual_B, outcome.residual_B)
         last = outcome.last
@@ -66,7 +68,7 @@ def solve_jacobi(predictor: Predictor, noise_BNC: Tensor, effort: Effort, report
             _solve_the_rest(predictor, x_BNC, noise_BNC, span, outcome.left_P)
             tally.single += span.count
         report(span.count)
-    return Solution(x_BNC, tally.passes + tally.single, tally.residual_B, tally.drafts, tally.single)
+    return SolverResult(x_BNC, tally.passes + tally.single, tally.residual_B, tally.drafts, tally.single)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Rule:
+class StoppingRule:
     """When to stop iterating a sequence."""
 
     tolerance: float
@@ -134,11 +136,13 @@ class _Tally:
     single: int = 0
 
 
-def _budget(span: Span, effort: Effort) -> int:
+def _budget(span: Span, effort: IterationLimits) -> int:
     return min(span.count, effort.max_iterations or span.count)
 
 
-def _guess(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, guess: Guess, last: Gaussian) -> None:
+def _guess(
+    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, guess: InitialGuess, last: Gaussian
+) -> None:
     """Where a segment starts from, in place: it holds the noise, which is the block's before too."""
     x_BTC, z_BTC = x_BNC[:, span.start : span.stop], noise_BNC[:, span.start : span.stop]
     if guess == "zero" or (guess == "previous" and span.start == 0):
@@ -152,7 +156,7 @@ def _guess(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, g
         predictor.engine.draft(predictor, x_BNC, noise_BNC, range(span.start, span.stop))
 
 
-def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: Rule) -> Outcome:
+def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: StoppingRule) -> Outcome:
     """Iterate the span's tokens in place, each sequence until it is done; the cache gets their keys and values."""
     left_P = torch.arange(len(x_BNC), device=x_BNC.device)
     residual_B = x_BNC.new_zeros(len(x_BNC))
@@ -206,11 +210,11 @@ def _leave(whole: Predictor, some: Predictor, left_P: Tensor, done_P: Tensor, sp
     more = span.stop < whole.tokens  # what follows needs the keys and values
     if some is not whole and more:
         places = done_P.nonzero().flatten()
-        give_back(some, places, whole, left_P[done_P], *_positions(whole, span))
+        copy_rows_back(some, places, whole, left_P[done_P], *_positions(whole, span))
     if count == len(left_P):
         return some, left_P[:0]
     filled = _positions(whole, span)[0]
-    return narrow(some, (~done_P).nonzero().flatten(), filled), left_P[~done_P]
+    return select_pictures(some, (~done_P).nonzero().flatten(), filled), left_P[~done_P]
 
 
 def _positions(predictor: Predictor, span: Span) -> tuple[int, int]:
@@ -223,10 +227,10 @@ def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span
     """The span's tokens one by one, in place, for the sequences that are not done."""
     everyone = len(left_P) == len(x_BNC)
     start, stop = _positions(predictor, span)
-    some = predictor if everyone else narrow(predictor, left_P, start)
+    some = predictor if everyone else select_pictures(predictor, left_P, start)
     z_PNC = noise_BNC[left_P]
     if span == Span(predictor.first, predictor.tokens):
-        x_BNC[left_P] = solve_sequential(some, z_PNC, Effort(), lambda _: None).x_BNC
+        x_BNC[left_P] = solve_sequential(some, z_PNC, IterationLimits(), lambda _: None).x_BNC
         return
     x_PNC = x_BNC[left_P]
     for index in range(span.start, span.stop):
@@ -234,4 +238,4 @@ def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span
     x_BNC[left_P] = x_PNC
     if not everyone and span.stop < predictor.tokens:
         everything = torch.arange(len(left_P), device=left_P.device)
-        give_back(some, everything, predictor, left_P, start, stop)
+        copy_rows_back(some, everything, predictor, left_P, start, stop)

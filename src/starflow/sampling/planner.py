@@ -32,7 +32,7 @@ from starflow.flow.block import BlockSpec
 from starflow.flow.model import Flow
 from starflow.sampling.jacobi import Span, step
 from starflow.sampling.policy import BlockPolicy, Candidate, Policy, Situation, read_policy
-from starflow.sampling.predictor import Effort, Predictor, Solution, draft_of, worth_drafting
+from starflow.sampling.predictor import IterationLimits, Predictor, SolverResult, draft_of, worth_drafting
 from starflow.sampling.sequential import solve_sequential
 
 TOKENS = 8
@@ -63,7 +63,7 @@ class Clock:
                 assert start.engine is not None
                 start.engine.draft(start, noise.clone(), noise, range(start.first, few))
             else:
-                solve_sequential(start, noise, Effort(), lambda _: None)
+                solve_sequential(start, noise, IterationLimits(), lambda _: None)
 
         seconds = fastest(once, predictor)
         return seconds * (predictor.tokens - predictor.first) / max(1, few - predictor.first)
@@ -156,7 +156,7 @@ class Planner:
             self.decisions[question] = stored or self._decide(question, predictor, noise_BNC)
         return self.decisions[question].policy
 
-    def learn(self, question: Question, solution: Solution, seconds: float) -> None:
+    def learn(self, question: Question, solution: SolverResult, seconds: float) -> None:
         """Take in what a chosen policy did."""
         decision = self.decisions.get(_bucketed(question))
         if decision is None or decision.policy.solver == "sequential":

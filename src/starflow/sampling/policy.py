@@ -24,7 +24,7 @@ from starflow.errors import UserError
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
 from starflow.sampling.guidance import Guidance, Rule, Schedule
-from starflow.sampling.predictor import Guess
+from starflow.sampling.predictor import InitialGuess
 
 BlockSolver = Literal["sequential", "jacobi"]
 
@@ -42,7 +42,7 @@ class BlockPolicy:
     """Tokens that Jacobi solves at once; None is all of them."""
     max_iterations: int | None = None
     """Jacobi iterations a segment before it is solved token by token; None is no limit, which is exact."""
-    guess: Guess = "noise"
+    guess: InitialGuess = "noise"
     """What Jacobi starts from."""
     draft: bool = False
     """Whether Jacobi's first passes run their products in bfloat16; the residual is that of the network itself."""
@@ -51,7 +51,7 @@ class BlockPolicy:
         _check_choice("a block's solver", self.solver, get_args(BlockSolver))
         _check_count("segment", self.segment)
         _check_count("max_iterations", self.max_iterations)
-        _check_choice("guess", self.guess, get_args(Guess))
+        _check_choice("guess", self.guess, get_args(InitialGuess))
 
 
 SolverChoice = SolverName | Sequence[BlockPolicy]

@@ -18,7 +18,7 @@ with avx512_bf16.
 Some pictures of a batch on their own: rows leave a computation, and their keys and values come back.
 
 Contract: a narrowed predictor computes for its rows what the whole one would, against a cache of its own that starts as
-a copy; nothing it does reaches the whole one's cache until `give_back`.
+a copy; nothing it does reaches the whole one's cache until `copy_rows_back`.
 
 Shapes: B pictures of the whole batch, P of them; with guidance the cache has both branches, the null one second.
 """
@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.flow.block import AutoregressiveBlock
-from starflow.nn.attention import Continuation
+from starflow.nn.attention import CacheSlice
 from starflow.nn.kv_cache import CachePool, CacheShape, KVCache, LayerCache
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
 
-Guess = Literal["noise", "zero", "previous", "gaussian", "rounded"]
+InitialGuess = Literal["noise", "zero", "previous", "gaussian", "rounded"]
 """Start of an iteration: the noise, which is what the block before gave; zeros; the last token that is solved; every
 token's noise in the Gaussian of that last token; or what going token by token gives with rounded weights."""
 
@@ -61,7 +61,7 @@ class TokenEngine(Protocol):
         """Hidden states after all layers of some more tokens, whose keys and values the cache takes."""
         ...
 
-    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
+    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: TokenProgress) -> None:
         """Invert the whole block token by token, in place."""
         ...
 
@@ -179,11 +179,11 @@ class Predictor:
             return self.engine.extend(self, hidden_RTD, position)
         count = hidden_RTD.shape[1]
         rotary = None if self.rotary is None else self.rotary[position : position + count]
-        return self.block.extend(hidden_RTD, rotary, Continuation.at(self.cache, position, count, self.query_scale))
+        return self.block.extend(hidden_RTD, rotary, CacheSlice.at(self.cache, position, count, self.query_scale))
 
 
 @dataclass(frozen=True)
-class Effort:
+class IterationLimits:
     """How hard a parallel solver tries."""
 
     tolerance: float = 1e-3
@@ -192,14 +192,14 @@ class Effort:
     """Tokens solved at once; None is all of them."""
     max_iterations: int | None = None
     """Iterations a segment before it is solved token by token; None is as many as it has tokens, which is exact."""
-    guess: Guess = "noise"
+    guess: InitialGuess = "noise"
     """What a segment's tokens start from."""
     draft: bool = False
     """Start with passes whose products run in bfloat16; see `starflow.sampling.predictor`."""
 
 
 @dataclass(frozen=True)
-class Solution:
+class SolverResult:
     """What a solver did."""
 
     x_BNC: Tensor
@@ -213,10 +213,10 @@ class Solution:
     """Tokens solved one by one because iterating them gave no answer in time."""
 
 
-Report = Callable[[int], None]
+TokenProgress = Callable[[int], None]
 """Told the number of tokens solved since the last call."""
 
-Solver = Callable[[Predictor, Tensor, Effort, Report], Solution]
+Solver = Callable[[Predictor, Tensor, IterationLimits, TokenProgress], SolverResult]
 """Noise (B, N, C) to data, both in the block's own order."""
 
 
@@ -260,7 +260,7 @@ def _rounded(block: AutoregressiveBlock) -> AutoregressiveBlock:
     return twin
 
 
-def narrow(predictor: Predictor, pictures_P: Tensor, filled: int) -> Predictor:
+def select_pictures(predictor: Predictor, pictures_P: Tensor, filled: int) -> Predictor:
     """The predictor of some pictures alone.
 
     Args:
@@ -286,7 +286,7 @@ def narrow(predictor: Predictor, pictures_P: Tensor, filled: int) -> Predictor:
     )
 
 
-def give_back(some: Predictor, from_P: Tensor, whole: Predictor, to_P: Tensor, start: int, stop: int) -> None:
+def copy_rows_back(some: Predictor, from_P: Tensor, whole: Predictor, to_P: Tensor, start: int, stop: int) -> None:
     """Copy the cache's positions start..stop-1 of pictures `from_P` of `some` to pictures `to_P` of `whole`."""
     source, target = _rows(some, from_P), _rows(whole, to_P)
     for taken, given in zip(some.cache.layers, whole.cache.layers, strict=True):

@@ -31,26 +31,26 @@ from starflow.errors import UserError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
-from starflow.sampling.cpu.engine import engine_of
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.jacobi import solve_jacobi
 from starflow.sampling.planner import Planner, Question, planner_of, wait
 from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, Situation, SolverChoice, machine_of
-from starflow.sampling.predictor import Effort, Predictor, Report, Solution, Solver
+from starflow.sampling.predictor import IterationLimits, Predictor, Solver, SolverResult, TokenProgress
 from starflow.sampling.sequential import solve_sequential
 
 
-def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise (B, *shape), on the CPU in float32.
 
     Raises:
         UserError: a seed outside 0 .. 2^63 - 1.
     """
-    return candidates_of(seeds, shape, 1)[:, 0]
+    return candidate_noise(seeds, shape, 1)[:, 0]
 
 
-def candidates_of(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> Tensor:
-    """`count` draws of each seed's generator, (B, count, *shape); the first is `noise_of`'s.
+def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> Tensor:
+    """`count` draws of each seed's generator, (B, count, *shape); the first is `noise_from_seeds`'s.
 
     Raises:
         UserError: a seed outside 0 .. 2^63 - 1.
@@ -65,7 +65,7 @@ def candidates_of(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> T
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the tokens solved so far and in all, over every block."""
 
 
@@ -81,7 +81,7 @@ def sample(
     attention_temperature: float = 1.0,
     tolerance: float = 1e-3,
     segment: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     cache_dtype: CacheDtype = "network",
 ) -> Tensor:
     """Map noise to data; the inverse of `model(x, condition)` when unguided.
@@ -117,11 +117,11 @@ def sample(
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingResult:
     """Pictures, and what each block's solver did: `solutions[i]` is that of `blocks[i]`."""
 
     x: Tensor
-    solutions: list[Solution]
+    solutions: list[SolverResult]
 
 
 @torch.no_grad()
@@ -131,9 +131,9 @@ def run(
     condition: Tensor | None,
     null_condition: Tensor | None,
     settings: SampleSettings,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     caches: CachePool | None = None,
-) -> Sampling:
+) -> SamplingResult:
     """As `sample`, and what the solvers did; a caller that samples again may keep the caches."""
     tokens_BND, grid = model.tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
@@ -147,7 +147,7 @@ def run(
     caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
     planner = planner_of(model) if policies is None else None
     situation = _situation(tokens_BND, model, guided=guidance is not None)
-    engine = engine_of(model)
+    engine = cpu_engine_of(model)
     solutions = []
     for number, block in reversed(list(enumerate(model.stack()))):
         guided = model.guided[number]
@@ -166,18 +166,20 @@ def run(
                 solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
-    return Sampling(model.picture(tokens_BND, grid), solutions[::-1])
+    return SamplingResult(model.picture(tokens_BND, grid), solutions[::-1])
 
 
-def solve(predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, report: Report) -> Solution:
+def solve(
+    predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, report: TokenProgress
+) -> SolverResult:
     """Invert one block by a policy."""
-    effort = Effort(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    effort = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
     return SOLVERS[policy.solver](predictor, noise_BNC, effort, report)
 
 
 def _solve_as_planned(
-    planner: Planner, question: Question, predictor: Predictor, noise_BNC: Tensor, report: Report
-) -> Solution:
+    planner: Planner, question: Question, predictor: Predictor, noise_BNC: Tensor, report: TokenProgress
+) -> SolverResult:
     """Let the planner choose, and tell it how that went."""
     policy = planner.choose(question, predictor, noise_BNC)
     if policy.solver == "sequential":
@@ -218,7 +220,7 @@ def conditions_of(
     return [given, model.check_condition(null_condition, batch)]
 
 
-def _counter(progress: Progress | None, total: int) -> Report:
+def _counter(progress: ProgressCallback | None, total: int) -> TokenProgress:
     """Turn "so many more" into "so many of the total"."""
     done = 0
 
@@ -239,7 +241,7 @@ def best_candidates(
     null_condition: Tensor | None,
     settings: SampleSettings,
     at_once: int,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Tensor:
     """Map each picture's candidates of noise to data, and keep the one of the largest log p(x | condition).
 
@@ -266,7 +268,7 @@ def best_candidates(
         of = rows // candidates
         given, null = _rows(condition, of), _rows(null_condition, of)
         own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
-        x = run(model, noise.flatten(0, 1)[rows], given, null, own, shifted(progress, number, len(batches))).x
+        x = run(model, noise.flatten(0, 1)[rows], given, null, own, offset_progress(progress, number, len(batches))).x
         drawn.append(x)
         scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
     x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
@@ -275,7 +277,7 @@ def best_candidates(
     return kept
 
 
-def shifted(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+def offset_progress(progress: ProgressCallback | None, batch: int, batches: int) -> ProgressCallback | None:
     """A batch's progress as that of all batches."""
     if progress is None:
         return None

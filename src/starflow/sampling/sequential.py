@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from starflow.flow import affine
-from starflow.nn.attention import Spot
+from starflow.nn.attention import CacheIndex
 
 if TYPE_CHECKING:
-    from starflow.sampling.predictor import Predictor, Report
+    from starflow.sampling.predictor import Predictor, TokenProgress
 
-from starflow.sampling.predictor import Effort, Predictor, Report, Solution
+from starflow.sampling.predictor import IterationLimits, Predictor, SolverResult, TokenProgress
 
 SPAN = 128
 """Tokens a recording is for: it costs about two tokens to make, and each of its tokens reads half a span too much."""
@@ -39,7 +39,7 @@ Record = Callable[[Callable[[], None]], Callable[[], object]]
 """Turns work that has run once into what repeats it."""
 
 
-def solve_in_graphs(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
+def solve_in_graphs(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: TokenProgress) -> None:
     """Tokens from the first on, in place, on a stream of their own; the condition is in the cache already."""
     here, side = torch.cuda.current_stream(x_BNC.device), torch.cuda.Stream(x_BNC.device)
     pool, graphs = torch.cuda.graph_pool_handle(), []
@@ -60,7 +60,9 @@ def solve_in_graphs(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, repo
     here.wait_stream(side)
 
 
-def solve_in_spans(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report, record: Record) -> None:
+def solve_in_spans(
+    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: TokenProgress, record: Record
+) -> None:
     """The same with any way of recording."""
     index_1 = torch.full((1,), predictor.first, device=x_BNC.device)
     for start, stop in spans(predictor.first, predictor.tokens):
@@ -97,13 +99,15 @@ def advance_at(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, index_1: 
     position_1 = number_1 + predictor.prefixed
     hidden_R1D = predictor.in_rows(block.embed_at(before_B1C, number_1))
     rotary = None if predictor.rotary is None else predictor.rotary.index_select(0, position_1)
-    spot = Spot.at(predictor.cache, position_1, limit, predictor.query_scale)
+    spot = CacheIndex.at(predictor.cache, position_1, limit, predictor.query_scale)
     weight = None if predictor.guidance is None else predictor.guidance.weights_at(index_1, predictor.tokens)
     mu, log_sigma = predictor.gaussian(block.extend(hidden_R1D, rotary, spot), weight)
     x_BNC.index_copy_(1, index_1, affine.inverse(noise_BNC.index_select(1, index_1), mu, log_sigma))
 
 
-def solve_sequential(predictor: Predictor, noise_BNC: Tensor, _effort: Effort, report: Report) -> Solution:
+def solve_sequential(
+    predictor: Predictor, noise_BNC: Tensor, _effort: IterationLimits, report: TokenProgress
+) -> SolverResult:
     """Invert one block; one pass a token."""
     noise_BNC = noise_BNC.contiguous()
     x_BNC = noise_BNC.clone()  # without a start token the first one stays the noise itself
@@ -118,7 +122,7 @@ def solve_sequential(predictor: Predictor, noise_BNC: Tensor, _effort: Effort, r
         for index in range(predictor.first, predictor.tokens):
             advance(predictor, x_BNC, noise_BNC, index)
             report(1)
-    return Solution(x_BNC, predictor.tokens - predictor.first, noise_BNC.new_zeros(len(noise_BNC)))
+    return SolverResult(x_BNC, predictor.tokens - predictor.first, noise_BNC.new_zeros(len(noise_BNC)))
 
 
 def advance(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, index: int) -> None:

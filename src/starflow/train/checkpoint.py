@@ -26,16 +26,16 @@ from torch import Tensor
 from starflow.config import from_dict
 from starflow.errors import UserError
 from starflow.io.files import read_json, write_json, write_tensors
-from starflow.train.distributed.sharding import first_row, is_writer, local, named_parameters, named_state
+from starflow.train.distributed.sharding import is_writer, local_shard, named_parameters, named_state, shard_start
 from starflow.train.distributed.world import World
-from starflow.train.state import Engine
+from starflow.train.state import TrainState
 
 INDEX = "index.json"
 KEPT = 2
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """Where a run stands."""
 
     step: int = 0
@@ -53,7 +53,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step_*/{INDEX}"))
 
 
-def save_checkpoint(folder: Path, progress: Progress, engine: Engine) -> Path:
+def save_checkpoint(folder: Path, progress: TrainProgress, engine: TrainState) -> Path:
     """Write `folder/step_XXXXXXXX` and drop all but the newest two; collective.
 
     Raises:
@@ -105,7 +105,7 @@ def what_stands(folder: Path) -> str:
     return f"the last checkpoint is still {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
-def _parts(engine: Engine) -> dict[str, dict[str, Tensor]]:
+def _parts(engine: TrainState) -> dict[str, dict[str, Tensor]]:
     """Everything that a checkpoint holds, by part and name."""
     parts = {"model": named_state(engine.model), "average": engine.average.state}
     for name, parameter in named_parameters(engine.model).items():
@@ -118,8 +118,8 @@ def _write_part(path: Path, part: str, tensors: Mapping[str, Tensor], *, main: b
     """One file of this process's pieces; where each lies in its whole stands in the header."""
     mine = {name: tensor for name, tensor in tensors.items() if is_writer(tensor, main=main)}
     if mine:
-        places = {name: f"{first_row(tensor)} {list(tensor.shape)}" for name, tensor in mine.items()}
-        write_tensors(path, {name: local(tensor) for name, tensor in mine.items()}, {"part": part, **places})
+        places = {name: f"{shard_start(tensor)} {list(tensor.shape)}" for name, tensor in mine.items()}
+        write_tensors(path, {name: local_shard(tensor) for name, tensor in mine.items()}, {"part": part, **places})
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left)
 
 
-def load_checkpoint(path: Path, engine: Engine) -> Progress:
+def load_checkpoint(path: Path, engine: TrainState) -> TrainProgress:
     """Restore everything that `save_checkpoint` wrote, in any layout; not collective.
 
     Raises:
@@ -180,15 +180,15 @@ def load_checkpoint(path: Path, engine: Engine) -> Progress:
                 if file not in files:
                     files[file] = stack.enter_context(_opened(path / file))
                 _read_overlap(files[file], name.partition("/")[2], first, tensor)
-    return from_dict(Progress, index["progress"])
+    return from_dict(TrainProgress, index["progress"])
 
 
-def _make_moments(engine: Engine, stored: Collection[str]) -> None:
+def _make_moments(engine: TrainState, stored: Collection[str]) -> None:
     """Give parameters the optimiser's state that was stored for them, to be filled."""
     for name, parameter in named_parameters(engine.model).items():
         if f"exp_avg/{name}" in stored:
             engine.optimiser.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
+                "step": torch.zeros((), dtype=torch.float32, device=local_shard(parameter).device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
@@ -196,11 +196,11 @@ def _make_moments(engine: Engine, stored: Collection[str]) -> None:
 
 def _read_overlap(file: Any, name: str, first: int, tensor: Tensor) -> None:
     """Copy the rows that a stored piece, which begins at row `first`, shares with this process's."""
-    piece, mine = file.get_slice(name), local(tensor)
+    piece, mine = file.get_slice(name), local_shard(tensor)
     if mine.ndim == 0:
         mine.copy_(file.get_tensor(name))
         return
-    start = first_row(tensor)
+    start = shard_start(tensor)
     low, high = max(first, start), min(first + piece.get_shape()[0], start + len(mine))
     if low < high:
         mine[low - start : high - start].copy_(piece[low - first : high - first])

@@ -43,7 +43,7 @@ _FROM_ELSEWHERE = frozenset({"in_channels", "img_size", "txt_size", "txt_dim", "
 
 
 @dataclass(frozen=True)
-class Initial:
+class InitialWeights:
     """What a source says of a flow: some of its options, and some of its weights."""
 
     source: str
@@ -53,7 +53,7 @@ class Initial:
     """Whether the weights are of a part of the flow only; the rest then starts anew."""
 
 
-def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
+def read_initial(source: str, own: Mapping[str, Any]) -> InitialWeights:
     """The flow of a bundled name, a pipeline's, run's or flow's folder, or a hub id; or a Gemma-style language model.
 
     Args:
@@ -67,9 +67,9 @@ def read_initial(source: str, own: Mapping[str, Any]) -> Initial:
     if is_gemma(folder):
         options = _options_in(folder, own)
         tensors = gemma_tensors(folder, options["num_blocks"] - 1, options["layers_per_block"][-1])
-        return Initial(source, options, tensors, partial=True)
+        return InitialWeights(source, options, tensors, partial=True)
     _, tensors = checkpoint.load(folder)
-    return Initial(source, _options_in(folder, own), tensors)
+    return InitialWeights(source, _options_in(folder, own), tensors)
 
 
 def initial_options(source: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def fill(flow: STARFlow | TarFlow, initial: Initial, seed: int, device: torch.device) -> list[str]:
+def load_initial(flow: STARFlow | TarFlow, initial: InitialWeights, seed: int, device: torch.device) -> list[str]:
     """Give a flow on the meta device real weights on `device`, float32; returns the names of those that start anew.
 
     Raises:
@@ -171,7 +171,7 @@ WIDTHS = {MINILM: 384, "google/flan-t5-xl": 2048, "google/gemma-2-2b": 2304}
 """Of condition tokens, by encoder."""
 
 
-def planned_flow(recipe: Recipe) -> tuple[ModelConfig, str]:
+def flow_config_of(recipe: Recipe) -> tuple[ModelConfig, str]:
     """The flow's configuration, and the kind of its autoencoder.
 
     Raises:

@@ -41,14 +41,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from starflow.data.images import ImageError
-from starflow.data.index import Pictures, all_numbers
+from starflow.data.index import ImageDataset, all_numbers
 from starflow.errors import UserError
 
 AHEAD = 4
 """Requests that a worker, or the thread, has ready."""
 
 
-class Decoded(NamedTuple):
+class ImageBatch(NamedTuple):
     """One request's pictures."""
 
     images: Tensor
@@ -59,13 +59,13 @@ class Decoded(NamedTuple):
     """Names of those that could not be read, with the reasons."""
 
 
-class Decoder(Dataset[Decoded]):
+class BatchReader(Dataset[ImageBatch]):
     """Requests are lists of numbers of one bucket. What cannot be read is left out, or replaced by its neighbour."""
 
-    def __init__(self, pictures: Pictures, *, replace: bool) -> None:
+    def __init__(self, pictures: ImageDataset, *, replace: bool) -> None:
         self.pictures, self.replace = pictures, replace
 
-    def __getitem__(self, request: Sequence[int]) -> Decoded:
+    def __getitem__(self, request: Sequence[int]) -> ImageBatch:
         images: list[Tensor] = []
         numbers: list[int] = []
         skipped: list[tuple[str, str]] = []
@@ -75,7 +75,7 @@ class Decoder(Dataset[Decoded]):
                 images.append(found[0])
                 numbers.append(found[1])
         stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-        return Decoded(stacked, torch.tensor(numbers, dtype=torch.long), skipped)
+        return ImageBatch(stacked, torch.tensor(numbers, dtype=torch.long), skipped)
 
     def _read(self, number: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, int] | None:
         try:
@@ -92,9 +92,9 @@ class Decoder(Dataset[Decoded]):
         return None
 
 
-def decoded(
-    pictures: Pictures, requests: Iterable[list[int]], workers: int, *, replace: bool, pin: bool = False
-) -> Iterator[Decoded]:
+def read_batches(
+    pictures: ImageDataset, requests: Iterable[list[int]], workers: int, *, replace: bool, pin: bool = False
+) -> Iterator[ImageBatch]:
     """The answers to all requests, prepared ahead of their use; `requests` may be endless.
 
     Args:
@@ -104,7 +104,7 @@ def decoded(
         replace: take a neighbour for what cannot be read, instead of leaving it out.
         pin: put the results where a GPU copies them from at once.
     """
-    decoder = Decoder(pictures, replace=replace)
+    decoder = BatchReader(pictures, replace=replace)
     if pictures.in_memory:
         return map(decoder.__getitem__, requests)
     if workers < 1:
@@ -133,11 +133,11 @@ def _begin_worker(worker: int) -> None:
     util.Finalize(None, os._exit, args=(0,), exitpriority=-1)
 
 
-def _in_thread(answer: Callable[[list[int]], Decoded], requests: Iterable[list[int]]) -> Iterator[Decoded]:
-    ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(maxsize=AHEAD)
+def _in_thread(answer: Callable[[list[int]], ImageBatch], requests: Iterable[list[int]]) -> Iterator[ImageBatch]:
+    ready: queue.Queue[ImageBatch | BaseException | None] = queue.Queue(maxsize=AHEAD)
     done = threading.Event()
 
-    def put(item: Decoded | BaseException | None) -> None:
+    def put(item: ImageBatch | BaseException | None) -> None:
         while not done.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -202,7 +202,7 @@ BLOCKS_MIXED = 4
 """Blocks of neighbours that a windowed order mixes."""
 
 
-class Order:
+class BatchOrder:
     """`order(step)` is the batch of that update, as numbers."""
 
     def __init__(self, buckets: Sequence[Tensor], batch: int, seed: int, window: int = 0) -> None:
@@ -277,13 +277,13 @@ def windowed_permutation(count: int, window: int, draw: torch.Generator) -> Tens
     return torch.cat([part[torch.randperm(len(part), generator=draw)] for part in mixed])
 
 
-class Feed:
+class TrainingLoader:
     """The training pictures of a set, in this process's parts of every batch."""
 
     def __init__(
         self,
-        pictures: Pictures,
-        order: Order,
+        pictures: ImageDataset,
+        order: BatchOrder,
         parts: Sequence[range],
         workers: int = 0,
         *,
@@ -295,7 +295,7 @@ class Feed:
         self.steps = steps
         self.pictures, self.order, self.parts = pictures, order, list(parts)
         self.workers, self.pin, self._say = workers, pin, say
-        self._coming: Iterator[Decoded] | None = None
+        self._coming: Iterator[ImageBatch] | None = None
         self._next: tuple[int, range] | None = None
         self.unreadable: set[str] = set()
 
@@ -308,16 +308,18 @@ class Feed:
         """Names of the pictures there."""
         return [self.pictures.entry(number).name for number in self.numbers(step, rows)]
 
-    def batch(self, step: int, rows: range) -> Decoded:
+    def batch(self, step: int, rows: range) -> ImageBatch:
         """The pictures of these rows of a batch.
 
         Raises:
             ImageError: a picture and all of its neighbours cannot be read.
         """
         if rows not in self.parts or step >= self.steps:
-            return self._note(Decoder(self.pictures, replace=True)[self.numbers(step, rows)])
+            return self._note(BatchReader(self.pictures, replace=True)[self.numbers(step, rows)])
         if self._coming is None or self._next != (step, rows):
-            self._coming = decoded(self.pictures, self._requests(step, rows), self.workers, replace=True, pin=self.pin)
+            self._coming = read_batches(
+                self.pictures, self._requests(step, rows), self.workers, replace=True, pin=self.pin
+            )
         place = self.parts.index(rows) + 1
         self._next = (step + place // len(self.parts), self.parts[place % len(self.parts)])
         return self._note(next(self._coming))
@@ -333,7 +335,7 @@ class Feed:
             place = (place + 1) % len(self.parts)
             step += place == 0
 
-    def _note(self, found: Decoded) -> Decoded:
+    def _note(self, found: ImageBatch) -> ImageBatch:
         for name, reason in found.skipped:
             if name not in self.unreadable:
                 self.unreadable.add(name)
@@ -341,7 +343,7 @@ class Feed:
         return found
 
 
-def training_order(pictures: Pictures, batch: int, seed: int, window: int) -> Order:
+def batch_order(pictures: ImageDataset, batch: int, seed: int, window: int) -> BatchOrder:
     """The order of a set's training pictures.
 
     Raises:
@@ -351,4 +353,4 @@ def training_order(pictures: Pictures, batch: int, seed: int, window: int) -> Or
     counts = [sum(map(len, numbers)) for numbers in (train, heldout)]
     if not all(counts):
         raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
-    return Order(train, batch, seed, window)
+    return BatchOrder(train, batch, seed, window)

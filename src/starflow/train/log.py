@@ -55,7 +55,7 @@ def _weights(module: nn.Module) -> int:
     return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
 
 
-class Product:
+class MatrixProduct:
     """A large square matrix product of this machine, to be timed beside other work."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, side: int = 0) -> None:
@@ -78,7 +78,7 @@ class Product:
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large product, the best of a few."""
-    product = Product(device, dtype)
+    product = MatrixProduct(device, dtype)
     return max(product.rate() for _ in range(4))
 
 

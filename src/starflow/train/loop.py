@@ -1,7 +1,7 @@
 """The training loop, for every model alike, in one process or many.
 
-A `Task` knows the data, the loss, the held-out measure and the pictures; the `Engine` holds what training changes; the
-loop knows when to do what. Contract: the loss of update t is a function of the weights, the settings' seed and t
+A `Task` knows the data, the loss, the held-out measure and the pictures; the `TrainState` holds what training changes;
+the loop knows when to do what. Contract: the loss of update t is a function of the weights, the settings' seed and t
 alone, whatever the number of processes and parts that share its batch, so that a resumed run repeats an uninterrupted
 one bit for bit, and another layout repeats it up to rounding.
 """
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from starflow.errors import UserError
-from starflow.io.files import alone_in
-from starflow.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, what_stands
+from starflow.io.files import folder_lock
+from starflow.train.checkpoint import TrainProgress, checkpoints, load_checkpoint, save_checkpoint, what_stands
 from starflow.train.distributed.world import World
 from starflow.train.log import RunLog, measured_peak
 from starflow.train.settings import TrainSettings, network_dtype
-from starflow.train.state import Engine, learning_rate
+from starflow.train.state import TrainState, learning_rate
 
 NORM_MEMORY = 0.02
 """Weight of the newest gradient norm in its running value."""
@@ -85,7 +85,7 @@ class Task(Protocol):
 
 def fit(
     task: Task, settings: TrainSettings, folder: Path, show_progress: bool = True, world: World | None = None
-) -> Progress:
+) -> TrainProgress:
     """Train until `settings.steps`, resuming from the newest checkpoint in `folder/checkpoints`.
 
     Writes log.jsonl, tensorboard/, samples/, checkpoints/, best/ (best held-out average) and model/ (the last average).
@@ -104,7 +104,7 @@ def fit(
     """
     world = world or World(device=next(task.model.parameters()).device)
     rows = settings.rows(world.rank, world.size)
-    engine = Engine(task.model, settings, world)
+    engine = TrainState(task.model, settings, world)
     progress = _resume(folder / "checkpoints", engine)
     meter = _Meter(task, settings, world) if progress.step < settings.steps else None
     bar = _bar(settings, progress, show_progress and world.main)
@@ -129,7 +129,7 @@ def fit(
     return progress
 
 
-def _resume(folder: Path, engine: Engine) -> Progress:
+def _resume(folder: Path, engine: TrainState) -> TrainProgress:
     """Load the newest checkpoint, or start at 0.
 
     Raises:
@@ -143,11 +143,11 @@ def _resume(folder: Path, engine: Engine) -> Progress:
             f"process {engine.world.rank} sees checkpoint {int(step)} in {folder} and another process a different "
             "one: put the run's folder (--output) on a file system that all hosts share"
         )
-    return load_checkpoint(found[-1], engine) if found else Progress()
+    return load_checkpoint(found[-1], engine) if found else TrainProgress()
 
 
 def _update(
-    task: Task, rows: list[range], engine: Engine, stop: list[int], progress: Progress
+    task: Task, rows: list[range], engine: TrainState, stop: list[int], progress: TrainProgress
 ) -> tuple[dict[str, float], bool]:
     """One update of the weights, or none where the gradient is far above its running norm.
 
@@ -216,11 +216,11 @@ def _refuse(task: Task, rows: list[range], world: World, bad: list[int], what: s
     )
 
 
-def _is_far_above(norm: float, progress: Progress, settings: TrainSettings) -> bool:
+def _is_far_above(norm: float, progress: TrainProgress, settings: TrainSettings) -> bool:
     return progress.step >= NORMS_BEFORE_SKIPS and 0 < settings.skip_above * progress.norm < norm
 
 
-def _remember(norm: float, progress: Progress, settings: TrainSettings) -> None:
+def _remember(norm: float, progress: TrainProgress, settings: TrainSettings) -> None:
     """Move the running norm; what is far above it counts as just so far, so that a lasting rise is followed."""
     if progress.step >= NORMS_BEFORE_SKIPS and settings.skip_above:
         norm = min(norm, settings.skip_above * progress.norm)
@@ -264,14 +264,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _report(task: Task, log: RunLog | None, bar: tqdm[Any], progress: Progress, terms: dict[str, float]) -> None:
+def _report(task: Task, log: RunLog | None, bar: tqdm[Any], progress: TrainProgress, terms: dict[str, float]) -> None:
     bar.set_postfix(task.describe(terms), refresh=False)
     bar.update()
     if log is not None:
         log.step(progress.step, terms)
 
 
-def _evaluate(task: Task, engine: Engine, progress: Progress, folder: Path, log: RunLog | None) -> None:
+def _evaluate(task: Task, engine: TrainState, progress: TrainProgress, folder: Path, log: RunLog | None) -> None:
     with engine.averaged() as model, torch.no_grad():
         measures = task.evaluate(model)
     if log is not None:
@@ -281,7 +281,7 @@ def _evaluate(task: Task, engine: Engine, progress: Progress, folder: Path, log:
         _save(task, engine, folder / "best")
 
 
-def _draw(task: Task, engine: Engine, progress: Progress, folder: Path, log: RunLog | None) -> None:
+def _draw(task: Task, engine: TrainState, progress: TrainProgress, folder: Path, log: RunLog | None) -> None:
     path = folder / "samples" / f"step_{progress.step:08d}.png"
     with engine.whole_average(engine.world.device) as model:
         if model is not None:
@@ -290,14 +290,14 @@ def _draw(task: Task, engine: Engine, progress: Progress, folder: Path, log: Run
         log.picture(progress.step, path)
 
 
-def _save(task: Task, engine: Engine, folder: Path) -> None:
+def _save(task: Task, engine: TrainState, folder: Path) -> None:
     with engine.whole_average(torch.device("cpu")) as model:  # which has room for all that the GPUs share
         if model is not None:
             task.save(model, folder)
 
 
 @contextlib.contextmanager
-def _log(folder: Path, progress: Progress, settings: TrainSettings, world: World) -> Iterator[RunLog | None]:
+def _log(folder: Path, progress: TrainProgress, settings: TrainSettings, world: World) -> Iterator[RunLog | None]:
     """The run's log, which the main process writes, and which nobody else's may write meanwhile.
 
     Raises:
@@ -307,7 +307,7 @@ def _log(folder: Path, progress: Progress, settings: TrainSettings, world: World
         yield None
         return
     try:
-        with alone_in(folder), RunLog(folder, progress.step, settings.wandb) as log:
+        with folder_lock(folder), RunLog(folder, progress.step, settings.wandb) as log:
             yield log
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -342,7 +342,7 @@ def _signals(*, alone: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _bar(settings: TrainSettings, progress: Progress, show: bool) -> tqdm[Any]:
+def _bar(settings: TrainSettings, progress: TrainProgress, show: bool) -> tqdm[Any]:
     return tqdm(total=settings.steps, initial=progress.step, unit="step", disable=not show, dynamic_ncols=True)
 
 

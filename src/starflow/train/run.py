@@ -33,7 +33,9 @@ class Run:
             tqdm.write(text)
 
 
-def start(recipe: Recipe, folder: Path, device: torch.device, progress: bool = True, world: World | None = None) -> Run:
+def start_run(
+    recipe: Recipe, folder: Path, device: torch.device, progress: bool = True, world: World | None = None
+) -> Run:
     """Prepare the run's folder; `world` is the processes that train together, None this one alone.
 
     Raises:

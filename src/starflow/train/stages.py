@@ -22,24 +22,24 @@ from starflow.conditioning import ClassLabels, Conditioner, TextEncoder, TokenEm
 from starflow.config import to_dict
 from starflow.data import index, latent_cache
 from starflow.data.buckets import Buckets
-from starflow.data.index import Pictures, ViewPictures, open_source
+from starflow.data.index import ImageDataset, ViewDataset, open_source
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.sets.shapes import draw_shapes
 from starflow.data.sources.base import SourceKind
 from starflow.data.sources.folder import read_folder
-from starflow.data.views import Views, load_views, make_views, save_views
+from starflow.data.views import TrainingViews, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.io import files
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
 from starflow.train.distributed.world import World
 from starflow.train.init_from import autoencoder_folder, initial_patch
-from starflow.train.loader import training_order
+from starflow.train.loader import batch_order
 from starflow.train.loop import fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe
 from starflow.train.tasks.autoencoder import AutoencoderTask
-from starflow.train.tasks.cache_latents import Cache, cache_latents
-from starflow.train.tasks.flow import FeedSettings, make_feed
+from starflow.train.tasks.cache_latents import CacheJob, cache_latents
+from starflow.train.tasks.flow import LoaderSettings, make_loader
 
 if TYPE_CHECKING:
     from starflow.train.run import Run
@@ -56,14 +56,14 @@ from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.distributed.sharding import initialise
-from starflow.train.init_from import fill, read_initial
+from starflow.train.init_from import load_initial, read_initial
 from starflow.train.loop import Task
 from starflow.train.recipe import Objective, Recipe
 from starflow.train.tasks.flow import FlowTask, LiveFlowTask, LiveLatents
 from starflow.train.tasks.joint import JointTask, joint_latents
 
 
-def prepare_pictures(run: Run) -> Pictures:
+def prepare_pictures(run: Run) -> ImageDataset:
     """The run's pictures by number: views in memory, or an index of what stays where it is, made once.
 
     Raises:
@@ -71,7 +71,7 @@ def prepare_pictures(run: Run) -> Pictures:
     """
     data = run.recipe.data
     if not data.indexed:
-        return ViewPictures(prepare_views(run))
+        return ViewDataset(prepare_views(run))
     buckets = Buckets(data.views.size, _multiple(run), data.aspects)
     source = open_source(_kind(data), data.path)
     folder = run.folder / "index"
@@ -89,7 +89,7 @@ def prepare_pictures(run: Run) -> Pictures:
                 f"({folder / 'skipped.jsonl'})"
             )
         run.world.wait()
-    return index.IndexedPictures(source, folder, buckets)
+    return index.IndexedDataset(source, folder, buckets)
 
 
 def _kind(data: DataRecipe) -> SourceKind:
@@ -109,14 +109,14 @@ def _multiple(run: Run) -> int:
     return factor * int(own or (initial_patch(source) if source else 1))
 
 
-def prepare_views(run: Run) -> Views:
+def prepare_views(run: Run) -> TrainingViews:
     """Training and held-out views of a set that is kept in memory, drawn once a run."""
     path = run.folder / "views.safetensors"
     run.world.first(lambda: None if path.is_file() else save_views(path, _draw_views(run)))
     return load_views(path)
 
 
-def _draw_views(run: Run) -> Views:
+def _draw_views(run: Run) -> TrainingViews:
     data = run.recipe.data
     if data.source == "shapes":
         return draw_shapes(data.shapes, data.views.size, data.views.seed)
@@ -132,10 +132,10 @@ def _draw_views(run: Run) -> Views:
     return views
 
 
-def feed_settings(run: Run) -> FeedSettings:
+def feed_settings(run: Run) -> LoaderSettings:
     """How the run's pictures reach a task; views in memory have been mirrored already."""
     data = run.recipe.data
-    return FeedSettings(data.workers, data.window, data.indexed and data.views.flip, run.say)
+    return LoaderSettings(data.workers, data.window, data.indexed and data.views.flip, run.say)
 
 
 def prepare_autoencoder(run: Run) -> Autoencoder:
@@ -170,10 +170,10 @@ def _on(autoencoder: Autoencoder, run: Run) -> Autoencoder:
     return autoencoder
 
 
-def _train_autoencoder(run: Run, pictures: Pictures, folder: Path) -> None:
+def _train_autoencoder(run: Run, pictures: ImageDataset, folder: Path) -> None:
     recipe, how, alone = run.recipe.autoencoder, feed_settings(run), World(device=run.device)
-    order = training_order(pictures, recipe.train.batch, recipe.train.seed, how.window)
-    feed = make_feed(pictures, order, recipe.train, alone, how)
+    order = batch_order(pictures, recipe.train.batch, recipe.train.seed, how.window)
+    feed = make_loader(pictures, order, recipe.train, alone, how)
     model = first_autoencoder(recipe).to(run.device)
     noise = (recipe.noise_min, recipe.noise_max)
     task = AutoencoderTask(model, feed, noise, recipe.loss, recipe.train, mirror=how.mirror)
@@ -208,7 +208,7 @@ def _sizes(recipe: AutoencoderRecipe) -> SmallAutoencoderConfig:
     return replace(recipe.model, standardise=False) if recipe.joint else recipe.model
 
 
-def prepare_conditioner(run: Run, pictures: Pictures | None) -> Conditioner | None:
+def prepare_conditioner(run: Run, pictures: ImageDataset | None) -> Conditioner | None:
     """Text encoder or class labels; labels are the class names of the pictures, in their order.
 
     Raises:
@@ -246,7 +246,7 @@ def prepare_latents(run: Run) -> None:
         "conditioner": to_dict(conditioner.spec) if conditioner else None,
     }
     mirrored = data.indexed and data.views.flip and data.views.views > 1
-    cache = Cache(pictures, autoencoder, conditioner, folder, mirrored, data.workers)
+    cache = CacheJob(pictures, autoencoder, conditioner, folder, mirrored, data.workers)
     cache_latents(cache, info, run.world, show_progress=run.progress, say=run.say)
 
 
@@ -358,7 +358,7 @@ def _first_flow(run: Run, latents: AutoencoderSpec, conditioner: Conditioner | N
     if initial is not None:
         # Several processes may share the weights of a model that one of them cannot hold.
         device = run.device if run.world.size == 1 else torch.device("cpu")
-        fresh = fill(flow, initial, recipe.train.seed, device)
+        fresh = load_initial(flow, initial, recipe.train.seed, device)
         run.say(f"first weights from {source}" + (f"; {len(fresh)} start anew, {fresh[0]} first" if fresh else ""))
     return flow
 

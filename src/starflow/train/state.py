@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from starflow.nn.cpu import keep_memory
+from starflow.nn.cpu import keep_freed_memory
 from starflow.train.distributed.sharding import (
-    Layout,
+    ShardingLayout,
     compile_units,
+    full_tensor,
     initialise,
-    local,
+    local_shard,
     make_layout,
     named_state,
     recompute,
     shard,
-    whole,
 )
 from starflow.train.distributed.world import World
 from starflow.train.settings import TrainSettings, network_dtype
@@ -78,14 +78,14 @@ class AveragedWeights:
         current: list[Tensor] = []
         for name, tensor in named_state(model).items():
             if tensor.is_floating_point():
-                averaged.append(local(self.state[name]))
-                current.append(local(tensor))
+                averaged.append(local_shard(self.state[name]))
+                current.append(local_shard(tensor))
             else:
                 self.state[name].copy_(tensor)
         torch._foreach_lerp_(averaged, current, weight)
 
 
-class Engine:
+class TrainState:
     """A model, wrapped in place for its world, with its optimiser and its average."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, world: World) -> None:
@@ -95,9 +95,9 @@ class Engine:
             UserError: a layout that these processes cannot have.
         """
         self.model, self.settings, self.world = model, settings, world
-        self.layout: Layout | None = None
+        self.layout: ShardingLayout | None = None
         if world.device.type == "cpu":
-            keep_memory()
+            keep_freed_memory()
         blank = all(parameter.is_meta for parameter in model.parameters())
         if world.size > 1:
             self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save
@@ -152,7 +152,7 @@ class Engine:
         self.optimiser.zero_grad(set_to_none=True)
 
     def _gradients(self) -> list[Tensor]:
-        return [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        return [local_shard(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -168,7 +168,7 @@ class Engine:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, tensor in named_state(self.model).items():
-            mine, other = local(tensor), local(self.average.state[name])
+            mine, other = local_shard(tensor), local_shard(self.average.state[name])
             kept = mine.clone()
             mine.copy_(other)
             other.copy_(kept)
@@ -186,7 +186,7 @@ class Engine:
             return
         state: dict[str, Tensor] = {}
         for name, tensor in self.average.state.items():
-            gathered = whole(tensor)
+            gathered = full_tensor(tensor)
             if self.world.main:
                 state[name] = gathered.to(device)
         if self.world.main:

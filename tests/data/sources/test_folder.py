@@ -16,7 +16,7 @@ from PIL import Image
 from starflow.data.buckets import Buckets
 from starflow.data.images import ImageError, decode_image, open_image
 from starflow.data.index import open_source
-from starflow.data.sources.base import Record, unit_hash
+from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.data.sources.folder import order_classes, read_folder, synset_names, write_index
 from starflow.errors import UserError
 from tests.data.sources.test_sources import indexed
@@ -28,7 +28,7 @@ def picture(path: Path, colour: str = "red") -> Path:
     return path
 
 
-def by_name(folder: Path) -> dict[str, Record]:
+def by_name(folder: Path) -> dict[str, ImageRecord]:
     return {record.name: record for record in read_folder(folder)}
 
 
@@ -115,8 +115,8 @@ def test_the_split_depends_on_the_name_alone(tmp_path: Path) -> None:
 
 def test_index_round_trip(tmp_path: Path) -> None:
     records = [
-        Record(tmp_path / "images" / "a.png", "red apple", "food-fruit", "train", "flat/a", {"style": "flat"}),
-        Record(tmp_path / "images" / "b.png", "piñata", None, "heldout", "flat/b", {}),
+        ImageRecord(tmp_path / "images" / "a.png", "red apple", "food-fruit", "train", "flat/a", {"style": "flat"}),
+        ImageRecord(tmp_path / "images" / "b.png", "piñata", None, "heldout", "flat/b", {}),
     ]
     write_index(tmp_path, records)
     assert read_folder(tmp_path) == records

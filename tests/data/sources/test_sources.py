@@ -21,7 +21,7 @@ from starflow.data import index
 from starflow.data.buckets import ASPECTS, Buckets
 from starflow.data.images import ImageError
 from starflow.data.index import all_numbers, open_source
-from starflow.data.sources.base import Found, Skipped, Source
+from starflow.data.sources.base import SkippedImage, Source, SourceImage
 from starflow.data.sources.tar import expand, is_url
 from starflow.errors import UserError
 
@@ -77,9 +77,11 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def scanned(source: Source, *, sizes: bool = True) -> tuple[list[Found], list[Skipped]]:
+def scanned(source: Source, *, sizes: bool = True) -> tuple[list[SourceImage], list[SkippedImage]]:
     found = [one for shard in range(len(source.shards)) for one in source.scan(shard, sizes=sizes)]
-    return [one for one in found if isinstance(one, Found)], [one for one in found if isinstance(one, Skipped)]
+    return [one for one in found if isinstance(one, SourceImage)], [
+        one for one in found if isinstance(one, SkippedImage)
+    ]
 
 
 def red(data: bytes) -> int:
@@ -133,7 +135,7 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"x.png": b"no picture", "y.png": encoded(1)})
     source = open_source("tar", str(tmp_path / "a.tar"))
     found, skipped = scanned(source)
-    assert ([one.name for one in found], skipped) == (["a.tar/y"], [Skipped("a.tar/x", "no known image format")])
+    assert ([one.name for one in found], skipped) == (["a.tar/y"], [SkippedImage("a.tar/x", "no known image format")])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1100])
     with pytest.raises(ImageError, match="cut short at byte"):
         source.read(found[0].place)
@@ -218,7 +220,7 @@ def test_parquet_of_plain_bytes_and_without_pictures(tmp_path: Path) -> None:
         open_source("parquet", str(tmp_path / "b"))
 
 
-def indexed(source: Source, folder: Path, buckets: Buckets, processes: int = 1) -> index.IndexedPictures:
+def indexed(source: Source, folder: Path, buckets: Buckets, processes: int = 1) -> index.IndexedDataset:
     """The index as so many processes make it, in turn."""
     settings = index.IndexSettings(buckets.aspects, 0.05)
     missing = index.missing_parts(source, folder)
@@ -226,7 +228,7 @@ def indexed(source: Source, folder: Path, buckets: Buckets, processes: int = 1) 
         for shard in missing[rank::processes]:
             index.scan_shard(source, shard, folder, settings)
     index.join_parts(source, folder)
-    return index.IndexedPictures(source, folder, buckets)
+    return index.IndexedDataset(source, folder, buckets)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

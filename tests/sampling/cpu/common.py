@@ -12,18 +12,18 @@ from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import Engine
+from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Effort, Predictor
+from starflow.sampling.predictor import IterationLimits, Predictor
 from starflow.sampling.sampler import conditions_of, run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case
 
 
-def engine_for(library: Library | None) -> Engine:
+def engine_for(library: Library | None) -> CpuEngine:
     """One that is built, or one that never will be."""
-    return Engine(1.0, library, closed=library is None)
+    return CpuEngine(1.0, library, closed=library is None)
 
 
 def drawn(case: Case, settings: SampleSettings, library: Library | None, rows: slice | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class Solving:
     @torch.no_grad()
     def eager(self) -> Tensor:
         """The answer without an engine, unless the predictor has one."""
-        return solve_sequential(self.predictor, self.noise_BNC, Effort(), lambda _: None).x_BNC
+        return solve_sequential(self.predictor, self.noise_BNC, IterationLimits(), lambda _: None).x_BNC
 
     def native(self, library: Library) -> Tensor:
         """The same by an engine."""

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from starflow.sampling.cpu.build import BuildError, Library, Recipe
+from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> BuildCommand:
     """How it is built here; the test is skipped where there is no compiler."""
     folder = tmp_path_factory.mktemp("engine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARFLOW_CACHE", str(folder))
         try:
-            return Recipe.here()
+            return BuildCommand.here()
         except BuildError as error:
             pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def library(recipe: Recipe) -> Library:
+def library(recipe: BuildCommand) -> Library:
     return recipe.build()
 
 
@@ -36,7 +36,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def full_cache(recipe: Recipe, library: Library, empty_cache: Path) -> Recipe:
+def full_cache(recipe: BuildCommand, library: Library, empty_cache: Path) -> BuildCommand:
     """A machine on which it was built before."""
     empty_cache.mkdir(mode=0o700)
     return dataclasses.replace(recipe, path=Path(shutil.copy(recipe.path, empty_cache)))

@@ -18,8 +18,8 @@ from torch import Tensor
 from starflow.flow.model import Flow
 from starflow.sampling.cpu import build
 from starflow.sampling.cpu import engine as native
-from starflow.sampling.cpu.build import BuildError, Library, Recipe
-from starflow.sampling.cpu.engine import BUILD_SECONDS, Engine
+from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
+from starflow.sampling.cpu.engine import BUILD_SECONDS, CpuEngine
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
 from tests.compilers import set_compiler
@@ -29,7 +29,7 @@ from tests.sampling.cpu.test_engine import text_case
 ROOT = Path(__file__).parents[3]
 
 
-def sampled(model: Flow | None = None, engine: Engine | None = None) -> Tensor:
+def sampled(model: Flow | None = None, engine: CpuEngine | None = None) -> Tensor:
     case = text_case()
     model = model or case.model
     if engine is not None:
@@ -63,7 +63,7 @@ def test_without_a_working_compiler_it_samples_eagerly_with_one_note(
     if script is not None:
         compiler(tmp_path, f'[ "$1" = --version ] && exit 0\n{script}', monkeypatch)
     case = text_case()
-    case.model.kept["engine"] = Engine(2 * BUILD_SECONDS)
+    case.model.kept["engine"] = CpuEngine(2 * BUILD_SECONDS)
     with pytest.warns(UserWarning, match=f"without its compiled loop, several times slower: .*{reason}") as notes:
         first = sampled(case.model)
     assert len(notes) == 1
@@ -80,23 +80,23 @@ def test_a_small_model_says_that_there_is_no_compiler_too(empty_cache: Path, mon
         sampled()
 
 
-def test_a_small_model_is_not_worth_a_build(empty_cache: Path, recipe: Recipe) -> None:
+def test_a_small_model_is_not_worth_a_build(empty_cache: Path, recipe: BuildCommand) -> None:
     model = text_case().model
     sampled(model)
     assert list(empty_cache.iterdir()) == []
     engine = model.kept["engine"]
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, CpuEngine)
     assert engine.library is None
     assert not engine.closed
 
 
 def test_it_is_built_when_as_much_was_spent_without_it(
-    empty_cache: Path, library: Library, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, library: Library, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a picture takes adds up; the build itself is a copy here."""
-    monkeypatch.setattr(Recipe, "_compile", lambda self: shutil.copy(recipe.path, self.path))
+    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
     monkeypatch.setattr(native, "TOKEN_SECONDS", BUILD_SECONDS / 100)  # this model has 3 layers and 16 tokens a block
-    model, engine = text_case().model, Engine(0.0)
+    model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
     assert engine.library is None
     assert 0.5 * BUILD_SECONDS < engine._spent < BUILD_SECONDS
@@ -106,29 +106,31 @@ def test_it_is_built_when_as_much_was_spent_without_it(
     assert engine.bytes > 0
 
 
-def test_what_was_built_before_is_used_at_once(full_cache: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_again(_self: Recipe) -> None:
+def test_what_was_built_before_is_used_at_once(full_cache: BuildCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_again(_self: BuildCommand) -> None:
         raise AssertionError("it is there")
 
-    monkeypatch.setattr(Recipe, "_compile", compile_again)
-    engine = Engine(0.0)
+    monkeypatch.setattr(BuildCommand, "_compile", compile_again)
+    engine = CpuEngine(0.0)
     sampled(engine=engine)
     assert engine.library is not None
 
 
 def test_a_large_model_is_built_for_at_once(
-    empty_cache: Path, library: Library, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, library: Library, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Recipe, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    engine = Engine(2 * BUILD_SECONDS)
+    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
+    engine = CpuEngine(2 * BUILD_SECONDS)
     sampled(engine=engine)
     assert engine.library is not None
     assert [path.name for path in empty_cache.iterdir()] == [recipe.path.name]
 
 
-def test_a_damaged_library_is_built_anew(full_cache: Recipe, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_library_is_built_anew(
+    full_cache: BuildCommand, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full_cache.path.write_bytes(b"damaged")
-    monkeypatch.setattr(Recipe, "_compile", lambda self: shutil.copy(recipe.path, self.path))
+    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
     assert full_cache.build().panels.panel > 0
 
 
@@ -137,7 +139,7 @@ def test_a_compiler_that_does_not_know_this_processor_goes_without(
 ) -> None:
     script = 'case "$*" in *=native*) echo unknown processor >&2; exit 1;; esac\n'
     compiler(tmp_path, f'{script}while [ "$1" != -o ]; do shift; done 2>/dev/null; echo made > "$2"', monkeypatch)
-    recipe = Recipe.here()
+    recipe = BuildCommand.here()
     recipe._compile()
     assert recipe.path.read_text() == "made\n"
     assert [path.name for path in empty_cache.iterdir()] == [recipe.path.name], "what lay beside it is gone"
@@ -148,28 +150,28 @@ def test_the_name_holds_the_source_the_flags_and_the_compiler(empty_cache: Path,
     names = set()
     for version in ("one", "two"):
         compiler(tmp_path, f"echo {version}", monkeypatch)
-        names.add(Recipe.here().path.name)
+        names.add(BuildCommand.here().path.name)
     monkeypatch.setattr(build, "_processor", lambda: "another")
-    names.add(Recipe.here().path.name)
+    names.add(BuildCommand.here().path.name)
     other = tmp_path / "step.cpp"
     other.write_text("// another source\n")
     monkeypatch.setattr(build, "SOURCE", other)
-    names.add(Recipe.here().path.name)
+    names.add(BuildCommand.here().path.name)
     set_compiler(f"{tmp_path / 'compiler'} -g", monkeypatch)
-    names.add(Recipe.here().path.name)
+    names.add(BuildCommand.here().path.name)
     assert len(names) == 5
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
 def test_a_folder_that_others_may_write_to_is_refused(
-    empty_cache: Path, recipe: Recipe, library: Library, mode: int
+    empty_cache: Path, recipe: BuildCommand, library: Library, mode: int
 ) -> None:
     """Even with a library in it: anyone could have put it there."""
     empty_cache.mkdir()
     shutil.copy(recipe.path, empty_cache)
     empty_cache.chmod(mode)
     with pytest.raises(BuildError, match="may be written to by others: set STARFLOW_CACHE to a folder of your own"):
-        Recipe.here()
+        BuildCommand.here()
     with pytest.warns(UserWarning, match="may be written to by others"):
         sampled()
 
@@ -198,7 +200,7 @@ def test_a_model_that_has_sampled_is_saved_copied_and_sent_as_any_other(library:
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
     for other in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
         engine = other.kept["engine"]
-        assert isinstance(engine, Engine)
+        assert isinstance(engine, CpuEngine)
         assert engine is not case.model.kept["engine"]
         assert engine.bytes == 0
         engine.library = library
@@ -215,7 +217,7 @@ def test_it_is_part_of_what_is_installed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3", "-O1"])
-def test_other_processors_compute_the_same(recipe: Recipe, library: Library, tmp_path: Path, target: str) -> None:
+def test_other_processors_compute_the_same(recipe: BuildCommand, library: Library, tmp_path: Path, target: str) -> None:
     """Vectors of 4 and 8 numbers instead of 16, and what compilers make of them."""
     other = dataclasses.replace(recipe, target=target, path=tmp_path / "other.so")
     other._compile()
@@ -223,7 +225,7 @@ def test_other_processors_compute_the_same(recipe: Recipe, library: Library, tmp
     assert_close(sampled(engine=engine_for(made)), sampled(engine=engine_for(library)))
 
 
-def test_the_source_compiles_without_a_warning(recipe: Recipe) -> None:
+def test_the_source_compiles_without_a_warning(recipe: BuildCommand) -> None:
     command = [*recipe.command, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(build.SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

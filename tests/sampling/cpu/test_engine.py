@@ -18,14 +18,14 @@ from torch import Tensor
 
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
-from starflow.nn.attention import Continuation
+from starflow.nn.attention import CacheSlice
 from starflow.nn.kv_cache import CachePool, CacheShape
 from starflow.sampling.cpu import engine as native
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import engine_of
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import layers_of
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Predictor, draft_of, narrow
+from starflow.sampling.predictor import Predictor, draft_of, select_pictures
 from starflow.sampling.sampler import run
 from starflow.sampling.sequential import advance
 from tests.registry import Case, cases, randomised
@@ -81,7 +81,7 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
     together = whole.native(library)
     torch.set_num_threads(1)
     for row in range(9):
-        alone = Solving(narrow(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
+        alone = Solving(select_pictures(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
         assert torch.equal(together[row : row + 1], alone.native(library))
 
 
@@ -102,7 +102,7 @@ def test_extend_is_the_blocks_own(library: Library, case: Case, number: int, thr
         some = hidden[:, start : start + count]
         table = None if theirs.rotary is None else theirs.rotary[start : start + count]
         with torch.no_grad():
-            onto = Continuation.at(theirs.cache, start, some.shape[1], theirs.query_scale)
+            onto = CacheSlice.at(theirs.cache, start, some.shape[1], theirs.query_scale)
             assert_close(engine.extend(ours, some, start), theirs.block.extend(some, table, onto))
         for mine, own in zip(ours.cache.layers, theirs.cache.layers, strict=True):
             assert_close(mine.keys_BNLH, own.keys_BNLH)
@@ -231,7 +231,7 @@ def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
     assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
     layer = next(layers_of(list(case.model.stack())[1]))
     layer.attention.proj = Other(layer.attention.proj)
-    assert engine_of(case.model) is engine
+    assert cpu_engine_of(case.model) is engine
     assert not engine.ready(solving(case, 1).predictor)
     assert engine.ready(solving(case, 0).predictor)
     case.model.double()

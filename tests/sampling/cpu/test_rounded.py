@@ -9,10 +9,10 @@ import torch
 
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import Engine
+from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
 from starflow.sampling.planner import Clock
-from starflow.sampling.predictor import Effort, Solution
+from starflow.sampling.predictor import IterationLimits, SolverResult
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
 
@@ -29,9 +29,11 @@ def given(request: pytest.FixtureRequest) -> Solving:
     return solving(Case(randomised(CONFIG, 0), noise, condition, condition * 0), request.param, 2.0)
 
 
-def rounded(given: Solving, library: Library | None, tolerance: float, segment: int | None = None) -> Solution:
+def rounded(given: Solving, library: Library | None, tolerance: float, segment: int | None = None) -> SolverResult:
     predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
-    return solve_jacobi(predictor, given.noise_BNC, Effort(tolerance, segment, guess="rounded"), lambda _: None)
+    return solve_jacobi(
+        predictor, given.noise_BNC, IterationLimits(tolerance, segment, guess="rounded"), lambda _: None
+    )
 
 
 @pytest.mark.parametrize("segment", [None, 12])
@@ -86,5 +88,5 @@ def test_both_prices_are_known_apart(library: Library, given: Solving) -> None:
     predictor.prefill()
     for wanted in (False, True):
         assert Clock().tokens(predictor, given.noise_BNC, rounded=wanted) > 0
-    assert isinstance(predictor.engine, Engine)
+    assert isinstance(predictor.engine, CpuEngine)
     assert set(predictor.engine._packed[predictor.block]) == {False, True}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from starflow.train.distributed.world import join
+from starflow.train.distributed.world import join_world
 from tests.train.distributed.scenario import Stopped, settings, train
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with join(torch.device("cpu"), timeout=120) as world:
+    with join_world(torch.device("cpu"), timeout=120) as world:
         hybrid = settings(layout="hybrid", shard_size=2)
         train(folder / "hybrid", hybrid, world)
         train(folder / "hybrid-parts", replace(hybrid, parallel=replace(hybrid.parallel, accumulate=2)), world)

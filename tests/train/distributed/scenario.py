@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.data.latent_cache import CachedPicture, LatentCache
+from starflow.data.latent_cache import CachedLatent, LatentCache
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow, STARFlow
-from starflow.train.checkpoint import Progress
+from starflow.train.checkpoint import TrainProgress
 from starflow.train.distributed.sharding import initialise
 from starflow.train.distributed.world import World
 from starflow.train.loop import fit, read_log
@@ -66,7 +66,7 @@ def make_cache() -> LatentCache:
     draw = torch.Generator().manual_seed(1)
     mean = torch.randn(80, 2, 4, 4, generator=draw).half()
     pictures = [
-        CachedPicture(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)
+        CachedLatent(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)
     ]
     return LatentCache(
         mean, torch.full_like(mean, 0.3), torch.eye(4)[:3, None].half(), torch.eye(4)[3:].half(), pictures, {}
@@ -85,7 +85,7 @@ def train(
     stop_at: int = -1,
     nan_at: int = -1,
     real: bool = False,
-) -> Progress:
+) -> TrainProgress:
     """One run, or what is left of it. Built on the meta device, as recipes are."""
     with torch.device("meta"):
         flow = STARFlow(CONFIG)

@@ -10,7 +10,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore, Store
 
 from starflow.errors import UserError
-from starflow.train.distributed.world import agree_on_a_word
+from starflow.train.distributed.world import agree_on_run_id
 
 
 def meet(store: Store, late: int, size: int = 3) -> set[str]:
@@ -19,7 +19,7 @@ def meet(store: Store, late: int, size: int = 3) -> set[str]:
 
     def come(rank: int) -> None:
         time.sleep(0.1 * (rank == late))
-        words.append(agree_on_a_word(store, rank, size, timeout=20))
+        words.append(agree_on_run_id(store, rank, size, timeout=20))
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -44,4 +44,4 @@ def test_a_start_in_which_one_is_missing_ends() -> None:
     store = HashStore()
     store.set("asks/1", "of an earlier start")
     with pytest.raises(UserError, match=r"process 1 did not come within 0 s"):
-        agree_on_a_word(store, 0, 2, timeout=0.1)
+        agree_on_run_id(store, 0, 2, timeout=0.1)

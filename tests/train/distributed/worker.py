@@ -14,14 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from starflow.errors import UserError
 from starflow.flow.model import build
-from starflow.train.distributed.sharding import local
-from starflow.train.distributed.world import World, join
+from starflow.train.distributed.sharding import local_shard
+from starflow.train.distributed.world import World, join_world
 from starflow.train.recipe import load_recipe
 from starflow.train.run import Run
 from starflow.train.settings import network_precision
 from starflow.train.stages import prepare_autoencoder, prepare_conditioner, prepare_latents, prepare_pictures
-from starflow.train.state import Engine
-from starflow.train.tasks.flow import TracedLoss
+from starflow.train.state import TrainState
+from starflow.train.tasks.flow import FlowLoss
 from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
 
 LATE = """
@@ -35,7 +35,7 @@ train: {steps: 1}
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with join(torch.device("cpu"), timeout=30) as world:
+    with join_world(torch.device("cpu"), timeout=30) as world:
         late(folder / "late", world)
         train(folder / "replicated", settings(), world)
         train(folder / "sharded", settings(layout="sharded"), world)
@@ -77,7 +77,7 @@ def rounded(world: World) -> list[tuple[str, float]]:
     with torch.device("meta"):
         flow = build(CONFIG)
     told = replace(settings(layout="sharded"), precision="bfloat16")
-    engine = Engine(TracedLoss(flow, 0.0), told, world)
+    engine = TrainState(FlowLoss(flow, 0.0), told, world)
     found: list[tuple[str, float]] = []
 
     def look(block: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -99,15 +99,15 @@ def reduced(world: World) -> dict[str, object]:
     with torch.device("meta"):
         flow = build(CONFIG)
     told = replace(settings(layout="sharded"), precision="bfloat16")
-    engine = Engine(TracedLoss(flow, 0.0), told, world)
+    engine = TrainState(FlowLoss(flow, 0.0), told, world)
     with torch.no_grad():
         for block in flow.stack():  # a new model is the identity, which has few gradients
-            local(block.proj_out.weight).normal_(std=0.1)
+            local_shard(block.proj_out.weight).normal_(std=0.1)
     draw = torch.Generator().manual_seed(world.rank)
     with network_precision(told, world.device):
         loss = engine.model(torch.randn(4, 2, 4, 4, generator=draw), torch.randn(4, 1, 4, generator=draw))[0]
     loss.backward()
-    gradients = [local(weight.grad).flatten() for weight in engine.model.parameters() if weight.grad is not None]
+    gradients = [local_shard(weight.grad).flatten() for weight in engine.model.parameters() if weight.grad is not None]
     entries = torch.cat(gradients)
     entries = entries[entries != 0]
     units = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
@@ -123,7 +123,7 @@ def state_bytes(world: World) -> dict[str, int]:
     """What this process holds of a sharded model after an update, without activations."""
     with torch.device("meta"):
         flow = build(CONFIG)
-    engine = Engine(TracedLoss(flow, 0.0), settings(layout="sharded"), world)
+    engine = TrainState(FlowLoss(flow, 0.0), settings(layout="sharded"), world)
     engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))[0].backward()
     engine.apply(1.0, 0)
     weights = list(engine.model.parameters())
@@ -132,7 +132,7 @@ def state_bytes(world: World) -> dict[str, int]:
     average = list(engine.average.state.values())
     held: dict[str, list[torch.Tensor]] = {"parameters": [*weights], "gradients": gradients, "moments": moments}
     held["average"] = average
-    return {name: sum(local(one).nbytes for one in tensors) for name, tensors in held.items()}
+    return {name: sum(local_shard(one).nbytes for one in tensors) for name, tensors in held.items()}
 
 
 def stopped(folder: Path, layout: str, world: World) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.data.index import ViewPictures
+from starflow.data.index import ViewDataset
 from starflow.data.sets.shapes import draw_shapes
-from starflow.data.views import Views
+from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
-from starflow.train.loader import Feed, training_order
+from starflow.train.loader import TrainingLoader, batch_order
 from starflow.train.loop import fit
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import AutoencoderTask, ReconstructionLoss
@@ -38,9 +38,9 @@ def make_task(steps: int = 40, precision: str = "float32") -> AutoencoderTask:
     return AutoencoderTask(model, make_feed(views, settings), (0.1, 0.3), ReconstructionLoss(), settings)
 
 
-def make_feed(views: Views, settings: TrainSettings) -> Feed:
-    pictures = ViewPictures(views)
-    return Feed(pictures, training_order(pictures, settings.batch, settings.seed, 0), settings.rows(0, 1))
+def make_feed(views: TrainingViews, settings: TrainSettings) -> TrainingLoader:
+    pictures = ViewDataset(views)
+    return TrainingLoader(pictures, batch_order(pictures, settings.batch, settings.seed, 0), settings.rows(0, 1))
 
 
 def test_noise_is_within_its_range_and_repeats() -> None:

@@ -18,14 +18,14 @@ from torch import Generator, Tensor, nn
 from starflow.conditioning import ClassLabels
 from starflow.data import latent_cache
 from starflow.data.buckets import Buckets
-from starflow.data.index import IndexedPictures, open_source
+from starflow.data.index import IndexedDataset, open_source
 from starflow.data.latent_cache import read_cache
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 from starflow.latents import AutoencoderSpec
 from starflow.train.distributed.world import World
 from starflow.train.tasks import cache_latents as stage
-from starflow.train.tasks.cache_latents import Cache, cache_latents, plan
+from starflow.train.tasks.cache_latents import CacheJob, cache_latents, plan
 from tests.cli.conftest import Run as Cli
 from tests.cli.conftest import run  # noqa: F401  # a fixture
 from tests.data.sources.test_sources import indexed
@@ -58,7 +58,7 @@ class Means:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedPictures:
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedDataset:
     """Forty pictures of two classes and two shapes, one of them broken; parts of four."""
     monkeypatch.setattr(stage, "PART", 4)
     monkeypatch.setattr(latent_cache, "PART", 4)
@@ -73,10 +73,10 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedPictures
     return indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(16, 8, ("21:9", "1:1")))
 
 
-def fill(pictures: IndexedPictures, folder: Path, autoencoder: Means, *, mirrored: bool = False) -> list[str]:
+def fill(pictures: IndexedDataset, folder: Path, autoencoder: Means, *, mirrored: bool = False) -> list[str]:
     said: list[str] = []
     conditioner = ClassLabels(["class 0", "class 1"])
-    cache = Cache(pictures, autoencoder, conditioner, folder, mirrored)
+    cache = CacheJob(pictures, autoencoder, conditioner, folder, mirrored)
     cache_latents(cache, {"what": "test"}, World(), show_progress=False, say=said.append)
     return said
 
@@ -85,7 +85,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("info.json", "times.json")}
 
 
-def test_means_and_spreads_of_every_readable_picture(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, tmp_path: Path) -> None:
     said = fill(pictures, tmp_path / "cache", Means())
     found = read_cache(tmp_path / "cache")
     assert len(found) == 39
@@ -110,7 +110,7 @@ def test_means_and_spreads_of_every_readable_picture(pictures: IndexedPictures, 
     assert info["pictures_per_second"] > 0
 
 
-def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset, tmp_path: Path) -> None:
     fill(pictures, tmp_path / "whole", Means())
     with pytest.raises(KeyboardInterrupt):
         fill(pictures, tmp_path / "cache", Means(last=17))
@@ -124,11 +124,11 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedPicture
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
     fill(pictures, tmp_path / "cache", Means(), mirrored=True)
     found = read_cache(tmp_path / "cache")
     count = {split: sum(map(len, found.numbers(split))) for split in ("train", "heldout")}
-    plain = len(plan(Cache(pictures, Means(), None, tmp_path)))
+    plain = len(plan(CacheJob(pictures, Means(), None, tmp_path)))
     assert plain < len(list((tmp_path / "cache").glob("latents-*")))
     assert count["train"] == 2 * (39 - count["heldout"])
     numbers = found.numbers("train")[1]

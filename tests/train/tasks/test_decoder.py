@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2
 from starflow.io.files import read_tensors
-from starflow.latents.load import Decoder, open_trainable
+from starflow.latents.load import DecoderModule, load_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
@@ -56,7 +56,7 @@ def task(noise: float = 0.0, crop: int = 8, loss: DecoderLoss | None = None) -> 
     pooled = F.avg_pool2d(images.float() / 127.5 - 1, 2).half()
     pictures = LatentPictures(images, pooled, None, [f"p{number}" for number in range(12)])
     autoencoder = ours()
-    objective = DecoderObjective(Decoder(autoencoder), loss, None)
+    objective = DecoderObjective(DecoderModule(autoencoder), loss, None)
     return DecoderTask(autoencoder, objective, pictures, pictures, noise, crop, loss, SETTINGS)
 
 
@@ -155,7 +155,7 @@ def test_a_run_trains_the_decoder_and_nothing_else(settings: DecoderSettings, tm
     )
     for name, tensor in source.items():
         assert torch.equal(made[name], tensor) == (not name.startswith("decoder")), name
-    assert open_trainable(str(tmp_path / "run" / "model")).spec.noise_std == 0.3
+    assert load_trainable(str(tmp_path / "run" / "model")).spec.noise_std == 0.3
     curve = [
         line["heldout_psnr_noise_0.3"] for line in read_log(tmp_path / "run" / "log.jsonl") if "heldout_loss" in line
     ]

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from starflow.conditioning import ClassLabels
-from starflow.data.index import IndexedPictures
-from starflow.data.latent_cache import CachedPicture, LatentCache, read_cache
+from starflow.data.index import IndexedDataset
+from starflow.data.latent_cache import CachedLatent, LatentCache, read_cache
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow, STARFlow, TarFlow
@@ -23,11 +23,11 @@ from starflow.train.loop import fit, read_log
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.flow import (
-    FeedSettings,
+    FlowLoss,
     FlowTask,
     LiveFlowTask,
     LiveLatents,
-    TracedLoss,
+    LoaderSettings,
     bits_per_dim,
     nats_per_dim,
 )
@@ -50,7 +50,7 @@ def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> L
     torch.manual_seed(1)
     mean = torch.randn(count, 2, 4, 4).half()
     pictures = [
-        CachedPicture(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
+        CachedLatent(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
     ]
     states = torch.eye(4)[:3, None].half()
     spread = None if std is None else torch.full_like(mean, std)
@@ -74,7 +74,7 @@ def random_flow() -> STARFlow:
 
 def test_loss_is_the_negative_log_likelihood_per_dimension() -> None:
     flow, x, condition = random_flow(), torch.randn(5, 2, 4, 4), torch.randn(5, 1, 4)
-    loss, squares, logdet, _ = TracedLoss(flow, latent_penalty=0.0)(x, condition)
+    loss, squares, logdet, _ = FlowLoss(flow, latent_penalty=0.0)(x, condition)
     expected = -flow.log_prob(x, condition).mean() / 32
     assert nats_per_dim(float(squares - logdet)) == pytest.approx(float(expected), rel=1e-5)
     assert bits_per_dim(float(loss)) == pytest.approx(float(expected) / math.log(2), rel=1e-5)
@@ -84,8 +84,8 @@ def test_penalty_is_the_mean_square_of_what_flows_between_blocks() -> None:
     flow, x, condition = random_flow(), torch.randn(5, 2, 4, 4), torch.randn(5, 1, 4)
     trace = flow.trace(x, condition)
     between = sum(float(state.square().mean()) for state in trace.states[1:-1])
-    plain = TracedLoss(flow, 0.0)(x, condition)[0]
-    loss, _, _, penalty = TracedLoss(flow, 0.5)(x, condition)
+    plain = FlowLoss(flow, 0.0)(x, condition)[0]
+    loss, _, _, penalty = FlowLoss(flow, 0.5)(x, condition)
     assert float(penalty) == pytest.approx(between, rel=1e-5)
     assert float(loss - plain) == pytest.approx(0.5 * between, rel=1e-4)
 
@@ -161,10 +161,10 @@ def test_saving_and_drawing_reach_their_callables(tmp_path: Path) -> None:
     called: list[tuple[Flow, Path]] = []
     note = lambda flow, path: called.append((flow, path))  # noqa: E731
     task = FlowTask(random_flow(), make_cache(), Objective(), TrainSettings(steps=1), note, note)
-    other = TracedLoss(random_flow(), 0.0)
+    other = FlowLoss(random_flow(), 0.0)
     task.draw(task.model, tmp_path / "a")
     task.save(other, tmp_path / "b")
-    assert isinstance(task.model, TracedLoss)
+    assert isinstance(task.model, FlowLoss)
     assert called == [(task.model.flow, tmp_path / "a"), (other.flow, tmp_path / "b")]
 
 
@@ -192,14 +192,14 @@ CONFIG_live = STARFlowConfig(
 SETTINGS = TrainSettings(steps=5, batch=4, warmup=1, evaluate_every=2, sample_every=100, checkpoint_every=2)
 
 
-def live_task(pictures: IndexedPictures, how: FeedSettings | None = None, world: World | None = None) -> LiveFlowTask:
+def live_task(pictures: IndexedDataset, how: LoaderSettings | None = None, world: World | None = None) -> LiveFlowTask:
     latents = LiveLatents(pictures, Means(), ClassLabels(["class 0", "class 1"]))
     torch.manual_seed(0)
     nothing = lambda flow, path: None  # noqa: E731
     return LiveFlowTask(STARFlow(CONFIG_live), latents, Objective(), SETTINGS, nothing, nothing, world, how)
 
 
-def test_it_sees_what_the_cached_training_sees(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_it_sees_what_the_cached_training_sees(pictures: IndexedDataset, tmp_path: Path) -> None:
     broken = tmp_path / "set" / "class 1" / "05.png"
     Image.new("RGB", (16, 16)).save(broken)  # a cache leaves out what a live batch replaces
     fill(pictures, tmp_path / "cache", Means())
@@ -216,8 +216,8 @@ def test_it_sees_what_the_cached_training_sees(pictures: IndexedPictures, tmp_pa
     assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_a_resumed_live_run_is_the_uninterrupted_one(pictures: IndexedPictures, tmp_path: Path) -> None:
-    how = FeedSettings(mirror=True, say=lambda _: None)
+def test_a_resumed_live_run_is_the_uninterrupted_one(pictures: IndexedDataset, tmp_path: Path) -> None:
+    how = LoaderSettings(mirror=True, say=lambda _: None)
     fit(live_task(pictures, how), SETTINGS, tmp_path / "whole", show_progress=False)
     from dataclasses import replace
 
@@ -232,9 +232,9 @@ def test_a_resumed_live_run_is_the_uninterrupted_one(pictures: IndexedPictures, 
     assert again == whole[2:]
 
 
-def test_unreadable_pictures_are_counted_in_the_log(pictures: IndexedPictures, tmp_path: Path) -> None:
+def test_unreadable_pictures_are_counted_in_the_log(pictures: IndexedDataset, tmp_path: Path) -> None:
     said: list[str] = []
-    task = live_task(pictures, FeedSettings(say=said.append))
+    task = live_task(pictures, LoaderSettings(say=said.append))
     for step in range(15):
         _, terms = task.loss(task.model, task.batch(step, range(4)))
     assert float(terms["unreadable"]) == 1.0
@@ -242,8 +242,8 @@ def test_unreadable_pictures_are_counted_in_the_log(pictures: IndexedPictures, t
     assert said[0].startswith("skipped class 1/05.png")
 
 
-def test_half_of_the_pictures_are_mirrored(pictures: IndexedPictures) -> None:
-    plain, turned = live_task(pictures), live_task(pictures, FeedSettings(mirror=True, say=lambda _: None))
+def test_half_of_the_pictures_are_mirrored(pictures: IndexedDataset) -> None:
+    plain, turned = live_task(pictures), live_task(pictures, LoaderSettings(mirror=True, say=lambda _: None))
     shares = []
     for step in range(12):
         a, b = plain._images(step, range(4))[0], turned._images(step, range(4))[0]

@@ -17,7 +17,7 @@ from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe, load_recipe
-from starflow.train.run import start
+from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 from starflow.train.tasks.joint import JointModel
 
@@ -112,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
         "train.average": "0.9",
     }
     recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", values)
-    train_flow(start(recipe, folder, CPU, progress=False))
+    train_flow(start_run(recipe, folder, CPU, progress=False))
     return folder, recipe
 
 
@@ -139,7 +139,7 @@ def test_the_pipeline_needs_no_cleaning(trained: tuple[Path, Recipe]) -> None:
 def test_a_longer_joint_run_goes_on(trained: tuple[Path, Recipe]) -> None:
     folder, recipe = trained
     longer = replace(recipe, train=replace(recipe.train, steps=82))
-    train_flow(start(longer, folder, CPU, progress=False))
+    train_flow(start_run(longer, folder, CPU, progress=False))
     assert [line["step"] for line in read_log(folder / "log.jsonl") if "loss" in line] == list(range(1, 83))
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.data.views import Views
+    from starflow.data.views import TrainingViews
 
 CLASSES = (
     "t-shirt",
@@ -47,7 +47,7 @@ DIGITS_FILE = "data/data/mnist_5k.csv.gz"
 Pixels = NDArray[np.uint8]
 
 
-def read_fashion_mnist(folder: Path | None = None) -> Views:
+def read_fashion_mnist(folder: Path | None = None) -> TrainingViews:
     """Both parts as views, training first; captions and labels are class names.
 
     Args:
@@ -77,7 +77,7 @@ def is_fashion_mnist(folder: Path) -> bool:
     return any(folder.glob("t10k-images-idx3-ubyte*"))
 
 
-def read_digits(path: Path | None = None) -> Views:
+def read_digits(path: Path | None = None) -> TrainingViews:
     """5,000 digits of MNIST, all held out; labels are "0" to "9".
 
     Args:
@@ -129,11 +129,11 @@ def _read_idx(path: Path) -> Pixels:
     return np.frombuffer(data, np.uint8, offset=first).reshape(shape)
 
 
-def _views(pixels: Pixels, labels: list[str], splits: list[str]) -> Views:
+def _views(pixels: Pixels, labels: list[str], splits: list[str]) -> TrainingViews:
     import torch
 
-    from starflow.data.views import Views
+    from starflow.data.views import TrainingViews
 
     images = torch.from_numpy(pixels.copy()).unsqueeze(1).expand(-1, 3, -1, -1)
     names = [f"{split}/{number:05d}" for number, split in enumerate(splits)]
-    return Views(images=images, captions=list(labels), labels=list(labels), names=names, splits=splits)
+    return TrainingViews(images=images, captions=list(labels), labels=list(labels), names=names, splits=splits)

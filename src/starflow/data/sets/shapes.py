@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from starflow.data.views import Views
+from starflow.data.views import TrainingViews
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -28,7 +28,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 
 
-def draw_shapes(count: int, size: int, seed: int) -> Views:
+def draw_shapes(count: int, size: int, seed: int) -> TrainingViews:
     """`count` pictures (3, size, size) such as "a red circle"; every twentieth is held out.
 
     A function of its arguments alone.
@@ -49,7 +49,7 @@ def draw_shapes(count: int, size: int, seed: int) -> Views:
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
         captions.append(f"a {colour} {shape}" if colour != "orange" else f"an {colour} {shape}")
         labels.append(shape)
-    return Views(
+    return TrainingViews(
         images=torch.stack(images),
         captions=captions,
         labels=list(labels),

@@ -27,7 +27,7 @@ HELDOUT_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ImageRecord:
     """One captioned picture.
 
     Attributes:
@@ -48,7 +48,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedImage:
     """A picture that was left out, by name, with the reason."""
 
     name: str
@@ -62,7 +62,7 @@ def unit_hash(text: str) -> float:
 
 SourceKind = Literal["folder", "tar", "parquet"]
 
-Place = tuple[int | str, ...]
+ImageLocation = tuple[int | str, ...]
 """What a source needs to find a picture again: plain numbers and texts."""
 
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -71,14 +71,14 @@ LABEL_KEYS = ("label", "class", "cls")
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceImage:
     """One picture of a shard; `size` is (width, height) in pixels, upright, or None where nobody looked."""
 
     name: str
     caption: str
     label: str | None
     size: tuple[int, int] | None
-    place: Place
+    place: ImageLocation
     split: Split | None = None
     """None leaves it to the hash of the name."""
 
@@ -89,11 +89,11 @@ class Source(Protocol):
     @property
     def shards(self) -> list[str]: ...
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found | Skipped]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
         """The pictures of a shard; with `sizes` those that are no pictures are skipped."""
         ...
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ImageLocation) -> bytes:
         """A picture's file.
 
         Raises:

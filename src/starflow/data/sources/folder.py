@@ -5,7 +5,7 @@ development kit. Without either, the classes are called by their synset ids.
 
 What a data set is on disk: a list of captioned pictures, read from an index or a plain image folder.
 
-Contract: a `Record` names one picture and never holds it; `open_image` decodes it and is the one place
+Contract: a `ImageRecord` names one picture and never holds it; `open_image` decodes it and is the one place
 where a corrupt, truncated or missing file is told apart (`ImageError`), so that callers can skip it by
 name and count it. Order is the index's, or the sorted order of relative names: never the file system's.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starflow.data.images import SUFFIXES, picture_size
-from starflow.data.sources.base import HELDOUT_SHARE, Found, Place, unit_hash
+from starflow.data.sources.base import HELDOUT_SHARE, ImageLocation, SourceImage, unit_hash
 from starflow.errors import UserError
 from starflow.io.files import write_text
 
@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from starflow.data.images import ImageError
-from starflow.data.sources.base import INDEX, Record, Skipped, Split
+from starflow.data.sources.base import INDEX, ImageRecord, SkippedImage, Split
 
 MAPPINGS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 
@@ -82,7 +82,7 @@ def order_classes(labels: Iterable[str]) -> list[str]:
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 
 
-def read_folder(folder: Path) -> list[Record]:
+def read_folder(folder: Path) -> list[ImageRecord]:
     """Records of a prepared set (`index.jsonl`) or of any folder of pictures.
 
     A plain folder's captions come, in this order, from captions/metadata .jsonl/.csv at its top (keys
@@ -102,13 +102,13 @@ def read_folder(folder: Path) -> list[Record]:
     return records
 
 
-def write_index(folder: Path, records: Iterable[Record]) -> None:
+def write_index(folder: Path, records: Iterable[ImageRecord]) -> None:
     """Write `folder`/index.jsonl, one record a line, files relative to the folder."""
     lines = (json.dumps(_to_line(folder, record), ensure_ascii=False) for record in records)
     write_text(folder / INDEX, "".join(line + "\n" for line in lines))
 
 
-def _to_line(folder: Path, record: Record) -> dict[str, Any]:
+def _to_line(folder: Path, record: ImageRecord) -> dict[str, Any]:
     return {
         "file": record.file.relative_to(folder).as_posix(),
         "caption": record.caption,
@@ -119,12 +119,12 @@ def _to_line(folder: Path, record: Record) -> dict[str, Any]:
     }
 
 
-def _read_index(folder: Path) -> list[Record]:
+def _read_index(folder: Path) -> list[ImageRecord]:
     records = []
     for number, line in _json_lines(folder / INDEX):
         where = f"{folder / INDEX}, line {number}"
         try:
-            record = Record(
+            record = ImageRecord(
                 file=folder / line["file"],
                 caption=line["caption"],
                 label=line["label"],
@@ -140,7 +140,7 @@ def _read_index(folder: Path) -> list[Record]:
     return records
 
 
-def _read_images(folder: Path) -> list[Record]:
+def _read_images(folder: Path) -> list[ImageRecord]:
     rows = _read_captions(folder)
     found = {
         path.relative_to(folder).as_posix()
@@ -151,7 +151,7 @@ def _read_images(folder: Path) -> list[Record]:
     return [_image_record(folder, name, rows.get(name)) for name in sorted(found | rows.keys())]
 
 
-def _image_record(folder: Path, name: str, row: dict[str, str] | None) -> Record:
+def _image_record(folder: Path, name: str, row: dict[str, str] | None) -> ImageRecord:
     file = folder / name
     beside = file.with_suffix(".txt")
     label = None
@@ -163,7 +163,7 @@ def _image_record(folder: Path, name: str, row: dict[str, str] | None) -> Record
         label = file.parent.name if file.parent != folder else None
         caption = (label or "").replace("_", " ")
     split: Split = "heldout" if unit_hash(name) < HELDOUT_SHARE else "train"
-    return Record(file=file, caption=caption, label=label, split=split, name=name)
+    return ImageRecord(file=file, caption=caption, label=label, split=split, name=name)
 
 
 def _read_captions(folder: Path) -> dict[str, dict[str, str]]:
@@ -229,14 +229,14 @@ class FolderSource:
         return FolderSource, (str(self.folder),)
 
     @cached_property
-    def _records(self) -> list[Record]:
+    def _records(self) -> list[ImageRecord]:
         return read_folder(self.folder)
 
     @property
     def shards(self) -> list[str]:
         return [f"files from {start}" for start in range(0, len(self._records), FILES_A_SHARD)]
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found | Skipped]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
         """See `Source.scan`; only headers are read, and only for sizes."""
         prepared = (self.folder / INDEX).is_file()
         for record in self._records[shard * FILES_A_SHARD : (shard + 1) * FILES_A_SHARD]:
@@ -245,13 +245,13 @@ class FolderSource:
                 try:
                     size = picture_size(record.file, record.name)
                 except ImageError as error:
-                    yield Skipped(record.name, error.reason)
+                    yield SkippedImage(record.name, error.reason)
                     continue
             place = (record.file.relative_to(self.folder).as_posix(),)
             split = record.split if prepared else None
-            yield Found(record.name, record.caption, record.label, size, place, split)
+            yield SourceImage(record.name, record.caption, record.label, size, place, split)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ImageLocation) -> bytes:
         path = self.folder / str(place[0])
         try:
             return path.read_bytes()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow.data.images import ImageError, picture_size
-from starflow.data.sources.base import CAPTION_KEYS, LABEL_KEYS, Found, Place, Skipped, texts_of
+from starflow.data.sources.base import CAPTION_KEYS, LABEL_KEYS, ImageLocation, SkippedImage, SourceImage, texts_of
 from starflow.errors import UserError
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
@@ -71,12 +71,12 @@ class ParquetSource:
             )
         return found[0]
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found | Skipped]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
         """See `Source.scan`; without sizes the pictures themselves are not read."""
         try:
             file = self._file(shard)
         except UserError as error:
-            yield Skipped(self._files[shard].name, str(error))
+            yield SkippedImage(self._files[shard].name, str(error))
             return
         wanted = [name for name in (*CAPTION_KEYS, *LABEL_KEYS) if name in file.schema_arrow.names]
         for group in range(file.num_row_groups):
@@ -87,12 +87,12 @@ class ParquetSource:
                 try:
                     size = picture_size(pictures[row] or b"", name) if sizes else None
                 except ImageError as error:
-                    yield Skipped(name, error.reason)
+                    yield SkippedImage(name, error.reason)
                     continue
                 caption, label = texts_of(rows[row] if wanted else {})
-                yield Found(name, caption, label, size, (shard, group, row))
+                yield SourceImage(name, caption, label, size, (shard, group, row))
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ImageLocation) -> bytes:
         file, group, row = (int(part) for part in place)
         try:
             data = self._pictures(file, group)[row]

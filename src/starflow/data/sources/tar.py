@@ -24,7 +24,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from starflow.data.images import SUFFIXES, ImageError, picture_size
-from starflow.data.sources.base import Found, Place, Skipped, parse_fields, texts_of
+from starflow.data.sources.base import ImageLocation, SkippedImage, SourceImage, parse_fields, texts_of
 from starflow.errors import UserError
 
 TIMEOUT = 60.0
@@ -137,7 +137,7 @@ class TarSource:
             return [str(path) for path in sorted(folder.rglob("*.tar"))]
         return [name for one in expand(str(folder)) for name in sorted(glob.glob(one))]  # noqa: PTH207  (absolute too)
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found | Skipped]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
         """See `Source.scan`. A shard that is cut short gives the pictures before the cut, and is named."""
         name = self.shards[shard]
         short = PurePosixPath(name).name
@@ -146,9 +146,9 @@ class TarSource:
                 for sample in _samples(_Tail(stream)):
                     yield sample.found(shard, short, sizes=sizes)
         except _BROKEN as error:
-            yield Skipped(short, " ".join(str(error).split()) or type(error).__name__)
+            yield SkippedImage(short, " ".join(str(error).split()) or type(error).__name__)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ImageLocation) -> bytes:
         name, offset, size = self.shards[int(place[0])], int(place[1]), int(place[2])
         try:
             if is_url(name):
@@ -205,16 +205,16 @@ class _Sample:
         elif suffix == "json":
             self.fields = {**parse_fields(data), **self.fields}
 
-    def found(self, shard: int, short: str, *, sizes: bool) -> Found | Skipped:
+    def found(self, shard: int, short: str, *, sizes: bool) -> SourceImage | SkippedImage:
         name = f"{short}/{self.key}"
         if self.picture is None:
-            return Skipped(name, "the sample holds no picture")
+            return SkippedImage(name, "the sample holds no picture")
         try:
             size = picture_size(self.picture, name) if sizes else None
         except ImageError as error:
-            return Skipped(name, error.reason)
+            return SkippedImage(name, error.reason)
         caption, label = texts_of(self.fields)
-        return Found(name, caption, label, size, (shard, self.offset, len(self.picture)))
+        return SourceImage(name, caption, label, size, (shard, self.offset, len(self.picture)))
 
 
 def _samples(stream: _Tail) -> Iterator[_Sample]:

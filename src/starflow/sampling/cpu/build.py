@@ -71,7 +71,7 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildCommand:
     """How the library is made here, and where it lies."""
 
     command: tuple[str, ...]
@@ -80,7 +80,7 @@ class Recipe:
     path: Path
 
     @staticmethod
-    def here() -> Recipe:
+    def here() -> BuildCommand:
         """With CXX, or the first of `COMPILERS`.
 
         Raises:
@@ -94,7 +94,7 @@ class Recipe:
         command = (*compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
         known = (SOURCE.read_text(), *command, target, _output(*compiler, "--version"), machine, _processor())
         key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:20]
-        return Recipe(command, target, cache_folder() / f"step-{key}.so")
+        return BuildCommand(command, target, cache_folder() / f"step-{key}.so")
 
     def built(self) -> bool:
         return self.path.is_file()

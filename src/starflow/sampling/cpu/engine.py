@@ -6,8 +6,8 @@ stopped. What it does not cover goes the eager way: devices other than a CPU, pr
 bfloat16, and linear layers that are not plain ones (quantised weights). Networks in bfloat16 are computed in float32
 from their bfloat16 weights and cache.
 
-An engine belongs to a model and is kept with it (`engine_of`): packed weights, and the decision whether to build. It
-builds where that takes less time than it saves: at once for a large model, and for a small one when as much has been
+An engine belongs to a model and is kept with it (`cpu_engine_of`): packed weights, and the decision whether to build.
+It builds where that takes less time than it saves: at once for a large model, and for a small one when as much has been
 spent without it. Several threads may sample with one model at once. `extend` runs the layers over any number of tokens,
 a segment or the condition, and takes the place of the block's own.
 
@@ -35,7 +35,7 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import PACKED_KEPT
 from starflow.flow.model import Flow
 from starflow.nn.kv_cache import KVCache, LayerCache
-from starflow.sampling.cpu.build import BuildError, Library, Recipe
+from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
     BlockStruct,
     LayerStruct,
@@ -69,11 +69,11 @@ RULES = {"gaussian": 1, "linear": 2}
 
 PRECISIONS = (torch.float32, torch.bfloat16)
 
-Report = Callable[[int], None]
+TokenProgress = Callable[[int], None]
 
 
 @dataclass
-class Engine:
+class CpuEngine:
     """The compiled token loop of one model."""
 
     eager_seconds: float
@@ -85,7 +85,7 @@ class Engine:
     """What compiling, or loading, took."""
     compiled: bool = False
     """Whether it was compiled for this engine, rather than found."""
-    _recipe: Recipe | None = None
+    _recipe: BuildCommand | None = None
     _spent: float = 0.0
     """Seconds that went by, about, where it would have been of use and was not built."""
     _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
@@ -100,7 +100,7 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled model opens and packs for itself."""
-        return Engine, (self.eager_seconds, None, self.closed)
+        return CpuEngine, (self.eager_seconds, None, self.closed)
 
     @property
     def bytes(self) -> int:
@@ -134,7 +134,7 @@ class Engine:
         if self.closed or self.library is not None:
             return
         try:
-            self._recipe = self._recipe or Recipe.here()
+            self._recipe = self._recipe or BuildCommand.here()
             found = self._recipe.built()
             if found or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
                 began = time.perf_counter()
@@ -144,7 +144,7 @@ class Engine:
             self.closed = True
             warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
 
-    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: Report) -> None:
+    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: TokenProgress) -> None:
         """Tokens from the first on, in place; the condition is in the cache already."""
         self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), report, rounded=False)
 
@@ -153,7 +153,14 @@ class Engine:
         self._solve(predictor, x_BNC, noise_BNC, tokens, lambda _: None, rounded=True)
 
     def _solve(
-        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, report: Report, *, rounded: bool
+        self,
+        predictor: Predictor,
+        x_BNC: Tensor,
+        noise_BNC: Tensor,
+        tokens: range,
+        report: TokenProgress,
+        *,
+        rounded: bool,
     ) -> None:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
@@ -260,12 +267,12 @@ class _Call:
     alive: list[Any]
 
 
-def engine_of(model: Flow) -> Engine:
+def cpu_engine_of(model: Flow) -> CpuEngine:
     """The engine that is kept with the model; what it has packed is of the weights as they are now."""
     found = model.kept.get("engine")
-    if not isinstance(found, Engine):
+    if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.kept["engine"] = Engine(tokens * sum(map(_pass_seconds, model.stack())))
+        found = model.kept["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.stack())))
     found.forget_changed()
     return found
 

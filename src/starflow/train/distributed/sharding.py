@@ -46,7 +46,7 @@ from starflow.train.settings import ParallelSettings
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardingLayout:
     """A mesh and its sizes."""
 
     mesh: DeviceMesh
@@ -74,7 +74,7 @@ def shard_size(parallel: ParallelSettings, world: World) -> int:
     return shards
 
 
-def make_layout(parallel: ParallelSettings, world: World) -> Layout:
+def make_layout(parallel: ParallelSettings, world: World) -> ShardingLayout:
     """The mesh of a layout; collective. Its groups give up after the world's timeout."""
     shards = shard_size(parallel, world)
     ranks = torch.arange(world.size).view(-1, shards)
@@ -82,22 +82,22 @@ def make_layout(parallel: ParallelSettings, world: World) -> Layout:
     everyone = dist.group.WORLD
     assert everyone is not None
     if shards == world.size:
-        return Layout(DeviceMesh.from_group(everyone, kind), shards, 1)
+        return ShardingLayout(DeviceMesh.from_group(everyone, kind), shards, 1)
     patience = timedelta(seconds=world.timeout)
     within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
     across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
     assert within is not None
     assert across is not None
     mesh = DeviceMesh.from_group([across, within], kind, mesh=ranks, mesh_dim_names=("copy", "shard"))
-    return Layout(mesh, shards, world.size // shards)
+    return ShardingLayout(mesh, shards, world.size // shards)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's piece; it shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def first_row(tensor: Tensor) -> int:
+def shard_start(tensor: Tensor) -> int:
     """Where this process's piece begins along the first dimension of the whole."""
     if not isinstance(tensor, DTensor):
         return 0
@@ -113,21 +113,21 @@ def is_writer(tensor: Tensor, *, main: bool) -> bool:
         return main
     mesh = tensor.device_mesh
     in_first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-    return in_first_copy and local(tensor).numel() > 0
+    return in_first_copy and local_shard(tensor).numel() > 0
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, in every process; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def write(tensor: Tensor, value: Tensor) -> None:
+def write_shard(tensor: Tensor, value: Tensor) -> None:
     """Copy this process's part of a whole `value` into the tensor; not collective."""
     assert tensor.shape == value.shape
-    piece = local(tensor)
+    piece = local_shard(tensor)
     if isinstance(tensor, DTensor):
-        value = value.narrow(0, first_row(tensor), len(piece))
+        value = value.narrow(0, shard_start(tensor), len(piece))
     piece.copy_(value)
 
 
@@ -170,7 +170,7 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
 def _copy(source: nn.Module, target: nn.Module) -> None:
     into = named_state(target)
     for name, value in source.state_dict().items():
-        write(into[name], value)
+        write_shard(into[name], value)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -194,7 +194,7 @@ def compile_units(model: nn.Module) -> None:
         unit.compile()
 
 
-def shard(model: nn.Module, layout: Layout, weights: torch.dtype | None) -> None:
+def shard(model: nn.Module, layout: ShardingLayout, weights: torch.dtype | None) -> None:
     """Split the weights over the layout's mesh, layer by layer and block by block.
 
     Args:

@@ -33,7 +33,7 @@ from starflow.errors import UserError
 PAUSE = 0.02
 
 
-def agree_on_a_word(store: Store, rank: int, size: int, timeout: float) -> str:
+def agree_on_run_id(store: Store, rank: int, size: int, timeout: float) -> str:
     """A word that all processes of this start share, and no other start does.
 
     Args:
@@ -81,7 +81,7 @@ LOST = ("gloo", "connection", "nccl", "timed out", "timeout", "socket", "recvbyt
 
 @dataclass(frozen=True)
 class World:
-    """This process and the others. Build the one of torchrun with `join`."""
+    """This process and the others. Build the one of torchrun with `join_world`."""
 
     rank: int = 0
     size: int = 1
@@ -127,13 +127,13 @@ class World:
         self.wait()
 
 
-def launched() -> bool:
+def launched_by_torchrun() -> bool:
     """Whether torchrun started this process beside others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextlib.contextmanager
-def join(device: torch.device, timeout: float) -> Iterator[World]:
+def join_world(device: torch.device, timeout: float) -> Iterator[World]:
     """The world that torchrun's environment describes, or a world of one without it.
 
     Args:
@@ -143,7 +143,7 @@ def join(device: torch.device, timeout: float) -> Iterator[World]:
     Raises:
         UserError: the others are not to be reached, or one was lost on the way.
     """
-    if not launched():
+    if not launched_by_torchrun():
         yield World(device=device)
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -163,7 +163,7 @@ def join(device: torch.device, timeout: float) -> Iterator[World]:
 def _meet(backend: str, rank: int, size: int, timeout: float) -> None:
     patience = timedelta(seconds=timeout)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
-    word = agree_on_a_word(PrefixStore("starflow", store), rank, size, timeout)
+    word = agree_on_run_id(PrefixStore("starflow", store), rank, size, timeout)
     dist.init_process_group(backend, store=PrefixStore(word, store), rank=rank, world_size=size, timeout=patience)
 
 

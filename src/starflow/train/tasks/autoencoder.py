@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from starflow.data.images import save_grid, to_unit
-from starflow.data.index import Pictures, all_numbers
+from starflow.data.index import ImageDataset, all_numbers
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
-from starflow.train.loader import Decoder, Feed, generator, uniform
+from starflow.train.loader import BatchReader, TrainingLoader, generator, uniform
 from starflow.train.settings import TrainSettings, network_precision
 
 HELDOUT = 1024
@@ -53,7 +53,7 @@ class AutoencoderTask:
     def __init__(
         self,
         model: SmallAutoencoder,
-        feed: Feed,
+        feed: TrainingLoader,
         noise: tuple[float, float],
         loss: ReconstructionLoss,
         settings: TrainSettings,
@@ -128,11 +128,11 @@ class AutoencoderTask:
         return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
 
 
-def heldout_images(pictures: Pictures) -> Tensor:
+def heldout_images(pictures: ImageDataset) -> Tensor:
     """uint8 (N, 3, H, W): held-out pictures of the fullest bucket."""
     numbers = max(all_numbers(pictures, heldout=True), key=len)
     some = numbers[:: max(1, -(-len(numbers) // HELDOUT))].tolist()
-    return Decoder(pictures, replace=True)[some].images
+    return BatchReader(pictures, replace=True)[some].images
 
 
 def mirrored(images: Tensor, seed: int, step: int, rows: range) -> Tensor:

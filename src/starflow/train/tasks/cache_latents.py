@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import to_unit
-from starflow.data.index import Entry, Pictures, all_numbers
+from starflow.data.index import ImageDataset, ImageInfo, all_numbers
 from starflow.data.latent_cache import (
     PART,
-    CachedPicture,
+    CachedLatent,
     finish_cache,
     part_path,
     read_part_head,
@@ -34,7 +34,7 @@ from starflow.errors import UserError
 from starflow.io.files import read_json, write_json
 from starflow.latents.base import Autoencoder
 from starflow.train.distributed.world import World
-from starflow.train.loader import decoded, normal
+from starflow.train.loader import normal, read_batches
 
 BATCH = 64
 
@@ -42,10 +42,10 @@ TIMES = "times.json"
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheJob:
     """What is encoded, by what, and where to."""
 
-    pictures: Pictures
+    pictures: ImageDataset
     autoencoder: Autoencoder
     conditioner: Conditioner | None
     folder: Path
@@ -55,26 +55,26 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """Pictures of one bucket and split, plain or mirrored."""
 
     numbers: Tensor
     mirrored: bool = False
 
 
-def plan(cache: Cache) -> list[Part]:
+def plan(cache: CacheJob) -> list[CachePart]:
     """All parts in their order, a function of the pictures alone."""
     parts = []
     for mirrored, heldout in ((False, False), (False, True), (True, False)):
         if mirrored and not cache.mirrored:
             continue
         for numbers in all_numbers(cache.pictures, heldout=heldout):
-            parts += [Part(some, mirrored) for some in numbers.split(PART) if len(some)]
+            parts += [CachePart(some, mirrored) for some in numbers.split(PART) if len(some)]
     return parts
 
 
 def cache_latents(
-    cache: Cache,
+    cache: CacheJob,
     info: dict[str, Any],
     world: World,
     *,
@@ -105,7 +105,7 @@ def cache_latents(
     world.wait()
 
 
-def distinct_texts(cache: Cache) -> dict[str, int]:
+def distinct_texts(cache: CacheJob) -> dict[str, int]:
     """What the conditioner reads (captions, or class names), each with its row; empty without one."""
     if cache.conditioner is None:
         return {}
@@ -114,15 +114,15 @@ def distinct_texts(cache: Cache) -> dict[str, int]:
     return {key: row for row, key in enumerate(keys)}
 
 
-def _key(entry: Entry, conditioner: Conditioner) -> str:
+def _key(entry: ImageInfo, conditioner: Conditioner) -> str:
     return (entry.label or "") if conditioner.spec.kind == "class" else entry.caption
 
 
 @torch.no_grad()
-def _encode_parts(cache: Cache, parts: Sequence[Part], mine: Sequence[int], show_progress: bool) -> int:
+def _encode_parts(cache: CacheJob, parts: Sequence[CachePart], mine: Sequence[int], show_progress: bool) -> int:
     """Encode and write these parts; returns how many pictures they hold."""
     requests = [some.tolist() for n in mine for some in parts[n].numbers.split(BATCH)]
-    coming = decoded(cache.pictures, requests, cache.workers, replace=False)
+    coming = read_batches(cache.pictures, requests, cache.workers, replace=False)
     done = 0
     with tqdm(total=sum(map(len, requests)), unit="picture", desc="latents", disable=not show_progress) as bar:
         for n in mine:
@@ -176,7 +176,7 @@ def _add_time(folder: Path, pictures: float, seconds: float) -> None:
 
 
 def _finish(
-    cache: Cache, parts: Sequence[Part], texts: dict[str, int], info: dict[str, Any], say: Callable[[str], None]
+    cache: CacheJob, parts: Sequence[CachePart], texts: dict[str, int], info: dict[str, Any], say: Callable[[str], None]
 ) -> None:
     """Join the parts' heads to an index, and report."""
     if cache.conditioner is not None:
@@ -189,7 +189,7 @@ def _finish(
             entry = cache.pictures.entry(number)
             condition = texts[_key(entry, cache.conditioner)] if cache.conditioner else 0
             split = "heldout" if entry.heldout else "train"
-            pictures.append(CachedPicture(entry.name, entry.caption, split, condition, entry.bucket))
+            pictures.append(CachedLatent(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
         say(f"skipped {name}: {reason}")
@@ -202,11 +202,11 @@ def _finish(
     say(_report(facts))
 
 
-def _factor(cache: Cache) -> int:
+def _factor(cache: CacheJob) -> int:
     return cache.autoencoder.spec.factor
 
 
-def _facts(cache: Cache, count: int, texts: int, skipped: dict[str, str]) -> dict[str, Any]:
+def _facts(cache: CacheJob, count: int, texts: int, skipped: dict[str, str]) -> dict[str, Any]:
     """What the cache came to."""
     folder, side = cache.folder, cache.pictures.buckets.side
     times = read_json(folder / TIMES)

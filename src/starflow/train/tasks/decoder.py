@@ -30,7 +30,7 @@ from starflow.data.images import save_grid, to_unit
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
 from starflow.evaluate.features import MEAN, STD
-from starflow.latents.load import Decoder, Trainable, memory_layout, save_trainable
+from starflow.latents.load import DecoderModule, TrainableAutoencoder, memory_layout, save_trainable
 from starflow.train.loader import batch_indices, generator
 from starflow.train.settings import TrainSettings, network_precision
 
@@ -140,7 +140,7 @@ class DecoderObjective(nn.Module):
     pictures without gradients, so that one backward pass and one optimiser update both.
     """
 
-    def __init__(self, decoder: Decoder, loss: DecoderLoss, perceptual: Perceptual | None) -> None:
+    def __init__(self, decoder: DecoderModule, loss: DecoderLoss, perceptual: Perceptual | None) -> None:
         super().__init__()
         self.decoder = decoder
         self.critic = Critic() if loss.adversarial else None
@@ -193,7 +193,7 @@ class DecoderTask:
 
     def __init__(
         self,
-        autoencoder: Trainable,
+        autoencoder: TrainableAutoencoder,
         objective: DecoderObjective,
         train: LatentPictures,
         heldout: LatentPictures,
@@ -290,7 +290,7 @@ class DecoderTask:
         """The autoencoder with the decoder of `model`, which may be a copy of the one that is trained."""
         assert isinstance(model, DecoderObjective)
         twin = copy.deepcopy(self.autoencoder)
-        Decoder(twin).load_state_dict(model.decoder.state_dict())
+        DecoderModule(twin).load_state_dict(model.decoder.state_dict())
         save_trainable(twin, folder, self.noise_std)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
@@ -299,7 +299,7 @@ class DecoderTask:
 
 @torch.no_grad()
 def encode_pictures(
-    autoencoder: Trainable, images: Tensor, device: torch.device, show_progress: bool
+    autoencoder: TrainableAutoencoder, images: Tensor, device: torch.device, show_progress: bool
 ) -> dict[str, Tensor]:
     """Latents of uint8 pictures: `mean` and, where the autoencoder has a posterior, `std`, float16 on the CPU."""
     parts: dict[str, list[Tensor]] = {"mean": []}

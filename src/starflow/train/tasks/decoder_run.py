@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from starflow.config import to_dict
 from starflow.data.images import to_unit
-from starflow.data.sources.base import Record
+from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
-from starflow.data.views import ViewConfig, Views, load_views, make_views, save_views
+from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.evaluate import extract, kernel_distance, load_extractor, psnr
 from starflow.io import files
 from starflow.latents import Autoencoder
-from starflow.latents.load import Decoder, Trainable, memory_layout, open_trainable
+from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
 from starflow.pipeline.locate import BUNDLED
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import fit
@@ -90,7 +90,7 @@ def run_decoder(
     views = _views(settings, folder, show_progress)
     train, heldout = _pictures(autoencoder, views, folder, device, show_progress)
     before = _measured(autoencoder, folder / "before.json", heldout, noise, settings.train, show_progress)
-    decoder = Decoder(autoencoder).to(device)
+    decoder = DecoderModule(autoencoder).to(device)
     perceptual = load_perceptual(settings.features, device) if settings.loss.perceptual else None
     torch.manual_seed(settings.train.seed)
     task = DecoderTask(
@@ -104,7 +104,7 @@ def run_decoder(
         settings.train,
     )
     fit(task, settings.train, folder, show_progress)
-    trained = open_trainable(str(folder / "model"))
+    trained = load_trainable(str(folder / "model"))
     _place(trained, device)
     after = _measured(trained, folder / "after.json", heldout, noise, settings.train, show_progress)
     report = DecoderReport({name: (before[name], after[name]) for name in before}, len(heldout.images), noise)
@@ -127,7 +127,7 @@ def _start(settings: DecoderSettings, folder: Path) -> None:
     files.write_json(path, now)
 
 
-def _open(source: str) -> tuple[StarFlowPipeline | None, Trainable]:
+def _open(source: str) -> tuple[StarFlowPipeline | None, TrainableAutoencoder]:
     """The pipeline, where it is one, and the autoencoder.
 
     Raises:
@@ -137,13 +137,13 @@ def _open(source: str) -> tuple[StarFlowPipeline | None, Trainable]:
     config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (not folder.is_dir() and source in BUNDLED) or "autoencoder" in config:
         pipeline = StarFlowPipeline.from_pretrained(source)
-        if not isinstance(pipeline.autoencoder, Trainable):
+        if not isinstance(pipeline.autoencoder, TrainableAutoencoder):
             raise UserError(f"'{source}' is a model of pixels: it has no decoder to train")
         return pipeline, pipeline.autoencoder
-    return None, open_trainable(source)
+    return None, load_trainable(source)
 
 
-def _place(autoencoder: Trainable, device: torch.device) -> None:
+def _place(autoencoder: TrainableAutoencoder, device: torch.device) -> None:
     """To the device, in the layout that is fastest there."""
     autoencoder.network.to(device)
     autoencoder.network.to(memory_format=memory_layout(autoencoder))  # type: ignore[call-overload]
@@ -153,7 +153,7 @@ def _usual_noise(pipeline: StarFlowPipeline | None) -> float:
     return pipeline.config.noise_std if pipeline is not None else DEFAULT_NOISE
 
 
-def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> Views:
+def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> TrainingViews:
     path = folder / "views.safetensors"
     if not path.is_file():
         config = ViewConfig(size=settings.size, views=settings.views)
@@ -166,7 +166,7 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> View
     return load_views(path)
 
 
-def _of_split(records: Sequence[Record], split: str, most: int) -> list[Record]:
+def _of_split(records: Sequence[ImageRecord], split: str, most: int) -> list[ImageRecord]:
     """At most so many pictures of a split, spread over it; 0 is all."""
     found = [record for record in records if record.split == split]
     return [found[row] for row in _spread(len(found), most or len(found))]
@@ -177,7 +177,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _pictures(
-    autoencoder: Trainable, views: Views, folder: Path, device: torch.device, show_progress: bool
+    autoencoder: TrainableAutoencoder, views: TrainingViews, folder: Path, device: torch.device, show_progress: bool
 ) -> tuple[LatentPictures, LatentPictures]:
     """Both splits with their latents, encoded once a run."""
     path = folder / "latents.safetensors"

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import dequantise
-from starflow.data.index import Pictures, all_numbers
-from starflow.data.latent_cache import Latents
+from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.latent_cache import LatentDataset
 from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow, Trace
 from starflow.latents.base import Autoencoder
 from starflow.train.distributed.world import World
-from starflow.train.loader import Decoder, Feed, Order, generator, normal, uniform
+from starflow.train.loader import BatchOrder, BatchReader, TrainingLoader, generator, normal, uniform
 from starflow.train.log import training_flops
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings, network_precision
@@ -42,7 +42,7 @@ from starflow.train.tasks.cache_latents import encode, posterior_sample
 Number = TypeVar("Number", float, Tensor)
 
 
-class TracedLoss(nn.Module):
+class FlowLoss(nn.Module):
     """The objective as a module over a flow, so that one call, compiled or not, covers network and loss."""
 
     def __init__(self, flow: Flow, latent_penalty: float) -> None:
@@ -83,7 +83,7 @@ class FlowTask:
     def __init__(
         self,
         flow: Flow,
-        cache: Latents,
+        cache: LatentDataset,
         objective: Objective,
         settings: TrainSettings,
         draw: Callable[[Flow, Path], None],
@@ -91,11 +91,11 @@ class FlowTask:
         world: World | None = None,
         window: int = 0,
     ) -> None:
-        """`flow` may be on the meta device; `draw` and `save` are handed the one to use. `window`: see `Order`."""
+        """`flow` may be on the meta device; `draw` and `save` are handed the one to use. `window`: see `BatchOrder`."""
         self.world = world or World(device=next(flow.parameters()).device)
         self.reads_labels, self.flops = isinstance(flow, TarFlow), training_flops(flow)
         self.null_label = flow.config.num_classes if isinstance(flow, TarFlow) else 0
-        self.model: nn.Module = TracedLoss(flow, objective.latent_penalty)
+        self.model: nn.Module = FlowLoss(flow, objective.latent_penalty)
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
         self.train, self.heldout = cache.numbers("train"), cache.numbers("heldout")
@@ -104,7 +104,7 @@ class FlowTask:
             raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
         if 0 < settings.evaluate_pictures < counts[1]:
             self.heldout = some_of(self.heldout, settings.evaluate_pictures)
-        self.order = Order(self.train, settings.batch, settings.seed, window)
+        self.order = BatchOrder(self.train, settings.batch, settings.seed, window)
 
     @property
     def _device(self) -> torch.device:
@@ -192,11 +192,11 @@ class FlowTask:
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
-        assert isinstance(model, TracedLoss)
+        assert isinstance(model, FlowLoss)
         self._draw(model.flow, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, TracedLoss)
+        assert isinstance(model, FlowLoss)
         self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
@@ -213,12 +213,12 @@ def some_of(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 class LiveLatents:
-    """`starflow.data.latent_cache.Latents` of pictures that are encoded when asked for."""
+    """`starflow.data.latent_cache.LatentDataset` of pictures that are encoded when asked for."""
 
-    def __init__(self, pictures: Pictures, autoencoder: Autoencoder, conditioner: Conditioner | None) -> None:
+    def __init__(self, pictures: ImageDataset, autoencoder: Autoencoder, conditioner: Conditioner | None) -> None:
         self.pictures, self.autoencoder, self.conditioner = pictures, autoencoder, conditioner
         self.null = conditioner.null(1)[0].cpu() if conditioner else None
-        self._decoder = Decoder(pictures, replace=True)
+        self._decoder = BatchReader(pictures, replace=True)
 
     @property
     def side(self) -> int:
@@ -246,7 +246,7 @@ class LiveLatents:
 
 
 @dataclass(frozen=True)
-class FeedSettings:
+class LoaderSettings:
     """How pictures reach a task; see `DataRecipe`."""
 
     workers: int = 0
@@ -255,11 +255,13 @@ class FeedSettings:
     say: Callable[[str], None] = print
 
 
-def make_feed(pictures: Pictures, order: Order, settings: TrainSettings, world: World, how: FeedSettings) -> Feed:
+def make_loader(
+    pictures: ImageDataset, order: BatchOrder, settings: TrainSettings, world: World, how: LoaderSettings
+) -> TrainingLoader:
     """The feed of this process's parts of every batch."""
     parts = settings.rows(world.rank, world.size)
     pin = world.device.type == "cuda"
-    return Feed(pictures, order, parts, how.workers, steps=settings.steps, pin=pin, say=how.say)
+    return TrainingLoader(pictures, order, parts, how.workers, steps=settings.steps, pin=pin, say=how.say)
 
 
 class LiveFlowTask(FlowTask):
@@ -274,13 +276,13 @@ class LiveFlowTask(FlowTask):
         draw: Callable[[Flow, Path], None],
         save: Callable[[Flow, Path], None],
         world: World | None = None,
-        how: FeedSettings | None = None,
+        how: LoaderSettings | None = None,
     ) -> None:
         """As `FlowTask`'s."""
-        self.how = how or FeedSettings()
+        self.how = how or LoaderSettings()
         super().__init__(flow, latents, objective, settings, draw, save, world, self.how.window)
         self.latents = latents
-        self.feed = make_feed(latents.pictures, self.order, settings, self.world, self.how)
+        self.feed = make_loader(latents.pictures, self.order, settings, self.world, self.how)
 
     def _images(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
         """uint8 pictures (B, 3, H, W), half of them mirrored where the recipe says so, and their numbers."""

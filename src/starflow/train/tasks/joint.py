@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import to_unit
-from starflow.data.index import Pictures
+from starflow.data.index import ImageDataset
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents
 from starflow.train.distributed.world import World
 from starflow.train.loader import normal
 from starflow.train.recipe import AutoencoderRecipe, Objective
 from starflow.train.settings import TrainSettings, network_precision
-from starflow.train.tasks.flow import FeedSettings, LiveFlowTask, LiveLatents, TracedLoss, bits_per_dim, nats_per_dim
+from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, LoaderSettings, bits_per_dim, nats_per_dim
 
 
 class JointModel(nn.Module):
@@ -40,7 +40,7 @@ class JointModel(nn.Module):
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self.density = TracedLoss(flow, objective.latent_penalty)
+        self.density = FlowLoss(flow, objective.latent_penalty)
         self.sigma, self.reconstruction = objective.noise_std, recipe.loss
         config = autoencoder.config
         self.weight = recipe.flow_weight * config.channels / (3 * config.factor**2)  # latent dimensions a pixel's
@@ -64,7 +64,7 @@ class JointTask(LiveFlowTask):
         self,
         autoencoder: SmallAutoencoder,
         flow: STARFlow | TarFlow,
-        pictures: Pictures,
+        pictures: ImageDataset,
         conditioner: Conditioner | None,
         objective: Objective,
         recipe: AutoencoderRecipe,
@@ -72,7 +72,7 @@ class JointTask(LiveFlowTask):
         draw: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
         save: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
         world: World | None = None,
-        how: FeedSettings | None = None,
+        how: LoaderSettings | None = None,
     ) -> None:
         """Both networks are real, and equal in every process."""
         # Of the encoder as it begins, only sizes are read of it: what is trained encodes for itself.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from starflow.data.sets.glyphs.captions import Concept, Include, code_of, read_concepts, read_drawings
 from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, Package, Sources, Tarball, notice_text, open_package
-from starflow.data.sources.base import HELDOUT_SHARE, Record, Skipped, Split, unit_hash
+from starflow.data.sources.base import HELDOUT_SHARE, ImageRecord, SkippedImage, Split, unit_hash
 from starflow.data.sources.folder import write_index
 from starflow.errors import UserError
 from starflow.io.files import check_output_folder, write_bytes, write_json, write_text
@@ -59,7 +59,7 @@ class GlyphSummary:
     pictures: dict[str, int]
     heldout: int
     rendered: int
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedImage, ...]
 
 
 def prepare_glyphs(
@@ -119,7 +119,7 @@ def split_of(concept: Concept, style: str) -> tuple[Split, str]:
     return "train", ""
 
 
-def _record(folder: Path, concept: Concept, style: str) -> Record:
+def _record(folder: Path, concept: Concept, style: str) -> ImageRecord:
     split, kind = split_of(concept, style)
     flips = concept.subgroup not in _NO_FLIP_SUBGROUPS and _NO_FLIP_WORDS.isdisjoint(concept.name.lower().split())
     meta = {
@@ -133,12 +133,12 @@ def _record(folder: Path, concept: Concept, style: str) -> Record:
     if kind:
         meta["heldout_kind"] = kind
     file = folder / "images" / style / f"{concept.code}.png"
-    return Record(file, concept.name, concept.subgroup, split, f"{style}/{concept.code}", meta)
+    return ImageRecord(file, concept.name, concept.subgroup, split, f"{style}/{concept.code}", meta)
 
 
 def _draw_all(
     output: Path, concepts: Iterable[Concept], drawers: dict[str, dict[str, Drawer]], size: int, progress: bool
-) -> tuple[list[Record], list[Skipped], int]:
+) -> tuple[list[ImageRecord], list[SkippedImage], int]:
     """Draw what is missing; returns the records, what was skipped, and how many were drawn."""
     from tqdm import tqdm
 
@@ -154,7 +154,7 @@ def _draw_all(
             try:
                 write_bytes(record.file, draw())
             except _BadPicture as error:
-                skipped.append(Skipped(record.name, str(error)))
+                skipped.append(SkippedImage(record.name, str(error)))
                 continue
             rendered += 1
         records.append(record)
@@ -218,11 +218,11 @@ def _is_whole(path: Path, size: int) -> bool:
     return head[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(head[16:20], "big") == size
 
 
-def _first(skipped: list[Skipped]) -> str:
+def _first(skipped: list[SkippedImage]) -> str:
     return f"{skipped[0].name}: {skipped[0].reason}" if skipped else "no style draws any of them"
 
 
-def _summarise(records: list[Record], skipped: list[Skipped], rendered: int) -> GlyphSummary:
+def _summarise(records: list[ImageRecord], skipped: list[SkippedImage], rendered: int) -> GlyphSummary:
     return GlyphSummary(
         concepts=len({record.meta["code"] for record in records}),
         pictures={style: sum(record.meta["style"] == style for record in records) for style in STYLES},
