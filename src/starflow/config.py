@@ -41,7 +41,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in known:
-            raise UserError(unknown_key(f"{where}{key}", key, list(known)))
+            raise UserError(unknown_key_message(f"{where}{key}", key, list(known)))
     built: dict[str, Any] = {}
     for name, field in known.items():
         if name in values:
@@ -57,7 +57,7 @@ def to_dict(config: Dataclass) -> dict[str, Any]:
     return plain
 
 
-def unknown_key(path: str, key: str, known: list[str]) -> str:
+def unknown_key_message(path: str, key: str, known: list[str]) -> str:
     """Message for a key that no field has."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"

@@ -81,12 +81,12 @@ def test_a_compiler_takes_it_whole(config: STARFlowConfig | TarFlowConfig, condi
 def test_the_order_of_the_blocks_alternates() -> None:
     def orders(**options: Any) -> list[bool]:
         config = STARFlowConfig(in_channels=1, img_size=2, channels=64, layers_per_block=1, **options)
-        return [block.spec.backwards for block in STARFlow(config).stack()]
+        return [block.spec.backwards for block in STARFlow(config).iter_blocks()]
 
     assert orders(num_blocks=6) == [True, False, True, False, True, False]
     assert orders(num_blocks=3, seq_order="L2R") == [True, False, True]
     assert orders(num_blocks=3, seq_order="R2L") == [False, True, False]
-    assert [block.spec.backwards for block in TarFlow(PIXELS).stack()] == [False, True]
+    assert [block.spec.backwards for block in TarFlow(PIXELS).iter_blocks()] == [False, True]
 
 
 def test_positions_make_any_aspect_ratio_a_valid_input() -> None:
@@ -256,7 +256,7 @@ def test_an_affine_flows_density_is_the_closed_form() -> None:
         )
     ).double()  # fmt: skip
     log_sigma, mu = torch.tensor([0.3, -0.7]).double(), torch.tensor([1.5, -0.25]).double()
-    block = next(flow.stack())
+    block = next(flow.iter_blocks())
     with torch.no_grad():
         block.proj_out.bias.copy_(torch.cat([log_sigma, mu]))  # weights are zero: outputs do not depend on the input
     x = data(3, 2, 4, 4)

@@ -20,7 +20,10 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
         temporary.write_text("half of the ne")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match=r"cannot write .*value\.txt: No space left"), files.atomic(path) as temporary:
+    with (
+        pytest.raises(UserError, match=r"cannot write .*value\.txt: No space left"),
+        files.atomic_write(path) as temporary,
+    ):
         fill_the_disk(temporary)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -29,7 +32,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
 def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "value.txt"
     files.write_text(path, "old")
-    with pytest.raises(KeyboardInterrupt), files.atomic(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -42,7 +45,7 @@ def test_a_real_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     path = tmp_path / "value.txt"
     files.write_text(path, "old")
-    with pytest.raises(UserError, match="No space left"), files.atomic(path):
+    with pytest.raises(UserError, match="No space left"), files.atomic_write(path):
         full.write_text("x" * 100_000)
     assert path.read_text() == "old"
 

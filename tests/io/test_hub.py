@@ -53,7 +53,7 @@ def test_a_folder_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_a_cached_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = folder(tmp_path / "cached", "config.json", "a.safetensors")
     hub = use(monkeypatch, FakeHub(whole, OSError("no network")))
-    assert local_or_hub("owner/name", NEEDED, also=("*.txt",)) == whole
+    assert local_or_hub("owner/name", NEEDED, optional=("*.txt",)) == whole
     assert len(hub.calls) == 1
     assert hub.calls[0]["allow_patterns"] == [*NEEDED, "*.txt"]
 

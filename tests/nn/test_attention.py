@@ -73,9 +73,9 @@ def test_cached_equals_uncached_however_the_tokens_come(kv_heads: int, pieces: t
     starts = itertools.accumulate(pieces, initial=0)
     outs = []
     for start, count in zip(starts, pieces, strict=False):
-        onto = CacheSlice.at(cache, start, count)
+        position = CacheSlice.at(cache, start, count)
         rows = slice(start, start + count)
-        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], onto))
+        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], position))
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.nn.cpu import LARGE, on_huge_pages
+from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
 
 # Ten blocks of 64 MiB, one after the other: 16,384 pages each.
 SCRIPT = """
@@ -43,9 +43,9 @@ def test_freed_memory_is_used_again_without_faults() -> None:
 
 
 def test_the_tensor_itself_comes_back_as_it_was() -> None:
-    for count in (0, 3, LARGE // 4, LARGE):
+    for count in (0, 3, HUGE_PAGE_THRESHOLD // 4, HUGE_PAGE_THRESHOLD):
         tensor = torch.arange(count, dtype=torch.float32)
         assert on_huge_pages(tensor) is tensor
         assert torch.equal(tensor, torch.arange(count, dtype=torch.float32))
-    elsewhere = torch.empty(LARGE, device="meta")
+    elsewhere = torch.empty(HUGE_PAGE_THRESHOLD, device="meta")
     assert on_huge_pages(elsewhere) is elsewhere

@@ -74,7 +74,7 @@ class Told:
 def planned(meter: Told, policy: Policy | None = None, **options: object) -> tuple[STARFlow, list[str]]:
     """A model whose planner has that meter, and the solvers it used, from the data to the noise."""
     model = starflow()
-    model.kept["planner"] = Planner(policy, meter)
+    model.runtime_cache["planner"] = Planner(policy, meter)
     solutions = run(model, NOISE, CONDITION, None, SampleSettings(solver="auto", **options)).solutions  # type: ignore[arg-type]
     decided = planner_of(model).decisions.values()
     assert len(solutions) == 3
@@ -109,9 +109,9 @@ def test_what_turns_out_slower_or_does_not_converge_is_given_up() -> None:
     for outcome, seconds, kept in ((solution, 0.9, "jacobi"), (solution, 1.1, "sequential")):
         planner.decisions.clear()
         planner.meter = Told(1.0, 0.1, 1.0)
-        tokens, grid = model.tokens(NOISE)
-        table = model.block_rotary(next(model.stack()), model.rotary(grid))
-        predictor = Predictor.of(next(model.stack()), 2, 16, [None], table, None, CachePool())
+        tokens, grid = model.to_tokens(NOISE)
+        table = model.block_rotary(next(model.iter_blocks()), model.rotary(grid))
+        predictor = Predictor.of(next(model.iter_blocks()), 2, 16, [None], table, None, CachePool())
         assert planner.choose(question, predictor, tokens).solver == "jacobi"
         planner.learn(question, outcome, seconds)
         assert planner.choose(question, predictor, tokens).solver == kept
@@ -135,7 +135,7 @@ def test_the_first_call_measures_and_the_model_keeps_it(monkeypatch: pytest.Monk
 def test_what_was_chosen_without_the_compiled_loop_is_asked_again_with_it() -> None:
     """Going token by token is several times faster from then on."""
     model, planner = starflow(), Planner(None, Told(1.0, 0.1, 1.0))
-    block, (tokens, grid) = next(model.stack()), model.tokens(NOISE)
+    block, (tokens, grid) = next(model.iter_blocks()), model.to_tokens(NOISE)
     predictor = Predictor.of(block, 2, 16, [None], model.block_rotary(block, model.rotary(grid)), None, CachePool())
     eager = Question(0, 3, Situation("here", "float32", 2, 16, guided=False), 1e-3, None)
     assert planner.choose(eager, predictor, tokens).solver == "jacobi"

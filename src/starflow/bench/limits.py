@@ -209,7 +209,7 @@ def measure_footprint(
 
     parameter, engine = next(model.parameters()), cpu_engine_of(model)
     if engine.library is not None:  # without the rounded copies of other solvers
-        model.kept["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+        model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
     with rise(parameter.device) as found:
@@ -275,8 +275,8 @@ class SamplingWork:
 def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> SamplingWork:
     """What one batch of pictures needs, whoever computes it token by token."""
     parts = [
-        _block_work(block, batch * (2 if guided and model.guided[number] else 1), tokens, model.condition_length)
-        for number, block in enumerate(model.stack())
+        _block_work(block, batch * (2 if guided and model.guided_blocks[number] else 1), tokens, model.condition_length)
+        for number, block in enumerate(model.iter_blocks())
     ]
     return SamplingWork(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 

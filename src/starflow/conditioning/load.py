@@ -39,19 +39,19 @@ class OnDemandTextEncoder:
     Its files are looked for, and fetched, at once. `network` holds no weights: it says where they will be put.
     """
 
-    def __init__(self, spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB) -> None:
+    def __init__(self, spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB) -> None:
         """Of the encoder that `spec` describes.
 
         Raises:
             UserError: it is nowhere to be found, or has another width.
         """
-        width = width_of(resolve(spec.source, fetch))
+        width = width_of(resolve(spec.source, hub))
         if width != spec.dim:
             raise UserError(
                 f"the text encoder '{spec.source}' has width {width}, the model expects {spec.dim}: use the one that "
                 "the model was trained with"
             )
-        self._spec, self._fetch = spec, fetch
+        self._spec, self._fetch = spec, hub
         self.network: nn.Module = _OnDevice()
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -131,12 +131,12 @@ LARGE = 10**9
 """Bytes of a text encoder's files from which on it is released after use."""
 
 
-def load_conditioner(spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB, keep: bool | None = True) -> Conditioner:
+def load_conditioner(spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB, keep: bool | None = True) -> Conditioner:
     """Build the conditioner that `spec` describes, on the CPU.
 
     Args:
         spec: as config.json has it.
-        fetch: the hub's revision, cache and whether to ask the network.
+        hub: the hub's revision, cache and whether to ask the network.
         keep: whether a text encoder stays in memory between uses; None keeps one whose files take under a gigabyte.
 
     Raises:
@@ -145,11 +145,11 @@ def load_conditioner(spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB, kee
     if spec.kind == "class":
         found: Conditioner = ClassLabels(spec.names)
     elif spec.kind == "embeddings":
-        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, fetch)
-    elif keep or (keep is None and _bytes(spec.source, fetch) < LARGE):
-        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], fetch)
+        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, hub)
+    elif keep or (keep is None and _bytes(spec.source, hub) < LARGE):
+        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], hub)
     else:
-        found = OnDemandTextEncoder(spec, fetch)
+        found = OnDemandTextEncoder(spec, hub)
     if (found.spec.size, found.spec.dim) != (spec.size, spec.dim):
         raise UserError(
             f"the conditioner '{spec.source or spec.kind}' gives {found.spec.size} tokens of width {found.spec.dim}, "
@@ -158,5 +158,5 @@ def load_conditioner(spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB, kee
     return found
 
 
-def _bytes(source: str, fetch: HubOptions) -> int:
-    return sum(path.stat().st_size for path in resolve(source, fetch).glob("*.safetensors"))
+def _bytes(source: str, hub: HubOptions) -> int:
+    return sum(path.stat().st_size for path in resolve(source, hub).glob("*.safetensors"))

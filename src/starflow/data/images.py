@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from starflow.errors import UserError
-from starflow.io.files import atomic
+from starflow.io.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +89,7 @@ def save_png(image: Image, path: Path, text: Mapping[str, str] | None = None) ->
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 

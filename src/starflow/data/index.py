@@ -203,7 +203,7 @@ def join_parts(source: Source, folder: Path) -> dict[str, Any]:
     """
     kinds: dict[str, list[int]] = {"bucket": [], "heldout": []}
     least, skipped, labels = (2.0, 0), [], set()
-    with files.atomic(folder / "pictures.jsonl") as path, path.open("w", encoding="utf-8") as out:
+    with files.atomic_write(folder / "pictures.jsonl") as path, path.open("w", encoding="utf-8") as out:
         for shard in range(len(source.shards)):
             for text in _part(folder, shard).read_text(encoding="utf-8").splitlines():
                 line = json.loads(text)

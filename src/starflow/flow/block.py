@@ -25,7 +25,7 @@ from starflow.flow.tokens import in_order
 from starflow.nn.attention import CacheIndex, CacheSlice, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm
 
-MoveTo = Callable[[nn.Module], AbstractContextManager[object]]
+WeightMover = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AutoregressiveBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: MoveTo | None = None
+        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, move_weights: WeightMover | None = None
     ) -> tuple[Tensor, Tensor]:
         """Data to noise in one parallel pass.
 
@@ -75,7 +75,7 @@ class AutoregressiveBlock(nn.Module):
             x_BNC: tokens in raster order, float32 or float64.
             condition: what `prefix` or `class_vector` takes; ignored by a block without a condition.
             rotary: table of the S condition tokens and the inputs, or None with a learned table.
-            bring: a context in which a layer's weights are where it computes. Where gradients are wanted, only the
+            move_weights: a context in which a layer's weights are where it computes. Where gradients are wanted, only the
                 layers' inputs are kept then, and the way back brings each layer again and computes the rest anew.
 
         Returns:
@@ -88,7 +88,7 @@ class AutoregressiveBlock(nn.Module):
         prefix = self.prefix(condition)
         if prefix is not None:
             hidden = torch.cat((prefix, hidden), dim=1)
-        hidden = self.layers(hidden, rotary, bring)
+        hidden = self.layers(hidden, rotary, move_weights)
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
             mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
@@ -144,20 +144,20 @@ class AutoregressiveBlock(nn.Module):
         assert label is not None
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
-    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: CacheSlice | CacheIndex) -> Tensor:
+    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, position: CacheSlice | CacheIndex) -> Tensor:
         """The layers, for hidden states that continue a cache."""
         wide = computes_in_float32(self, hidden_BTD)
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
-        for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
+        for layer, cache in zip(self.attn_blocks, position.cache.layers, strict=True):
             assert isinstance(layer, Layer)
-            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
+            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, position)
         return out_BTD.to(hidden_BTD.dtype)
 
-    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: MoveTo | None = None) -> Tensor:
+    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, move_weights: WeightMover | None = None) -> Tensor:
         """The layers over a whole sequence."""
         wide = computes_in_float32(self, hidden_BTD)
-        again = (wide or bring is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
-        place: MoveTo = bring if again and bring is not None else contextlib.nullcontext
+        again = (wide or move_weights is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
+        place: WeightMover = move_weights if again and move_weights is not None else contextlib.nullcontext
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer in self.attn_blocks:
 

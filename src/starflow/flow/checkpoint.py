@@ -22,7 +22,7 @@ CONFIG_NAME = "config.json"
 
 POLICY_NAME = "policy.json"
 
-FOLDER = "flow"
+FLOW_FOLDER = "flow"
 """The flow's folder in that of a pipeline."""
 
 _HUB_FILES = ("model*.safetensors", "model*.safetensors.index.json", weights.CHECKSUMS, POLICY_NAME)
@@ -39,25 +39,27 @@ def save(
     files.write_json(folder / CONFIG_NAME, config_to_dict(config))
 
 
-def find(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> Path:
+def find(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> Path:
     """The folder with a flow's own config.json and weights; see the module's docstring.
 
     Raises:
         UserError: neither a folder nor a repository.
     """
-    also = (*_HUB_FILES, *(f"{FOLDER}/{name}" for name in (CONFIG_NAME, *_HUB_FILES)))
-    folder = local_or_hub(str(folder_or_hub_id), (CONFIG_NAME,), also, fetch=fetch, within=("", FOLDER, "model/flow"))
-    inner = (folder, folder / FOLDER, folder / "model" / FOLDER)
+    optional = (*_HUB_FILES, *(f"{FLOW_FOLDER}/{name}" for name in (CONFIG_NAME, *_HUB_FILES)))
+    folder = local_or_hub(
+        str(folder_or_hub_id), (CONFIG_NAME,), optional, hub=hub, subfolders=("", FLOW_FOLDER, "model/flow")
+    )
+    inner = (folder, folder / FLOW_FOLDER, folder / "model" / FLOW_FOLDER)
     return next((one for one in inner if (one / CONFIG_NAME).is_file() and weights.has_weights(one)), folder)
 
 
-def load(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read config and weights.
 
     Raises:
         UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
     """
-    folder = find(folder_or_hub_id, fetch)
+    folder = find(folder_or_hub_id, hub)
     options = files.read_json(folder / CONFIG_NAME)
     if not isinstance(options, dict):
         raise UserError(f"{folder / CONFIG_NAME} holds a {type(options).__name__}, expected a mapping of options")

@@ -22,12 +22,12 @@ Sharding = Literal["replicated", "sharded", "hybrid"]
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
-GPUS_A_HOST = 8
+GPUS_PER_HOST = 8
 
-PACKED_KEPT = 4 * 2**30
+PACKED_BYTES_LIMIT = 4 * 2**30
 """Bytes of packed weights that a CPU keeps from block to block; of a larger model only those of the block at work."""
 
-TEXT_ENCODERS = {"google/flan-t5-xl": 1_223_527_424}
+TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Parameters of encoders that are released after use."""
 
 GIB = 2**30
@@ -130,7 +130,7 @@ def layer_shape(config: ModelConfig, block: int) -> LayerShape:
     )
 
 
-def block_parameters(config: ModelConfig, block: int) -> int:
+def block_parameter_count(config: ModelConfig, block: int) -> int:
     """Parameters of one block."""
     shape = layer_shape(config, block)
     channels, width, tokens = token_channels(config), shape.width, config.grid_side**2
@@ -141,9 +141,9 @@ def block_parameters(config: ModelConfig, block: int) -> int:
     return count + (config.txt_dim + 1) * width * config.conditioned(block)
 
 
-def parameters(config: ModelConfig) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Parameters of the flow."""
-    return sum(block_parameters(config, block) for block in range(config.num_blocks))
+    return sum(block_parameter_count(config, block) for block in range(config.num_blocks))
 
 
 def token_channels(config: ModelConfig) -> int:
@@ -157,7 +157,7 @@ def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -
 
 def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
     """Bytes of one block's weights; see `weight_bytes`."""
-    total = block_parameters(config, block) * BYTES[dtype]
+    total = block_parameter_count(config, block) * BYTES[dtype]
     if int8 and block == config.num_blocks - 1:
         shape = layer_shape(config, block)
         total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
@@ -167,7 +167,7 @@ def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool
 def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
     """Bytes of the copies that a CPU's compiled loop packs at once: of a large model those of the block at work."""
     blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
-    return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
+    return sum(blocks) if sum(blocks) <= PACKED_BYTES_LIMIT else max(*blocks, PACKED_BYTES_LIMIT)
 
 
 def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
@@ -294,19 +294,19 @@ def training_memory(
     """
     if batch < 1 or gpus < 1:
         raise UserError(f"{batch} pictures on {gpus} GPUs: both must be at least 1")
-    parts = {"replicated": 1, "sharded": gpus, "hybrid": min(gpus, GPUS_A_HOST)}[sharding]
-    count = parameters(config)
+    parts = {"replicated": 1, "sharded": gpus, "hybrid": min(gpus, GPUS_PER_HOST)}[sharding]
+    count = parameter_count(config)
     share = 4 * math.ceil(count / parts)
     if parts == 1:
         gathered = 0 if precision == "float32" else BYTES[precision] * count
     else:  # a unit is a layer: its weights, the next one's, and its gradients in float32
         unit = max(layer_shape(config, block).parameters for block in range(config.num_blocks))
         gathered = unit * (2 * BYTES[precision] + 4)
-    activations = _kept_bytes(config, batch, precision, checkpointing=checkpointing)
+    activations = _saved_activation_bytes(config, batch, precision, checkpointing=checkpointing)
     return TrainingMemory(share, share, 2 * share, share if averaged else 0, gathered, activations)
 
 
-def _kept_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
+def _saved_activation_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
     """What the way back needs, of all layers, and the gradients of the hidden channels of one; the logits of attention
     are computed again (flash attention)."""
     total = largest = back = 0
@@ -314,14 +314,14 @@ def _kept_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkp
         shape = layer_shape(config, block)
         tokens = batch * _inputs(config, block, config.grid_side**2)
         inputs = 2 * BYTES[precision] * shape.width * tokens
-        attention, mlp = (kept * tokens for kept in _layer_kept(shape, BYTES[precision]))
+        attention, mlp = (kept * tokens for kept in _layer_saved_bytes(shape, BYTES[precision]))
         largest = max(largest, attention, mlp)
         back = max(back, BYTES[precision] * (3 if shape.gated else 2) * shape.hidden * tokens)
         total += shape.layers * (inputs if checkpointing else attention + mlp)
     return total + back + (largest if checkpointing else 0)
 
 
-def _layer_kept(shape: LayerShape, low: int) -> tuple[int, int]:
+def _layer_saved_bytes(shape: LayerShape, low: int) -> tuple[int, int]:
     """Bytes a token of attention and of the MLP: a norm's input (float32) and output each, then queries, keys and
     values and the result; or the hidden channels before and after the activation, of gate and product if it is gated.
     """

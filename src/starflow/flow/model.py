@@ -57,7 +57,7 @@ class Flow(nn.Module, ABC):
     config: ModelConfig
     channel_first = False
     """Whether a token's channels are ordered (channel, row, column) rather than (row, column, channel)."""
-    has_own_null = False
+    has_null_condition = False
     """Whether the model itself knows what "no condition" is."""
 
     def __init__(self, specs: Sequence[BlockSpec]) -> None:
@@ -67,7 +67,7 @@ class Flow(nn.Module, ABC):
         """What is known of how to sample it, as it lies beside the weights; nothing here reads it."""
         self.offloaded_to: torch.device | None = None
         """Where a block is while it is at work, if the blocks lie elsewhere; see `offload`."""
-        self.kept: dict[str, object] = {}
+        self.runtime_cache: dict[str, object] = {}
         """What a room above keeps with the model while it lives, by name; never saved."""
 
     @property
@@ -77,7 +77,7 @@ class Flow(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def guided(self) -> list[bool]:
+    def guided_blocks(self) -> list[bool]:
         """For every block, whether guidance acts on it."""
 
     @abstractmethod
@@ -115,13 +115,15 @@ class Flow(nn.Module, ABC):
 
     def trace(self, x: Tensor, condition: Tensor | None = None) -> Trace:
         """As `forward`, with every block's input, output and log sigma."""
-        tokens, grid = self.tokens(x)
+        tokens, grid = self.to_tokens(x)
         condition, rotary = self.check_condition(condition, len(x)), self.rotary(grid)
         states: list[Tensor] = [tokens]
         log_sigmas: list[Tensor] = []
-        for block in self.stack():
+        for block in self.iter_blocks():
             given = (tokens, condition, self.block_rotary(block, rotary))
-            passed = block(*given) if self.offloaded_to is None else run_offloaded(block, self.at_work, *given)
+            passed = (
+                block(*given) if self.offloaded_to is None else run_offloaded(block, self.weights_on_device, *given)
+            )
             tokens, log_sigma = passed
             states.append(tokens)
             log_sigmas.append(log_sigma)
@@ -129,14 +131,14 @@ class Flow(nn.Module, ABC):
         prior = self.prior_log_std()
         if prior is not None:
             tokens, logdet = tokens * torch.exp(-prior), logdet - prior.sum()
-        return Trace(self.picture(tokens, grid), logdet, states, log_sigmas)
+        return Trace(self.from_tokens(tokens, grid), logdet, states, log_sigmas)
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""
         z, logdet = self.forward(x, condition)
         return affine.log_normal(z) + logdet
 
-    def stack(self) -> Iterator[AutoregressiveBlock]:
+    def iter_blocks(self) -> Iterator[AutoregressiveBlock]:
         """The blocks from the data to the noise."""
         for block in self.blocks:
             assert isinstance(block, AutoregressiveBlock)
@@ -153,7 +155,7 @@ class Flow(nn.Module, ABC):
         return self.offloaded_to or next(self.parameters()).device
 
     def offload(self, device: str | torch.device) -> Self:
-        """Leave the blocks where they are, and from now on bring each to `device` while it is at work.
+        """Leave the blocks where they are, and from now on move_weights each to `device` while it is at work.
 
         For a device whose memory does not hold the whole model. Every pass over a block, and every block of a batch
         that is sampled, costs the transfer of its weights.
@@ -161,7 +163,7 @@ class Flow(nn.Module, ABC):
         self.offloaded_to = torch.device(device)
         return self
 
-    def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+    def weights_on_device(self, part: nn.Module) -> AbstractContextManager[None]:
         """A context in which the weights of a block, or of a part of it, are where the model computes."""
         return nullcontext() if self.offloaded_to is None else moved_to(part, self.offloaded_to)
 
@@ -169,13 +171,13 @@ class Flow(nn.Module, ABC):
     def network_dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+    def to_tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, N, D) in raster order, in the working precision, and their grid."""
         grid = self.check_grid(grid_of(x, self.config.in_channels, self.config.patch_size))
         tokens = patchify(x.to(self.work_dtype), self.config.patch_size, channel_first=self.channel_first)
         return tokens, grid
 
-    def picture(self, tokens_BND: Tensor, grid: Grid) -> Tensor:
+    def from_tokens(self, tokens_BND: Tensor, grid: Grid) -> Tensor:
         """Tokens in raster order to (B, C, H, W)."""
         return unpatchify(tokens_BND, grid, self.config.patch_size, channel_first=self.channel_first)
 
@@ -186,7 +188,7 @@ class Flow(nn.Module, ABC):
             UserError: the model cannot take this size.
         """
         side = self.config.grid_side
-        if next(self.stack()).pos_embed is not None and grid != (side, side):
+        if next(self.iter_blocks()).pos_embed is not None and grid != (side, side):
             patch, size = self.config.patch_size, self.config.img_size
             raise UserError(
                 f"the input is {grid[0] * patch} x {grid[1] * patch}, but this model's learned positions are for "
@@ -272,8 +274,8 @@ class STARFlow(Flow):
         return f"a condition of shape (batch, {self.config.txt_size}, {self.config.txt_dim})"
 
     @property
-    def guided(self) -> list[bool]:
-        return [block.conditioned for block in self.stack()]
+    def guided_blocks(self) -> list[bool]:
+        return [block.conditioned for block in self.iter_blocks()]
 
     @property
     def condition_length(self) -> int:
@@ -306,7 +308,7 @@ class TarFlow(Flow):
 
     config: TarFlowConfig
     channel_first = True
-    has_own_null = True
+    has_null_condition = True
     var: Tensor
 
     def __init__(self, config: TarFlowConfig) -> None:
@@ -322,7 +324,7 @@ class TarFlow(Flow):
         return f"labels of shape (batch,) from 0 to {self.config.num_classes - 1}, -1 for no class, or None"
 
     @property
-    def guided(self) -> list[bool]:
+    def guided_blocks(self) -> list[bool]:
         return [True] * self.config.num_blocks
 
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
@@ -404,7 +406,7 @@ def token_log_prob(model: Flow, x: Tensor, condition: Tensor | None = None) -> T
     trace = model.trace(x, condition)
     z_BND = patchify(trace.z, model.config.patch_size, channel_first=model.channel_first)
     nats_BN = -0.5 * (z_BND.square().sum(-1) + z_BND.shape[-1] * math.log(2 * math.pi))
-    for block, log_sigma in zip(model.stack(), trace.log_sigmas, strict=True):
+    for block, log_sigma in zip(model.iter_blocks(), trace.log_sigmas, strict=True):
         nats_BN = nats_BN - in_order(log_sigma, backwards=block.spec.backwards).sum(-1)
     prior_ND = model.prior_log_std()
     if prior_ND is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from starflow.flow.block import AutoregressiveBlock, MoveTo
+from starflow.flow.block import AutoregressiveBlock, WeightMover
 
 
 @contextmanager
@@ -38,7 +38,11 @@ def moved_to(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def run_offloaded(
-    block: AutoregressiveBlock, bring: MoveTo, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
+    block: AutoregressiveBlock,
+    move_weights: WeightMover,
+    tokens: Tensor,
+    condition: Tensor | None,
+    rotary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A block's pass with its weights brought; where gradients are wanted, the way back brings them again.
 
@@ -46,8 +50,8 @@ def run_offloaded(
     """
 
     def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with bring(block):
-            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, bring)
+        with move_weights(block):
+            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, move_weights)
         return passed
 
     if not torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from starflow.errors import UserError
 from starflow.flow.model import Flow
 
 
-def quantise(model: Flow) -> None:
+def quantize_int8(model: Flow) -> None:
     """Round the weights of the block next to the noise to 8 bits, in place; there is no way back.
 
     Raises:
@@ -27,12 +27,12 @@ def quantise(model: Flow) -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # its remarks on kernels that this machine has no use for
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    block = list(model.stack())[-1]
+    block = list(model.iter_blocks())[-1]
     quantize_(block.attn_blocks, Int8WeightOnlyConfig())
-    model.kept.clear()  # what was measured or packed was of the other weights
+    model.runtime_cache.clear()  # what was measured or packed was of the other weights
 
 
-def is_quantised(model: Flow) -> bool:
-    """Whether `quantise` has been here."""
-    maps = (module for module in list(model.stack())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
+def is_quantized(model: Flow) -> bool:
+    """Whether `quantize_int8` has been here."""
+    maps = (module for module in list(model.iter_blocks())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
     return any(type(linear.weight.data) is not Tensor for linear in maps)

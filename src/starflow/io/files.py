@@ -73,7 +73,7 @@ class JsonLines:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` when the block ends well.
 
     Raises:
@@ -102,7 +102,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -135,7 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, temporary, metadata=dict(metadata or {}))
@@ -222,7 +222,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
+def check_disk_space(folder: Path, needed: int, what: str) -> None:
     """Compare what is about to be written with what the disk has left.
 
     Raises:

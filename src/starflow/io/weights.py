@@ -35,26 +35,26 @@ CHECKSUMS = "checksums.json"
 SHARD_BYTES = 4 * 1024**3
 """Size that a shard stays under, where no single tensor is larger."""
 
-AGAIN = "fetch or write it again"
+FETCH_AGAIN = "fetch or write it again"
 
 _CHUNK = 1 << 22
 
 _LARGEST_HEADER = 100_000_000  # what safetensors itself allows
 
 
-def single_name(stem: str = STEM) -> str:
+def single_file_name(stem: str = STEM) -> str:
     """Name of the one file, where there is one."""
     return f"{stem}.safetensors"
 
 
-def index_name(stem: str = STEM) -> str:
+def index_file_name(stem: str = STEM) -> str:
     """Name of the index, where there are shards."""
     return f"{stem}.safetensors.index.json"
 
 
 def has_weights(folder: Path, stem: str = STEM) -> bool:
     """Whether there is one file or an index, whole or not."""
-    return (folder / single_name(stem)).is_file() or (folder / index_name(stem)).is_file()
+    return (folder / single_file_name(stem)).is_file() or (folder / index_file_name(stem)).is_file()
 
 
 @dataclass
@@ -112,11 +112,11 @@ class ShardWriter:
         """Give the finished files their names. A folder without checksums is readable, so they go first, come last."""
         count = len(self._written)
         names = [
-            single_name(self.stem) if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+            single_file_name(self.stem) if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
             for number in range(count)
         ]
-        sums = {name: describe(path) for name, (path, _) in zip(names, self._written, strict=True)}
-        index = self.folder / index_name(self.stem)
+        sums = {name: checksum_entry(path) for name, (path, _) in zip(names, self._written, strict=True)}
+        index = self.folder / index_file_name(self.stem)
         (self.folder / CHECKSUMS).unlink(missing_ok=True)
         index.unlink(missing_ok=True)
         for name, (path, _) in zip(names, self._written, strict=True):
@@ -124,7 +124,7 @@ class ShardWriter:
         if count > 1:
             where = {tensor: name for name, (_, held) in zip(names, self._written, strict=True) for tensor in held}
             files.write_json(index, {"metadata": {"total_size": self._total}, "weight_map": where})
-        for old in [self.folder / single_name(self.stem), *self.folder.glob(f"{self.stem}-*-of-*.safetensors")]:
+        for old in [self.folder / single_file_name(self.stem), *self.folder.glob(f"{self.stem}-*-of-*.safetensors")]:
             if old.name not in names:
                 old.unlink(missing_ok=True)
         files.write_json(self.folder / CHECKSUMS, sums)
@@ -167,15 +167,15 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     """
     where = _weight_map(folder, stem)
     if where is None:
-        path = folder / single_name(stem)
+        path = folder / single_file_name(stem)
         if not path.is_file():
-            raise UserError(f"no such file: {path}; the model is not whole, {AGAIN}")
+            raise UserError(f"no such file: {path}; the model is not whole, {FETCH_AGAIN}")
         return [path]
     shards = [folder / name for name in sorted(set(where.values()))]
     missing = [path for path in shards if not path.is_file()]
     if missing:
         names = ", ".join(path.name for path in missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({names}): {AGAIN}")
+        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({names}): {FETCH_AGAIN}")
     return shards
 
 
@@ -193,10 +193,10 @@ def check_sizes(folder: Path) -> None:
     for name, known in checksums(folder).items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"no such file: {path}, which {CHECKSUMS} lists; {AGAIN}")
+            raise UserError(f"no such file: {path}, which {CHECKSUMS} lists; {FETCH_AGAIN}")
         if path.stat().st_size != known.bytes:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {AGAIN}, or remove "
+                f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {FETCH_AGAIN}, or remove "
                 f"{CHECKSUMS} if you changed it yourself"
             )
 
@@ -222,7 +222,7 @@ def checksums(folder: Path) -> dict[str, Checksum]:
     try:
         found = {str(name): Checksum(int(one["bytes"]), str(one["sha256"])) for name, one in values.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds no checksums ({{file: {{bytes, sha256}}}}): {AGAIN}") from None
+        raise UserError(f"{path} holds no checksums ({{file: {{bytes, sha256}}}}): {FETCH_AGAIN}") from None
     _check_names(path, found)
     return found
 
@@ -233,10 +233,12 @@ def write_checksums(folder: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    files.write_json(folder / CHECKSUMS, {path.name: describe(path) for path in sorted(folder.glob("*.safetensors"))})
+    files.write_json(
+        folder / CHECKSUMS, {path.name: checksum_entry(path) for path in sorted(folder.glob("*.safetensors"))}
+    )
 
 
-def describe(path: Path) -> dict[str, Any]:
+def checksum_entry(path: Path) -> dict[str, Any]:
     """A file's line in checksums.json."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -257,13 +259,13 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _weight_map(folder: Path, stem: str) -> dict[str, str] | None:
-    path = folder / index_name(stem)
+    path = folder / index_file_name(stem)
     if not path.is_file():
         return None
     values = files.read_json(path)
     where = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise UserError(f"{path} holds no 'weight_map' of tensors to shards: {AGAIN}")
+        raise UserError(f"{path} holds no 'weight_map' of tensors to shards: {FETCH_AGAIN}")
     _check_names(path, where.values())
     return where
 
@@ -272,7 +274,7 @@ def _check_names(path: Path, names: Iterable[str]) -> None:
     """A name is of a file beside the one that tells it, and of none elsewhere."""
     for name in names:
         if name in ("", ".", "..") or Path(name).name != name or os.sep in name:
-            raise UserError(f"{path} names '{name}', expected a file in the same folder: {AGAIN}")
+            raise UserError(f"{path} names '{name}', expected a file in the same folder: {FETCH_AGAIN}")
 
 
 def _check_shard(path: Path, found: set[str], expected: set[str]) -> None:
@@ -282,7 +284,7 @@ def _check_shard(path: Path, found: set[str], expected: set[str]) -> None:
     what = [
         f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in (("missing", missing), ("extra", more)) if names
     ]
-    raise UserError(f"{path} does not hold the tensors that the index says, {' and '.join(what)}: {AGAIN}")
+    raise UserError(f"{path} does not hold the tensors that the index says, {' and '.join(what)}: {FETCH_AGAIN}")
 
 
 def _check_header(path: Path) -> None:
@@ -300,9 +302,9 @@ def _check_header(path: Path) -> None:
             header = json.loads(file.read(length))
             ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
+            raise UserError(f"{path} is not a whole safetensors file ({error}): {FETCH_AGAIN}") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(
-            f"{path} is not a whole safetensors file ({size} bytes, its header describes {expected}): {AGAIN}"
+            f"{path} is not a whole safetensors file ({size} bytes, its header describes {expected}): {FETCH_AGAIN}"
         )

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from starflow.errors import UserError
 from starflow.io import weights
 from starflow.io.files import read_json, read_tensors
-from starflow.io.hub import DEFAULT_HUB, TORCHAO, HubOptions, local_or_hub, only_errors_logged
+from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
@@ -47,7 +47,7 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: HubOptions = DEFAULT_HUB) -> nn.Module:
+def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOptions = DEFAULT_HUB) -> nn.Module:
     """Build the diffusers class `name` from `source`, a folder or a hub repository, frozen and in evaluation mode.
 
     Raises:
@@ -55,7 +55,7 @@ def load_network(name: NetworkName, source: str, dtype: torch.dtype, fetch: HubO
             lacks weights.
     """
     diffusers = import_diffusers()
-    folder = local_or_hub(source, FILES, (INDEX, weights.CHECKSUMS), fetch=fetch)
+    folder = local_or_hub(source, FILES, (INDEX, weights.CHECKSUMS), hub=hub)
     stored = read_json(folder / "config.json").get("_class_name", name)
     if stored != name:
         raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")
@@ -105,7 +105,7 @@ def quiet(diffusers: Any) -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with only_errors_logged(*TORCHAO, "diffusers"):
+        with only_errors_logged(*TORCHAO_LOGGERS, "diffusers"):
             yield
     finally:
         logging.set_verbosity(level)
@@ -130,14 +130,14 @@ class KLLatents:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, hub: HubOptions = DEFAULT_HUB
     ) -> KLLatents:
         """Load from a folder or a hub repository, e.g. "stabilityai/sd-vae-ft-ema".
 
         Raises:
             UserError: see `load_network`.
         """
-        return cls(load_network("AutoencoderKL", source, dtype, fetch), source, noise_std)
+        return cls(load_network("AutoencoderKL", source, dtype, hub), source, noise_std)
 
     @property
     def spec(self) -> AutoencoderSpec:
@@ -196,7 +196,7 @@ class TinyLatents:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, hub: HubOptions = DEFAULT_HUB
     ) -> TinyLatents:
         """Load from a folder or a hub repository, e.g. "madebyollin/taesd".
 
@@ -208,7 +208,7 @@ class TinyLatents:
         folder = Path(source).expanduser()
         if not (folder / "config.json").exists() and all((folder / name).is_file() for name in TAESD_FILES):
             return cls(_load_taesd(folder, dtype), source, noise_std)
-        return cls(load_network("AutoencoderTiny", source, dtype, fetch), source, noise_std)
+        return cls(load_network("AutoencoderTiny", source, dtype, hub), source, noise_std)
 
     @property
     def spec(self) -> AutoencoderSpec:

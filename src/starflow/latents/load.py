@@ -26,13 +26,13 @@ from starflow.latents.small import SmallLatents, load_small, save_small
 KINDS = ("pixels", "diffusers_kl", "diffusers_tiny", "small")
 
 
-def load_autoencoder(spec: AutoencoderSpec, fetch: HubOptions = DEFAULT_HUB) -> Autoencoder:
+def load_autoencoder(spec: AutoencoderSpec, hub: HubOptions = DEFAULT_HUB) -> Autoencoder:
     """Build the autoencoder that `spec` describes, on the CPU in float32.
 
     Raises:
         UserError: an unknown kind, its files cannot be found or read, or what was found is another than described.
     """
-    found = _load(spec, fetch)
+    found = _load(spec, hub)
     described, got = _shape(spec), _shape(found.spec)
     if described != got:
         raise UserError(
@@ -42,13 +42,13 @@ def load_autoencoder(spec: AutoencoderSpec, fetch: HubOptions = DEFAULT_HUB) -> 
     return found
 
 
-def _load(spec: AutoencoderSpec, fetch: HubOptions) -> Autoencoder:
+def _load(spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
     if spec.kind == "pixels":
         return PixelLatents(1 if spec.channels == 1 else 3)
     if spec.kind == "diffusers_kl":
-        return KLLatents.from_pretrained(spec.source, noise_std=spec.noise_std, fetch=fetch)
+        return KLLatents.from_pretrained(spec.source, noise_std=spec.noise_std, hub=hub)
     if spec.kind == "diffusers_tiny":
-        return TinyLatents.from_pretrained(spec.source, noise_std=spec.noise_std, fetch=fetch)
+        return TinyLatents.from_pretrained(spec.source, noise_std=spec.noise_std, hub=hub)
     if spec.kind == "small":
         return load_small(Path(spec.source))
     raise UserError(f"unknown autoencoder kind '{spec.kind}', expected one of {', '.join(KINDS)}")
@@ -105,7 +105,7 @@ def decoder_noise(source: str) -> float:
     return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
 
 
-def load_trainable(source: str, fetch: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:
+def load_trainable(source: str, hub: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:
     """The autoencoder in a folder or hub repository, by what its config.json says it is.
 
     Raises:
@@ -113,14 +113,14 @@ def load_trainable(source: str, fetch: HubOptions = DEFAULT_HUB) -> TrainableAut
     """
     folder = Path(source).expanduser()
     if all((folder / name).is_file() for name in TAESD_FILES) and not (folder / "config.json").exists():
-        return TinyLatents.from_pretrained(source, fetch=fetch)
-    found = local_or_hub(source, ("config.json",), ("*.safetensors", "*.json"), fetch=fetch)
+        return TinyLatents.from_pretrained(source, hub=hub)
+    found = local_or_hub(source, ("config.json",), ("*.safetensors", "*.json"), hub=hub)
     values = read_json(found / "config.json")
     kind = values.get("_class_name") if isinstance(values, dict) else None
     if kind == "AutoencoderKL":
-        return KLLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), fetch=fetch)
+        return KLLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), hub=hub)
     if kind == "AutoencoderTiny":
-        return TinyLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), fetch=fetch)
+        return TinyLatents.from_pretrained(source, noise_std=decoder_noise(str(found)), hub=hub)
     if isinstance(values, dict) and values.get("kind") == "small":
         return load_small(found)
     raise UserError(

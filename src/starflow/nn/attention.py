@@ -104,13 +104,15 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
+    def extend(
+        self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CacheSlice | CacheIndex
+    ) -> Tensor:
         """The same for tokens that continue a cache, which takes their keys and values."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
-        if onto.query_scale is not None:
-            q_BNTH = q_BNTH * onto.query_scale.to(q_BNTH.dtype)
-        k_BKLH, v_BKLH = onto.write(cache, k_BKTH, v_BKTH)
-        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=onto.causal, mask=onto.mask_TL)
+        if position.query_scale is not None:
+            q_BNTH = q_BNTH * position.query_scale.to(q_BNTH.dtype)
+        k_BKLH, v_BKLH = position.write(cache, k_BKTH, v_BKTH)
+        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=position.causal, mask=position.mask_TL)
         return self._output(out.to(x_BTD.dtype))
 
     def _queries_keys_values(self, x_BTD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +148,16 @@ class Layer(nn.Module):
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
+    def extend(
+        self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CacheSlice | CacheIndex
+    ) -> Tensor:
         """The same for tokens that continue a cache."""
-        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, onto)
+        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, position)
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
 
-LONG = 32
+MIN_TOKENS_TO_CAST = 32
 """Tokens of a pass from which on the cast pays."""
 
 
@@ -161,8 +165,8 @@ def computes_in_float32(block: nn.Module, hidden_BTD: Tensor) -> bool:
     """Whether a block's layers are to be cast for a pass over these hidden states."""
     if hidden_BTD.dtype != torch.bfloat16 or hidden_BTD.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    long = hidden_BTD.shape[0] * hidden_BTD.shape[1] >= LONG
-    return long and not has_bfloat16() and all(map(_plain, block.parameters()))
+    long = hidden_BTD.shape[0] * hidden_BTD.shape[1] >= MIN_TOKENS_TO_CAST
+    return long and not has_bfloat16() and all(map(_is_plain_bfloat16, block.parameters()))
 
 
 def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:
@@ -173,7 +177,7 @@ def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:
     return twin.requires_grad_(False)
 
 
-def _plain(parameter: Tensor) -> bool:
+def _is_plain_bfloat16(parameter: Tensor) -> bool:
     """Neither trained, nor of a type of its own (quantised, sharded), nor anything but bfloat16."""
     trained = parameter.requires_grad and torch.is_grad_enabled()
     return not trained and type(parameter.data) is Tensor and parameter.dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from torch import Tensor
 # <malloc.h> of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
-NEVER = -1
+NEVER_TRIM = -1
 
 
 def keep_freed_memory() -> bool:
@@ -30,22 +30,22 @@ def keep_freed_memory() -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))
 
 
-LARGE = 4 * 2**20
+HUGE_PAGE_THRESHOLD = 4 * 2**20
 """Bytes from which it is worth asking."""
 
-PAGE = 2**21
+HUGE_PAGE_BYTES = 2**21
 
 MADV_HUGEPAGE = 14
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor itself, once its memory has been asked for in large pages."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        stop = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
+    if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE_THRESHOLD and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        stop = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_HUGEPAGE)
     return tensor

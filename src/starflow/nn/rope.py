@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-BASE = 10_000.0
+ROPE_BASE = 10_000.0
 
 
 def grid_positions(rows: int, columns: int, span: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,18 +61,18 @@ def rotate(x_BTNH: Tensor, table: Tensor, *, half_split: bool) -> Tensor:
     """
     if half_split:
         first, second = x_BTNH.chunk(2, dim=-1)
-        return torch.cat(_turn(first, second, table), dim=-1).to(x_BTNH.dtype)
+        return torch.cat(_rotate_pairs(first, second, table), dim=-1).to(x_BTNH.dtype)
     pairs = torch.unflatten(x_BTNH, -1, (-1, 2))
     if torch.compiler.is_compiling():  # a compiler fuses the plain form, and knows no complex numbers
         first, second = pairs.unbind(-1)
-        turned = torch.stack(_turn(first, second, table), dim=-1)
+        turned = torch.stack(_rotate_pairs(first, second, table), dim=-1)
     else:  # one vectorised pass instead of seven strided ones: eight times faster on a CPU
         wide = torch.view_as_complex(pairs.to(table.dtype))
         turned = torch.view_as_real(wide * torch.view_as_complex(table))
     return turned.flatten(-2).to(x_BTNH.dtype)
 
 
-def _turn(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate_pairs(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = table.unbind(-1)
     return first * cos - second * sin, first * sin + second * cos
 
@@ -80,4 +80,4 @@ def _turn(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]
 def _frequencies(count: int, like: Tensor) -> Tensor:
     """10000^(-i / count) for i = 0 .. count - 1."""
     exponent = torch.arange(count, dtype=like.dtype, device=like.device) / max(count, 1)
-    return torch.exp(exponent * -math.log(BASE))
+    return torch.exp(exponent * -math.log(ROPE_BASE))

@@ -19,13 +19,13 @@ from starflow.conditioning.text import width_of
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import parameters
+from starflow.flow.memory import parameter_count
 from starflow.io import files
 from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
+from starflow.published.checkpoint import SD_VAES, pipeline_options, ignored_options, open_published
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
@@ -92,7 +92,7 @@ def convert(
         UserError: as `load_published`; a video model; an autoencoder or a text encoder that is nowhere, or does not
             fit; the folder cannot be written, or the disk has no room.
     """
-    found, said = open_published(file, options), around_the_model(options)
+    found, said = open_published(file, options), pipeline_options(options)
     whole = bool(around.autoencoder or said.get("vae")) or isinstance(found.config, TarFlowConfig)
     config = pipeline_config(name or file.stem, found.config, said, around) if whole else None
     files.check_output_folder(folder)
@@ -100,7 +100,9 @@ def convert(
     size = convert_flow(found, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress)
     if config is not None:
         files.write_json(folder / "config.json", to_dict(config))
-    return ConvertedPipeline(folder, whole, parameters(found.config), size, found.ignored, ignored_options(options))
+    return ConvertedPipeline(
+        folder, whole, parameter_count(found.config), size, found.ignored, ignored_options(options)
+    )
 
 
 def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: PipelineOverrides) -> PipelineConfig:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.config import unknown_key
+from starflow.config import unknown_key_message
 from starflow.errors import UserError
 from starflow.flow import checkpoint
 from starflow.flow.config import KINDS, ModelConfig, TarFlowConfig, config_from_dict
@@ -64,7 +64,7 @@ def constructor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(values.get("kind", "starflow"), key, value) for key, value in values.items()}
 
 
-def around_the_model(options: Mapping[str, Any]) -> dict[str, Any]:
+def pipeline_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What options say of autoencoder, text encoder, noise and guidance: noise_std, vae, text, cfg, .."""
     merged = _merged(options) if "arguments" in options else _flat(options)
     return {key: merged[key] for key in _AROUND if key in merged}
@@ -102,7 +102,7 @@ def _from_arguments(merged: Mapping[str, Any]) -> dict[str, Any]:
     known = [*_RENAMED, *_SAME, *_MUST_BE, *_AROUND, *_OF_A_RUN, "img_size"]
     for key, value in merged.items():
         if key not in known:
-            raise UserError(unknown_key(key, key, known))
+            raise UserError(unknown_key_message(key, key, known))
         if key in _MUST_BE and value != _MUST_BE[key]:
             raise UserError(f"'{key}' is {value}, but only models with {key} {_MUST_BE[key]} are implemented")
     values = {_RENAMED.get(key, key): value for key, value in merged.items() if key in _RENAMED or key in _SAME}

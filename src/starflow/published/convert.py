@@ -55,7 +55,7 @@ def convert_flow(
         UserError: the folder cannot be written, or the disk has no room.
     """
     total = sum(tensor.numel() * dtype.itemsize for tensor in found.tensors.values())
-    files.check_room(folder, total + total // 100, f"{found.name} in {str(dtype).removeprefix('torch.')}")
+    files.check_disk_space(folder, total + total // 100, f"{found.name} in {str(dtype).removeprefix('torch.')}")
     checkpoint.save(folder, found.config, _cast(found, dtype, total, progress), shard_bytes)
     return total
 

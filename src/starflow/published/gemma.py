@@ -23,18 +23,18 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.io import files
 
-KINDS = ("gemma", "gemma2", "gemma3_text", "gemma3")
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
 GEMMA_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
 
-SHALLOW = (2, 2, 2, 2, 2)
+SHALLOW_LAYERS = (2, 2, 2, 2, 2)
 """Layers of the blocks before the deep one, which start anew."""
 
 
 def is_gemma(folder: Path) -> bool:
     """Whether a folder holds such a model."""
     path = folder / "config.json"
-    return path.is_file() and files.read_json(path).get("model_type") in KINDS
+    return path.is_file() and files.read_json(path).get("model_type") in MODEL_TYPES
 
 
 def gemma_options(folder: Path, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def gemma_options(folder: Path, layers: tuple[int, ...] | None = None) -> dict[s
         UserError: a model of another kind, or fewer layers than asked for.
     """
     config = _config(folder)
-    layers = layers or (*SHALLOW, int(config["num_hidden_layers"]))
+    layers = layers or (*SHALLOW_LAYERS, int(config["num_hidden_layers"]))
     if layers[-1] > config["num_hidden_layers"]:
         raise UserError(
             f"flow.layers_per_block asks for {layers[-1]} deep layers, but {folder} has {config['num_hidden_layers']}"
@@ -88,8 +88,8 @@ def _config(folder: Path) -> dict[str, Any]:
     """The text model's config, with what it leaves to defaults."""
     values: dict[str, Any] = files.read_json(folder / "config.json")
     kind = values.get("model_type")
-    if kind not in KINDS:
-        raise UserError(f"{folder} holds a '{kind}', expected a Gemma-style language model ({', '.join(KINDS)})")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder} holds a '{kind}', expected a Gemma-style language model ({', '.join(MODEL_TYPES)})")
     values = {**values, **values.get("text_config", {}), "model_type": kind}
     values.setdefault("head_dim", 256)
     values.setdefault("num_key_value_heads", values["num_attention_heads"])

@@ -141,15 +141,15 @@ def calibrate(
 
 def solve_exactly(model: Flow, material: CalibrationData) -> list[Solved]:
     """Every block with the noise that reaches it and its exact answer, from the data to the noise."""
-    tokens_BND, grid = model.tokens(material.noise)
+    tokens_BND, grid = model.to_tokens(material.noise)
     guidance = material.settings.guidance_for(tokens_BND)
     conditions = conditions_of(model, material.condition, material.null_condition, len(tokens_BND), guidance)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens_BND = tokens_BND * prior.exp()
     found = []
-    for number, block in reversed(list(enumerate(model.stack()))):
-        guided = model.guided[number]
+    for number, block in reversed(list(enumerate(model.iter_blocks()))):
+        guided = model.guided_blocks[number]
         predictor = _predictor(model, block, tokens_BND, conditions, rotary, guidance if guided else None)
         noise = in_order(tokens_BND, backwards=block.spec.backwards)
         x = solve(predictor, noise, BlockPolicy(), 0.0, _silent).x_BNC
@@ -242,7 +242,7 @@ def _plan(model: Flow, material: CalibrationData, convergence: Sequence[Converge
         _choose(block, known.candidates, material.settings.tolerance, repeats)
         for block, known in zip(solve_exactly(model, material), convergence, strict=True)
     )
-    tokens_BND, _ = model.tokens(material.noise)
+    tokens_BND, _ = model.to_tokens(material.noise)
     situation = situation_of(model, tokens_BND, material.settings)
     if all(choice.policy == BlockPolicy() for choice in choices):
         return Plan(situation, choices)

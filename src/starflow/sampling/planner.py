@@ -240,9 +240,9 @@ class Planner:
 
 def planner_of(model: Flow) -> Planner:
     """The planner that is kept with the model, made from the policy beside its weights on first use."""
-    found = model.kept.get("planner")
+    found = model.runtime_cache.get("planner")
     if not isinstance(found, Planner):
-        found = model.kept["planner"] = Planner(read_policy(model))
+        found = model.runtime_cache["planner"] = Planner(read_policy(model))
     return found
 
 

@@ -240,7 +240,7 @@ def read_policy(model: Flow) -> Policy | None:
 def keep_policy(model: Flow, policy: Policy) -> None:
     """Put the policy where `model.save_pretrained` takes it from; what a planner had decided is forgotten."""
     model.policy = to_dict(policy)
-    model.kept.pop("planner", None)
+    model.runtime_cache.pop("planner", None)
 
 
 def machine_of(device: torch.device) -> str:

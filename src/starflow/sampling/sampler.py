@@ -135,7 +135,7 @@ def run(
     caches: CachePool | None = None,
 ) -> SamplingResult:
     """As `sample`, and what the solvers did; a caller that samples again may keep the caches."""
-    tokens_BND, grid = model.tokens(noise)
+    tokens_BND, grid = model.to_tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
     policies = settings.policies(len(model.blocks))
     guidance = settings.guidance_for(tokens_BND)
@@ -149,13 +149,13 @@ def run(
     situation = _situation(tokens_BND, model, guided=guidance is not None)
     engine = cpu_engine_of(model)
     solutions = []
-    for number, block in reversed(list(enumerate(model.stack()))):
-        guided = model.guided[number]
+    for number, block in reversed(list(enumerate(model.iter_blocks()))):
+        guided = model.guided_blocks[number]
         rows = conditions if guided else conditions[:1]
         block_rotary = model.block_rotary(block, rotary)
         rule = guidance if guided else None
         noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
-        with model.at_work(block):
+        with model.weights_on_device(block):
             predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
             if policies is not None:
                 solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
@@ -166,7 +166,7 @@ def run(
                 solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
-    return SamplingResult(model.picture(tokens_BND, grid), solutions[::-1])
+    return SamplingResult(model.from_tokens(tokens_BND, grid), solutions[::-1])
 
 
 def solve(
@@ -206,9 +206,9 @@ def conditions_of(
     given = model.check_condition(condition, batch)
     if guidance is None:
         return [given]
-    if not any(model.guided):
+    if not any(model.guided_blocks):
         raise UserError("guidance is above 0, but this model has no condition to guide with: use guidance 0")
-    if null_condition is None and not model.has_own_null:
+    if null_condition is None and not model.has_null_condition:
         raise UserError(
             "guidance is above 0, but null_condition is None: pass what the model was trained with for no condition "
             f"(the empty caption's encoding, or the class for none), {model.condition_help}"

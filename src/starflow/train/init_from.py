@@ -96,7 +96,7 @@ def _flow_folder(source: str) -> Path:
     if source not in BUNDLED and not folder.is_dir():
         if source.count("/") != 1 or folder.is_absolute() or source.startswith("."):
             find_pipeline(source)  # says what is expected
-        folder = local_or_hub(source, needed=("config.json",), also=(*GEMMA_FILES, "flow/*", "flow/config.json"))
+        folder = local_or_hub(source, required=("config.json",), optional=(*GEMMA_FILES, "flow/*", "flow/config.json"))
     elif source in BUNDLED:
         folder = find_pipeline(source)
     for inner in (folder, folder / "model"):

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import PACKED_KEPT
+from starflow.flow.memory import PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
 from starflow.nn.kv_cache import KVCache, LayerCache
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
@@ -220,7 +220,7 @@ class CpuEngine:
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
-        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
+        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_BYTES_LIMIT:
             for other in [other for other in self._packed if other is not block]:
                 del self._packed[other]
 
@@ -269,10 +269,10 @@ class _Call:
 
 def cpu_engine_of(model: Flow) -> CpuEngine:
     """The engine that is kept with the model; what it has packed is of the weights as they are now."""
-    found = model.kept.get("engine")
+    found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.kept["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.stack())))
+        found = model.runtime_cache["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())))
     found.forget_changed()
     return found
 
