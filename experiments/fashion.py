@@ -14,6 +14,7 @@ from starflow.data.views import load_views, save_views
 from starflow.evaluate import Extractor, extract
 from starflow.evaluate.dataset import part
 from starflow.io import files
+from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import read_log
 from starflow.train.recipe import load_recipe
@@ -50,8 +51,7 @@ def trained(
 
 def slow_bfloat16(device: torch.device) -> dict[str, str]:
     """Float32 in place of a recipe's bfloat16 on processors that only emulate it: six times slower there."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return {} if device.type != "cpu" or native else {"train.precision": "float32"}
+    return {} if has_bfloat16(device) else {"train.precision": "float32"}
 
 
 def heldout_curve(folder: Path) -> list[tuple[int, float, float]]:

@@ -68,7 +68,9 @@ def test_without_torchao_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 def test_weights_are_rounded_before_they_go_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds the rounded model need not hold the whole one."""
     order: list[str] = []
-    monkeypatch.setattr("starflow.pipeline.pipeline.quantise", lambda flow: order.append(f"int8 on {flow.device.type}"))
+    monkeypatch.setattr(
+        "starflow.pipeline.pipeline.quantize_int8", lambda flow: order.append(f"int8 on {flow.device.type}")
+    )
     monkeypatch.setattr(StarFlowPipeline, "to", lambda self, device, dtype: order.append(f"to {device}"))
     StarFlowPipeline.from_pretrained("glyphs", "cuda", int8=True)
     assert order == ["int8 on cpu", "to cuda"]

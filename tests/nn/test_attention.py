@@ -129,7 +129,7 @@ X, CONDITION = torch.randn(2, 2, 8, 8), torch.randn(2, 3, 5)
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> STARFlow:
     """A model in bfloat16, on a processor without it."""
-    monkeypatch.setattr(attention, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda device: False)
     model = randomised(CONFIG, 0)
     assert isinstance(model, STARFlow)
     return model.requires_grad_(False).to(torch.bfloat16)
@@ -151,7 +151,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_long_pass_is_nearer_to_the_stored_weights(half: STARFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = exact(half)(X, CONDITION)[0]
     wide = distance(half(X, CONDITION)[0], expected)
-    monkeypatch.setattr(attention, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda device: True)
     narrow = distance(half(X, CONDITION)[0], expected)
     assert 0 < wide < 0.7 * narrow
     assert half.network_dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from starflow import STARFlow, TarFlow, load_published
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig, config_from_dict, preset
 from starflow.io.files import write_tensors
-from starflow.published.checkpoint import pipeline_options, constructor_options, read_published
+from starflow.published.checkpoint import constructor_options, pipeline_options, read_published
 from tests.registry import randomised
 
 RELEASED: dict[str, Any] = {

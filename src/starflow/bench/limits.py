@@ -26,7 +26,6 @@ Shapes: R rows (the batch, twice with guidance), S condition tokens.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.util
 import sys
@@ -45,6 +44,7 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
+from starflow.nn.cpu import return_freed_memory
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
@@ -242,18 +242,11 @@ def rise(device: torch.device) -> Iterator[MemoryRise]:
     if device.type != "cpu" or not CLEAR.exists():
         yield found
         return
-    _give_back()
+    return_freed_memory()
     CLEAR.write_text(RESET_PEAK)
     before = _status("VmRSS")
     yield found
     found.bytes = _status("VmHWM") - before
-
-
-def _give_back() -> None:
-    """What the C library keeps of freed memory goes back to the system, so that its use again shows."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -9,12 +9,10 @@ safetensors; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -235,18 +233,3 @@ def check_disk_space(folder: Path, needed: int, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free there: "
             "make room, or choose another folder"
         )
-
-
-def drop_pages(tensor: torch.Tensor) -> None:
-    """Let go of the memory behind a tensor that is mapped from a file; what is read again comes from the file.
-
-    Only for tensors that nobody has written to. Where the system has no such call nothing happens: it takes the memory
-    back when it needs it.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
-    if size > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE), mmap.MADV_DONTNEED)

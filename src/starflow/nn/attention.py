@@ -166,7 +166,7 @@ def computes_in_float32(block: nn.Module, hidden_BTD: Tensor) -> bool:
     if hidden_BTD.dtype != torch.bfloat16 or hidden_BTD.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     long = hidden_BTD.shape[0] * hidden_BTD.shape[1] >= MIN_TOKENS_TO_CAST
-    return long and not has_bfloat16() and all(map(_is_plain_bfloat16, block.parameters()))
+    return long and not has_bfloat16(hidden_BTD.device) and all(map(_is_plain_bfloat16, block.parameters()))
 
 
 def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:

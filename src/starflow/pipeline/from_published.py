@@ -25,7 +25,7 @@ from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import SD_VAES, pipeline_options, ignored_options, open_published
+from starflow.published.checkpoint import SD_VAES, ignored_options, open_published, pipeline_options
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215

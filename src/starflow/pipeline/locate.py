@@ -37,9 +37,9 @@ from starflow.io import files
 from starflow.io.hub import (
     DEFAULT_HUB,
     HubOptions,
+    download_size,
     explain_hub_error,
     hub_errors,
-    download_size,
     snapshot,
     split_revision,
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from starflow.flow import checkpoint
 from starflow.io import files
+from starflow.nn.cpu import drop_file_pages
 from starflow.published.checkpoint import OpenCheckpoint
 
 SHARD_BYTES = 2**30
@@ -67,7 +68,7 @@ def _cast(
     for name, tensor in found.tensors.items():
         yield name, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if found.mapped and name not in found.added:
-            files.drop_pages(tensor)
+            drop_file_pages(tensor)
         done += tensor.numel() * dtype.itemsize
         progress(done, total)
 

@@ -10,10 +10,8 @@ machine gives its candidates and no more.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +21,7 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
+from starflow.nn.cpu import cpu_name
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.predictor import InitialGuess
 
@@ -249,13 +248,4 @@ def machine_of(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import CacheSlice
+from starflow.nn.cpu import has_bfloat16
 from starflow.nn.kv_cache import CachePool, CacheShape, KVCache, LayerCache
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
@@ -243,10 +244,8 @@ def can_draft(predictor: Predictor) -> bool:
 
 
 def worth_drafting(predictor: Predictor) -> bool:
-    """Whether a draft may be faster: not on x86 processors without AVX-512, where bfloat16 products are emulated."""
-    weight = predictor.block.proj_in.weight
-    emulated = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return can_draft(predictor) and not emulated
+    """Whether a draft may be faster: not where bfloat16 products are emulated."""
+    return can_draft(predictor) and has_bfloat16(predictor.block.proj_in.weight.device)
 
 
 def _rounded(block: AutoregressiveBlock) -> AutoregressiveBlock:

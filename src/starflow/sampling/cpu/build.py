@@ -22,6 +22,7 @@ from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.io import files
+from starflow.nn.cpu import cpu_lines
 from starflow.sampling.cpu.pack import BlockStruct, Panels, bytes_of
 
 SOURCE = Path(__file__).parent / "step.cpp"
@@ -64,10 +65,6 @@ class Library:
         """A number that changes with a tensor's values."""
         values = values.detach().contiguous()
         return int(self.handle.starflow_mark(values.data_ptr(), bytes_of(values)))
-
-    def advise(self, address: int, size: int) -> None:
-        """Ask for large pages."""
-        self.handle.starflow_advise(address, size)
 
 
 @dataclass(frozen=True)
@@ -148,11 +145,7 @@ def _compiler() -> tuple[str, ...]:
 
 def _processor() -> str:
     """What -march=native depends on."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.is_file() else []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = sorted({line for line in lines if line.startswith(wanted)})
-    return "\n".join(found) or platform.processor()
+    return "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
 
 
 def _output(*command: str) -> str:
@@ -185,7 +178,6 @@ def _typed(handle: ctypes.CDLL) -> ctypes.CDLL:
         "extend": (None, (block, address, number, number)),
         "gelu": (None, (address, address, number, number)),
         "mark": (ctypes.c_uint64, (address, ctypes.c_int64)),
-        "advise": (None, (address, ctypes.c_int64)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(handle, f"starflow_{name}")

@@ -17,7 +17,6 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import threading
 import time
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
+from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
 from starflow.nn.kv_cache import KVCache, LayerCache
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
@@ -61,9 +61,6 @@ CALL_SECONDS = 0.2
 
 THREAD_BYTES = 2**16
 """Weights between two meetings of the threads that are worth another thread, about."""
-
-LARGE = 4 * 2**20
-"""Bytes from which large pages are worth asking for."""
 
 RULES = {"gaussian": 1, "linear": 2}
 
@@ -213,8 +210,7 @@ class CpuEngine:
             if found is None or found.stamp != stamp_of(block):
                 both.pop(rounded, None)
                 self._make_room(block)
-                move = functools.partial(_on_large_pages, self.library)
-                found = pack(block, self.library.panels, move, rounded=rounded)
+                found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
                 found = both[rounded] = replace(found, mark=self._mark(block))
             return found
 
@@ -296,13 +292,11 @@ def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
 
-def _on_large_pages(library: Library, tensor: Tensor) -> Tensor:
-    """The same in memory that is asked for in large pages: the panels are read as one long stream."""
-    if bytes_of(tensor) < LARGE:
+def _on_huge_pages(tensor: Tensor) -> Tensor:
+    """The same in memory that is asked for in huge pages: the panels are read as one long stream."""
+    if tensor.nbytes < HUGE_PAGE_THRESHOLD:
         return tensor
-    room = torch.empty_like(tensor)
-    library.advise(room.data_ptr(), bytes_of(room))
-    return room.copy_(tensor)
+    return on_huge_pages(torch.empty_like(tensor)).copy_(tensor)
 
 
 def covers_block(block: AutoregressiveBlock) -> bool:
