@@ -1,4 +1,4 @@
-"""Weights of one byte for the block next to the noise, by torchao: for memory, not for speed.
+"""Int8 weights, by torchao, for the block next to the noise: they save memory, not time.
 
 The linear maps inside that block's layers, almost all parameters of a deep-shallow flow, keep one byte a weight and one
 scale an output channel, and are multiplied in the network's precision. First and last projections, norms and the other
@@ -24,7 +24,7 @@ def quantize_int8(model: Flow) -> None:
     """
     if importlib.util.find_spec("torchao") is None:
         raise UserError("int8 weights need torchao, which is not installed: pip install 'starflow[int8]'")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # its remarks on kernels that this machine has no use for
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that this machine cannot use
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     block = list(model.iter_blocks())[-1]
@@ -33,6 +33,6 @@ def quantize_int8(model: Flow) -> None:
 
 
 def is_quantized(model: Flow) -> bool:
-    """Whether `quantize_int8` has been here."""
+    """Whether `quantize_int8` has rounded the model's weights."""
     maps = (module for module in list(model.iter_blocks())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
     return any(type(linear.weight.data) is not Tensor for linear in maps)

@@ -292,7 +292,7 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
     expected = run(model, noise, None, None, SampleSettings()).x
     whole, first = engine.bytes, engine._packed[next(model.iter_blocks())][False].bytes
     assert len(engine._packed) == 3
-    monkeypatch.setattr(native, "PACKED_KEPT", whole // 2)
+    monkeypatch.setattr(native, "PACKED_BYTES_LIMIT", whole // 2)
     engine = model.runtime_cache["engine"] = engine_for(library)
     most = 0
 
