@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from starflow.flow import affine
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePosition, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm
@@ -55,6 +56,54 @@ class BlockSpec:
     """sigma = softplus, otherwise exp."""
     clip: float
     """c of c tanh(o / c) on the outputs; 0 is no clip."""
+
+
+def starflow_block_spec(config: STARFlowConfig, block: int) -> BlockSpec:
+    """The sizes and options of block number `block` of a STARFlow."""
+    layer = LayerSpec(
+        width=config.width(block),
+        heads=config.heads(block),
+        kv_heads=config.kv_heads(block),
+        head_dim=config.head_dim,
+        hidden=config.hidden(block),
+        norm_type=config.norm_type,
+        swiglu=config.use_swiglu,
+        qk_norm=config.use_qk_norm,
+        post_norm=config.use_post_norm,
+        bias=config.use_bias,
+        half_split_rope=config.hf_style_rope,
+    )
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=layer,
+        backwards=config.reversed(block),
+        start_token=config.sos,
+        table_tokens=0 if config.rope else config.grid_side**2,
+        condition_dim=config.txt_dim if config.conditioned(block) else 0,
+        num_classes=0,
+        final_norm=config.use_final_norm,
+        softplus=config.use_softplus,
+        clip=config.soft_clip,
+    )
+
+
+def tarflow_block_spec(config: TarFlowConfig, block: int) -> BlockSpec:
+    """The sizes and options of block number `block` of a TarFlow."""
+    width, heads = config.channels, config.channels // config.head_dim
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=LayerSpec(width=width, heads=heads, kv_heads=heads, head_dim=config.head_dim, hidden=4 * width),
+        backwards=config.reversed(block),
+        start_token=False,
+        table_tokens=config.grid_side**2,
+        condition_dim=0,
+        num_classes=config.num_classes,
+        final_norm=False,
+        softplus=False,
+        clip=0.0,
+    )
 
 
 class AutoregressiveBlock(nn.Module):

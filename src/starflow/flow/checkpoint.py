@@ -1,8 +1,8 @@
-"""A model as a folder: config.json and the weights (`starflow.io.weights`). Loading is strict.
+"""A flow as a folder: config.json, the weights (`starflow.io.weights`), and perhaps policy.json. Loading is strict.
 
-Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are
-listed. A damaged file is named. A model is found in its own folder, in that of a pipeline (flow/) or of a training
-run (model/flow/), and in a hub repository of the first two kinds.
+Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are listed. A
+damaged file is named. A model is found in its own folder, in that of a pipeline (flow/) or of a training run
+(model/flow/), and in a hub repository of the first two kinds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ CONFIG_NAME = "config.json"
 POLICY_NAME = "policy.json"
 
 FLOW_FOLDER = "flow"
-"""The flow's folder in that of a pipeline."""
+"""Name of the flow's folder inside that of a pipeline."""
 
 _HUB_FILES = ("model*.safetensors", "model*.safetensors.index.json", weights.CHECKSUMS, POLICY_NAME)
 
 _LISTED = 8
+"""Most keys that a message names."""
 
 
 def save(
@@ -54,7 +55,7 @@ def find(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> Path:
 
 
 def load(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read config and weights.
+    """Read the config and the weights by name, on the CPU; a damaged file is named.
 
     Raises:
         UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
@@ -67,7 +68,7 @@ def load(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> tuple[M
 
 
 def read_policy(folder: Path) -> dict[str, Any] | None:
-    """The sampling policy beside the weights, as it stands there, or None; whoever samples checks it.
+    """The sampling policy beside the weights as a plain mapping, or None; `starflow.sampling.policy` checks it.
 
     Raises:
         UserError: the file is no JSON, or holds no mapping.
@@ -81,7 +82,7 @@ def read_policy(folder: Path) -> dict[str, Any] | None:
 
 
 def write_policy(folder: Path, policy: Mapping[str, Any]) -> Path:
-    """Put a sampling policy beside the weights; returns the file."""
+    """Write a sampling policy beside the weights; returns the file."""
     files.write_json(folder / POLICY_NAME, dict(policy))
     return folder / POLICY_NAME
 

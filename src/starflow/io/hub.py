@@ -1,12 +1,10 @@
-"""Fetching from the Hugging Face hub: the local cache first, then the network, and a clear line where neither has it.
+"""Folders and files of the Hugging Face hub: the local cache first, then the network, and a clear line if both fail.
 
 Contract: what is cached is used without asking the network, and so never changes under its user; a name may say which
 state it means, "owner/name@revision". Every downloaded file is compared with the hub's own digest of it, once, when it
-comes; one that differs is removed and named. Knows no model. Nothing that is downloaded is ever run: callers name the
-files they read, and weights are safetensors. Token, cache and endpoint are those of huggingface_hub's settings
-(HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
-
-Other libraries' remarks, kept from standing between ours.
+comes; one that differs is removed and named. Nothing that is downloaded is ever run: callers name the files they read,
+and weights are safetensors. Token, cache and endpoint are those of huggingface_hub's settings (HF_TOKEN, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from typing import Any
 
 from starflow.errors import UserError
 
-REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
+DEFAULT_REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
 
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Which state of a hub repository is meant, and how it may be reached."""
+    """Which revision of a hub repository is meant, and how it may be reached."""
 
     revision: str | None = None
     """A branch, tag or commit; None is what the name says after "@", or else "main"."""
@@ -42,18 +40,22 @@ class HubOptions:
 
     @property
     def without_revision(self) -> HubOptions:
-        """The same for another repository, which has revisions of its own."""
+        """The same options for another repository, which has revisions of its own."""
         return dataclasses.replace(self, revision=None)
 
 
 DEFAULT_HUB = HubOptions()
+"""The newest state, from huggingface_hub's own cache or the network."""
 
 
 def split_revision(name: str, hub: HubOptions = DEFAULT_HUB) -> tuple[str, str | None]:
-    """Repository and revision of "owner/name@revision", or of "owner/name" and what `hub` says.
+    """The repository and revision of "owner/name@revision", or of "owner/name" and `hub.revision`.
 
     Raises:
-        UserError: both say one, and they differ.
+        UserError: the name and `hub` each give a revision, and they differ.
+
+    >>> split_revision("google/flan-t5-xl@main")
+    ('google/flan-t5-xl', 'main')
     """
     repository, _, revision = name.partition("@")
     if revision and hub.revision and revision != hub.revision:
@@ -65,7 +67,7 @@ def local_or_hub(
     source: str,
     required: Sequence[str],
     optional: Sequence[str] = (),
-    remedy: str = REMEDY,
+    remedy: str = DEFAULT_REMEDY,
     hub: HubOptions = DEFAULT_HUB,
     subfolders: Sequence[str] = ("",),
 ) -> Path:
@@ -74,7 +76,7 @@ def local_or_hub(
     Args:
         source: a folder, or a repository such as "google/flan-t5-xl" or "google/flan-t5-xl@main".
         required: file names with wildcards; each must match something.
-        optional: others to fetch where the repository has them; see `snapshot`.
+        optional: other file names with wildcards, fetched where the repository has them; see `snapshot`.
         remedy: what to do where this fails, for the message.
         hub: the hub's revision, cache and whether to ask the network.
         subfolders: sub-folders that may hold the needed files instead of the top ("").
@@ -92,7 +94,12 @@ def local_or_hub(
 
 
 def snapshot(
-    source: str, files: Sequence[str], *, required: Sequence[str], remedy: str = REMEDY, hub: HubOptions = DEFAULT_HUB
+    source: str,
+    files: Sequence[str],
+    *,
+    required: Sequence[str],
+    remedy: str = DEFAULT_REMEDY,
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Path:
     """Local folder of a hub repository: the cached one where it has what is needed, else downloaded and checked.
 
@@ -126,12 +133,12 @@ def snapshot(
         return _download(repository, settings)
     except expected as error:
         reason, better = explain_hub_error(error, repository, revision)
-        remedy = better if better and remedy == REMEDY else remedy
+        remedy = better if better and remedy == DEFAULT_REMEDY else remedy
         raise UserError(f"'{repository}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
 
 
 class _NotCached(Exception):
-    """Not in the cache, and the network is not to be asked."""
+    """The repository is not in the cache, and the network is not to be asked."""
 
 
 def _cached(repository: str, settings: dict[str, Any]) -> Path | None:
@@ -189,7 +196,7 @@ def is_intact(path: Path) -> bool | None:
 
 
 def download_size(source: str, file: str, hub: HubOptions = DEFAULT_HUB) -> int:
-    """Bytes of a repository's file that is not in the cache yet; 0 where it is, or where the hub does not say.
+    """Bytes to download of a repository's file: 0 where it is in the cache, or where the hub does not say.
 
     Raises:
         UserError: `source` and `hub` name two revisions.
@@ -209,7 +216,7 @@ def download_size(source: str, file: str, hub: HubOptions = DEFAULT_HUB) -> int:
 
 
 def explain_hub_error(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
-    """An error of the hub's client in words, and what to do about it ("" where nothing better is known)."""
+    """The reason for an error of the hub's client in words, and the remedy ("" where nothing better is known)."""
     from huggingface_hub import errors, get_token
 
     chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
@@ -239,7 +246,7 @@ def explain_hub_error(error: BaseException, repository: str, revision: str | Non
 
 
 def hub_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
+    """The exception types that huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
     from huggingface_hub.errors import HfHubHTTPError
 
     http = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -263,12 +270,12 @@ def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
-"""Who speaks when torchao is imported, as transformers and diffusers do wherever it is installed."""
+"""The loggers that warn when torchao is imported, as transformers and diffusers do wherever it is installed."""
 
 
 @contextmanager
 def only_errors_logged(*names: str) -> Iterator[None]:
-    """Loggers of these names let errors through alone while a block runs."""
+    """A context in which the loggers of these names let only errors through."""
     loggers = [getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

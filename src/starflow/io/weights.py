@@ -1,4 +1,4 @@
-"""The weights of one component in a folder: one safetensors file, or shards with an index, and their checksums.
+"""The weights of one network in a folder: one safetensors file, or shards with an index, and their checksums.
 
     model.safetensors                        where all fits one file, otherwise
     model-00001-of-00002.safetensors ...     and
@@ -7,8 +7,8 @@
 
 Contract: reading compares the size of every file with what its own header and checksums.json say, and the tensors of
 a shard with the index; whatever differs is named. Writing is shard by shard, so it needs the memory of one, and what
-lay there before is taken away only when the new files are whole. sha256 is written, and compared by `verify` alone:
-it reads every byte. Folders of other libraries have the same shards and index, and no checksums.
+lay there before is taken away only when the new files are whole. Reading does not compare the sha256, which would read
+every byte; `starflow info --verify` does. Folders of other libraries have the same shards and index, and no checksums.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEM = "model"
+"""How the names of weight files start."""
 
 CHECKSUMS = "checksums.json"
 
@@ -43,7 +44,7 @@ _LARGEST_HEADER = 100_000_000  # what safetensors itself allows
 
 
 def single_file_name(stem: str = STEM) -> str:
-    """Name of the one file, where there is one."""
+    """Name of the file that holds all weights, where there are no shards."""
     return f"{stem}.safetensors"
 
 
@@ -53,19 +54,30 @@ def index_file_name(stem: str = STEM) -> str:
 
 
 def has_weights(folder: Path, stem: str = STEM) -> bool:
-    """Whether there is one file or an index, whole or not."""
+    """Whether the folder has a file of weights or an index, whole or not."""
     return (folder / single_file_name(stem)).is_file() or (folder / index_file_name(stem)).is_file()
 
 
 @dataclass
 class ShardWriter:
-    """Writes tensors one after another, a shard at a time; use as a context and `add` to it.
+    """A context to which tensors are added one after another, and which writes them a shard at a time.
 
     Files appear when the context ends well; until then, and after an error, what lay there before is as it was.
+
+    >>> import tempfile, torch
+    >>> temporary = tempfile.TemporaryDirectory()
+    >>> folder = Path(temporary.name)
+    >>> with ShardWriter(folder, limit=16) as writer:
+    ...     for name in ("a", "b"):
+    ...         writer.add(name, torch.zeros(4))
+    >>> [path.name for path in weight_files(folder)]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    >>> temporary.cleanup()
     """
 
     folder: Path
     limit: int = SHARD_BYTES
+    """Bytes that a shard stays under."""
     stem: str = STEM
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     _waiting: dict[str, Tensor] = field(default_factory=dict)
@@ -97,7 +109,7 @@ class ShardWriter:
             if kind is None:
                 if self._waiting or not self._written:
                     self._flush()
-                self._publish()
+                self._put_in_place()
         finally:
             for path, _ in self._written:
                 path.unlink(missing_ok=True)
@@ -108,7 +120,7 @@ class ShardWriter:
         files.write_tensors(path, self._waiting, self.metadata)
         self._waiting, self._bytes = {}, 0
 
-    def _publish(self) -> None:
+    def _put_in_place(self) -> None:
         """Give the finished files their names. A folder without checksums is readable, so they go first, come last."""
         count = len(self._written)
         names = [
@@ -131,7 +143,7 @@ class ShardWriter:
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-    """Write pairs of name and tensor, which may be made one by one, as the module's docstring says.
+    """Write pairs of name and tensor, which may be made one by one, as files of at most `limit` bytes and an index.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -203,14 +215,14 @@ def check_sizes(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file should be."""
+    """The size and digest that a file should have."""
 
     bytes: int
     sha256: str
 
 
 def checksums(folder: Path) -> dict[str, Checksum]:
-    """What checksums.json says of the files beside it, by name; nothing where there is none.
+    """The checksums of the files of a folder by name, from checksums.json; empty where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -228,7 +240,7 @@ def checksums(folder: Path) -> dict[str, Checksum]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json of the safetensors files that a library of others has put into a folder.
+    """Write checksums.json for the safetensors files that another library has put into a folder.
 
     Raises:
         UserError: the folder cannot be written.
@@ -239,12 +251,12 @@ def write_checksums(folder: Path) -> None:
 
 
 def checksum_entry(path: Path) -> dict[str, Any]:
-    """A file's line in checksums.json."""
+    """A file's entry in checksums.json."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def sha256_of(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
-    """The sha256 of a file; `read` is told of every so many bytes."""
+    """The sha256 of a file in hexadecimal; `read` is called with the size of every chunk that was read."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)
@@ -271,7 +283,7 @@ def _weight_map(folder: Path, stem: str) -> dict[str, str] | None:
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:
-    """A name is of a file beside the one that tells it, and of none elsewhere."""
+    """Check that every name is that of a file beside `path`, which lists it."""
     for name in names:
         if name in ("", ".", "..") or Path(name).name != name or os.sep in name:
             raise UserError(f"{path} names '{name}', expected a file in the same folder: {FETCH_AGAIN}")

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped heads, with or without a static key/value cache, and the Transformer layer around it.
+"""Causal self-attention with grouped heads and an optional static key/value cache, and the Transformer layer around it.
 
 Contract: without a cache the T tokens are a whole sequence and attention is causal over it. With a cache they continue
 what the cache holds before `start`, and the result is what the whole sequence would give.
@@ -96,9 +96,10 @@ CachePosition = CacheSlice | CacheIndex
 
 
 class Attention(nn.Module):
-    """Norm, causal attention with softmax scale 1/sqrt(H), projection, and the optional norm after: (B, T, D) to the same.
+    """Causal attention with its norms: norm, softmax at scale 1/sqrt(H), projection, and the optional norm after.
 
-    K of `spec.kv_heads` key/value heads serve groups of query heads (grouped-query attention, arXiv 2305.13245).
+    It maps (B, T, D) to (B, T, D). The K key/value heads serve groups of N / K query heads (grouped-query attention,
+    arXiv 2305.13245).
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -117,9 +118,7 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
 
-    def extend(
-        self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition
-    ) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
         """As `forward`, for tokens that continue a cache, which stores their keys and values."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         if position.query_scale is not None:
@@ -166,9 +165,7 @@ class Layer(nn.Module):
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
-    def extend(
-        self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition
-    ) -> Tensor:
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
         """As `forward`, for tokens that continue a cache."""
         x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, position)
         out: Tensor = x_BTD + self.mlp(x_BTD)

@@ -25,7 +25,7 @@ from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import SD_VAES, ignored_options, open_published, pipeline_options
+from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
@@ -122,8 +122,8 @@ def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], aroun
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source is None:
         return AutoencoderSpec("pixels", flow.in_channels, 1)
-    if source in SD_VAES and not Path(source).is_dir():
-        found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
+    if source in AUTOENCODER_FACTORS and not Path(source).is_dir():
+        found = AutoencoderSpec("diffusers_kl", 4, AUTOENCODER_FACTORS[source], SD_SCALING, 0.0, source)
     else:
         found = load_trainable(source).spec
     if Path(source).expanduser().is_dir():
