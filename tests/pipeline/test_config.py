@@ -17,6 +17,7 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.latents import AutoencoderSpec, PixelLatents
 from starflow.pipeline import config
 from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.prompts import add_aspect_ratio
 from tests.cli.conftest import CLASSES, random_pipeline
 
 FLOW = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1, txt_size=8, txt_dim=4)
@@ -28,28 +29,28 @@ NINE = dataclasses.replace(SQUARE, name="nine", aspects=ASPECTS)
 @given(width=st.integers(0, 600), height=st.integers(0, 600))
 def test_a_size_is_made_or_refused_with_one_that_is(width: int, height: int) -> None:
     if width % 8 == 0 < width and height % 8 == 0 < height:
-        config.check(SQUARE, FLOW, (width, height))
+        config.check_size(SQUARE, FLOW, (width, height))
         return
     with pytest.raises(UserError, match=rf"size {width}x{height} cannot be made: both .* of 8 pixels, e.g. ") as raised:
-        config.check(SQUARE, FLOW, (width, height))
+        config.check_size(SQUARE, FLOW, (width, height))
     near = str(raised.value).rsplit(" ", 1)[1].split("x")
-    config.check(SQUARE, FLOW, (int(near[0]), int(near[1])))
+    config.check_size(SQUARE, FLOW, (int(near[0]), int(near[1])))
 
 
 @pytest.mark.parametrize("flow", [dataclasses.replace(FLOW, rope=False), TarFlowConfig(4, 32, 1, 64, 2, 1)])
 def test_learned_positions_are_for_one_size(flow: STARFlowConfig | TarFlowConfig) -> None:
-    config.check(SQUARE, flow, (256, 256))
+    config.check_size(SQUARE, flow, (256, 256))
     with pytest.raises(UserError, match="'square' has learned positions, which are for 256x256 alone; leave the size"):
-        config.check(SQUARE, flow, (512, 512))
+        config.check_size(SQUARE, flow, (512, 512))
 
 
 def test_a_size_that_was_not_trained_is_said() -> None:
-    assert config.untrained(SQUARE, FLOW, (256, 256)) == ""
-    said = config.untrained(SQUARE, FLOW, (512, 512))
+    assert config.untrained_size_warning(SQUARE, FLOW, (256, 256)) == ""
+    said = config.untrained_size_warning(SQUARE, FLOW, (512, 512))
     assert said == (
         "'square' was trained at 256x256 pixels, not at 512x512: positions are rescaled, and pictures may be worse"
     )
-    assert "256x256 pixels in 9 ratios, not at 512x512" in config.untrained(NINE, FLOW, (512, 512))
+    assert "256x256 pixels in 9 ratios, not at 512x512" in config.untrained_size_warning(NINE, FLOW, (512, 512))
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
@@ -58,11 +59,11 @@ def test_the_nine_ratios_have_one_area_and_are_trained(aspect: Aspect) -> None:
     assert (width % 8, height % 8) == (0, 0)
     assert width * height == pytest.approx(256**2, rel=0.06)
     assert math.log(width / height) == pytest.approx(math.log(ratio_of(aspect)), abs=0.06)
-    assert config.untrained(NINE, FLOW, (width, height)) == ""
-    assert bool(config.untrained(SQUARE, FLOW, (width, height))) is (aspect != "1:1")
+    assert config.untrained_size_warning(NINE, FLOW, (width, height)) == ""
+    assert bool(config.untrained_size_warning(SQUARE, FLOW, (width, height))) is (aspect != "1:1")
     shape = (4, height // 8, width // 8)
-    assert config.told(NINE, ["a cat", ""], shape) == [f"a cat\n in a {aspect} aspect ratio.\n", ""]
-    assert config.told(SQUARE, ["a cat", ""], shape) == ["a cat", ""]
+    assert add_aspect_ratio(["a cat", ""], NINE, shape) == [f"a cat\n in a {aspect} aspect ratio.\n", ""]
+    assert add_aspect_ratio(["a cat", ""], SQUARE, shape) == ["a cat", ""]
 
 
 def test_the_pipeline_says_so_once_a_call() -> None:

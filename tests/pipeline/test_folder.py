@@ -116,7 +116,7 @@ def test_the_text_encoder_is_released_unless_kept(
     found = lazy(prompts, num_images=2, batch_size=1, solver="sequential").latents
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert len(loads) == 1  # for six batches
-    lazy.prepare(["a tree", "a car"])
+    lazy.remember_prompts(["a tree", "a car"])
     lazy("a tree", solver="sequential")
     lazy.log_prob(lazy("a car", solver="sequential").images[0], "a car")
     assert len(loads) == 2

@@ -127,7 +127,7 @@ def generate(options: GenerateOptions) -> None:
     pipeline = _load(options)
     if options.aspect:
         size = aspect_size(options.aspect, pipeline.config.image_size, pipeline.size_multiple)
-    pipeline.prepare(prompts, size)
+    pipeline.remember_prompts(prompts, size)
     loaded = time.perf_counter()
     written = list(_write(pipeline, prompts, size, options, target))
     sheet = _write_grid(written, options, target) if options.grid else None

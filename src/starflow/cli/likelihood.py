@@ -18,7 +18,8 @@ from starflow.io.files import check_output_folder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from starflow.pipeline.pipeline import LogProb, StarFlowPipeline
+    from starflow.pipeline.likelihood import LogProb
+    from starflow.pipeline.pipeline import StarFlowPipeline
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,1 @@
-"""What a pipeline is made of: its configuration, the folders of its parts, the sizes that it makes, its card."""
-
-from __future__ import annotations
+"""Whole models: a conditioner, a flow and an autoencoder together, their folder, and where it is found."""

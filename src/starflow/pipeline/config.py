@@ -1,6 +1,4 @@
-"""What config.json of a pipeline holds.
-
-Which sizes a model can make, which it was trained at, and what it is told of them.
+"""The configuration of a pipeline (its config.json), and what of a call follows from it: sizes and defaults.
 
 Sizes are (width, height) in pixels. Rotary positions span the same length at any size (STARFlow, arXiv 2506.06276), so
 a model makes sizes that it was not trained at; learned positions are for one size.
@@ -8,46 +6,55 @@ a model makes sizes that it was not trained at; learned positions are for one si
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from starflow.conditioning import ConditionerSpec
-from starflow.data.buckets import Aspect, Size, aspect_size, caption_with_ratio, nearest_aspect
+from starflow.data.buckets import Aspect, Size, aspect_size
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
 
 Cleaning = Literal["decoder", "tweedie", "none"]
-"""The ways out of the noise that a sample carries."""
+"""How samples lose the noise of the training data: see `PipelineConfig.cleaning`."""
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What config.json of a pipeline holds."""
+    """The contents of a pipeline's config.json: its parts, the noise of its training, and the defaults of a call."""
 
     name: str
+    """Of the model, for messages and cards."""
     image_size: int
     """Side in pixels that the model was trained at."""
     noise_std: float
     """Standard deviation of the noise in the flow's training data, in the flow's units."""
     autoencoder: AutoencoderSpec
+    """Which autoencoder, and where it lies."""
     conditioner: ConditionerSpec | None = None
+    """Which encoder of prompts, and where it lies; None for a model that takes no prompt."""
     guidance: float = 0.0
     """Default guidance weight."""
     cleaning: Cleaning = "decoder"
-    """How samples lose the noise: a decoder trained for it, one Tweedie step before decoding, or not at all (uniform
-    noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
+    """How samples lose the noise: by a decoder trained for it, by one Tweedie step before decoding, or not at all
+    (uniform noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
     noise: Literal["gaussian", "uniform"] = "gaussian"
-    """Of the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
+    """Kind of noise in the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
     aspects: tuple[Aspect, ...] = ()
-    """Ratios that the model was trained on, and is told of in the caption; none where it has seen squares only."""
+    """Ratios that the model was trained on and that captions name; empty where it has seen squares only."""
     temperature: float = 1.0
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     candidates: int = 1
     """Default number of pictures drawn for each one that is kept; see `starflow.sampling.sampler`."""
     format: int = 1
+    """Version of this file's layout."""
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -56,15 +63,20 @@ class PipelineConfig:
             raise UserError(f"candidates is {self.candidates}, expected at least 1 (1 keeps what is drawn)")
 
 
-def multiple(config: PipelineConfig, flow: ModelConfig) -> int:
-    """What both sides of a picture must be multiples of, in pixels."""
+def size_multiple(config: PipelineConfig, flow: ModelConfig) -> int:
+    """The number of pixels that both sides of a picture must be multiples of.
+
+    >>> flow = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1, patch_size=2)
+    >>> size_multiple(PipelineConfig("latent", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8)), flow)
+    16
+    """
     return config.autoencoder.factor * flow.patch_size
 
 
-def check(config: PipelineConfig, flow: ModelConfig, size: Size) -> None:
+def check_size(config: PipelineConfig, flow: ModelConfig, size: Size) -> None:
     """Raises UserError: a size that the model cannot make."""
     width, height = size
-    unit = multiple(config, flow)
+    unit = size_multiple(config, flow)
     if width < unit or height < unit or width % unit or height % unit:
         near = [max(1, round(side / unit)) * unit for side in size]
         raise UserError(
@@ -80,15 +92,15 @@ def check(config: PipelineConfig, flow: ModelConfig, size: Size) -> None:
         )
 
 
-def trained(config: PipelineConfig, flow: ModelConfig) -> list[Size]:
+def trained_sizes(config: PipelineConfig, flow: ModelConfig) -> list[Size]:
     """The sizes that the model was trained at: a square, or its ratios at that area."""
-    unit = multiple(config, flow)
+    unit = size_multiple(config, flow)
     return [aspect_size(aspect, config.image_size, unit) for aspect in config.aspects or ("1:1",)]
 
 
-def untrained(config: PipelineConfig, flow: ModelConfig, size: Size) -> str:
-    """A sentence for the user where the model was not trained at this size, else nothing."""
-    known = trained(config, flow)
+def untrained_size_warning(config: PipelineConfig, flow: ModelConfig, size: Size) -> str:
+    """A sentence for the user where the model was not trained at this size, else ""."""
+    known = trained_sizes(config, flow)
     if size in known:
         return ""
     ratios = f" in {len(known)} ratios" if len(known) > 1 else ""
@@ -98,12 +110,54 @@ def untrained(config: PipelineConfig, flow: ModelConfig, size: Size) -> str:
     )
 
 
-def told(config: PipelineConfig, prompts: Sequence[str], latent_shape: Sequence[int]) -> list[str]:
-    """Prompts as the text encoder reads them: with the nearest ratio, where the model is told of it.
+def with_sampling_options(config: PipelineConfig, temperature: float | None, candidates: int | None) -> PipelineConfig:
+    """The configuration with a call's temperature and number of candidates, None being the model's own.
 
-    `latent_shape` ends with (h, w). An empty prompt stays the null condition.
+    Raises:
+        UserError: a temperature of 0 or less, or no candidates.
     """
-    if not config.aspects:
-        return list(prompts)
-    aspect = nearest_aspect(latent_shape[-1], latent_shape[-2], config.aspects)
-    return [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
+    return dataclasses.replace(
+        config,
+        temperature=config.temperature if temperature is None else temperature,
+        candidates=config.candidates if candidates is None else candidates,
+    )
+
+
+def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tensor:
+    """The guidance weight of each picture, (pictures,) in float64 on the CPU.
+
+    Raises:
+        UserError: neither one weight for all nor one a picture.
+
+    >>> guidance_weights(2.0, 3).tolist()
+    [2.0, 2.0, 2.0]
+    """
+    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    if weights.shape not in ((), (1,), (pictures,)):
+        got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
+        raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
+    return weights.expand(pictures)
+
+
+def choose_cleaning(
+    config: PipelineConfig, asked: Cleaning | None, decoder: AutoencoderSpec, *, replaced: bool
+) -> Cleaning:
+    """The cleaning that a call asks for, or else the one that fits the decoder.
+
+    Args:
+        config: of the pipeline.
+        asked: by the call; None leaves the choice.
+        decoder: what turns latents into pictures.
+        replaced: whether it stands in the place of the model's own.
+
+    Raises:
+        UserError: a Tweedie step for a model without Gaussian noise.
+    """
+    trained = decoder.noise_std > 0
+    if asked == "tweedie" and not config.noise_std:
+        raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
+    if asked == "decoder" and config.noise_std and not trained:
+        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=3)
+    if asked is not None or not replaced or config.cleaning == "none":
+        return asked or config.cleaning
+    return "decoder" if trained else "tweedie"

@@ -1,6 +1,4 @@
-"""The card of a model that goes to the hub.
-
-The parts of a pipeline as folders beside each other: flow/, autoencoder/ and conditioner/.
+"""The folder of a pipeline: config.json, its parts in flow/, autoencoder/ and conditioner/, and a card for the hub.
 
 Contract: a part whose source in config.json is "./autoencoder" or "./conditioner" (or "autoencoder", for one of our
 own) lies in the pipeline's folder, wherever that is moved to. Any other source is a folder elsewhere or a repository
@@ -16,20 +14,176 @@ from typing import Any, Literal
 
 import torch
 
-from starflow.conditioning import Conditioner, ConditionerSpec, OnDemandTextEncoder, TextEncoder, load_conditioner
+from starflow.conditioning import (
+    ClassLabels,
+    Conditioner,
+    ConditionerSpec,
+    OnDemandTextEncoder,
+    TextEncoder,
+    load_conditioner,
+)
+from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
+from starflow.flow.memory import parameters
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
-from starflow.pipeline import config as sizes
-from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.config import PipelineConfig, size_multiple
+
+FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
+
+Parts = Literal["own", "local", "all"]
+"""Which parts are written into a pipeline's folder: those that lie in it already, those of any folder here, or all."""
+
+LARGE = 10**9
+"""Parameters from which on a flow's stored bfloat16 is not widened to float32 unless that is asked for."""
 
 
-def facts_of(config: PipelineConfig, model: Flow) -> dict[str, str]:
-    """What a model is, in words: a table's rows."""
+def read_config(folder: Path) -> PipelineConfig:
+    """The configuration in a pipeline's folder.
+
+    Raises:
+        UserError: the folder holds no pipeline, or an unknown key.
+    """
+    values = files.read_json(folder / "config.json")
+    if not isinstance(values, dict) or "autoencoder" not in values:
+        raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
+    return from_dict(PipelineConfig, values)
+
+
+def default_dtype(flow: Flow) -> torch.dtype:
+    """The precision of a loaded flow: float32, or the stored bfloat16 where the flow is large."""
+    large = parameters(flow.config) > LARGE
+    return flow.network_dtype if large and flow.network_dtype == torch.bfloat16 else torch.float32
+
+
+def open_flow(folder: Path) -> STARFlow | TarFlow:
+    """The flow in a pipeline's folder, of whichever kind.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    values: Any = files.read_json(folder / FLOW / "config.json")
+    kind = values.get("kind") if isinstance(values, dict) else None
+    return TarFlow.from_pretrained(folder / FLOW) if kind == "tarflow" else STARFlow.from_pretrained(folder / FLOW)
+
+
+def open_autoencoder(spec: AutoencoderSpec, folder: Path, fetch: HubOptions) -> Autoencoder:
+    """The autoencoder that a pipeline's config.json describes.
+
+    Raises:
+        UserError: it cannot be found, is damaged, or is another than described.
+    """
+    source = part_source(spec, folder)
+    return load_autoencoder(dataclasses.replace(spec, source=source), fetch.elsewhere)
+
+
+def open_conditioner(spec: ConditionerSpec, folder: Path, fetch: HubOptions, keep: bool | None) -> Conditioner:
+    """The conditioner that a pipeline's config.json describes; see `load_conditioner` for `keep`.
+
+    Raises:
+        UserError: it cannot be found, is damaged, or is another than described.
+    """
+    source = part_source(spec, folder)
+    return load_conditioner(dataclasses.replace(spec, source=source), fetch.elsewhere, keep)
+
+
+def open_decoder(source: str, spec: AutoencoderSpec, fetch: HubOptions) -> Autoencoder:
+    """Another autoencoder that decodes the latents of the one that `spec` describes.
+
+    Raises:
+        UserError: it cannot be found, is damaged, or its latents are of another shape.
+    """
+    found = load_trainable(source, fetch.elsewhere)
+    shapes = [f"{one.channels} channels, {one.factor} pixels a side" for one in (found.spec, spec)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"the decoder '{source}' is for latents of {shapes[0]}, the model's have {shapes[1]}: "
+            "name one of the same autoencoder"
+        )
+    return found
+
+
+def part_source(spec: AutoencoderSpec | ConditionerSpec, folder: Path) -> str:
+    """Where a part is: its folder, or the name that the hub has it under."""
+    if spec.kind == "small" or spec.source in (f"./{AUTOENCODER}", f"./{CONDITIONER}"):
+        return str(folder / spec.source)
+    return spec.source
+
+
+def save_autoencoder(
+    autoencoder: Autoencoder, stored: AutoencoderSpec, folder: Path, parts: Parts, dtype: torch.dtype
+) -> AutoencoderSpec:
+    """Write the autoencoder into a pipeline's folder where `parts` says so; returns what config.json is to say of it.
+
+    Args:
+        autoencoder: as it was loaded.
+        stored: what the config says of it so far.
+        folder: the pipeline's.
+        parts: which sources are written.
+        dtype: of the stored weights of one of our own; others keep theirs.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if isinstance(autoencoder, SmallLatents):
+        save_small(autoencoder.network, folder / AUTOENCODER, autoencoder.spec.noise_std, dtype)
+        return dataclasses.replace(stored, source=AUTOENCODER)
+    if stored.kind == "pixels":
+        return stored
+    if not _is_written(stored.source, parts):
+        return dataclasses.replace(stored, source=_absolute(stored.source))
+    save_trainable(autoencoder, folder / AUTOENCODER, autoencoder.spec.noise_std)
+    return dataclasses.replace(stored, source=f"./{AUTOENCODER}")
+
+
+def save_conditioner(conditioner: Conditioner, stored: ConditionerSpec, folder: Path, parts: Parts) -> ConditionerSpec:
+    """As `save_autoencoder`, of a text encoder with its tokenizer; of a T5 the encoder alone."""
+    if not isinstance(conditioner, (TextEncoder, OnDemandTextEncoder)):
+        return dataclasses.replace(stored, source=_absolute(stored.source))
+    if not _is_written(stored.source, parts):
+        return dataclasses.replace(stored, source=_absolute(stored.source))
+    conditioner.save(folder / CONDITIONER)
+    return dataclasses.replace(stored, source=f"./{CONDITIONER}")
+
+
+def _is_written(source: str, parts: Parts) -> bool:
+    if source.startswith("./") and source[2:] in (AUTOENCODER, CONDITIONER):
+        return True
+    return parts == "all" or (parts == "local" and Path(source).expanduser().is_dir())
+
+
+def save_parts(
+    flow: Flow,
+    autoencoder: Autoencoder,
+    conditioner: Conditioner | None,
+    config: PipelineConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    parts: Parts,
+    shard_bytes: int,
+) -> None:
+    """Write a pipeline's parts into `folder`, and config.json last; see `StarFlowPipeline.save_pretrained`."""
+    flow.save_pretrained(folder / FLOW, dtype, shard_bytes=shard_bytes)
+    coder = save_autoencoder(autoencoder, config.autoencoder, folder, parts, dtype)
+    reader = config.conditioner
+    if conditioner is not None and reader is not None:
+        reader = save_conditioner(conditioner, reader, folder, parts)
+    stored = dataclasses.replace(config, autoencoder=coder, conditioner=reader)
+    files.write_json(folder / "config.json", to_dict(stored))
+
+
+def _absolute(source: str) -> str:
+    """A folder's name that holds in any working directory; a hub id as it is."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if source and folder.is_dir() else source
+
+
+def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
+    """The rows of a card's table, name and value: what a model is made of and its defaults."""
     flow, coder, reader = model.config, config.autoencoder, config.conditioner
     count = sum(parameter.numel() for parameter in model.parameters())
     layers = " ".join(str(flow.layers(block)) for block in range(flow.num_blocks))
@@ -38,7 +192,7 @@ def facts_of(config: PipelineConfig, model: Flow) -> dict[str, str]:
         condition = f"{len(reader.names)} classes"
     return {
         "flow": f"{type(model).__name__}, {count:,} parameters, layers a block {layers}, width {flow.channels}",
-        "pictures": f"{config.image_size} px, sides in multiples of {sizes.multiple(config, flow)}"
+        "pictures": f"{config.image_size} px, sides in multiples of {size_multiple(config, flow)}"
         + (f", ratios {' '.join(config.aspects)}" if config.aspects else ""),
         "autoencoder": f"{coder.kind}, {coder.channels} channels, factor {coder.factor}"
         + (f", {coder.source}" if coder.source else ""),
@@ -49,6 +203,17 @@ def facts_of(config: PipelineConfig, model: Flow) -> dict[str, str]:
         "temperature": f"{config.temperature:g}",
         "candidates a picture": f"{config.candidates}",
     }
+
+
+def write_card(
+    folder: Path, repository: str, config: PipelineConfig, model: Flow, conditioner: Conditioner | None, licence: str
+) -> None:
+    """Write README.md, the card that the hub shows of a pipeline."""
+    prompt = "" if conditioner is None else '"a red apple", '
+    if isinstance(conditioner, ClassLabels):
+        prompt = f'"{conditioner.spec.names[0]}", '
+    example = f"({prompt}guidance={config.guidance:g}, seed=0)"
+    files.write_text(folder / "README.md", model_card(repository, describe(config, model), example, licence))
 
 
 def model_card(name: str, facts: Mapping[str, str], example: str, licence: str = "") -> str:
@@ -80,111 +245,3 @@ def model_card(name: str, facts: Mapping[str, str], example: str, licence: str =
             "",
         ]
     )
-
-
-FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
-
-Parts = Literal["own", "local", "all"]
-"""Which parts are written into a pipeline's folder: those that lie in it already, those of any folder here, or all."""
-
-
-def open_flow(folder: Path) -> STARFlow | TarFlow:
-    """The flow in a pipeline's folder, of whichever kind.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    values: Any = files.read_json(folder / FLOW / "config.json")
-    kind = values.get("kind") if isinstance(values, dict) else None
-    return TarFlow.from_pretrained(folder / FLOW) if kind == "tarflow" else STARFlow.from_pretrained(folder / FLOW)
-
-
-def open_autoencoder(spec: AutoencoderSpec, folder: Path, hub: HubOptions) -> Autoencoder:
-    """The autoencoder that a pipeline's config.json describes.
-
-    Raises:
-        UserError: it cannot be found, is damaged, or is another than described.
-    """
-    source = place_of(spec, folder)
-    return load_autoencoder(dataclasses.replace(spec, source=source), hub.without_revision)
-
-
-def open_conditioner(spec: ConditionerSpec, folder: Path, hub: HubOptions, keep: bool | None) -> Conditioner:
-    """The conditioner that a pipeline's config.json describes; see `load_conditioner` for `keep`.
-
-    Raises:
-        UserError: it cannot be found, is damaged, or is another than described.
-    """
-    source = place_of(spec, folder)
-    return load_conditioner(dataclasses.replace(spec, source=source), hub.without_revision, keep)
-
-
-def open_decoder(source: str, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
-    """Another autoencoder that decodes the latents of the one that `spec` describes.
-
-    Raises:
-        UserError: it cannot be found, is damaged, or its latents are of another shape.
-    """
-    found = load_trainable(source, hub.without_revision)
-    shapes = [f"{one.channels} channels, {one.factor} pixels a side" for one in (found.spec, spec)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"the decoder '{source}' is for latents of {shapes[0]}, the model's have {shapes[1]}: "
-            "name one of the same autoencoder"
-        )
-    return found
-
-
-def place_of(spec: AutoencoderSpec | ConditionerSpec, folder: Path) -> str:
-    """Where a part is: its folder, or the name that the hub has it under."""
-    if spec.kind == "small" or spec.source in (f"./{AUTOENCODER}", f"./{CONDITIONER}"):
-        return str(folder / spec.source)
-    return spec.source
-
-
-def save_autoencoder(
-    autoencoder: Autoencoder, stored: AutoencoderSpec, folder: Path, parts: Parts, dtype: torch.dtype
-) -> AutoencoderSpec:
-    """Write the autoencoder into a pipeline's folder where `parts` says so; returns what config.json is to say of it.
-
-    Args:
-        autoencoder: as it was loaded.
-        stored: what the config says of it so far.
-        folder: the pipeline's.
-        parts: which sources are written.
-        dtype: of the stored weights of one of our own; others keep theirs.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    if isinstance(autoencoder, SmallLatents):
-        save_small(autoencoder.network, folder / AUTOENCODER, autoencoder.spec.noise_std, dtype)
-        return dataclasses.replace(stored, source=AUTOENCODER)
-    if stored.kind == "pixels":
-        return stored
-    if not _inside(stored.source, parts):
-        return dataclasses.replace(stored, source=_absolute(stored.source))
-    save_trainable(autoencoder, folder / AUTOENCODER, autoencoder.spec.noise_std)
-    return dataclasses.replace(stored, source=f"./{AUTOENCODER}")
-
-
-def save_conditioner(conditioner: Conditioner, stored: ConditionerSpec, folder: Path, parts: Parts) -> ConditionerSpec:
-    """As `save_autoencoder`, of a text encoder with its tokenizer; of a T5 the encoder alone."""
-    if not isinstance(conditioner, (TextEncoder, OnDemandTextEncoder)):
-        return dataclasses.replace(stored, source=_absolute(stored.source))
-    if not _inside(stored.source, parts):
-        return dataclasses.replace(stored, source=_absolute(stored.source))
-    conditioner.save(folder / CONDITIONER)
-    return dataclasses.replace(stored, source=f"./{CONDITIONER}")
-
-
-def _inside(source: str, parts: Parts) -> bool:
-    if source.startswith("./") and source[2:] in (AUTOENCODER, CONDITIONER):
-        return True
-    return parts == "all" or (parts == "local" and Path(source).expanduser().is_dir())
-
-
-def _absolute(source: str) -> str:
-    """A folder's name that holds in any working directory; a hub id as it is."""
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if source and folder.is_dir() else source

@@ -86,12 +86,12 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
     """The pipeline's folder, and those of the parts that it names elsewhere, as far as they are here."""
     from starflow.conditioning.text import resolve
     from starflow.io.hub import HubOptions, local_or_hub
-    from starflow.pipeline.folder import place_of
+    from starflow.pipeline.folder import part_source
 
     here = HubOptions(offline=True)
     found = [folder]
     for spec in (config.autoencoder, config.conditioner):
-        source = place_of(spec, folder) if spec else ""
+        source = part_source(spec, folder) if spec else ""
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
