@@ -1,14 +1,13 @@
-"""The one exception for mistakes that a user can mend: a wrong file, key or argument.
+"""The one exception that means "the user can fix this".
 
-Its text is one line that says what was received, what was expected and what to do. The command line prints it and exits
-with code 2.
+Raised wherever input is wrong (a file, a key, an argument). Its text is one line that says what was
+received, what was expected and what to do. The command line prints it and exits with code 2.
 """
 
 
 class UserError(ValueError):
-    """Wrong input, with a message of one line: what was received, what was expected, what to do.
+    """Bad input, with a one-line message: received, expected, remedy."""
 
-    >>> raise UserError("the batch is 0, expected at least 1: give --batch")
-    Traceback (most recent call last):
-    starflow.errors.UserError: the batch is 0, expected at least 1: give --batch
-    """
+
+class DamagedFileError(UserError):
+    """A file that differs from the digest it is known by."""

@@ -100,11 +100,11 @@ def test_the_constructors_dialect_is_a_flow_alone_or_with_an_autoencoder(file: P
     assert (done.whole, done.ignored_options) == (False, ["lr"])
     assert same(STARFlow.from_pretrained(tmp_path / "alone"), model())
     around = PipelineOverrides("stabilityai/sd-vae-ft-mse", "google/flan-t5-xl", noise_std=0.2, guidance=3.0)
-    convert(file, options, tmp_path / "whole", around=around)
+    convert(file, options, tmp_path / "whole", overrides=around)
     config = read_json(tmp_path / "whole" / "config.json")
     assert (config["image_size"], config["noise_std"], config["guidance"]) == (32, 0.2, 3.0)
     with pytest.raises(UserError, match="reads 8 tokens of width 16, and its options name no text encoder: name it"):
-        convert(file, options, tmp_path / "no", around=PipelineOverrides("stabilityai/sd-vae-ft-mse"))
+        convert(file, options, tmp_path / "no", overrides=PipelineOverrides("stabilityai/sd-vae-ft-mse"))
     assert not (tmp_path / "no").exists()
 
 
@@ -180,7 +180,7 @@ def test_an_autoencoder_and_a_text_encoder_must_fit(file: Path, tmp_path: Path) 
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text(json.dumps({"d_model": 32}))
     with pytest.raises(UserError, match="has width 32, the model expects 16"):
-        convert(file, arguments(), tmp_path / "model", around=PipelineOverrides(text_encoder=str(tmp_path / "text")))
+        convert(file, arguments(), tmp_path / "model", overrides=PipelineOverrides(text_encoder=str(tmp_path / "text")))
     (tmp_path / "text" / "config.json").write_text(json.dumps({"d_model": 16}))
-    convert(file, arguments(), tmp_path / "model", around=PipelineOverrides(text_encoder=str(tmp_path / "text")))
+    convert(file, arguments(), tmp_path / "model", overrides=PipelineOverrides(text_encoder=str(tmp_path / "text")))
     assert read_json(tmp_path / "model" / "config.json")["conditioner"]["source"] == str((tmp_path / "text").resolve())

@@ -73,10 +73,10 @@ def _verified(folder: Path) -> dict[str, Any]:
     """How many files are what they should be, and which cannot be compared with anything."""
     from tqdm import tqdm
 
-    from starflow.pipeline.locate import places, total_bytes, verify
+    from starflow.pipeline.locate import part_folders, total_bytes, verify
 
     config = read_config(folder)
-    total = total_bytes(places(folder, config))
+    total = total_bytes(part_folders(folder, config))
     with tqdm(total=total, unit="B", unit_scale=True, desc="sha256", leave=False, disable=None, delay=2) as bar:
 
         def count(read: int) -> None:

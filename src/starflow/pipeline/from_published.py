@@ -1,7 +1,7 @@
-"""A published checkpoint as a whole pipeline: what its options say is around the flow becomes config.json.
+"""A published checkpoint is converted into a pipeline: its options name the parts around the flow for config.json.
 
-The released YAML names autoencoder, text encoder, noise and guidance. TarFlow is of pixels. Where the options name no
-autoencoder and none is given, the flow is written alone.
+The published YAML names autoencoder, text encoder, noise and guidance; a TarFlow is of pixels. Where the options name
+no autoencoder and none is given, the flow is written alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from starflow.conditioning.text import width_of
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import parameter_count
+from starflow.flow.memory import parameters
 from starflow.io import files
 from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options
+from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
@@ -34,29 +34,32 @@ SD_SCALING = 0.18215
 
 @dataclass(frozen=True)
 class PipelineOverrides:
-    """What is around the flow, where the options do not say it, or are to be overruled; None is as they say."""
+    """What is around the flow, where the options do not say it, or are to be overruled; None is what the options say."""
 
     autoencoder: str | None = None
     """Folder or hub id."""
     text_encoder: str | None = None
     """Folder or hub id."""
     noise_std: float | None = None
+    """Standard deviation of the noise in the training data."""
     guidance: float | None = None
+    """Default guidance weight."""
 
 
 NO_OVERRIDES = PipelineOverrides()
+"""The parts as the options name them."""
 
 
 @dataclass(frozen=True)
 class ConvertedPipeline:
-    """What a conversion found and made."""
+    """The outcome of a conversion: where it lies, its size, and what of the input was ignored."""
 
     folder: Path
     whole: bool
     """Whether it is a pipeline, rather than a flow alone."""
     parameters: int
     bytes: int
-    """Of the written weights."""
+    """Of the written weights, on the disk."""
     ignored_keys: list[str]
     """Of the checkpoint: deprecated, or made anew from the options."""
     ignored_options: list[str]
@@ -68,7 +71,7 @@ def convert(
     options: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
-    around: PipelineOverrides = NO_OVERRIDES,
+    overrides: PipelineOverrides = NO_OVERRIDES,
     *,
     name: str = "",
     shard_bytes: int = SHARD_BYTES,
@@ -83,7 +86,7 @@ def convert(
         options: the published configuration, as `load_published` takes it.
         folder: made where it is missing.
         dtype: of the written weights.
-        around: what the options do not say.
+        overrides: of what the options say around the flow.
         name: of the model; "" is the file's.
         shard_bytes: size that a file stays under.
         progress: told the bytes written so far and in all.
@@ -92,29 +95,33 @@ def convert(
         UserError: as `load_published`; a video model; an autoencoder or a text encoder that is nowhere, or does not
             fit; the folder cannot be written, or the disk has no room.
     """
-    found, said = open_published(file, options), pipeline_options(options)
-    whole = bool(around.autoencoder or said.get("vae")) or isinstance(found.config, TarFlowConfig)
-    config = pipeline_config(name or file.stem, found.config, said, around) if whole else None
+    checkpoint, stated = open_published(file, options), around_the_model(options)
+    whole = bool(overrides.autoencoder or stated.get("vae")) or isinstance(checkpoint.config, TarFlowConfig)
+    config = pipeline_config(name or file.stem, checkpoint.config, stated, overrides) if whole else None
     files.check_output_folder(folder)
     (folder / "config.json").unlink(missing_ok=True)  # it comes last, so its presence means that all is there
-    size = convert_flow(found, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress)
+    size = convert_flow(
+        checkpoint, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress
+    )
     if config is not None:
         files.write_json(folder / "config.json", to_dict(config))
     return ConvertedPipeline(
-        folder, whole, parameter_count(found.config), size, found.ignored, ignored_options(options)
+        folder, whole, parameters(checkpoint.config), size, checkpoint.ignored, ignored_options(options)
     )
 
 
-def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: PipelineOverrides) -> PipelineConfig:
+def pipeline_config(
+    name: str, flow: ModelConfig, stated: Mapping[str, Any], overrides: PipelineOverrides
+) -> PipelineConfig:
     """config.json of a pipeline, from the flow's and what options say around it.
 
     Raises:
         UserError: an autoencoder or a text encoder that cannot be found, or does not fit.
     """
-    coder = _autoencoder(around.autoencoder or said.get("vae"), flow)
-    noise = float(said.get("noise_std", 0.0) if around.noise_std is None else around.noise_std)
-    reader = _conditioner(around.text_encoder or said.get("text"), flow)
-    guidance = float(said.get("cfg", 0.0) if around.guidance is None else around.guidance)
+    coder = _autoencoder(overrides.autoencoder or stated.get("vae"), flow)
+    noise = float(stated.get("noise_std", 0.0) if overrides.noise_std is None else overrides.noise_std)
+    reader = _conditioner(overrides.text_encoder or stated.get("text"), flow)
+    guidance = float(stated.get("cfg", 0.0) if overrides.guidance is None else overrides.guidance)
     cleaning: Cleaning = "decoder" if coder.noise_std else "tweedie" if noise else "none"
     return PipelineConfig(name, flow.img_size * coder.factor, noise, coder, reader, guidance, cleaning)
 
@@ -122,8 +129,8 @@ def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], aroun
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source is None:
         return AutoencoderSpec("pixels", flow.in_channels, 1)
-    if source in AUTOENCODER_FACTORS and not Path(source).is_dir():
-        found = AutoencoderSpec("diffusers_kl", 4, AUTOENCODER_FACTORS[source], SD_SCALING, 0.0, source)
+    if source in SD_VAES and not Path(source).is_dir():
+        found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
     else:
         found = load_trainable(source).spec
     if Path(source).expanduser().is_dir():
@@ -139,12 +146,12 @@ def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
 def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | None:
     """A text encoder where one is named, else classes by their numbers where the model has any."""
     if isinstance(flow, TarFlowConfig):
-        return _numbered(flow.num_classes) if flow.num_classes else None
+        return _numbered_classes(flow.num_classes) if flow.num_classes else None
     assert isinstance(flow, STARFlowConfig)
     if not flow.txt_size:
         return None
     if source is None and flow.txt_size == 1:
-        return _numbered(flow.txt_dim - 1)
+        return _numbered_classes(flow.txt_dim - 1)
     if source is None:
         raise UserError(
             f"the model reads {flow.txt_size} tokens of width {flow.txt_dim}, and its options name no text encoder: "
@@ -160,5 +167,5 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
     return ConditionerSpec("text", flow.txt_size, flow.txt_dim, place, dtype="bfloat16")
 
 
-def _numbered(classes: int) -> ConditionerSpec:
+def _numbered_classes(classes: int) -> ConditionerSpec:
     return ClassLabels([str(number) for number in range(classes)]).spec
