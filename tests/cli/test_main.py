@@ -85,8 +85,8 @@ def test_the_module_is_the_command() -> None:
         (["generate", "--solver", "fast"], ["--solver is 'fast'", "auto, sequential, jacobi"]),
         (["generate", "--aspect", "7:3"], ["--aspect is '7:3'", "21:9, 16:9"]),
         (["generate", "--seed"], ["--seed", "expected one argument"]),
-        (["likelihood"], ["required", "images"]),
-        (["train"], ["required", "recipe"]),
+        (["likelihood"], ["required", "IMAGE"]),
+        (["train"], ["required", "RECIPE"]),
         (["prepare-data", "cats"], ["DATA is 'cats'", "one of glyphs"]),
     ],
 )

@@ -1,41 +1,38 @@
-"""Typed options: a frozen dataclass a command, and its command line.
+"""A command's options are a frozen dataclass, which gives its command line, its help and its errors.
 
 Contract: every field is annotated with a `Flag`, or an `Argument` where it is positional, which says what it is for;
 `num_images` is `--num-images`, and a tuple is a flag that may be repeated, or an argument that takes several. The
 class's docstring is the command's description, its `EXAMPLES` end the help. Whatever is wrong with a command line is a
 UserError of one line, without the usage.
 
-Where pictures go: a folder, or one file.
-
-Values that several commands read: sizes, aspect ratios, devices, precisions.
+Values that several commands read follow below: where pictures are written, sizes, seeds, devices and precisions.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 from starflow.errors import UserError
 from starflow.io import files
 
 if TYPE_CHECKING:
     import torch
-    from jsonargparse import ArgumentParser
-
 
 OVERRIDES = "overrides"
 """The field, where a class has it, that takes options of other names: (("train.lr", "1e-4"), ...)."""
 
 
 class Options(Protocol):
-    """What `parse` builds."""
+    """The form of a class of options: a dataclass with examples."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     EXAMPLES: ClassVar[str]
@@ -55,7 +52,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Argument:
-    """A positional argument."""
+    """A positional argument; its help, and what stands for its value there."""
 
     help: str
     metavar: str = ""
@@ -67,22 +64,29 @@ class Parameter:
 
     field: str
     kind: Any
-    """The type of one value."""
+    """The type of one value, without None."""
     several: bool
     default: Any
-    note: Flag | Argument
+    annotation: Flag | Argument
 
     @property
     def shown(self) -> str:
         """Its name on the command line."""
-        if isinstance(self.note, Argument):
-            return self.note.metavar or self.field.upper()
-        return "--" + (self.note.name or self.field.replace("_", "-"))
+        if isinstance(self.annotation, Argument):
+            return self.annotation.metavar or self.field.upper()
+        return "--" + (self.annotation.name or self.field.replace("_", "-"))
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in the help."""
+        choices = ",".join(typing.get_args(self.kind)) if typing.get_origin(self.kind) is Literal else ""
+        return self.annotation.metavar or (f"{{{choices}}}" if choices else self.field.upper())
 
     @property
     def help(self) -> str:
+        """Its help, with a default that says something."""
         worth_saying = self.kind is not bool and self.default not in ("", None, (), dataclasses.MISSING)
-        return (self.note.help + (f" (default: {self.default})" if worth_saying else "")).replace("%", "%%")
+        return (self.annotation.help + (f" (default: {self.default})" if worth_saying else "")).replace("%", "%%")
 
 
 def parameters(cls: type[Options]) -> list[Parameter]:
@@ -92,10 +96,12 @@ def parameters(cls: type[Options]) -> list[Parameter]:
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    kind, note = typing.get_args(hint)
-    assert isinstance(note, (Flag, Argument)), f"{field.name} says nothing of itself"
+    kind, annotation = typing.get_args(hint)
+    assert isinstance(annotation, (Flag, Argument)), f"{field.name} has no help"
     several = typing.get_origin(kind) is tuple
-    return Parameter(field.name, typing.get_args(kind)[0] if several else kind, several, field.default, note)
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    single = kind if not parts or typing.get_origin(kind) is Literal else parts[0]
+    return Parameter(field.name, single, several, field.default, annotation)
 
 
 def parse(cls: type[T], command: str, words: Sequence[str]) -> T:
@@ -103,18 +109,27 @@ def parse(cls: type[T], command: str, words: Sequence[str]) -> T:
 
     Raises:
         UserError: an unknown option, a missing or wrong value.
-    """
-    from jsonargparse import ArgumentError
 
+    >>> @dataclass(frozen=True)
+    ... class Draw:
+    ...     \"\"\"Draw pictures.\"\"\"
+    ...     EXAMPLES: ClassVar[str] = "starflow draw apple"
+    ...     prompt: typing.Annotated[str, Argument("what to show")]
+    ...     num_images: typing.Annotated[int, Flag("pictures", "N")] = 1
+    >>> parse(Draw, "draw", ["apple", "--num-images", "4"])
+    Draw(prompt='apple', num_images=4)
+    >>> parse(Draw, "draw", ["apple", "--num-images", "x"])
+    Traceback (most recent call last):
+    starflow.errors.UserError: --num-images is 'x', expected a whole number
+    """
     known = parameters(cls)
     overridable = OVERRIDES in cls.__dataclass_fields__
-    flags = [one.shown for one in known if isinstance(one.note, Flag)]
+    flags = [one.shown for one in known if isinstance(one.annotation, Flag)]
     rest, overrides = split_overrides(words, flags) if overridable else (list(words), [])
-    try:
-        values = vars(_parser(cls, known, command).parse_args(rest))
-    except ArgumentError as error:
-        raise UserError(_explain(str(error), known, command)) from None
-    given = {one.field: tuple(values[one.field] or ()) if one.several else values[one.field] for one in known}
+    found, unknown = _parser(cls, known, command).parse_known_args(rest)
+    if unknown:
+        raise UserError(_unknown_option(unknown[0], flags, command))
+    given = {one.field: _value(one, getattr(found, one.field)) for one in known}
     if overridable:
         given[OVERRIDES] = tuple(overrides)
     return cls(**given)
@@ -143,21 +158,43 @@ def split_overrides(arguments: Sequence[str], known: Sequence[str]) -> tuple[lis
     return rest, overrides
 
 
-def _parser(cls: type[Options], known: Sequence[Parameter], command: str) -> ArgumentParser:
-    import argparse
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours, without the usage."""
 
-    from jsonargparse import ArgumentParser
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
-    parser = ArgumentParser(
+
+def _parser(cls: type[Options], known: Sequence[Parameter], command: str) -> _Parser:
+    """The parser of a command, which leaves values as texts."""
+    parser = _Parser(
         prog=f"starflow {command}",
         description=_dedent(cls.__doc__ or ""),
         epilog="examples:\n" + textwrap.indent(_dedent(cls.EXAMPLES), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
         allow_abbrev=False,
     )
     for one in known:
-        _add(parser, one)
+        required = one.default is dataclasses.MISSING
+        if one.kind is bool:
+            parser.add_argument(one.shown, dest=one.field, action="store_true", help=one.help)
+        elif isinstance(one.annotation, Flag):
+            action: Any = "append" if one.several else "store"
+            default = None if required or one.several else one.default
+            parser.add_argument(
+                one.shown,
+                dest=one.field,
+                action=action,
+                required=required,
+                default=default,
+                metavar=one.metavar,
+                help=one.help,
+            )
+        else:
+            count = {(True, True): "+", (True, False): "*", (False, True): None, (False, False): "?"}
+            nargs: Any = count[one.several, required]
+            optional = {} if required else {"default": one.default}
+            parser.add_argument(one.field, nargs=nargs, metavar=one.metavar, help=one.help, **optional)
     return parser
 
 
@@ -167,65 +204,43 @@ def _dedent(text: str) -> str:
     return first + newline + textwrap.dedent(rest)
 
 
-def _add(parser: ArgumentParser, one: Parameter) -> None:
-    required = one.default is dataclasses.MISSING
-    shown: dict[str, Any] = {"help": one.help, **({"metavar": one.note.metavar} if one.note.metavar else {})}
-    if one.kind is bool:
-        parser.add_argument(one.shown, dest=one.field, action="store_true", **shown)
-        return
-    if isinstance(one.note, Argument):
-        count = "+" if one.several else None
-        optional = {} if required else {"default": one.default, "nargs": "*" if one.several else "?"}
-        parser.add_argument(one.field, **{"type": one.kind, "nargs": count, **optional, **shown})
-        return
+def _value(one: Parameter, found: Any) -> Any:
+    """A parameter's value, from the text or texts that were given; a default is left as it is."""
     if one.several:
-        parser.add_argument(one.shown, dest=one.field, type=_each(one.kind), action="append", **shown)
-        return
-    parser.add_argument(one.shown, dest=one.field, type=one.kind, required=required, default=one.default, **shown)
+        return tuple(_convert(one, text) for text in found or ())
+    return _convert(one, found) if isinstance(found, str) and found != one.default else found
 
 
-def _each(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`kind` of a value, or of every value of a list: jsonargparse checks a repeated flag again as a whole."""
-
-    def convert(value: Any) -> Any:
-        return [kind(one) for one in value] if isinstance(value, list) else kind(value)
-
-    convert.__name__ = getattr(kind, "__name__", "value")
-    return convert
-
-
-def _explain(text: str, known: Sequence[Parameter], command: str) -> str:
-    """An error of the parser in one line: received, expected, remedy."""
-    if wrong := re.match(r'Parser key "(\w+)":.*value: (.*)', text, re.DOTALL):
-        one = next(one for one in known if one.field == wrong[1])
-        return f"{one.shown} is '{wrong[2].strip()}', expected {describe(one.kind)}"
-    if unknown := re.match(r"unrecognized arguments: (\S+)", text):
-        if not unknown[1].startswith("-"):
-            return f"unexpected argument '{unknown[1]}': put a text of several words in quotes"
-        near = difflib.get_close_matches(unknown[1], [one.shown for one in known], n=1, cutoff=0.6)
-        hint = f"did you mean '{near[0]}'?" if near else f"see starflow {command} --help"
-        return f"unknown option '{unknown[1]}': {hint}"
-    return f"{' '.join(text.split())}; see starflow {command} --help"
+def _convert(one: Parameter, text: str) -> Any:
+    if typing.get_origin(one.kind) is Literal:
+        if text in typing.get_args(one.kind):
+            return text
+        raise UserError(f"{one.shown} is '{text}', expected one of {', '.join(typing.get_args(one.kind))}")
+    try:
+        return one.kind(text)
+    except ValueError:
+        raise UserError(f"{one.shown} is '{text}', expected a {'whole ' * (one.kind is int)}number") from None
 
 
-def describe(hint: Any) -> str:
-    """What a flag takes, in words."""
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, choices))}"
-    words = {int: "a whole number", float: "a number", str: "a text"}
-    named = [describe(part) for part in choices if part is not type(None)]
-    return " or ".join(named) or words.get(hint, str(hint))
+def _unknown_option(word: str, flags: Sequence[str], command: str) -> str:
+    """What to say of a word that no parameter takes."""
+    if not word.startswith("-"):
+        return f"unexpected argument '{word}': put a text of several words in quotes"
+    near = difflib.get_close_matches(word, flags, n=1, cutoff=0.6)
+    return f"unknown option '{word}': " + (f"did you mean '{near[0]}'?" if near else f"see starflow {command} --help")
 
 
 OTHER_FORMATS = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
+"""Endings of pictures that we do not write."""
+
 LONGEST_NAME = 60
+"""Characters of a prompt, at most, in a file's name."""
 
 
 @dataclass(frozen=True)
 class OutputTarget:
-    """A folder for PNG files that can be written, or the one file of it that is to be written."""
+    """Where pictures are written: a folder for PNG files, or one file of it."""
 
     folder: Path
     file: Path | None = None
@@ -261,7 +276,11 @@ class OutputTarget:
 
 
 def slug(text: str) -> str:
-    """A prompt as part of a file name: letters and digits of any script, in lower case, other runs as one hyphen."""
+    """A prompt as part of a file name: letters and digits of any script, in lower case, other runs as one hyphen.
+
+    >>> slug("A red Apple, please!")
+    'a-red-apple-please'
+    """
     from starflow.conditioning.text import name_emoji
 
     words = re.findall(r"\w+", name_emoji(text).casefold().replace("_", " "))
@@ -275,6 +294,7 @@ Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["network", "bfloat16"]
 
 LARGEST_SEED = 2**63 - 1
+"""The greatest seed that a generator takes."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -282,6 +302,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
     Raises:
         UserError: another form.
+
+    >>> parse_size("64x48")
+    (64, 48)
     """
     found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
     if not found:

@@ -34,7 +34,7 @@ SD_SCALING = 0.18215
 
 @dataclass(frozen=True)
 class PipelineOverrides:
-    """What is around the flow, where the options do not say it, or are to be overruled; None is what the options say."""
+    """The parts around the flow, where the options do not name them or are to be overruled; None keeps the options."""
 
     autoencoder: str | None = None
     """Folder or hub id."""
