@@ -1,7 +1,4 @@
-"""`starflow info`: what a model is made of, from its configuration and the sizes of its files, without its weights.
-
-What `starflow info --memory` prints: predicted memory of sampling and training, and what fits this machine.
-"""
+"""`starflow info` prints what a model is made of, or the memory it takes, from its configuration and file sizes."""
 
 from __future__ import annotations
 
@@ -11,23 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from starflow.cli.options import Argument, Flag
-from starflow.errors import UserError
+from starflow.flow.memory import GIB
 from starflow.io import files, weights
 
 if TYPE_CHECKING:
     from starflow.flow.config import ModelConfig
     from starflow.pipeline.config import PipelineConfig
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+GPU_SIZES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 80, 141, 192)
+"""GiB of memory that GPUs are sold with."""
 
-from starflow.config import from_dict
-from starflow.flow import memory
-from starflow.flow.config import ModelConfig, STARFlowConfig, config_from_dict
-from starflow.flow.memory import AUTOENCODERS, GIB, AutoencoderShape, Precision, Sharding
+USABLE_SHARE = 0.92
+"""Of a memory that one process may use: the rest is the driver's, the allocator's and other programs'."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,9 @@ def info(options: InfoOptions) -> None:
     from starflow.pipeline.locate import find_pipeline
 
     if options.memory:
-        predicted = describe_memory(options.model)
+        from starflow.bench.memory import predict_memory
+
+        predicted = predict_memory(options.model)
         print(json.dumps(predicted, indent=2) if options.json else memory_text(predicted))
         return
     folder = find_pipeline(options.model)
@@ -70,9 +64,10 @@ def info(options: InfoOptions) -> None:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """How many files are what they should be, and which cannot be compared with anything."""
+    """The number of files that equal their digests, and the weights that have none."""
     from tqdm import tqdm
 
+    from starflow.pipeline.folder import read_config
     from starflow.pipeline.locate import part_folders, total_bytes, verify
 
     config = read_config(folder)
@@ -87,21 +82,6 @@ def _verified(folder: Path) -> dict[str, Any]:
     return {"verified": sum(one.state == "ok" for one in found), "without_a_digest": unknown}
 
 
-def read_config(folder: Path) -> PipelineConfig:
-    """A pipeline's configuration.
-
-    Raises:
-        UserError: the folder holds no pipeline, or an unknown key.
-    """
-    from starflow.config import from_dict
-    from starflow.pipeline.config import PipelineConfig
-
-    values = files.read_json(folder / "config.json")
-    if not isinstance(values, dict) or "autoencoder" not in values:
-        raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
-    return from_dict(PipelineConfig, values)
-
-
 def describe_model(folder: Path) -> dict[str, Any]:
     """Facts about a pipeline's folder, ready for JSON; its weights are counted, not read.
 
@@ -109,6 +89,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         UserError: the folder holds no pipeline, or a file of it is missing.
     """
     from starflow.flow.config import config_from_dict
+    from starflow.pipeline.folder import read_config
 
     config = read_config(folder)
     flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
@@ -191,186 +172,9 @@ def _value(value: Any) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-BATCHES = (1, 4, 16, 64)
-
-
-@dataclass(frozen=True)
-class MemoryScenario:
-    """How the weights are held while pictures are drawn, and what it is called."""
-
-    name: str
-    dtype: Precision
-    int8: bool = False
-    offload: bool = False
-
-
-SCENARIOS = (
-    MemoryScenario("float32", "float32"),
-    MemoryScenario("bfloat16", "bfloat16"),
-    MemoryScenario("int8", "bfloat16", int8=True),
-    MemoryScenario("bfloat16 offload", "bfloat16", offload=True),
-    MemoryScenario("int8 offload", "bfloat16", int8=True, offload=True),
-)
-
-TRAINING: tuple[tuple[Sharding, int], ...] = (
-    ("replicated", 1),
-    ("replicated", 8),
-    ("sharded", 8),
-    ("hybrid", 64),
-    ("sharded", 64),
-)
-
-TRAINING_BATCH = 8
-
-HOST = "this machine"
-
-GPU_SIZES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 80, 141, 192)
-
-SHARE = 0.92
-"""Of a memory that one process may use: the rest is the driver's, the allocator's and other programs'."""
-
-
-def describe_memory(model: str) -> dict[str, Any]:
-    """Predicted bytes for a recipe, a preset, a published repository or any model, ready for JSON.
-
-    Of a model on the hub only the configuration is fetched.
-
-    Raises:
-        UserError: none of these.
-    """
-    subject = _subject(model)
-    config = subject.config
-    guided = not isinstance(config, STARFlowConfig) or config.txt_size > 0
-    training = [
-        {"sharding": sharding, "gpus": gpus, "checkpointing": checkpointing, **_with_peak(prediction)}
-        for sharding, gpus in TRAINING
-        for checkpointing in (False, True)
-        for prediction in [
-            memory.training_memory(config, TRAINING_BATCH, gpus=gpus, sharding=sharding, checkpointing=checkpointing)
-        ]
-    ]
-    facts = {
-        "model": model,
-        "parameters": memory.parameter_count(config),
-        "tokens": config.grid_side**2,
-        "guided": guided,
-    }
-    sampling = [_sampling(subject, way, batch, guided=guided) for way in SCENARIOS for batch in BATCHES]
-    facts |= {"available": available(), "text_encoder": _text_encoder(subject.text)}
-    return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
-
-
-@dataclass(frozen=True)
-class MemorySubject:
-    """What memory depends on of a pipeline."""
-
-    config: ModelConfig
-    coder: AutoencoderShape | None
-    text: str
-    """Where the text encoder is from; "" is none."""
-
-
-def _subject(model: str) -> MemorySubject:
-    """The parts' shapes, from configurations alone."""
-    from starflow.flow.config import PRESETS
-    from starflow.pipeline.locate import is_release
-    from starflow.published.convert import RELEASES
-
-    if model.endswith((".yaml", ".yml")):
-        from starflow.train.init_from import flow_config_of
-        from starflow.train.recipe import load_recipe
-
-        recipe = load_recipe(Path(model))
-        config, kind = flow_config_of(recipe)
-        condition = recipe.conditioning
-        return MemorySubject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
-    name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
-    if name in PRESETS:
-        known = PRESETS[name]
-        coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
-        return MemorySubject(known.config, coder, known.text)
-    with _configs_of(model) as folder:
-        values = files.read_json(folder / "config.json")
-        if "autoencoder" not in values:  # a flow alone
-            return MemorySubject(config_from_dict(values), None, "")
-        flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
-        coder = AUTOENCODERS[values["autoencoder"]["kind"]]
-        own = folder / "autoencoder" / "config.json"
-        if values["autoencoder"]["kind"] == "small" and own.is_file():
-            coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
-    reader = values.get("conditioner") or {}
-    return MemorySubject(flow, coder, reader.get("source", ""))
-
-
-@contextmanager
-def _configs_of(model: str) -> Iterator[Path]:
-    """The folder of a model; of one on the hub that is not here, only its configurations, for a while."""
-    from starflow.io.hub import HubOptions, snapshot
-    from starflow.pipeline.locate import find_model
-
-    try:
-        folder = find_model(model, HubOptions(offline=True))
-    except UserError as error:
-        if "the hub" not in str(error):
-            raise
-        with tempfile.TemporaryDirectory() as cache:
-            wanted = ("config.json", "flow/config.json")
-            yield snapshot(model, wanted, required=["config.json"], hub=HubOptions(cache=cache))
-        return
-    yield folder
-
-
-def _sampling(subject: MemorySubject, way: MemoryScenario, batch: int, *, guided: bool) -> dict[str, Any]:
-    """One row: bytes on the device that computes, and what a CPU holds beside it."""
-    found = memory.sampling_memory(
-        subject.config,
-        batch,
-        guided=guided,
-        dtype=way.dtype,
-        int8=way.int8,
-        offload=way.offload,
-        autoencoder=subject.coder,
-    )
-    return {"kind": way.name, "batch": batch, **_with_peak(found)}
-
-
-def _text_encoder(source: str) -> dict[str, Any] | None:
-    """What a large one takes while it encodes; it is gone before pictures are drawn."""
-    count = memory.TEXT_ENCODER_PARAMETERS.get(source)
-    return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
-
-
-def _small_parameters(values: dict[str, Any]) -> int:
-    """Counted on a model without memory."""
-    import torch
-
-    from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
-
-    known = {field.name for field in fields(SmallAutoencoderConfig)}
-    config = from_dict(SmallAutoencoderConfig, {name: value for name, value in values.items() if name in known})
-    with torch.device("meta"):
-        return sum(one.numel() for one in SmallAutoencoder(config).parameters())
-
-
-def _with_peak(prediction: memory.SamplingMemory | memory.TrainingMemory) -> dict[str, int]:
-    return {**asdict(prediction), "peak": prediction.peak}
-
-
-def available() -> dict[str, int]:
-    """Bytes of memory of this machine and its first GPU, whether in use or not."""
-    import torch
-
-    room = {}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        room[HOST] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        room[torch.cuda.get_device_name(0)] = torch.cuda.get_device_properties(0).total_memory
-    return room
-
-
 def memory_text(facts: dict[str, Any]) -> str:
-    """Two tables, and what fits."""
-    room = facts["available"]
+    """Two tables, of sampling and of training, with the memories that each row fits."""
+    available = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
     parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak", "packed")
@@ -381,19 +185,19 @@ def memory_text(facts: dict[str, Any]) -> str:
         f"{'sampling':>18} {'batch':>6} {_heads(parts)}  fits",
     ]
     for row in facts["sampling"]:
-        lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, room)}")
+        lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, available)}")
     lines += ["", "packed: copies that a CPU's compiled loop reads; they add to this machine's peak, not to a GPU's"]
-    lines += _remarks(facts, unit, name)
+    lines += _text_encoder_line(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>5} {'checkpoints':>12} {_heads(training)}  fits GPUs of")
     for row in facts["training"]:
         kept = "yes" if row["checkpointing"] else "no"
-        of = next((f"{size} GiB" for size in GPU_SIZES if row["peak"] <= SHARE * size * GIB), "-")
+        of = next((f"{size} GiB" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
         lines.append(f"{row['sharding']:10} {row['gpus']:5d} {kept:>12} {_numbers(row, training, unit)}  {of}")
     whole = facts["training"][0]["parameters"] / unit
     lines.append(f"where weights are shared, drawing sample grids takes {whole:.2f} {name} more of the first GPU")
-    return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in room.items())])
+    return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in available.items())])
 
 
 def _heads(parts: tuple[str, ...]) -> str:
@@ -404,24 +208,26 @@ def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
     return " ".join(f"{row[part] / unit:11.2f}" for part in parts)
 
 
-def _remarks(facts: dict[str, Any], unit: int, name: str) -> list[str]:
-    """What the rows do not hold."""
+def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]:
+    """The memory of a large text encoder, which the rows leave out."""
     if encoder := facts["text_encoder"]:
         size = encoder["bytes"] / unit
-        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is released"]
+        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is freed"]
     return []
 
 
-def _fits(row: dict[str, Any], room: dict[str, int]) -> str:
+def _fits(row: dict[str, Any], available: dict[str, int]) -> str:
     """Where a row fits: on a GPU what it says, on this machine's processor the packed copies too."""
+    from starflow.bench.memory import HOST
+
     found = []
-    for name, size in room.items():
+    for name, size in available.items():
         on_the_host = name == HOST
         if on_the_host and "offload" in row["kind"]:
             continue
         needed = row["peak"] + (row["packed"] if on_the_host else 0)
-        if needed <= SHARE * size:
+        if needed <= USABLE_SHARE * size:
             found.append(name)
-    if gpu := next((size for size in GPU_SIZES if row["peak"] <= SHARE * size * GIB), None):
+    if gpu := next((size for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), None):
         found.append(f"GPUs of {gpu} GiB")
     return ", ".join(found) or "-"

@@ -1,0 +1,186 @@
+"""The memory that a named model takes is predicted: each way of holding its weights while it samples, and training.
+
+Everything follows from configurations, before any weights are loaded; `starflow.flow.memory` has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starflow.config import from_dict
+from starflow.flow import memory
+from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, config_from_dict
+from starflow.flow.memory import AUTOENCODERS, AutoencoderShape, Precision, Sharding
+from starflow.io import files
+from starflow.io.hub import HubError, HubOptions, snapshot
+from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+from starflow.pipeline.locate import find_model, is_release
+from starflow.published.convert import RELEASES
+from starflow.train.init_from import flow_config_of
+from starflow.train.recipe import load_recipe
+
+BATCHES = (1, 4, 16, 64)
+"""Pictures sampled at once."""
+
+
+@dataclass(frozen=True)
+class MemoryScenario:
+    """One way of holding the weights while pictures are drawn."""
+
+    name: str
+    dtype: Precision
+    int8: bool = False
+    offload: bool = False
+
+
+SCENARIOS = (
+    MemoryScenario("float32", "float32"),
+    MemoryScenario("bfloat16", "bfloat16"),
+    MemoryScenario("int8", "bfloat16", int8=True),
+    MemoryScenario("bfloat16 offload", "bfloat16", offload=True),
+    MemoryScenario("int8 offload", "bfloat16", int8=True, offload=True),
+)
+
+TRAINING_LAYOUTS: tuple[tuple[Sharding, int], ...] = (
+    ("replicated", 1),
+    ("replicated", 8),
+    ("sharded", 8),
+    ("hybrid", 64),
+    ("sharded", 64),
+)
+"""How weights lie on the GPUs, and how many there are."""
+
+TRAINING_BATCH = 8
+"""Pictures a GPU and pass."""
+
+HOST = "this machine"
+"""The name of the memory of the processor."""
+
+
+def predict_memory(model: str) -> dict[str, Any]:
+    """Predicted bytes for a recipe, a preset, a published repository or any model, ready for JSON.
+
+    Of a model on the hub only the configuration is fetched.
+
+    Raises:
+        UserError: none of these.
+    """
+    shape = model_shape(model)
+    config = shape.config
+    guided = not isinstance(config, STARFlowConfig) or config.txt_size > 0
+    training = [
+        {"sharding": sharding, "gpus": gpus, "checkpointing": checkpointing, **_with_peak(prediction)}
+        for sharding, gpus in TRAINING_LAYOUTS
+        for checkpointing in (False, True)
+        for prediction in [
+            memory.training_memory(config, TRAINING_BATCH, gpus=gpus, sharding=sharding, checkpointing=checkpointing)
+        ]
+    ]
+    facts = {"model": model, "parameters": memory.parameters(config), "tokens": config.grid_side**2, "guided": guided}
+    sampling = [_sampling(shape, scenario, batch, guided=guided) for scenario in SCENARIOS for batch in BATCHES]
+    facts |= {"available": available(), "text_encoder": _text_encoder(shape.text_encoder)}
+    return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The part of a pipeline's configuration that its memory depends on."""
+
+    config: ModelConfig
+    """Of the flow."""
+    autoencoder: AutoencoderShape | None
+    """None for a flow alone."""
+    text_encoder: str
+    """Where it is from; "" is none."""
+
+
+def model_shape(model: str) -> ModelShape:
+    """The parts' shapes, from configurations alone.
+
+    Raises:
+        UserError: no recipe, preset, published repository or model of that name.
+    """
+    if model.endswith((".yaml", ".yml")):
+        recipe = load_recipe(Path(model))
+        config, kind = flow_config_of(recipe)
+        condition = recipe.conditioning
+        return ModelShape(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
+    name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
+    if name in PRESETS:
+        known = PRESETS[name]
+        coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
+        return ModelShape(known.config, coder, known.text)
+    with _configs_of(model) as folder:
+        values = files.read_json(folder / "config.json")
+        if "autoencoder" not in values:  # a flow alone
+            return ModelShape(config_from_dict(values), None, "")
+        flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
+        coder = AUTOENCODERS[values["autoencoder"]["kind"]]
+        own = folder / "autoencoder" / "config.json"
+        if values["autoencoder"]["kind"] == "small" and own.is_file():
+            coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
+    reader = values.get("conditioner") or {}
+    return ModelShape(flow, coder, reader.get("source", ""))
+
+
+@contextmanager
+def _configs_of(model: str) -> Iterator[Path]:
+    """The folder of a model; of one on the hub that is not here, only its configurations, for a while."""
+    try:
+        folder = find_model(model, HubOptions(offline=True))
+    except HubError:
+        with tempfile.TemporaryDirectory() as cache:
+            wanted = ("config.json", "flow/config.json")
+            yield snapshot(model, wanted, needed=["config.json"], fetch=HubOptions(cache=cache))
+        return
+    yield folder
+
+
+def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided: bool) -> dict[str, Any]:
+    """One row: bytes on the device that computes, and what a CPU holds beside it."""
+    found = memory.sampling_memory(
+        shape.config,
+        batch,
+        guided=guided,
+        dtype=scenario.dtype,
+        int8=scenario.int8,
+        offload=scenario.offload,
+        autoencoder=shape.autoencoder,
+    )
+    return {"kind": scenario.name, "batch": batch, **_with_peak(found)}
+
+
+def _text_encoder(source: str) -> dict[str, Any] | None:
+    """The memory that a large text encoder takes while it encodes; it is freed before pictures are drawn."""
+    count = memory.TEXT_ENCODERS.get(source)
+    return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
+
+
+def _small_parameters(values: dict[str, Any]) -> int:
+    """Parameters of one of our own autoencoders, counted on a model without memory."""
+    known = {field.name for field in fields(SmallAutoencoderConfig)}
+    config = from_dict(SmallAutoencoderConfig, {name: value for name, value in values.items() if name in known})
+    with torch.device("meta"):
+        return sum(one.numel() for one in SmallAutoencoder(config).parameters())
+
+
+def _with_peak(prediction: memory.SamplingMemory | memory.TrainingMemory) -> dict[str, int]:
+    return {**asdict(prediction), "peak": prediction.peak}
+
+
+def available() -> dict[str, int]:
+    """Bytes of memory of this machine and its first GPU, whether in use or not."""
+    sizes = {}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        sizes[HOST] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        sizes[torch.cuda.get_device_name(0)] = torch.cuda.get_device_properties(0).total_memory
+    return sizes
