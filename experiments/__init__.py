@@ -1,1 +1,1 @@
-"""The paper's claims at a size that anyone can rerun: one command each, `python -m experiments NAME`."""
+"""Experiments rerun the papers' claims at an affordable size, one command each: `python -m experiments NAME`."""

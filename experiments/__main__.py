@@ -1,4 +1,4 @@
-"""`python -m experiments NAME`: compute what is missing of a claim, draw its plot, write its verdict."""
+"""`python -m experiments NAME` computes what is missing of an experiment, draws its plot, and prints its tables."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cells import Result, document, write_result
+from experiments.results import Result, markdown_table, update_document, write_result
 
 NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder")
 GLYPHS = Path("data/glyphs")
 
 
 def main() -> int:
-    """Run one claim and return the exit code."""
+    """Run one experiment and return the exit code."""
     from starflow.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--output", type=Path, help="the claim's folder (default: results/NAME)")
+    parser.add_argument("--output", type=Path, help="the experiment's folder (default: results/NAME)")
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
-    parser.add_argument("--quick", action="store_true", help="a minute's run that proves the code, not the claim")
-    parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the claim's own)")
+    parser.add_argument("--quick", action="store_true", help="a minute's run, to try the code alone")
+    parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the experiment's own)")
     parser.add_argument(
         "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
     )
@@ -43,8 +43,8 @@ def main() -> int:
         return 130
     write_result(folder, result)
     if options.document and not options.quick:
-        document(options.document, result, folder / f"{result.name}.png")
-    print(result.verdict)
+        update_document(options.document, result, folder / f"{result.name}.png")
+    print("\n\n".join(markdown_table(table) for table in result.tables))
     return 0
 
 
@@ -56,33 +56,33 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     from experiments import decoder, deep_shallow, fashion_mnist, guidance, universality
     from starflow.nn.cpu import keep_freed_memory
 
-    command = " ".join(["python -m experiments", *shown(sys.argv[1:])])
+    command = " ".join(["python -m experiments", *without_own_paths(sys.argv[1:])])
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
     keep_freed_memory()
     if options.name == "universality":
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
-        return universality.run(folder, budget, _say, command)
+        return universality.run(folder, budget, _log, command)
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
-        return deep_shallow.run(folder, deep, _say, command, options.data, device)
+        return deep_shallow.run(folder, deep, _log, command, options.data, device)
     if options.name == "fashion-mnist":
         fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
-        return fashion_mnist.run(folder, fashion, _say, command, options.data, device)
+        return fashion_mnist.run(folder, fashion, _log, command, options.data, device)
     if options.name == "decoder":
         changed |= {"longer": options.longer} if options.longer else {}
         noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
-        return decoder.run(folder, noisy, _say, command, options.autoencoder, options.data or GLYPHS, device)
+        return decoder.run(folder, noisy, _log, command, options.autoencoder, options.data or GLYPHS, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
-    return guidance.run(folder, guided, _say, command, options.data, device)
+    return guidance.run(folder, guided, _log, command, options.data, device)
 
 
-def shown(words: Sequence[str]) -> list[str]:
+def without_own_paths(words: Sequence[str]) -> list[str]:
     """The command's words as a document may show them: absolute paths, which are one machine's own, as FOLDER."""
     return ["FOLDER" if Path(word).is_absolute() else word for word in words]
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{text} ...", file=sys.stderr, flush=True)
 
 

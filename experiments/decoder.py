@@ -1,4 +1,4 @@
-"""The third way out of the noise: a decoder fine-tuned on noisy latents, by the squared error alone or the full loss.
+"""The decoder experiment fine-tunes a decoder on noisy latents, by the squared error alone and by the full loss.
 
 Both runs start from the same autoencoder and see the same crops of the glyphs with the same noise, in the same order;
 held-out pictures are measured whole, before and after. A third run may show what more updates of the squared
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from experiments.cells import Result, keep_budget
+from experiments.results import Result, Table, check_budget
 from starflow.train.loop import read_log
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.decoder import DecoderLoss
@@ -58,7 +58,7 @@ FOLDERS = {"L2": "l2", "full loss": "full", LONGER: "longer"}
 def run(
     folder: Path,
     budget: Budget,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     command: str,
     autoencoder: str,
     data: Path,
@@ -69,7 +69,7 @@ def run(
     Raises:
         UserError: no such autoencoder or glyphs, or the folder was started with another budget.
     """
-    keep_budget(folder, dataclasses.replace(budget, longer=0))  # a longer run may come later, or grow
+    check_budget(folder, dataclasses.replace(budget, longer=0))  # a longer run may come later, or grow
     reports: dict[str, DecoderReport] = {}
     curves: dict[str, Curve] = {}
     runs = {name: settings(budget, loss, autoencoder, data) for name, loss in LOSSES.items()}
@@ -77,9 +77,9 @@ def run(
         more = dataclasses.replace(budget, steps=budget.longer)
         runs[LONGER] = settings(more, LOSSES["L2"], autoencoder, data)
     for name, one in runs.items():
-        say(f"decoder by {name}")
+        log(f"decoder by {name}")
         where = folder / FOLDERS[name]
-        _share(folder / FOLDERS["L2"], where)
+        _link_shared(folder / FOLDERS["L2"], where)
         reports[name] = run_decoder(one, where, device)
         curves[name] = curve_of(where, budget.noise)
     draw_plot(folder, curves, reports, budget.heldout)
@@ -89,11 +89,11 @@ def run(
         "budget": vars(budget),
     }
     title = "A decoder for noisy latents"
-    return Result(NAME, title, CLAIM, verdict(reports, curves, budget), table(reports), command, values)
+    return Result(NAME, title, CLAIM, [table(reports, budget)], command, values)
 
 
 def settings(budget: Budget, loss: DecoderLoss, autoencoder: str, data: Path) -> DecoderSettings:
-    """One of the two runs, as `starflow train-decoder` would make it; the critic starts half-way."""
+    """One run, as `starflow train-decoder` would make it; the critic starts half-way."""
     return DecoderSettings(
         model=autoencoder,
         data=str(data),
@@ -117,8 +117,8 @@ def settings(budget: Budget, loss: DecoderLoss, autoencoder: str, data: Path) ->
     )
 
 
-def _share(first: Path, other: Path) -> None:
-    """What both runs compute alike: pictures, their latents, and the old decoder's measures."""
+def _link_shared(first: Path, other: Path) -> None:
+    """Link what all runs compute alike: pictures, their latents, and the old decoder's measures."""
     other.mkdir(parents=True, exist_ok=True)
     for name in ("views.safetensors", "views.jsonl", "latents.safetensors", "before.json"):
         if (first / name).is_file() and not (other / name).exists():
@@ -131,37 +131,13 @@ def curve_of(folder: Path, noise: float) -> Curve:
     return [(line["step"], line[key]) for line in read_log(folder / "log.jsonl") if key in line]
 
 
-def verdict(reports: dict[str, DecoderReport], curves: dict[str, Curve], budget: Budget) -> str:
-    """Plain sentences from the numbers alone."""
-    decibels, kernel = f"PSNR at noise {budget.noise:g} (dB)", f"kid_mobilenetv2 x 1000 at noise {budget.noise:g}"
-    sentences = []
-    for name, steps in (("L2", budget.steps), (LONGER, budget.longer)):
-        if name in reports:
-            before, after = reports[name].measures[decibels]
-            reached = "reaches" if after >= BAR else "misses"
-            sentences.append(
-                f"With the squared error alone the decoder goes from {before:.2f} to {after:.2f} dB at noise "
-                f"{budget.noise:g} on {reports[name].count} held-out pictures, in {steps:,} updates of {budget.batch} "
-                f"crops of {budget.crop} px: it {reached} {BAR:g} dB."
-            )
-    for name in LOSSES:
-        report = reports[name]
-        if kernel in report.measures:
-            was, now = report.measures[kernel]
-            sentences.append(
-                f"By {name}: {report.measures[decibels][1]:.2f} dB, and a kernel distance ({kernel}) of {now:.1f} "
-                f"where the old decoder had {was:.1f}, in {budget.steps:,} updates."
-            )
-    rises = [curve[-1][1] - curve[-2][1] for curve in curves.values() if len(curve) > 1]
-    state = "still rose" if not rises or max(rises) > 0.05 else "were flat"
-    return " ".join([*sentences, f"The curves, of {budget.heldout} of these pictures, {state} at the end."])
-
-
-def table(reports: dict[str, DecoderReport]) -> list[list[str]]:
+def table(reports: dict[str, DecoderReport], budget: Budget) -> Table:
     """Every measure before, and after each run."""
     rows = [["measure", "before", *reports]]
     for name, (before, _) in reports["L2"].measures.items():
         rows.append([name, f"{before:.2f}", *(f"{report.measures[name][1]:.2f}" for report in reports.values())])
+    rows.append(["updates", "0", *(f"{budget.longer if name == LONGER else budget.steps:,}" for name in reports)])
+    rows.append(["held-out pictures", f"{reports['L2'].count}", *(f"{one.count}" for one in reports.values())])
     return rows
 
 
@@ -171,7 +147,7 @@ def draw_plot(folder: Path, curves: dict[str, Curve], reports: dict[str, Decoder
 
     from experiments.plots import figure, save
 
-    made, axes = figure(1, 1 + len(reports), 3.8)
+    drawn, axes = figure(1, 1 + len(reports), 3.8)
     first: Any = axes[0][0]
     for name, curve in curves.items():
         first.plot([step for step, _ in curve], [value for _, value in curve], label=name)
@@ -182,4 +158,4 @@ def draw_plot(folder: Path, curves: dict[str, Curve], reports: dict[str, Decoder
         sheet = sorted((folder / FOLDERS[name] / "samples").glob("*.png"))[-1]
         axis.imshow(Image.open(sheet))
         axis.set(title=f"{name}: held out, decoded, with noise", xticks=[], yticks=[])
-    save(made, folder / f"{NAME}.png")
+    save(drawn, folder / f"{NAME}.png")

@@ -1,4 +1,4 @@
-"""Claim: one deep block next to the noise and shallow ones next to the data beat blocks of equal depth.
+"""The deep-shallow experiment compares one deep block next to the noise with blocks of equal depth.
 
 Both variants have eight layers of one width in four blocks, so equal parameters, see the same pictures in the same
 order and get equal updates. Unconditional, so that guidance plays no part.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from experiments.cells import SEEDS, Cell, Mean, Result, cell, compare, keep_budget
-from experiments.fashion import heldout_curve, prepare, reference_features, trained, update_seconds
+from experiments.fashion_runs import heldout_curve, prepare, reference_features, trained, update_seconds
+from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.data.images import from_pil
 from starflow.evaluate import Extractor, extract, kernel_distance, load_extractor
 from starflow.pipeline.pipeline import StarFlowPipeline
@@ -47,33 +48,33 @@ QUICK = Budget(steps=4, samples=8, references=16, train=256, heldout=32, seeds=(
 
 
 def run(
-    folder: Path, budget: Budget, say: Callable[[str], None], command: str, data: Path | None, device: torch.device
+    folder: Path, budget: Budget, log: Callable[[str], None], command: str, data: Path | None, device: torch.device
 ) -> Result:
-    """Compute the cells that are missing, draw the plot, and say what the numbers say."""
-    keep_budget(folder, budget)
+    """Compute the cells that are missing, draw the plot, and put the numbers into tables."""
+    check_budget(folder, budget)
     shared = prepare(folder, RECIPE, data, budget.train, budget.heldout, device)
     extractor = load_extractor()
     extractor.network.to(device)
-    found: dict[str, list[Cell]] = {}
+    found: dict[str, list[Measurements]] = {}
     for variant, layers in VARIANTS.items():
         found[variant] = [
-            cell(
+            measure_once(
                 folder,
                 f"{variant.replace(' ', '-')}-{seed}",
-                lambda layers=layers, seed=seed: compute(shared, folder, layers, seed, budget, extractor, device),  # type: ignore[misc]
-                say,
+                partial(compute, shared, folder, layers, seed, budget, extractor, device),
+                log,
             )
             for seed in budget.seeds
         ]
     draw_plot(folder, found)
     title = "Deep-shallow against equal blocks"
     values = {"cells": found, "budget": vars(budget)}
-    return Result(NAME, title, CLAIM, verdict(found), table(found), command, values)
+    return Result(NAME, title, CLAIM, [table(found)], command, values)
 
 
 def compute(
     shared: Path, folder: Path, layers: str, seed: int, budget: Budget, extractor: Extractor, device: torch.device
-) -> Cell:
+) -> Measurements:
     """Train one flow and measure it."""
     where = folder / "runs" / f"{layers.strip('[]').replace(', ', '-')}-{seed}"
     overrides = {
@@ -114,70 +115,30 @@ def sampling_seconds(pipeline: StarFlowPipeline, solver: str) -> float:
     return sorted(times[1:])[1]
 
 
-def _mean(cells: list[Cell], key: str) -> Mean:
-    return Mean.of([float(found[key]) for found in cells])
-
-
-def verdict(found: dict[str, list[Cell]]) -> str:
-    """Plain sentences from the numbers alone."""
-    deep, equal = found["deep-shallow"], found["equal blocks"]
-    sentences = []
-    orders = {}
-    for key, what in (
-        ("nats_per_dim", "held-out nats/dim"),
-        ("kid_mobilenetv2", "kernel distance of samples"),
-        ("update_seconds", "seconds an update"),
-        ("sampling_seconds", "seconds to sample 64 pictures token by token"),
-    ):
-        one, two = _mean(deep, key), _mean(equal, key)
-        orders[key] = compare(one, two)
-        sentences.append(f"{what}: deep-shallow {one}, equal blocks {two} (deep-shallow is {orders[key]}).")
-    quality = (orders["nats_per_dim"], orders["kid_mobilenetv2"])
-    if "higher" in quality:
-        head = "The claim does not show at this size: deep-shallow is worse in at least one measure of quality."
-    elif "lower" in quality:
-        head = "The claim shows at this size: deep-shallow is better in a measure of quality, and worse in none."
-    else:
-        head = "The claim neither shows nor fails at this size: the seeds' noise covers the differences in quality."
-    state = "still fell" if any(_falling(cells) for cells in found.values()) else "were flat"
-    return " ".join(
-        [head, *(text[0].upper() + text[1:] for text in sentences), f"The held-out curves {state} at the end."]
-    )
-
-
-def _falling(cells: list[Cell]) -> bool:
-    """Whether the last fifth of the updates took off more than 0.005 nats/dim on the mean over seeds."""
-    if min(len(found["curve"]) for found in cells) < 2:
-        return True
-    drops = [found["curve"][-2][1] - found["curve"][-1][1] for found in cells]
-    return bool(sum(drops) / len(drops) > 0.005)
-
-
-def table(found: dict[str, list[Cell]]) -> list[list[str]]:
+def table(found: dict[str, list[Measurements]]) -> Table:
     """Means and standard errors over seeds."""
     heads = ["variant", "parameters", "held-out nats/dim", "training nats/dim", "kid_mobilenetv2 x 1000"]
     rows = [[*heads, "s an update", "s for 64 pictures", "the same, solver auto"]]
     for variant, cells in found.items():
-        distance = Mean.of([1000 * float(one["kid_mobilenetv2"]) for one in cells])
         keys = ("update_seconds", "sampling_seconds", "sampling_seconds_auto")
         rows.append(
             [
                 f"{variant} {VARIANTS[variant]}",
                 f"{cells[0]['parameters']:,}",
-                str(_mean(cells, "nats_per_dim")),
-                str(_mean(cells, "train_nats_per_dim")),
-                str(distance),
-                *(str(_mean(cells, key)) for key in keys),
+                str(mean_over_seeds(cells, "nats_per_dim")),
+                str(mean_over_seeds(cells, "train_nats_per_dim")),
+                str(mean_over_seeds(cells, "kid_mobilenetv2", 1000)),
+                *(str(mean_over_seeds(cells, key)) for key in keys),
             ]
         )
     return rows
 
 
-def draw_plot(folder: Path, found: dict[str, list[Cell]]) -> None:
+def draw_plot(folder: Path, found: dict[str, list[Measurements]]) -> None:
     """Held-out curves, distances and times, every seed a mark."""
     from experiments.plots import figure, save
 
-    shape, axes = figure(1, 3, 3.4)
+    drawn, axes = figure(1, 3, 3.4)
     curves, distances, times = axes[0]
     for number, (variant, cells) in enumerate(found.items()):
         for one in cells:
@@ -190,4 +151,4 @@ def draw_plot(folder: Path, found: dict[str, list[Cell]]) -> None:
     curves.legend(fontsize=8)
     distances.set(title="kid_mobilenetv2 x 1000", xticks=range(len(found)), xticklabels=list(found), xlim=(-0.5, 1.5))
     times.set(title="seconds", yscale="log", xticks=range(3), xticklabels=["update", "64 pictures", "solver auto"])
-    save(shape, folder / f"{NAME}.png")
+    save(drawn, folder / f"{NAME}.png")

@@ -1,11 +1,13 @@
-"""The second data set: a class-conditional TarFlow on the pixels of Fashion-MNIST, for exact bits of 8-bit pictures.
+"""The Fashion-MNIST experiment measures one class-conditional TarFlow of pixels in four ways.
 
-One model of `recipes/fashion-mnist.yaml` is measured as a density, as a classifier (argmax_c log p(x | c)), as a
-detector of MNIST's digits and by its samples. One seed: nothing is compared that its noise could decide.
+One model of `recipes/fashion-mnist.yaml` is measured as a density of 8-bit pictures, as a classifier
+(argmax_c log p(x | c)), as a detector of MNIST's digits and by its samples. There
+is one seed: nothing is compared that its noise could decide.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.cells import Cell, Result, cell, keep_budget
-from experiments.fashion import heldout_curve, prepare, trained
+from experiments.fashion_runs import heldout_curve, prepare, trained
+from experiments.results import Measurements, Result, Table, check_budget, measure_once
 from starflow.data.images import from_pil
 from starflow.data.sets.fashion_mnist import CLASSES
 from starflow.evaluate import load_extractor
@@ -53,12 +55,12 @@ QUICK = Budget(steps=4, pictures=20, draws=2, samples=8, train=256, heldout=32)
 
 
 def run(
-    folder: Path, budget: Budget, say: Callable[[str], None], command: str, data: Path | None, device: torch.device
+    folder: Path, budget: Budget, log: Callable[[str], None], command: str, data: Path | None, device: torch.device
 ) -> Result:
-    """Train what is missing of the model, measure it, draw the plot, and say what the numbers say."""
-    keep_budget(folder, budget)
+    """Train what is missing of the model, measure it, draw the plot, and put the numbers into tables."""
+    check_budget(folder, budget)
     shared = prepare(folder, RECIPE, data, budget.train, budget.heldout, device)
-    say("model")
+    log("model")
     overrides = {
         "train.steps": str(budget.steps),
         "train.warmup": str(min(200, budget.steps // 10)),
@@ -67,27 +69,27 @@ def run(
     }
     pipeline = trained(shared, folder / "run", RECIPE, overrides, device)
     pictures = open_evaluation_set(str(data) if data else FASHION_MNIST, SIDE)
-    parts: dict[str, Callable[[], Cell]] = {
+    parts: dict[str, Callable[[], Measurements]] = {
         "bits": lambda: bits_of(pipeline, pictures, budget),
         "classifier": lambda: asdict(measure_classification(pipeline, pictures.heldout, budget.pictures, 1)),
         "outliers": lambda: asdict(measure_outliers(pipeline, pictures, open_foreign(DIGITS, SIDE), budget.pictures)),
         "distances": lambda: distances_of(pipeline, pictures, budget),
     }
-    found = {name: cell(folder, name, compute, say) for name, compute in parts.items()}
+    found = {name: measure_once(folder, name, compute, log) for name, compute in parts.items()}
     curve = heldout_curve(folder / "run")
     draw_plot(folder, curve, found, sample_grid(pipeline, budget.guidance))
     title = "Fashion-MNIST: one density, four uses"
     values = {"cells": found, "curve": curve, "budget": vars(budget)}
-    return Result(NAME, title, CLAIM, verdict(found, curve), table(found), command, values)
+    return Result(NAME, title, CLAIM, [likelihood_table(found), distance_table(found)], command, values)
 
 
-def bits_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Cell:
+def bits_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Measurements:
     """Bits/dim of both splits, each picture told its class."""
     both = measure_likelihoods(pipeline, pictures, budget.pictures, budget.draws)
     return {split: asdict(found) for split, found in both.items()}
 
 
-def distances_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Cell:
+def distances_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Measurements:
     """Kernel distance and its like of samples without and with guidance, beside the floor."""
     plan = EvaluationSettings(samples=budget.samples, references=budget.samples)
     measured = SampleMeasurements.of(pipeline, pictures, load_extractor(), plan)
@@ -106,28 +108,25 @@ def sample_grid(pipeline: StarFlowPipeline, guidance: float) -> Tensor:
     return (rows.reshape(len(CLASSES) * SIDE, GRID_SEEDS * SIDE) + 1) / 2
 
 
-def verdict(found: dict[str, Cell], curve: list[tuple[int, float, float]]) -> str:
-    """Plain sentences from the numbers alone."""
-    test, train = found["bits"]["heldout"], found["bits"]["train"]
+def likelihood_table(found: dict[str, Measurements]) -> Table:
+    """Bits per dimension of both splits, accuracy of the classifier, and areas under the detectors' ROC curves."""
+    rows = [["measure", "pictures", "value"]]
+    for split, name in (("heldout", "test"), ("train", "training")):
+        bits = found["bits"][split]
+        error = f"{bits['bits_per_dim']:.4f} ± {bits['error']:.4f}"
+        rows.append([f"bits/dim of 8-bit pixels, {name}, {bits['draws']} draws", f"{bits['count']:,}", error])
+        rows.append([f"caused by the draws alone, {name}", f"{bits['count']:,}", f"± {bits['draw_error'] or 0:.5f}"])
     classifier, outliers = found["classifier"], found["outliers"]
-    raw, typical = outliers["auroc_likelihood"], outliers["auroc_typicality"]
-    if raw < 0.5:
-        known = "the known failure: the model finds the digits likelier than its own test pictures"
-    else:
-        known = "the known failure does not show here"
-    last = curve[-2][1] - curve[-1][1] if len(curve) > 1 else 1.0
-    return (
-        f"Test pictures take {test['bits_per_dim']:.4f} ± {test['error']:.4f} bits/dim (8-bit pixels, "
-        f"{test['count']:,} pictures, {test['draws']} draws of the dequantisation, which alone cause "
-        f"± {test['draw_error'] or 0:.5f}), training pictures {train['bits_per_dim']:.4f} ± {train['error']:.4f}. The "
-        f"likelihood classifier is right on {100 * classifier['accuracy']:.2f} % of {classifier['count']:,} test "
-        f"pictures. Against MNIST's digits raw likelihood has an AUROC of {raw:.4f} ({known}), typicality "
-        f"{typical:.4f}. After {curve[-1][0]:,} updates the held-out curve "
-        f"{'still fell' if last > 0.005 else 'was flat'}."
-    )
+    counts = f"{outliers['count_inside']:,} and {outliers['count_outside']:,}"
+    return [
+        *rows,
+        ["accuracy of the likelihood classifier", f"{classifier['count']:,}", f"{100 * classifier['accuracy']:.2f} %"],
+        ["digits by likelihood, AUROC", counts, f"{outliers['auroc_likelihood']:.4f}"],
+        ["digits by typicality, AUROC", counts, f"{outliers['auroc_typicality']:.4f}"],
+    ]
 
 
-def table(found: dict[str, Cell]) -> list[list[str]]:
+def distance_table(found: dict[str, Measurements]) -> Table:
     """Distances of the samples beside their floor."""
     rows = [["set", "pictures", "not finite", "kid_mobilenetv2 x 1000", "precision", "recall", "density", "coverage"]]
     for name, one in found["distances"].items():
@@ -137,14 +136,16 @@ def table(found: dict[str, Cell]) -> list[list[str]]:
     return rows
 
 
-def draw_plot(folder: Path, curve: list[tuple[int, float, float]], found: dict[str, Cell], grid: Tensor) -> None:
+def draw_plot(
+    folder: Path, curve: list[tuple[int, float, float]], found: dict[str, Measurements], grid: Tensor
+) -> None:
     """The curve, the classifier's confusions and samples by class."""
     from experiments.plots import figure, save
 
-    made, axes = figure(1, 3, 3.8)
+    drawn, axes = figure(1, 3, 3.8)
     bits, confusion, samples = axes[0]
     for place, label in ((1, "test"), (2, "training")):
-        bits.plot([one[0] for one in curve], [one[place] / 0.6931471805599453 for one in curve], label=label)
+        bits.plot([one[0] for one in curve], [one[place] / math.log(2) for one in curve], label=label)
     bits.set(title="bits/dim by update", xlabel="update")
     bits.legend(fontsize=8)
     counts = torch.tensor(found["classifier"]["confusion"]).double()
@@ -154,4 +155,4 @@ def draw_plot(folder: Path, curve: list[tuple[int, float, float]], found: dict[s
     confusion.set_yticklabels(CLASSES, fontsize=7)
     samples.imshow(grid, cmap="gray", vmin=0, vmax=1)
     samples.set(title="samples, a class a row", xticks=[], yticks=[])
-    save(made, folder / f"{NAME}.png")
+    save(drawn, folder / f"{NAME}.png")

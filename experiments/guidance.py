@@ -1,4 +1,4 @@
-"""Claim: guidance by the product of Gaussians stays good at large weights where linear extrapolation breaks.
+"""The guidance experiment compares the product of Gaussians with linear extrapolation at weights from 0 to 8.
 
 One class-conditional flow a seed is sampled at every weight by both rules, from the same noise. Samples are judged by
 the distance of their features to held-out pictures and by whether a likelihood classifier, the flow of the next
@@ -7,16 +7,18 @@ seed (never the one that drew them), finds the class that was asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from experiments.cells import SEEDS, Cell, Mean, Result, cell, keep_budget
-from experiments.fashion import heldout_curve, prepare, reference_features, trained
+from experiments.fashion_runs import heldout_curve, prepare, reference_features, trained
+from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.data.images import from_pil
 from starflow.data.sets.fashion_mnist import CLASSES
 from starflow.evaluate import Extractor, classify, extract, kernel_distance, load_extractor
@@ -46,20 +48,20 @@ class Budget:
 
 
 QUICK = Budget(steps=4, samples=10, references=16, weights=(0.0, 2.0, 8.0), train=256, heldout=32, seeds=(0, 1))
-Found = dict[Rule, dict[float, list[Cell]]]
+Found = dict[Rule, dict[float, list[Measurements]]]
 
 
 def run(
-    folder: Path, budget: Budget, say: Callable[[str], None], command: str, data: Path | None, device: torch.device
+    folder: Path, budget: Budget, log: Callable[[str], None], command: str, data: Path | None, device: torch.device
 ) -> Result:
-    """Compute the cells that are missing, draw the plot, and say what the numbers say."""
-    keep_budget(folder, budget)
+    """Compute the cells that are missing, draw the plot, and put the numbers into tables."""
+    check_budget(folder, budget)
     shared = prepare(folder, RECIPE, data, budget.train, budget.heldout, device)
     extractor = load_extractor()
     extractor.network.to(device)
     pipelines = {}
     for seed in budget.seeds:
-        say(f"model {seed}")
+        log(f"model {seed}")
         overrides = {"train.seed": str(seed), "train.steps": str(budget.steps)}
         pipelines[seed] = trained(shared, folder / "runs" / str(seed), RECIPE, overrides, device)
     found: Found = {rule: {weight: [] for weight in budget.weights} for rule in RULES}
@@ -68,16 +70,8 @@ def run(
         for weight in budget.weights:
             for rule in RULES:
                 name = f"{rule if weight else 'unguided'}-{weight:g}-{seed}"
-                found[rule][weight].append(
-                    cell(
-                        folder,
-                        name,
-                        lambda seed=seed, weight=weight, rule=rule, judge=judge: compute(  # type: ignore[misc]
-                            pipelines[seed], judge, weight, rule, budget, shared, extractor
-                        ),
-                        say,
-                    )
-                )
+                work = partial(compute, pipelines[seed], judge, weight, rule, budget, shared, extractor)
+                found[rule][weight].append(measure_once(folder, name, work, log))
     curves = [heldout_curve(folder / "runs" / str(seed)) for seed in budget.seeds]
     draw_plot(folder, found, curves)
     title = "Gaussian against linear guidance"
@@ -86,7 +80,7 @@ def run(
         "curves": curves,
         "budget": vars(budget),
     }
-    return Result(NAME, title, CLAIM, verdict(found, curves), table(found), command, values)
+    return Result(NAME, title, CLAIM, [table(found)], command, values)
 
 
 def compute(
@@ -97,7 +91,7 @@ def compute(
     budget: Budget,
     shared: Path,
     extractor: Extractor,
-) -> Cell:
+) -> Measurements:
     """Samples at one weight by one rule: distance, and agreement with the class asked for."""
     wanted = [index % len(CLASSES) for index in range(budget.samples)]
     prompts = [CLASSES[number] for number in wanted]
@@ -105,7 +99,7 @@ def compute(
     finite = made.latents.isfinite().flatten(1).all(1).cpu()
     pictures = torch.cat([from_pil(image) for image in made.images])[finite]
     labels = torch.tensor(wanted)[finite]
-    values: Cell = {
+    values: Measurements = {
         "not_finite": int((~finite).sum()),
         "largest": float(made.latents[finite.to(made.latents.device)].abs().amax()),
     }
@@ -129,69 +123,18 @@ def judged(judge: StarFlowPipeline, pictures: Tensor, labels: Tensor) -> float:
     return classify(torch.cat(rows).double(), labels).accuracy
 
 
-def _mean(cells: list[Cell], key: str) -> Mean:
-    values = [float(found[key]) for found in cells if found[key] is not None]
-    return Mean.of(values or [float("inf")])
-
-
-def shape_of(values: list[tuple[float, float]]) -> dict[str, Any]:
-    """Where a curve over weights dips, and how high it rises after: (weight, distance), weights rising."""
-    best = min(values, key=lambda pair: pair[1])
-    after = [pair for pair in values if pair[0] >= best[0]]
-    worst = max(after, key=lambda pair: pair[1])
-    return {"best_weight": best[0], "best": best[1], "worst_after": worst[0], "worst": worst[1], "last": values[-1][1]}
-
-
-def verdict(found: Found, curves: list[list[tuple[int, float, float]]]) -> str:
-    """Plain sentences from the numbers alone."""
-    shapes, sentences = {}, []
-    for rule in RULES:
-        distances = {weight: _mean(cells, "kid_mobilenetv2") for weight, cells in found[rule].items()}
-        one = shapes[rule] = shape_of([(weight, mean.value) for weight, mean in distances.items()])
-        last = max(distances)
-        broken = sum(int(cell["not_finite"]) for cells in found[rule].values() for cell in cells)
-        end = distances[last]
-        agreement = [100 * _mean(found[rule][weight], "agreement").value for weight in (0.0, last)]
-        sentences.append(
-            f"{rule.capitalize()}: the distance (kid_mobilenetv2 x 1000) is lowest at w = {one['best_weight']:g} with "
-            f"{1000 * one['best']:.1f}, and {1000 * end.value:.1f} ± {1000 * end.error:.1f} at w = {last:g}; agreement "
-            f"with the class goes from {agreement[0]:.0f} % unguided to {agreement[1]:.0f} %; {broken} samples in all "
-            "were not finite."
-        )
-    head = _head(shapes, {rule: _mean(found[rule][max(found[rule])], "kid_mobilenetv2") for rule in RULES})
-    fell = [curve[-2][1] - curve[-1][1] for curve in curves if len(curve) > 1]
-    state = "still fell" if not fell or max(fell) > 0.005 else "were flat"
-    return " ".join([head, *sentences, f"The held-out curves of the models {state} at the end."])
-
-
-def _head(shapes: dict[Rule, dict[str, Any]], ends: dict[Rule, Mean]) -> str:
-    """Whether the claim shows; `ends` are the distances at the largest weight."""
-    noise = 2 * (ends["linear"].error + ends["gaussian"].error)
-    lead = ends["linear"].value - ends["gaussian"].value
-    if lead < -noise:
-        return "The claim does not show at this size: at the largest weight the gaussian rule is the worse one."
-    if lead <= noise:
-        return "The claim does not show at this size: at the largest weight the two rules are not told apart."
-    if shapes["linear"]["worst"] > 2 * max(shapes["linear"]["best"], 1e-4):
-        return "The claim shows: the linear rule dips and then spikes, and the gaussian one ends lower."
-    rises = {rule: 100 * (ends[rule].value / max(shapes[rule]["best"], 1e-4) - 1) for rule in RULES}
-    return (
-        "The claim shows, but for the height of the spike: at the largest weight the linear rule is "
-        f"{rises['linear']:.0f} % above its lowest distance (a spike would be twice it), the gaussian one "
-        f"{rises['gaussian']:.0f} %, and it ends lower."
-    )
-
-
-def table(found: Found) -> list[list[str]]:
-    """Distance and agreement by weight and rule."""
-    rows = [["w", *(f"{what}, {rule}" for rule in RULES for what in ("kid_mobilenetv2 x 1000", "agreement, %"))]]
+def table(found: Found) -> Table:
+    """Distance, agreement and broken samples by weight and rule."""
+    measures = ("kid_mobilenetv2 x 1000", "agreement, %", "samples not finite")
+    rows = [["w", *(f"{measure}, {rule}" for rule in RULES for measure in measures)]]
     for weight in found["gaussian"]:
         cells = [f"{weight:g}"]
         for rule in RULES:
             some = found[rule][weight]
-            distances = [1000 * float(one["kid_mobilenetv2"]) for one in some if one["kid_mobilenetv2"] is not None]
-            cells.append(str(Mean.of(distances)) if distances else "none finite")
-            cells.append(str(Mean.of([100 * float(one["agreement"]) for one in some])))
+            distance = mean_over_seeds(some, "kid_mobilenetv2", 1000)
+            cells.append(str(distance) if math.isfinite(distance.value) else "none finite")
+            cells.append(str(mean_over_seeds(some, "agreement", 100)))
+            cells.append(str(sum(one["not_finite"] for one in some)))
         rows.append(cells)
     return rows
 
@@ -200,12 +143,12 @@ def draw_plot(folder: Path, found: Found, curves: list[list[tuple[int, float, fl
     """Distance and agreement over the weight, and the models' held-out curves."""
     from experiments.plots import figure, save
 
-    made, axes = figure(1, 3, 3.4)
+    drawn, axes = figure(1, 3, 3.4)
     for number, rule in enumerate(RULES):
         weights = list(found[rule])
         for axis, key, scale in ((axes[0][0], "kid_mobilenetv2", 1000), (axes[0][1], "agreement", 100)):
-            means = [_mean(found[rule][weight], key) for weight in weights]
-            values, errors = [scale * one.value for one in means], [scale * one.error for one in means]
+            means = [mean_over_seeds(found[rule][weight], key, scale) for weight in weights]
+            values, errors = [one.value for one in means], [one.error for one in means]
             axis.errorbar(weights, values, errors, color=f"C{number}", label=rule, capsize=2, linewidth=1)
     axes[0][0].set(title="kid_mobilenetv2 x 1000", xlabel="guidance weight", yscale="symlog")
     axes[0][1].set(title="agreement with the class, %", xlabel="guidance weight")
@@ -213,4 +156,4 @@ def draw_plot(folder: Path, found: Found, curves: list[list[tuple[int, float, fl
     for curve in curves:
         axes[0][2].plot([one[0] for one in curve], [one[1] for one in curve], color="grey", linewidth=1)
     axes[0][2].set(title="held-out nats/dim by update", xlabel="update")
-    save(made, folder / f"{NAME}.png")
+    save(drawn, folder / f"{NAME}.png")

@@ -1,6 +1,6 @@
-"""Claim: one block is too little, two or three blocks of alternating order can be anything (section 3.1 of the paper).
+"""The universality experiment counts the blocks that a density in the plane needs (STARFlow, section 3.1).
 
-Densities in the plane, two tokens of one number. Every variant has six layers in all, shared out over 1, 2 or 3 blocks:
+A point is a picture of two tokens of one number. Every variant has six layers in all, shared out over 1, 2 or 3 blocks:
 equal parameters (but for the blocks' own projections) and equal updates.
 """
 
@@ -10,14 +10,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.cells import SEEDS, Cell, Mean, Result, cell, compare, keep_budget
 from experiments.densities import HALF, Density, densities
+from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.io.files import read_tensors, write_tensors
@@ -49,18 +50,18 @@ class Budget:
 QUICK = Budget(steps=20, batch=64, heldout=500, width=32, seeds=(0, 1))
 
 
-def run(folder: Path, budget: Budget, say: Callable[[str], None], command: str) -> Result:
-    """Compute the cells that are missing, draw the plot, and say what the numbers say."""
-    keep_budget(folder, budget)
-    found: dict[str, dict[int, list[Cell]]] = {}
+def run(folder: Path, budget: Budget, log: Callable[[str], None], command: str) -> Result:
+    """Compute the cells that are missing, draw the plot, and put the numbers into tables."""
+    check_budget(folder, budget)
+    found: dict[str, dict[int, list[Measurements]]] = {}
     for density in densities():
         found[density.name] = {
             blocks: [
-                cell(
+                measure_once(
                     folder,
                     f"{density.name}-{blocks}-{seed}",
-                    lambda density=density, blocks=blocks, seed=seed: train(density, blocks, seed, budget, folder),  # type: ignore[misc]
-                    say,
+                    partial(train, density, blocks, seed, budget, folder),
+                    log,
                 )
                 for seed in budget.seeds
             ]
@@ -72,14 +73,13 @@ def run(folder: Path, budget: Budget, say: Callable[[str], None], command: str) 
         name=NAME,
         title="Universality: how many blocks a density needs",
         claim=CLAIM,
-        verdict=verdict(found, limits),
-        table=table(found, limits),
+        tables=[table(found, limits)],
         command=command,
         values={"cells": found, "one_block_limit": limits, "budget": vars(budget)},
     )
 
 
-def train(density: Density, blocks: int, seed: int, budget: Budget, folder: Path) -> Cell:
+def train(density: Density, blocks: int, seed: int, budget: Budget, folder: Path) -> Measurements:
     """One flow; its gap to the density's entropy on points that it has not seen, in nats, and its curve."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(1000 + seed)
@@ -153,63 +153,21 @@ def _grid() -> Tensor:
     return torch.stack([x, y], -1).view(-1, 2)
 
 
-def _mean(cells: list[Cell]) -> Mean:
-    return Mean.of([found["gap"] for found in cells])
-
-
-def verdict(found: dict[str, dict[int, list[Cell]]], limits: dict[str, float]) -> str:
-    """Plain sentences from the gaps alone."""
-    sentences, shown = [], True
-    for name, by_blocks in found.items():
-        one, two, three = (_mean(by_blocks[blocks]) for blocks in BLOCKS)
-        better, further = compare(two, one), compare(three, two)
-        shown = shown and better == "lower"
-        third = {"lower": "lower again", "higher": "higher", "not told apart": "not told apart from two"}[further]
-        sentences.append(
-            f"{name.capitalize()}: one block stays {one.value:.3f} nats above the entropy (the best any single block "
-            f"can do is {limits[name]:.3f}), two come to {two.value:.3f}, three to {three.value:.3f}, which is {third}."
-        )
-    falls = [name for name, by_blocks in found.items() if _still_falling(by_blocks[BLOCKS[-1]])]
-    start = "The claim shows: two blocks are" if shown else "The claim does not show: two blocks are not"
-    head = f"{start} closer to the entropy than one, by more than the seeds' noise, on every density."
-    left = [_mean(by_blocks[BLOCKS[-1]]).value for by_blocks in found.values()]
-    missing = f"they still miss {min(left):.2f} to {max(left):.2f} nats"
-    sentences.append(
-        f"That three blocks can be anything does not follow from this: {missing}."
-        if max(left) > 0.1
-        else f"Three blocks miss at most {max(left):.2f} nats of any of them."
-    )
-    tail = (
-        f"With three blocks the curve still fell at the end on: {', '.join(falls)}."
-        if falls
-        else "The curves with three blocks were flat at the end."
-    )
-    return " ".join([head, *sentences, tail])
-
-
-def _still_falling(cells: list[Cell]) -> bool:
-    """Whether the last tenth of the updates took off more than 2 % of the gap, on the mean over seeds."""
-    if min(len(found["curve"]) for found in cells) < 2:
-        return True
-    last, before = (sum(found["curve"][at][1] for found in cells) for at in (-1, -2))
-    return bool(before - last > 0.02 * abs(last))
-
-
-def table(found: dict[str, dict[int, list[Cell]]], limits: dict[str, float]) -> list[list[str]]:
+def table(found: dict[str, dict[int, list[Measurements]]], limits: dict[str, float]) -> Table:
     """Gap in nats by density and blocks, mean and standard error over seeds."""
     rows = [["density", "best of any single block", *(f"{blocks} block{'s' * (blocks > 1)}" for blocks in BLOCKS)]]
     for name, by_blocks in found.items():
-        rows.append([name, f"{limits[name]:.4g}", *(str(_mean(by_blocks[blocks])) for blocks in BLOCKS)])
+        rows.append([name, f"{limits[name]:.4g}", *(str(mean_over_seeds(one, "gap")) for one in by_blocks.values())])
     rows.append(["parameters", "", *(f"{found['rings'][blocks][0]['parameters']:,}" for blocks in BLOCKS)])
     return rows
 
 
-def draw_plot(folder: Path, found: dict[str, dict[int, list[Cell]]], limits: dict[str, float]) -> None:
+def draw_plot(folder: Path, found: dict[str, dict[int, list[Measurements]]], limits: dict[str, float]) -> None:
     """Densities, samples and gaps, a pair of rows a density."""
     from experiments.plots import figure, save
 
     names = list(found)
-    shape, axes = figure(2 * len(names), len(BLOCKS) + 2, 2.1)
+    drawn, axes = figure(2 * len(names), len(BLOCKS) + 2, 2.1)
     for row, density in enumerate(densities()):
         points = density.draw(3000, torch.Generator().manual_seed(3))
         truth = density.log_prob(_grid()).exp().view(GRID, GRID)
@@ -217,10 +175,11 @@ def draw_plot(folder: Path, found: dict[str, dict[int, list[Cell]]], limits: dic
         for column, blocks in enumerate(BLOCKS, start=1):
             tensors = read_tensors(folder / "pictures" / f"{density.name}-{blocks}.safetensors")
             upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
-            title = f"{blocks} block{'s' * (blocks > 1)}: {_mean(found[density.name][blocks]).value:.3f} nats"
+            gap = mean_over_seeds(found[density.name][blocks], "gap").value
+            title = f"{blocks} block{'s' * (blocks > 1)}: {gap:.3f} nats"
             _panel(upper, lower, tensors["density"], tensors["samples"], title, float(truth.max()))
         _curves(axes[2 * row][-1], axes[2 * row + 1][-1], found[density.name], limits[density.name])
-    save(shape, folder / f"{NAME}.png")
+    save(drawn, folder / f"{NAME}.png")
 
 
 def _panel(upper: Any, lower: Any, density: Tensor, points: Tensor, title: str, most: float) -> None:
@@ -233,7 +192,7 @@ def _panel(upper: Any, lower: Any, density: Tensor, points: Tensor, title: str, 
         one.set(xticks=[], yticks=[])
 
 
-def _curves(upper: Any, lower: Any, by_blocks: dict[int, list[Cell]], limit: float) -> None:
+def _curves(upper: Any, lower: Any, by_blocks: dict[int, list[Measurements]], limit: float) -> None:
     """Gaps of all seeds, and held-out curves."""
     for blocks in BLOCKS:
         gaps = [found["gap"] for found in by_blocks[blocks]]

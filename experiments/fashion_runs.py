@@ -1,4 +1,4 @@
-"""What the claims on Fashion-MNIST share: data encoded once, a trained pipeline a cell, held-out features."""
+"""Experiments on Fashion-MNIST share their runs: data encoded once, a trained pipeline a variant, features."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: 
 def trained(
     shared: Path, folder: Path, recipe: Path, overrides: dict[str, str], device: torch.device
 ) -> StarFlowPipeline:
-    """The pipeline of one cell: trained in `folder` from the shared latents, or resumed, or only loaded."""
+    """The pipeline of one variant and seed: trained in `folder` from the shared latents, or resumed, or only loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("latents", "classes.json"):
         if (shared / name).exists() and not (folder / name).exists():
