@@ -49,7 +49,7 @@ def test_every_scenario_has_its_own_row(tmp_path: Path) -> None:
     random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(tmp_path)
     found = predict_memory(str(tmp_path))
     config = model_shape(str(tmp_path)).config
-    assert found["parameters"] == memory.parameters(config)
+    assert found["parameters"] == memory.parameter_count(config)
     rows = {(row["kind"], row["batch"]): row for row in found["sampling"]}
     assert len(rows) == len(SCENARIOS) * len(BATCHES)
     single = memory.sampling_memory(config, 4, guided=True, autoencoder=memory.AUTOENCODERS["pixels"])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.conditioning.base import ConditionerSpec, Dtype
-from starflow.errors import DamagedFileError, UserError
+from starflow.errors import UserError
 from starflow.io import weights as shards
 from starflow.io.files import check_output_folder, read_json
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
@@ -192,6 +192,10 @@ def width_of(folder: Path) -> int:
     return width
 
 
+class DamagedPackageError(UserError):
+    """The weights of an installed package are not the published ones."""
+
+
 def _packaged_minilm() -> Path | None:
     """The model folder of the installed package, its weights checked; None where it is not installed."""
     found = importlib.util.find_spec(MINILM_MODULE)
@@ -205,7 +209,7 @@ def _packaged_minilm() -> Path | None:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
-        raise DamagedFileError(f"{weights} has sha256 {digest[:16]}..., expected {MINILM_SHA256[:16]}...: {again}")
+        raise DamagedPackageError(f"{weights} has sha256 {digest[:16]}..., expected {MINILM_SHA256[:16]}...: {again}")
     return folder
 
 

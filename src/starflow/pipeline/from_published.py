@@ -19,13 +19,13 @@ from starflow.conditioning.text import width_of
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import parameters
+from starflow.flow.memory import parameter_count
 from starflow.io import files
 from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
+from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
@@ -95,7 +95,7 @@ def convert(
         UserError: as `load_published`; a video model; an autoencoder or a text encoder that is nowhere, or does not
             fit; the folder cannot be written, or the disk has no room.
     """
-    checkpoint, stated = open_published(file, options), around_the_model(options)
+    checkpoint, stated = open_published(file, options), pipeline_options(options)
     whole = bool(overrides.autoencoder or stated.get("vae")) or isinstance(checkpoint.config, TarFlowConfig)
     config = pipeline_config(name or file.stem, checkpoint.config, stated, overrides) if whole else None
     files.check_output_folder(folder)
@@ -106,7 +106,7 @@ def convert(
     if config is not None:
         files.write_json(folder / "config.json", to_dict(config))
     return ConvertedPipeline(
-        folder, whole, parameters(checkpoint.config), size, checkpoint.ignored, ignored_options(options)
+        folder, whole, parameter_count(checkpoint.config), size, checkpoint.ignored, ignored_options(options)
     )
 
 
@@ -129,8 +129,8 @@ def pipeline_config(
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source is None:
         return AutoencoderSpec("pixels", flow.in_channels, 1)
-    if source in SD_VAES and not Path(source).is_dir():
-        found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
+    if source in AUTOENCODER_FACTORS and not Path(source).is_dir():
+        found = AutoencoderSpec("diffusers_kl", 4, AUTOENCODER_FACTORS[source], SD_SCALING, 0.0, source)
     else:
         found = load_trainable(source).spec
     if Path(source).expanduser().is_dir():

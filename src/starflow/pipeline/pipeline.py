@@ -28,7 +28,7 @@ from starflow.conditioning import Conditioner
 from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
-from starflow.flow.quantize import is_quantised, quantise
+from starflow.flow.quantize import is_quantized, quantize_int8
 from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
@@ -155,20 +155,20 @@ class StarFlowPipeline:
         Raises:
             UserError: nothing there, or its files are damaged or do not fit each other.
         """
-        fetch = HubOptions(revision, cache, offline)
-        folder = find_pipeline(str(model), fetch, "float32" if dtype == torch.float32 else "bfloat16")
+        hub = HubOptions(revision, cache, offline)
+        folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
         config = read_config(folder)
         flow = open_flow(folder).requires_grad_(False)
         conditioner = None
         if config.conditioner:
-            conditioner = open_conditioner(config.conditioner, folder, fetch, keep_text_encoder)
-        autoencoder = open_autoencoder(config.autoencoder, folder, fetch)
+            conditioner = open_conditioner(config.conditioner, folder, hub, keep_text_encoder)
+        autoencoder = open_autoencoder(config.autoencoder, folder, hub)
         pipeline = cls(flow, autoencoder, conditioner, config)
         if decoder is not None:
-            pipeline.decoder = open_decoder(decoder, config.autoencoder, fetch)
+            pipeline.decoder = open_decoder(decoder, config.autoencoder, hub)
         dtype = dtype or default_dtype(flow)
         if int8:
-            quantise(flow.to(dtype))  # where the weights are: whole, they may not fit the device
+            quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
             flow.to(dtype).offload(device)
         pipeline.to(device, dtype)
@@ -195,7 +195,7 @@ class StarFlowPipeline:
         Raises:
             UserError: the folder cannot be written, or the disk is full.
         """
-        if is_quantised(self.flow):
+        if is_quantized(self.flow):
             raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
         folder = files.check_output_folder(Path(folder))
         save_parts(self.flow, self.autoencoder, self.conditioner, self.config, folder, dtype, parts, shard_bytes)
