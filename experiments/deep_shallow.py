@@ -17,7 +17,7 @@ import torch
 from experiments.fashion_runs import heldout_curve, prepare, reference_features, trained, update_seconds
 from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.data.images import from_pil
-from starflow.evaluate import Extractor, extract, kernel_distance, load_extractor
+from starflow.evaluate import FeatureExtractor, extract_features, kernel_distance, load_extractor
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds, sample
 
@@ -73,7 +73,13 @@ def run(
 
 
 def compute(
-    shared: Path, folder: Path, layers: str, seed: int, budget: Budget, extractor: Extractor, device: torch.device
+    shared: Path,
+    folder: Path,
+    layers: str,
+    seed: int,
+    budget: Budget,
+    extractor: FeatureExtractor,
+    device: torch.device,
 ) -> Measurements:
     """Train one flow and measure it."""
     where = folder / "runs" / f"{layers.strip('[]').replace(', ', '-')}-{seed}"
@@ -85,7 +91,7 @@ def compute(
     }
     pipeline = trained(shared, where, RECIPE, overrides, device)
     made = pipeline([""] * budget.samples, seed=1000 * seed, batch_size=64).images
-    features = extract(
+    features = extract_features(
         extractor, (torch.cat([from_pil(one) for one in made[a : a + 64]]) for a in range(0, len(made), 64))
     )
     references = reference_features(shared, extractor, budget.references)
@@ -94,7 +100,7 @@ def compute(
         "nats_per_dim": curve[-1][1],
         "train_nats_per_dim": curve[-1][2],
         "curve": curve,
-        "kid_mobilenetv2": kernel_distance(features.kept().features, references).value,
+        "kid_mobilenetv2": kernel_distance(features.finite_rows().features, references).value,
         "not_finite": features.not_finite,
         "update_seconds": update_seconds(where, 64),
         "sampling_seconds": sampling_seconds(pipeline, "sequential"),

@@ -20,10 +20,9 @@ from experiments.results import Measurements, Result, Table, check_budget, measu
 from starflow.data.images import from_pil
 from starflow.data.sets.fashion_mnist import CLASSES
 from starflow.evaluate import load_extractor
-from starflow.evaluate.dataset import DIGITS, FASHION_MNIST, EvaluationSet, open_evaluation_set, open_foreign
+from starflow.evaluate.dataset import DIGITS, FASHION_MNIST, EvaluationSet, open_evaluation_set, open_outliers
 from starflow.evaluate.likelihood import measure_classification, measure_likelihoods, measure_outliers
 from starflow.evaluate.samples import SampleMeasurements
-from starflow.evaluate.settings import EvaluationSettings
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 NAME = "fashion-mnist"
@@ -72,7 +71,7 @@ def run(
     parts: dict[str, Callable[[], Measurements]] = {
         "bits": lambda: bits_of(pipeline, pictures, budget),
         "classifier": lambda: asdict(measure_classification(pipeline, pictures.heldout, budget.pictures, 1)),
-        "outliers": lambda: asdict(measure_outliers(pipeline, pictures, open_foreign(DIGITS, SIDE), budget.pictures)),
+        "outliers": lambda: asdict(measure_outliers(pipeline, pictures, open_outliers(DIGITS, SIDE), budget.pictures)),
         "distances": lambda: distances_of(pipeline, pictures, budget),
     }
     found = {name: measure_once(folder, name, compute, log) for name, compute in parts.items()}
@@ -91,12 +90,11 @@ def bits_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget)
 
 def distances_of(pipeline: StarFlowPipeline, pictures: EvaluationSet, budget: Budget) -> Measurements:
     """Kernel distance and its like of samples without and with guidance, beside the floor."""
-    plan = EvaluationSettings(samples=budget.samples, references=budget.samples)
-    measured = SampleMeasurements.of(pipeline, pictures, load_extractor(), plan)
+    measured = SampleMeasurements.of(pipeline, pictures, load_extractor(), budget.samples)
     return {
-        "floor": measured.floor(),
-        "samples, unguided": measured.samples(budget.samples, 0.0),
-        f"samples, guidance {budget.guidance:g}": measured.samples(budget.samples, budget.guidance),
+        "floor": measured.measure_training_images(),
+        "samples, unguided": measured.measure_samples(budget.samples, 0.0),
+        f"samples, guidance {budget.guidance:g}": measured.measure_samples(budget.samples, budget.guidance),
     }
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from starflow.data.images import to_unit
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.views import load_views, save_views
-from starflow.evaluate import Extractor, extract
-from starflow.evaluate.dataset import part
+from starflow.evaluate import FeatureExtractor, extract_features
+from starflow.evaluate.dataset import select_rows
 from starflow.io import files
 from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
@@ -30,7 +30,7 @@ def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: 
         first = views.splits.index("heldout")
         rows = [row * first // train for row in range(train)]
         rows += [first + row * (len(views) - first) // heldout for row in range(heldout)]
-        save_views(shared / "views.safetensors", part(views, rows))
+        save_views(shared / "views.safetensors", select_rows(views, rows))
     prepare_latents(start_run(load_recipe(recipe), shared, device, progress=False))
     return shared
 
@@ -72,12 +72,12 @@ def update_seconds(folder: Path, batch: int) -> float:
     return batch / float(rates[len(rates) // 2])
 
 
-def reference_features(shared: Path, extractor: Extractor, count: int) -> Tensor:
+def reference_features(shared: Path, extractor: FeatureExtractor, count: int) -> Tensor:
     """Features (N, F) of at most `count` held-out pictures, computed once."""
     path = shared / f"features-{extractor.name}-{count}.safetensors"
     if not path.is_file():
         views = load_views(shared / "views.safetensors")
         images = views.images[views.splits.index("heldout") :][:count]
-        features = extract(extractor, (to_unit(some) for some in images.split(64))).features
+        features = extract_features(extractor, (to_unit(some) for some in images.split(64))).features
         files.write_tensors(path, {"features": features})
     return files.read_tensors(path)["features"]

@@ -21,7 +21,7 @@ from experiments.fashion_runs import heldout_curve, prepare, reference_features,
 from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.data.images import from_pil
 from starflow.data.sets.fashion_mnist import CLASSES
-from starflow.evaluate import Extractor, classify, extract, kernel_distance, load_extractor
+from starflow.evaluate import FeatureExtractor, classify, extract_features, kernel_distance, load_extractor
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 NAME = "guidance"
@@ -90,7 +90,7 @@ def compute(
     rule: Rule,
     budget: Budget,
     shared: Path,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
 ) -> Measurements:
     """Samples at one weight by one rule: distance, and agreement with the class asked for."""
     wanted = [index % len(CLASSES) for index in range(budget.samples)]
@@ -105,7 +105,7 @@ def compute(
     }
     if len(pictures) < 2:
         return {**values, "kid_mobilenetv2": None, "agreement": 0.0}
-    features = extract(extractor, pictures.split(50)).features
+    features = extract_features(extractor, pictures.split(50)).features
     references = reference_features(shared, extractor, budget.references)
     values["kid_mobilenetv2"] = kernel_distance(features, references).value
     # A sample that is not finite shows nothing, so it agrees with nothing.

@@ -20,11 +20,11 @@ from starflow.evaluate import gather_rows, kernel_distance, own_rows
 from starflow.evaluate.dataset import (
     EvaluationSet,
     concept_of,
+    evenly_spaced,
     is_first,
     open_evaluation_set,
-    open_foreign,
-    part,
-    spread,
+    open_outliers,
+    select_rows,
 )
 from tests.data.sets.test_fashion_mnist import write_set
 
@@ -91,9 +91,9 @@ def test_the_longest_known_concept_is_asked_for(prompt: str, concept: str) -> No
 
 
 def test_rows_are_spread_evenly() -> None:
-    assert spread(5, 0) == spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(10, 3) == [0, 3, 6]
-    assert spread(60_000, 10_000)[-1] == 59_994
+    assert evenly_spaced(5, 0) == evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(10, 3) == [0, 3, 6]
+    assert evenly_spaced(60_000, 10_000)[-1] == 59_994
 
 
 def test_a_missing_split_is_refused(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_a_folder_with_the_four_files(tmp_path: Path) -> None:
     write_set(tmp_path, train=6, test=3)
     pictures = open_evaluation_set(str(tmp_path), 28)
     assert (len(pictures.train), len(pictures.heldout)) == (6, 3)
-    assert pictures.shown(pictures.heldout) == pictures.heldout.labels
-    assert len(open_foreign(str(tmp_path), 28)) == 9
+    assert pictures.concepts_of(pictures.heldout) == pictures.heldout.labels
+    assert len(open_outliers(str(tmp_path), 28)) == 9
     with pytest.raises(UserError, match="28 px, the model of 32"):
         open_evaluation_set(str(tmp_path), 32)
-    some = part(pictures.train, [4, 1])
+    some = select_rows(pictures.train, [4, 1])
     assert some.names == [pictures.train.names[4], pictures.train.names[1]]
     assert torch.equal(some.images, pictures.train.images[[4, 1]])

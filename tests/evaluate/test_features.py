@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from starflow.errors import UserError
-from starflow.evaluate import extract, load_extractor
+from starflow.evaluate import extract_features, load_extractor
 from starflow.evaluate import features as mobilenet
-from starflow.evaluate.features import MobileNetV2, extract_features, load_mobilenet
+from starflow.evaluate.features import FeatureExtractor, MobileNetV2, load_mobilenet
 from starflow.io.files import write_tensors
 
 
@@ -54,22 +54,22 @@ def test_a_network_of_ones_own_with_its_weights(module: str, tmp_path: Path) -> 
     images = torch.rand(5, 3, 4, 4)
     for file in ("w.safetensors", "w.pth"):
         made = load_extractor(f"inception={module}:Stub", tmp_path / file)
-        assert made.names() == ("fid", "kid")  # it is the user who says that this is Inception
-        found = extract(made, images.split(2))
+        assert made.distance_names() == ("fid", "kid")  # it is the user who says that this is Inception
+        found = extract_features(made, images.split(2))
         torch.testing.assert_close(found.features, images.mean((2, 3)).double() * scale, check_dtype=False)
         assert found.logits is not None
         assert found.logits.shape == (5, 2)
         assert found.features.dtype == torch.float64
-    assert load_extractor(f"mine={module}:Stub").names() == ("fd_mine", "kid_mine")
+    assert load_extractor(f"mine={module}:Stub").distance_names() == ("fd_mine", "kid_mine")
 
 
 def test_rows_that_are_not_finite_are_kept_apart_and_counted(module: str) -> None:
     images = torch.rand(5, 3, 4, 4)
     images[3] = torch.nan
-    found = extract(load_extractor(f"mine={module}:Stub"), images.split(4))
+    found = extract_features(load_extractor(f"mine={module}:Stub"), images.split(4))
     assert found.not_finite == 1
     assert len(found.features) == 5
-    kept = found.kept()
+    kept = found.finite_rows()
     assert len(kept.features) == 4
     assert kept.not_finite == 0
 
@@ -90,7 +90,7 @@ def test_torch_fidelitys_network_gets_bytes(monkeypatch: pytest.MonkeyPatch) -> 
     fidelity.FeatureExtractorInceptionV3 = Inception
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fidelity)
-    found = extract(load_extractor("inception"), [torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)])
+    found = extract_features(load_extractor("inception"), [torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)])
     assert seen[0].dtype == torch.uint8
     assert found.features.tolist() == [[0.0, 128.0, 255.0]]
 
@@ -122,12 +122,12 @@ def test_an_output_of_another_shape(module: str) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images
 
-    from starflow.evaluate import Extractor
+    from starflow.evaluate import FeatureExtractor
 
     with pytest.raises(UserError, match=r"expected \(2, F\)"):
-        extract(Extractor("planes", Planes()), [torch.zeros(2, 3, 4, 4)])
+        extract_features(FeatureExtractor("planes", Planes()), [torch.zeros(2, 3, 4, 4)])
     with pytest.raises(UserError, match="no pictures"):
-        extract(Extractor("planes", Planes()), [])
+        extract_features(FeatureExtractor("planes", Planes()), [])
 
 
 with_weights = pytest.mark.skipif(
@@ -167,22 +167,24 @@ def test_pictures_are_standardised_and_resized() -> None:
     """A flat picture of ImageNet's mean colour becomes zeros, whatever its size."""
     colour = torch.tensor(mobilenet.MEAN) * 2 - 1
     for side in (32, 224, 300):
-        prepared = mobilenet._prepare(colour.view(1, 3, 1, 1).expand(1, 3, side, side))
+        prepared = mobilenet._standardise(colour.view(1, 3, 1, 1).expand(1, 3, side, side))
         assert prepared.shape == (1, 3, 224, 224)
         torch.testing.assert_close(prepared, torch.zeros_like(prepared), rtol=0, atol=1e-5)
-    white = mobilenet._prepare(torch.ones(1, 3, 224, 224))[0, :, 0, 0]
+    white = mobilenet._standardise(torch.ones(1, 3, 224, 224))[0, :, 0, 0]
     torch.testing.assert_close(white, (1 - torch.tensor(mobilenet.MEAN)) / torch.tensor(mobilenet.STD))
 
 
 def test_features_come_in_order_of_the_batches() -> None:
     network = randomised()
     pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    features = extract_features(network, pictures.split([2, 1]))
+    extractor = FeatureExtractor("random", network)
+    features = extract_features(extractor, pictures.split([2, 1])).features
     assert features.shape == (3, mobilenet.WIDTH)
     assert not features.requires_grad
-    torch.testing.assert_close(features[2:], extract_features(network, [pictures[2:]]), rtol=1e-3, atol=1e-5)
+    last = extract_features(extractor, [pictures[2:]]).features
+    torch.testing.assert_close(features[2:], last, rtol=1e-3, atol=1e-5)
     with pytest.raises(UserError, match="no pictures"):
-        extract_features(network, [])
+        extract_features(extractor, [])
 
 
 def test_another_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -216,7 +218,9 @@ def test_the_published_weights_see_what_is_drawn() -> None:
         return torch.where(inside, torch.tensor([0.9, -0.7, -0.7]).view(3, 1, 1), torch.ones(3, 1, 1))
 
     board = (((rows // 8 + columns // 8) % 2) * 2.0 - 1).expand(3, 64, 64)
-    features = extract_features(network, [torch.stack([disc(28, 30), disc(36, 34), board])])
-    first, second, other = nn.functional.normalize(features, dim=1)
+    features = extract_features(
+        FeatureExtractor("mobilenetv2", network), [torch.stack([disc(28, 30), disc(36, 34), board])]
+    )
+    first, second, other = nn.functional.normalize(features.features, dim=1)
     assert first @ second > 0.8
     assert first @ second > first @ other + 0.2

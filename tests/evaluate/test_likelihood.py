@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from starflow.errors import UserError
-from starflow.evaluate import bits, log_likelihoods
+from starflow.evaluate import log_likelihoods, mean_bits_per_dim
 
 
 def test_bits_of_gaussian_data_are_its_entropy() -> None:
     """0.5 log2(2 pi e) a dimension."""
     x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     nats = torch.distributions.Normal(0, 1).log_prob(x).sum(1, keepdim=True)
-    found = bits(nats, 16, "noised latent")
+    found = mean_bits_per_dim(nats, 16, "noised latent")
     expected = 0.5 * math.log2(2 * math.pi * math.e)
     assert abs(found.bits_per_dim - expected) < 4 * found.error
     assert found.nats_per_dim == pytest.approx(found.bits_per_dim * math.log(2))
@@ -27,7 +27,7 @@ def test_bits_of_gaussian_data_are_its_entropy() -> None:
 
 def test_the_draws_error_is_that_of_their_means() -> None:
     nats = torch.tensor([[0.0, 2.0], [4.0, 6.0]], dtype=torch.float64)
-    found = bits(nats, 1, "noised latent")
+    found = mean_bits_per_dim(nats, 1, "noised latent")
     assert found.bits_per_dim == pytest.approx(-3 / math.log(2))
     assert found.draw_error == pytest.approx(1 / math.log(2))  # means 2 and 4: a spread of sqrt 2 over sqrt 2 draws
     assert found.error == pytest.approx(2 / math.log(2))  # pictures 1 and 5: a spread of 4 / sqrt 2 over sqrt 2
@@ -45,10 +45,10 @@ def test_every_row_and_draw_has_its_seed_and_the_last_batch_counts() -> None:
 
 def test_pictures_without_a_likelihood_are_counted() -> None:
     nats = torch.tensor([[-1.0], [torch.nan], [-3.0], [-torch.inf]]).double()
-    found = bits(nats, 2, "noised pixels")
+    found = mean_bits_per_dim(nats, 2, "noised pixels")
     assert (found.count, found.not_finite) == (2, 2)
     assert found.nats_per_dim == pytest.approx(1.0)
     with pytest.raises(UserError, match="not one of 1 pictures"):
-        bits(nats[1:2], 2, "noised pixels")
+        mean_bits_per_dim(nats[1:2], 2, "noised pixels")
     with pytest.raises(UserError, match="0 pictures with 1 draws"):
         log_likelihoods(lambda rows, seeds: nats, [], 1, 4)

@@ -16,11 +16,10 @@ from starflow.conditioning import ClassLabels
 from starflow.data.images import to_pil, to_unit
 from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
-from starflow.evaluate import Extractor
+from starflow.evaluate import FeatureExtractor
 from starflow.evaluate.dataset import EvaluationSet
-from starflow.evaluate.render import page, table
-from starflow.evaluate.report import measure, weights_to_try
-from starflow.evaluate.settings import EvaluationReport, EvaluationSettings
+from starflow.evaluate.render import report_page, report_table
+from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline, weights_to_try
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -58,7 +57,7 @@ PLAN = EvaluationSettings(samples=6, tuning_samples=4, guidance=(0.0, 1.0), prom
 
 
 def run(pictures: EvaluationSet, plan: EvaluationSettings = PLAN) -> EvaluationReport:
-    return measure(pipeline(), pictures, plan, lambda text: None, Extractor("colour", MeanColour()))
+    return evaluate_pipeline(pipeline(), pictures, plan, lambda text: None, FeatureExtractor("colour", MeanColour()))
 
 
 def test_a_whole_report(pictures: EvaluationSet) -> None:
@@ -127,18 +126,18 @@ def test_samples_that_are_not_finite_are_counted_not_redrawn(
     for weight in (0, 1):
         found = report.distances[f"samples, guidance {weight}"]
         assert (found["count"], found["not_finite"]) == (5, 1)
-    assert "pictures that are not finite, samples, guidance 0" in table(report)
+    assert "pictures that are not finite, samples, guidance 0" in report_table(report)
 
 
 def test_the_table_and_the_page_say_everything(pictures: EvaluationSet) -> None:
     report = run(pictures)
-    for text in (table(report), page(report, "a <model>", [("Samples", "samples.png")])):
+    for text in (report_table(report), report_page(report, "a <model>", [("Samples", "samples.png")])):
         for part in ("kid_colour x 1000, floor", "fd_colour, samples, guidance 1", "autoencoder, noise 0.1",
                      "bits/dim of the noised pixels, heldout, 6 pictures, 2 draws", "best guidance",
                      "accuracy of the likelihood classifier"):  # fmt: skip
             assert part in text
-    assert "a &lt;model&gt;" in page(report, "a <model>", [])
-    assert '<img src="samples.png"' in page(report, "t", [("Samples", "samples.png")])
+    assert "a &lt;model&gt;" in report_page(report, "a <model>", [])
+    assert '<img src="samples.png"' in report_page(report, "t", [("Samples", "samples.png")])
 
 
 def test_plans_are_checked() -> None:
@@ -156,4 +155,4 @@ def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:
 def test_a_model_without_classes_is_no_classifier(pictures: EvaluationSet) -> None:
     made = random_pipeline("plain", PixelLatents(), None)
     with pytest.raises(UserError, match="no classes to tell apart"):
-        measure(made, pictures, PLAN, lambda text: None, Extractor("colour", MeanColour()))
+        evaluate_pipeline(made, pictures, PLAN, lambda text: None, FeatureExtractor("colour", MeanColour()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starflow.errors import UserError
-from starflow.evaluate.samples import measure_reconstruction, psnr, through_noise
+from starflow.evaluate.samples import measure_reconstruction, noisy_reconstruction, psnr
 
 
 def test_psnr_in_closed_form() -> None:
@@ -41,15 +41,15 @@ def test_noise_of_the_asked_size_reaches_the_decoder() -> None:
     """Latents 2x, decoded by /2: noise s on them is s / 2 on pictures, so 20 log10(4 / s) dB."""
     batches = torch.zeros(8, 3, 32, 32).split(4)
     for std in (0.1, 0.3):
-        noisy = through_noise(lambda x: x * 2, lambda z: z / 2, std, torch.Generator().manual_seed(0))
+        noisy = noisy_reconstruction(lambda x: x * 2, lambda z: z / 2, std, torch.Generator().manual_seed(0))
         assert measure_reconstruction(batches, noisy).psnr == pytest.approx(20 * math.log10(4 / std), abs=0.1)
-    clean = through_noise(lambda x: x * 2, lambda z: z / 2, 0.0, torch.Generator())
+    clean = noisy_reconstruction(lambda x: x * 2, lambda z: z / 2, 0.0, torch.Generator())
     assert measure_reconstruction(batches, clean).psnr == 100.0
 
 
 def test_one_seed_one_result_and_each_batch_its_own_noise() -> None:
     def once() -> torch.Tensor:
-        noisy = through_noise(lambda x: x, lambda z: z, 0.5, torch.Generator().manual_seed(7))
+        noisy = noisy_reconstruction(lambda x: x, lambda z: z, 0.5, torch.Generator().manual_seed(7))
         return torch.stack([noisy(torch.zeros(2, 3, 4, 4)) for _ in range(2)])
 
     assert torch.equal(once(), once())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from starflow.errors import UserError
 from starflow.evaluate import auroc, classify, outliers, scores
-from starflow.evaluate.scores import nearest, retrieval_score
+from starflow.evaluate.scores import nearest_references
 
 SCORES = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, float("inf")]), min_size=1, max_size=12)
 
@@ -92,7 +92,7 @@ REFERENCES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-5.0, 0.1]])
 def test_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "CHUNK", 2)
     features = torch.tensor([[3.0, 0.1], [0.2, 9.0], [-1.0, 0.0]])
-    rows, cosines = nearest(features, REFERENCES, 2)
+    rows, cosines = nearest_references(features, REFERENCES, 2)
     assert rows.tolist() == [[0, 2], [1, 2], [3, 1]]
     assert cosines[0, 0] == pytest.approx(3 / (9 + 0.01) ** 0.5)
     assert torch.all(cosines[:, 0] >= cosines[:, 1])
@@ -100,27 +100,13 @@ def test_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_copy_is_its_own_nearest() -> None:
     features = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    rows, cosines = nearest(features * 2, features)
+    rows, cosines = nearest_references(features * 2, features)
     assert rows[:, 0].tolist() == list(range(20))
     torch.testing.assert_close(cosines, torch.ones(20, 1))
 
 
-def test_the_score_is_the_share_of_hits() -> None:
-    shows = ["apple", "car", "apple", "tree"]
-    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.9], [-1.0, 0.0]])
-    found = retrieval_score(features, ["apple", "apple", "apple", "tree"], REFERENCES, shows)
-    assert found.score == 0.75
-    assert found.hits == (True, False, True, True)
-    assert found.nearest == (0, 1, 2, 3)
-
-
-def test_what_cannot_be_scored_is_refused() -> None:
-    shows = ["apple", "car", "apple", "tree"]
-    with pytest.raises(UserError, match="no training picture shows 'boat'"):
-        retrieval_score(REFERENCES[:2], ["apple", "boat"], REFERENCES, shows)
-    with pytest.raises(UserError, match="2 samples with 1 concepts"):
-        retrieval_score(REFERENCES[:2], ["apple"], REFERENCES, shows)
+def test_nearest_refuses_what_does_not_fit() -> None:
     with pytest.raises(UserError, match="cannot find 5 nearest"):
-        nearest(REFERENCES, REFERENCES, 5)
+        nearest_references(REFERENCES, REFERENCES, 5)
     with pytest.raises(UserError, match="cannot find 1 nearest"):
-        nearest(REFERENCES[:, :1], REFERENCES)
+        nearest_references(REFERENCES[:, :1], REFERENCES)

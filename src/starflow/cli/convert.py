@@ -13,7 +13,7 @@ from starflow.errors import UserError
 if TYPE_CHECKING:
     from starflow.pipeline.from_published import ConvertedPipeline
 
-SHOWN = 6
+SHOWN_KEYS = 6
 """Ignored keys of one kind are shown by example."""
 
 
@@ -88,5 +88,5 @@ def _text(done: ConvertedPipeline, options: ConvertOptions) -> str:
 
 
 def _list(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more if names else "none"
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return ", ".join(names[:SHOWN_KEYS]) + more if names else "none"

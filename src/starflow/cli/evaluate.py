@@ -14,7 +14,7 @@ from starflow.errors import UserError
 from starflow.io.files import check_output_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from starflow.evaluate.settings import ContactSheets, EvaluationReport, EvaluationSettings
+    from starflow.evaluate.report import ContactSheets, EvaluationReport, EvaluationSettings
     from starflow.pipeline.pipeline import StarFlowPipeline
 
 COLUMNS = 8
@@ -84,7 +84,7 @@ def evaluate(options: EvaluateOptions) -> None:
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
     from starflow.evaluate.dataset import is_first, open_evaluation_set, process_group
-    from starflow.evaluate.report import measure
+    from starflow.evaluate.report import evaluate_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     with process_group():
@@ -98,30 +98,30 @@ def evaluate(options: EvaluateOptions) -> None:
             if is_first():
                 print(f"{text} ...", file=sys.stderr, flush=True)
 
-        report = measure(pipeline, pictures, plan, say, extractor, options.outliers)
+        report = evaluate_pipeline(pipeline, pictures, plan, say, extractor, options.outliers)
         if is_first():
-            write(folder, report, options)
+            write_report(folder, report, options)
 
 
-def write(folder: Path, report: EvaluationReport, options: EvaluateOptions) -> None:
+def write_report(folder: Path, report: EvaluationReport, options: EvaluateOptions) -> None:
     """The report's files, and the table or the JSON on stdout."""
-    from starflow.evaluate.render import page, table
+    from starflow.evaluate.render import report_page, report_table
 
     values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
     write_json(folder / "report.json", values)
     sheets = _save_sheets(folder, report.sheets) if report.sheets.samples else []
-    write_text(folder / "report.html", page(report, f"{options.model} on {options.data}", sheets))
-    print(json.dumps(report.as_json(), indent=2) if options.json else table(report))
+    write_text(folder / "report.html", report_page(report, f"{options.model} on {options.data}", sheets))
+    print(json.dumps(report.as_json(), indent=2) if options.json else report_table(report))
 
 
 def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:
-    from starflow.evaluate import save_sheet
+    from starflow.evaluate import save_contact_sheet
 
-    save_sheet(folder / "samples.png", sheets.samples, sheets.prompts, COLUMNS)
-    save_sheet(folder / "nearest.png", sheets.nearest, sheets.prompts, COLUMNS)
+    save_contact_sheet(folder / "samples.png", sheets.samples, sheets.prompts, COLUMNS)
+    save_contact_sheet(folder / "nearest.png", sheets.nearest, sheets.prompts, COLUMNS)
     both = [picture for pair in zip(sheets.originals, sheets.reconstructions, strict=True) for picture in pair]
     captions = [caption for _ in sheets.originals for caption in ("held out", "reconstructed")]
-    save_sheet(folder / "reconstructions.png", both, captions, COLUMNS)
+    save_contact_sheet(folder / "reconstructions.png", both, captions, COLUMNS)
     return [
         ("Samples", "samples.png"),
         ("The nearest training picture of each", "nearest.png"),
@@ -131,7 +131,7 @@ def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:
 
 def _plan(options: EvaluateOptions) -> EvaluationSettings:
     from starflow.cli.generate import read_prompt_file
-    from starflow.evaluate.settings import EvaluationSettings
+    from starflow.evaluate.report import EvaluationSettings
 
     weights = {"guidance": options.guidance} if options.guidance else {}
     return EvaluationSettings(

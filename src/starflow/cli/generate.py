@@ -109,7 +109,7 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenImage:
     """One picture that lies on the disk."""
 
     path: Path
@@ -181,7 +181,7 @@ def _write(
     size: tuple[int, int] | None,
     options: GenerateOptions,
     target: OutputTarget,
-) -> Iterator[Written]:
+) -> Iterator[WrittenImage]:
     """Sample batch by batch; each batch is on the disk before the next, so that Ctrl-C keeps what is finished."""
     from tqdm import tqdm
 
@@ -203,7 +203,7 @@ def _write(
             for image, prompt, seed in zip(out.images, out.prompts, out.seeds, strict=True):
                 path = target.path(prompt, seed)
                 save_png(image, path, {"prompt": prompt, "seed": str(seed), **known})
-                yield Written(path, prompt, seed, image)
+                yield WrittenImage(path, prompt, seed, image)
 
 
 def _sample(
@@ -240,7 +240,7 @@ def _sample(
         ) from None
 
 
-def _write_grid(written: list[Written], options: GenerateOptions, target: OutputTarget) -> Path:
+def _write_grid(written: list[WrittenImage], options: GenerateOptions, target: OutputTarget) -> Path:
     """A row a prompt where each has several pictures, else about as many columns as rows."""
     import torch
 
@@ -252,7 +252,9 @@ def _write_grid(written: list[Written], options: GenerateOptions, target: Output
     return target.grid_path
 
 
-def _report(options: GenerateOptions, written: list[Written], sheet: Path | None, seconds: dict[str, float]) -> None:
+def _report(
+    options: GenerateOptions, written: list[WrittenImage], sheet: Path | None, seconds: dict[str, float]
+) -> None:
     if options.json:
         images = [{"path": str(one.path), "prompt": one.prompt, "seed": one.seed} for one in written]
         result = {"model": options.model, "images": images, "grid": str(sheet) if sheet else None, "seconds": seconds}

@@ -62,7 +62,7 @@ class LikelihoodOptions:
 
 
 @dataclass(frozen=True)
-class Row:
+class LikelihoodRow:
     """One picture's result, as it is printed."""
 
     image: str
@@ -80,13 +80,13 @@ def likelihood(options: LikelihoodOptions) -> None:
     """Run the command."""
     size = parse_size(options.size) if options.size else None
     folder = check_output_folder(Path(options.maps).expanduser()) if options.maps else None
-    pictures = [open_picture(name) for name in options.images]
+    pictures = [open_rgb(name) for name in options.images]
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
     size = size or (pipeline.config.image_size, pipeline.config.image_size)
     pipeline.check_size(size)
-    fitted = [fit_picture(one, size, name) for one, name in zip(pictures, options.images, strict=True)]
+    fitted = [fit_image(one, size, name) for one, name in zip(pictures, options.images, strict=True)]
     rows = list(_rows(pipeline, fitted, options))
     if folder is not None:
         _save_maps(pipeline, fitted, options, folder)
@@ -94,7 +94,7 @@ def likelihood(options: LikelihoodOptions) -> None:
     print(json.dumps(as_json, indent=2, ensure_ascii=False) if options.json else _table(rows))
 
 
-def open_picture(name: str) -> Image:
+def open_rgb(name: str) -> Image:
     """Decode a picture, upright, as RGB, transparency laid on white.
 
     Raises:
@@ -105,7 +105,7 @@ def open_picture(name: str) -> Image:
     return on_background(open_image(Path(name)))
 
 
-def fit_picture(image: Image, size: tuple[int, int], name: str) -> Image:
+def fit_image(image: Image, size: tuple[int, int], name: str) -> Image:
     """The picture at (width, height): its centre of that ratio, resized; a note on stderr says so where it changes."""
     if image.size == size:
         return image
@@ -122,14 +122,14 @@ def _prompts(options: LikelihoodOptions) -> tuple[str, ...]:
     return options.prompt if len(options.prompt) == count else (options.prompt or ("",)) * count
 
 
-def _rows(pipeline: StarFlowPipeline, pictures: list[Image], options: LikelihoodOptions) -> Iterator[Row]:
+def _rows(pipeline: StarFlowPipeline, pictures: list[Image], options: LikelihoodOptions) -> Iterator[LikelihoodRow]:
     from tqdm import tqdm
 
     rows = zip(options.images, pictures, _prompts(options), strict=True)
     for name, image, prompt in tqdm(rows, total=len(pictures), unit="picture", disable=None):
         found: LogProb = pipeline.log_prob(image, prompt, seed=options.seed, draws=options.draws)
         values = (found.nats, found.bits_per_dim, found.dimensions, found.space, found.draws, found.standard_error)
-        yield Row(name, prompt, *values)
+        yield LikelihoodRow(name, prompt, *values)
 
 
 def _save_maps(pipeline: StarFlowPipeline, pictures: list[Image], options: LikelihoodOptions, folder: Path) -> None:
@@ -150,7 +150,7 @@ def _save_maps(pipeline: StarFlowPipeline, pictures: list[Image], options: Likel
         save_heatmap(path, values, image.size, low, high, "bits/dim")
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[LikelihoodRow]) -> str:
     """Aligned columns, one picture a line."""
     several = any(row.standard_error is not None for row in rows)
     heads = ("nats", *(["± of the draws"] if several else []), "bits/dim", "dimensions", "of", "image", "prompt")

@@ -1,49 +1,42 @@
-"""Measures on pictures, features and likelihoods: distances, scores, retrieval, sheets. They never see the model.
-
-All measures of a pipeline on a set of pictures, in one report.
-"""
+"""Measures of a model on a set of pictures: likelihoods, distances of samples, scores, and a report of all of them."""
 
 from __future__ import annotations
 
 from starflow.evaluate.dataset import EvaluationSet, concept_of, gather_rows, is_first, open_evaluation_set, own_rows
 from starflow.evaluate.distances import (
     Distance,
-    Fidelity,
     InceptionScore,
     Moments,
-    fidelity,
+    PrecisionRecall,
     frechet_distance,
     frechet_of_moments,
     inception_score,
     kernel_distance,
     load_moments,
     moments,
+    precision_recall,
     save_moments,
 )
 from starflow.evaluate.features import (
-    Extracted,
-    Extractor,
+    ExtractedFeatures,
+    FeatureExtractor,
     MobileNetV2,
-    extract,
     extract_features,
     load_extractor,
     load_mobilenet,
 )
-from starflow.evaluate.likelihood import BitsPerDim, bits, log_likelihoods
-from starflow.evaluate.render import heatmap, save_heatmap, save_sheet
-from starflow.evaluate.report import measure
-from starflow.evaluate.samples import Reconstruction, measure_reconstruction, psnr, through_noise
+from starflow.evaluate.likelihood import BitsPerDim, log_likelihoods, mean_bits_per_dim
+from starflow.evaluate.render import heatmap, save_contact_sheet, save_heatmap
+from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline
+from starflow.evaluate.samples import Reconstruction, measure_reconstruction, noisy_reconstruction, psnr
 from starflow.evaluate.scores import (
     Classification,
     Outliers,
-    Retrieval,
     auroc,
     classify,
-    nearest,
+    nearest_references,
     outliers,
-    retrieval_score,
 )
-from starflow.evaluate.settings import EvaluationReport, EvaluationSettings
 
 __all__ = [
     "BitsPerDim",
@@ -52,22 +45,19 @@ __all__ = [
     "EvaluationReport",
     "EvaluationSet",
     "EvaluationSettings",
-    "Extracted",
-    "Extractor",
-    "Fidelity",
+    "ExtractedFeatures",
+    "FeatureExtractor",
     "InceptionScore",
     "MobileNetV2",
     "Moments",
     "Outliers",
+    "PrecisionRecall",
     "Reconstruction",
-    "Retrieval",
     "auroc",
-    "bits",
     "classify",
     "concept_of",
-    "extract",
+    "evaluate_pipeline",
     "extract_features",
-    "fidelity",
     "frechet_distance",
     "frechet_of_moments",
     "gather_rows",
@@ -79,17 +69,17 @@ __all__ = [
     "load_mobilenet",
     "load_moments",
     "log_likelihoods",
-    "measure",
+    "mean_bits_per_dim",
     "measure_reconstruction",
     "moments",
-    "nearest",
+    "nearest_references",
+    "noisy_reconstruction",
     "open_evaluation_set",
     "outliers",
     "own_rows",
+    "precision_recall",
     "psnr",
-    "retrieval_score",
+    "save_contact_sheet",
     "save_heatmap",
     "save_moments",
-    "save_sheet",
-    "through_noise",
 ]

@@ -1,9 +1,8 @@
-"""The rows of all processes in their own order, so that a measure under torchrun is that of one process.
+"""The images that a model is measured on, and the rows of them that each process computes.
 
-A set's rows are cut in as many runs as there are processes; each computes its own, and all get them all. Without a
-process group there is one process.
-
-The pictures that a model is measured on: both splits, plain, and what each of them shows.
+An evaluation set has plain images of both splits, and what each of them shows. Under torchrun its rows are cut into as
+many runs as there are processes: each computes its own, all get them all, in order, and a measure is that of one
+process. Without a process group there is one process.
 """
 
 from __future__ import annotations
@@ -25,6 +24,122 @@ from starflow.data.views import TrainingViews, ViewConfig, make_views
 from starflow.errors import UserError
 from starflow.pipeline.pipeline import StarFlowPipeline
 
+BATCH = 64
+"""Images that are measured at once."""
+
+FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
+"""Names of sets that are packages rather than folders."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Plain images of both splits, uint8, without augmentation."""
+
+    train: TrainingViews
+    heldout: TrainingViews
+    concepts: dict[str, str] = field(default_factory=dict)
+    """What an image shows, by its name, where its captions say more than that."""
+
+    @staticmethod
+    def of_records(records: Sequence[ImageRecord], size: int) -> EvaluationSet:
+        """The images of a folder's records, at `size` pixels a side.
+
+        Raises:
+            UserError: a split is empty.
+        """
+        views = ViewConfig(size=size, views=1, heldout_views=1)
+        splits = {split: [record for record in records if record.split == split] for split in ("train", "heldout")}
+        for split, some in splits.items():
+            if not some:
+                raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
+        train, heldout = (make_views(some, views, progress=False)[0] for some in splits.values())
+        return EvaluationSet(train, heldout, {record.name: record.caption.lower() for record in records})
+
+    def concepts_of(self, views: TrainingViews) -> list[str]:
+        """The concept that each view shows: its record's caption without style or colour, or else its own."""
+        pairs = zip(views.names, views.captions, strict=True)
+        return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
+
+
+def open_evaluation_set(source: str, size: int) -> EvaluationSet:
+    """The set of that name: "fashion-mnist", a folder with its four files, or any folder of pictures.
+
+    Args:
+        source: name or folder.
+        size: side in pixels that a folder's pictures are brought to.
+
+    Raises:
+        UserError: no such folder, a split is empty, or Fashion-MNIST for a model of another size.
+    """
+    folder = Path(source).expanduser()
+    if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
+        return EvaluationSet.of_records(read_folder(folder), size)
+    views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
+    _check_side(views, size, source)
+    train = views.splits.index("heldout")
+    return EvaluationSet(select_rows(views, range(train)), select_rows(views, range(train, len(views))))
+
+
+def open_outliers(source: str, size: int) -> Tensor:
+    """Images (N, 3, size, size) uint8 of another kind than the model's: "digits" (MNIST), or both splits of any set.
+
+    Raises:
+        UserError: see `open_evaluation_set`; or digits for a model of another size.
+    """
+    if source == DIGITS:
+        digits = read_digits()
+        _check_side(digits, size, source)
+        return digits.images
+    pictures = open_evaluation_set(source, size)
+    return torch.cat([pictures.heldout.images, pictures.train.images])
+
+
+def select_rows(views: TrainingViews, rows: Sequence[int]) -> TrainingViews:
+    """The given rows of a set, in their order."""
+    index = list(rows)
+    return TrainingViews(
+        images=views.images[index],
+        captions=[views.captions[row] for row in index],
+        labels=[views.labels[row] for row in index],
+        names=[views.names[row] for row in index],
+        splits=[views.splits[row] for row in index],
+    )
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` rows, evenly over the set; `most` 0 is all.
+
+    >>> evenly_spaced(10, 3)
+    [0, 3, 6]
+    """
+    if not most or most >= count:
+        return list(range(count))
+    return [row * count // most for row in range(most)]
+
+
+def prompts_of(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int]) -> list[str]:
+    """The prompts of these images as the model reads them: captions, class names or nothing."""
+    if pipeline.conditioner is None:
+        return [""] * len(rows)
+    by_class = pipeline.conditioner.spec.kind == "class"
+    return [(views.labels[row] or "") if by_class else views.captions[row] for row in rows]
+
+
+def image_batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Images (N, 3, H, W) uint8 as batches in [-1, 1] on `device`; the last batch may be shorter."""
+    for start in range(0, len(images), BATCH):
+        yield to_unit(images[start : start + BATCH]).to(device)
+
+
+def concept_of(prompt: str, known: set[str]) -> str:
+    """The longest known concept whose words stand in the prompt one after the other; "" where there is none.
+
+    >>> concept_of("a cat face, smiling", {"cat", "cat face", "dog"})
+    'cat face'
+    """
+    words = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
+    return max((concept for concept in known if f" {concept} " in words), key=len, default="")
+
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
@@ -42,15 +157,6 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def is_first() -> bool:
@@ -85,107 +191,13 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     return torch.cat(parts)[:count].to(rows.device)  # only the last shards are short, so their padding ends the list
 
 
-BATCH = 64
+def _world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    import torch.distributed as dist
 
-FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Plain pictures of both splits, uint8."""
-
-    train: TrainingViews
-    heldout: TrainingViews
-    concepts: dict[str, str] = field(default_factory=dict)
-    """By a picture's name, where its captions say more than the thing."""
-
-    @staticmethod
-    def of_records(records: Sequence[ImageRecord], size: int) -> EvaluationSet:
-        """Raises UserError: a split is empty."""
-        views = ViewConfig(size=size, views=1, heldout_views=1)
-        splits = {split: [record for record in records if record.split == split] for split in ("train", "heldout")}
-        for split, some in splits.items():
-            if not some:
-                raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
-        train, heldout = (make_views(some, views, progress=False)[0] for some in splits.values())
-        return EvaluationSet(train, heldout, {record.name: record.caption.lower() for record in records})
-
-    def shown(self, views: TrainingViews) -> list[str]:
-        """The concept of each view: its record's caption without style or colour, or else its own."""
-        pairs = zip(views.names, views.captions, strict=True)
-        return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
-
-
-def open_evaluation_set(source: str, size: int) -> EvaluationSet:
-    """The set of that name: "fashion-mnist", a folder with its four files, or any folder of pictures.
-
-    Args:
-        source: name or folder.
-        size: side in pixels that a folder's pictures are brought to.
-
-    Raises:
-        UserError: no such folder, a split is empty, or Fashion-MNIST for a model of another size.
-    """
-    folder = Path(source).expanduser()
-    if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
-        return EvaluationSet.of_records(read_folder(folder), size)
-    views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
-    _check_side(views, size, source)
-    train = views.splits.index("heldout")
-    return EvaluationSet(part(views, range(train)), part(views, range(train, len(views))))
-
-
-def open_foreign(source: str, size: int) -> Tensor:
-    """Pictures (N, 3, size, size) uint8 that do not belong: "digits" (MNIST), or any set, both splits of it.
-
-    Raises:
-        UserError: see `open_evaluation_set`; or digits for a model of another size.
-    """
-    if source == DIGITS:
-        digits = read_digits()
-        _check_side(digits, size, source)
-        return digits.images
-    pictures = open_evaluation_set(source, size)
-    return torch.cat([pictures.heldout.images, pictures.train.images])
-
-
-def part(views: TrainingViews, rows: Sequence[int]) -> TrainingViews:
-    """Some rows of a set."""
-    index = list(rows)
-    return TrainingViews(
-        images=views.images[index],
-        captions=[views.captions[row] for row in index],
-        labels=[views.labels[row] for row in index],
-        names=[views.names[row] for row in index],
-        splits=[views.splits[row] for row in index],
-    )
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` rows, evenly over the set; `most` 0 is all."""
-    if not most or most >= count:
-        return list(range(count))
-    return [row * count // most for row in range(most)]
-
-
-def prompts_of(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int]) -> list[str]:
-    """What the pipeline is told about these pictures: captions, class names or nothing."""
-    if pipeline.conditioner is None:
-        return [""] * len(rows)
-    by_class = pipeline.conditioner.spec.kind == "class"
-    return [(views.labels[row] or "") if by_class else views.captions[row] for row in rows]
-
-
-def batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """uint8 pictures as batches in [-1, 1], the last one as short as it comes."""
-    for start in range(0, len(images), BATCH):
-        yield to_unit(images[start : start + BATCH]).to(device)
-
-
-def concept_of(prompt: str, known: set[str]) -> str:
-    """The longest known concept whose words stand in the prompt one after the other; "" where there is none."""
-    words = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
-    return max((concept for concept in known if f" {concept} " in words), key=len, default="")
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _check_side(views: TrainingViews, size: int, source: str) -> None:

@@ -1,13 +1,7 @@
-"""Fidelity and variety apart: precision, recall, density and coverage of samples against real pictures.
+"""Distances between two sets of feature vectors: Frechet and kernel distance, precision and recall, inception score.
 
-Every point's ball reaches to its k-th nearest neighbour in its own set. Precision is the share of samples inside some
-real ball, recall the share of real pictures inside some sample's ball (Kynkäänniemi et al., arXiv 1904.06991,
-section 2); density counts the real balls around a sample over k, coverage is the share of real balls that hold a sample
-(Naeem et al., arXiv 2002.09797, section 3). Float64, on features (N, F).
-
-Distances between two sets of feature vectors, in float64, with the counts they rest on.
-
-Features are (N, F), one row a picture. The names say which features: `kid_mobilenetv2`, `fd_mobilenetv2`.
+Features are (N, F), one row an image; everything is computed in float64, with the counts that a number rests on. A
+distance is named after its features: `kid_mobilenetv2`, `fd_mobilenetv2`; `fid` and `kid` are Inception's alone.
 """
 
 from __future__ import annotations
@@ -24,70 +18,10 @@ from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
 
 NEIGHBOURS = 5
+"""The k of precision and recall: a ball reaches to the k-th nearest neighbour."""
 
 CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Shares from 0 to 1 (density may exceed 1), and the counts they rest on."""
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    samples: int
-    references: int
-    neighbours: int = NEIGHBOURS
-
-
-def fidelity(samples: Tensor, references: Tensor, neighbours: int = NEIGHBOURS) -> Fidelity:
-    """All four measures of samples (N, F) against references (M, F).
-
-    Raises:
-        UserError: features of two widths, values that are not finite, or no more than `neighbours` pictures in a set.
-    """
-    if samples.ndim != 2 or samples.shape[1:] != references.shape[1:]:
-        raise UserError(
-            f"features have shapes {tuple(samples.shape)} and {tuple(references.shape)}, expected (N, F) and (M, F)"
-        )
-    if not 1 <= neighbours < min(len(samples), len(references)):
-        raise UserError(
-            f"{neighbours} neighbours among {len(samples)} samples and {len(references)} references: "
-            "expected at least 1, and more pictures than neighbours in both"
-        )
-    if not bool(samples.isfinite().all() and references.isfinite().all()):
-        raise UserError("features that are not finite have no neighbours: leave those pictures out and count them")
-    samples, references = samples.double(), references.double()
-    real_radii, made_radii = _radii(references, neighbours), _radii(samples, neighbours)
-    inside_made = torch.zeros(len(references), dtype=torch.bool, device=samples.device)
-    nearest = torch.full((len(references),), torch.inf, dtype=torch.float64, device=samples.device)
-    balls = []
-    for rows, radii in zip(samples.split(CHUNK), made_radii.split(CHUNK), strict=True):
-        distances = _distances(rows, references)
-        balls.append((distances <= real_radii).sum(1))
-        inside_made |= (distances <= radii[:, None]).any(0)
-        nearest = torch.minimum(nearest, distances.min(0).values)
-    around = torch.cat(balls).double()
-    return Fidelity(
-        precision=float((around > 0).double().mean()),
-        recall=float(inside_made.double().mean()),
-        density=float(around.mean()) / neighbours,
-        coverage=float((nearest <= real_radii).double().mean()),
-        samples=len(samples),
-        references=len(references),
-        neighbours=neighbours,
-    )
-
-
-def _distances(rows: Tensor, points: Tensor) -> Tensor:
-    """Euclidean distances; not by the product's expansion, which would not give zero for equal points."""
-    return torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _radii(points: Tensor, neighbours: int) -> Tensor:
-    """Distance of each point to its k-th nearest other point."""
-    return torch.cat([_distances(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(CHUNK)])
+"""Rows that are compared with a whole set at once, for memory."""
 
 
 @dataclass(frozen=True)
@@ -124,37 +58,9 @@ def load_moments(path: Path, name: str) -> Moments:
     return found
 
 
-def _read_moments(path: Path, name: str) -> Moments:
-    from safetensors import safe_open
-
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as header:
-        told = json.loads((header.metadata() or {}).get("moments", "{}"))
-    if not {"mean", "covariance"} <= tensors.keys() or "count" not in told:
-        raise UserError(f"{path} holds no moments of features: expected a file that `save_moments` wrote")
-    if told.get("features") != name:
-        raise UserError(f"{path} has moments of '{told.get('features')}' features, expected '{name}': use one network")
-    return Moments(int(told["count"]), tensors["mean"].double(), tensors["covariance"].double())
-
-
-def _read_npz(path: Path) -> Moments:
-    import zipfile
-
-    import numpy
-
-    try:
-        with numpy.load(path, allow_pickle=False) as arrays:
-            mean, covariance = arrays["mu"], arrays["sigma"]
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no reference file ({error}): expected a .npz with 'mu' and 'sigma'") from None
-    return Moments(0, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
-
-
 @dataclass(frozen=True)
 class Distance:
-    """A distance between two sets, and how many pictures each had: small sets have a floor above zero."""
+    """A distance between two sets, and the images that each had: small sets have a floor above zero."""
 
     value: float
     count_first: int
@@ -186,7 +92,12 @@ def frechet_distance(first: Tensor, second: Tensor) -> Distance:
 
 
 def frechet_of_moments(one: Moments, two: Moments) -> float:
-    """The Frechet distance of two Gaussians given by their moments."""
+    """The Frechet distance of two Gaussians given by their moments.
+
+    >>> unit = Moments(0, torch.zeros(3).double(), torch.eye(3).double())
+    >>> round(frechet_of_moments(unit, Moments(0, torch.ones(3).double(), 4 * torch.eye(3).double())), 6)
+    6.0
+    """
     gap = (one.mean - two.mean).square().sum()
     # tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no complex root, and never negative.
     cross = torch.linalg.svdvals(_root(one.covariance) @ _root(two.covariance)).sum()
@@ -236,6 +147,68 @@ def kernel_distance(first: Tensor, second: Tensor) -> Distance:
     return Distance(float(within - 2 * between), len(first), len(second))
 
 
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Fidelity and variety apart: shares from 0 to 1 (density may exceed 1), and the counts they rest on."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    samples: int
+    references: int
+    neighbours: int = NEIGHBOURS
+
+
+def precision_recall(samples: Tensor, references: Tensor, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
+    """Precision, recall, density and coverage of samples (N, F) against references (M, F).
+
+    Every point's ball reaches to its k-th nearest neighbour in its own set. Precision is the share of samples inside
+    some real ball, recall the share of real images inside some sample's ball (Kynkäänniemi et al., arXiv 1904.06991,
+    section 2); density counts the real balls around a sample over k, coverage is the share of real balls that hold a
+    sample (Naeem et al., arXiv 2002.09797, section 3).
+
+    Raises:
+        UserError: features of two widths, values that are not finite, or no more than `neighbours` images in a set.
+
+    >>> points = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    >>> found = precision_recall(points, points)
+    >>> found.precision, found.recall, found.coverage
+    (1.0, 1.0, 1.0)
+    """
+    if samples.ndim != 2 or samples.shape[1:] != references.shape[1:]:
+        raise UserError(
+            f"features have shapes {tuple(samples.shape)} and {tuple(references.shape)}, expected (N, F) and (M, F)"
+        )
+    if not 1 <= neighbours < min(len(samples), len(references)):
+        raise UserError(
+            f"{neighbours} neighbours among {len(samples)} samples and {len(references)} references: "
+            "expected at least 1, and more pictures than neighbours in both"
+        )
+    if not bool(samples.isfinite().all() and references.isfinite().all()):
+        raise UserError("features that are not finite have no neighbours: leave those pictures out and count them")
+    samples, references = samples.double(), references.double()
+    real_radii, made_radii = _radii(references, neighbours), _radii(samples, neighbours)
+    inside_made = torch.zeros(len(references), dtype=torch.bool, device=samples.device)
+    nearest = torch.full((len(references),), torch.inf, dtype=torch.float64, device=samples.device)
+    balls = []
+    for rows, radii in zip(samples.split(CHUNK), made_radii.split(CHUNK), strict=True):
+        distances = _distances(rows, references)
+        balls.append((distances <= real_radii).sum(1))
+        inside_made |= (distances <= radii[:, None]).any(0)
+        nearest = torch.minimum(nearest, distances.min(0).values)
+    around = torch.cat(balls).double()
+    return PrecisionRecall(
+        precision=float((around > 0).double().mean()),
+        recall=float(inside_made.double().mean()),
+        density=float(around.mean()) / neighbours,
+        coverage=float((nearest <= real_radii).double().mean()),
+        samples=len(samples),
+        references=len(references),
+        neighbours=neighbours,
+    )
+
+
 def _root(covariance: Tensor) -> Tensor:
     """The symmetric square root of a positive semidefinite matrix; rounding below zero is cut."""
     values, vectors = torch.linalg.eigh(covariance)
@@ -268,3 +241,41 @@ def _checked(features: Tensor) -> Tensor:
 def _check_widths(first: Tensor, second: Tensor) -> None:
     if first.shape[1:] != second.shape[1:]:
         raise UserError(f"features of widths {tuple(first.shape[1:])} and {tuple(second.shape[1:])}: use one network")
+
+
+def _distances(rows: Tensor, points: Tensor) -> Tensor:
+    """Euclidean distances; not by the product's expansion, which would not give zero for equal points."""
+    return torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    """Distance of each point to its k-th nearest other point."""
+    return torch.cat([_distances(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(CHUNK)])
+
+
+def _read_moments(path: Path, name: str) -> Moments:
+    from safetensors import safe_open
+
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as header:
+        told = json.loads((header.metadata() or {}).get("moments", "{}"))
+    if not {"mean", "covariance"} <= tensors.keys() or "count" not in told:
+        raise UserError(f"{path} holds no moments of features: expected a file that `save_moments` wrote")
+    if told.get("features") != name:
+        raise UserError(f"{path} has moments of '{told.get('features')}' features, expected '{name}': use one network")
+    return Moments(int(told["count"]), tensors["mean"].double(), tensors["covariance"].double())
+
+
+def _read_npz(path: Path) -> Moments:
+    import zipfile
+
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            mean, covariance = arrays["mu"], arrays["sigma"]
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no reference file ({error}): expected a .npz with 'mu' and 'sigma'") from None
+    return Moments(0, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())

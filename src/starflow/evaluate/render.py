@@ -1,9 +1,4 @@
-"""A picture of numbers: blue is low, white the middle, red high.
-
-Sheets of pictures with captions, for a person to look at.
-
-A report as a table, as lines of text or as a page with its pictures.
-"""
+"""Reports and numbers are drawn: heat maps, contact sheets of images with captions, a table, and a page with both."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from torch import Tensor
 
 from starflow.data.images import save_png, to_pil
 from starflow.errors import UserError
-from starflow.evaluate.settings import EvaluationReport
+from starflow.evaluate.report import EvaluationReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,18 +21,19 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 
-# Positions and colours in [-1, 1]: a blue, white, red scale that stays readable in grey.
-STOPS = (0.0, 0.5, 1.0)
+COLOUR_STOPS = (0.0, 0.5, 1.0)
+"""Positions of the colours: blue is low, white the middle, red high."""
 
 COLOURS = ((-0.74, -0.42, 0.24), (0.96, 0.96, 0.96), (0.4, -0.8, -0.66))
+"""In [-1, 1], red, green and blue; the scale stays readable in grey."""
 
 
-def colour(values: Tensor, low: float, high: float) -> Tensor:
+def heat_colours(values: Tensor, low: float, high: float) -> Tensor:
     """(h, w) to a picture (3, h, w) in [-1, 1]; values outside low .. high take the end's colour, NaN is black."""
     place = ((values.double() - low) / (high - low if high > low else 1.0)).clamp(0, 1)
     points = torch.tensor(COLOURS, dtype=torch.float64)
-    upper = place > STOPS[1]
-    share = torch.where(upper, (place - STOPS[1]) / STOPS[1], place / STOPS[1])[..., None]
+    upper = place > COLOUR_STOPS[1]
+    share = torch.where(upper, (place - COLOUR_STOPS[1]) / COLOUR_STOPS[1], place / COLOUR_STOPS[1])[..., None]
     found = torch.where(
         upper[..., None], points[1] + share * (points[2] - points[1]), points[0] + share * (points[1] - points[0])
     )
@@ -54,7 +50,7 @@ def heatmap(values: Tensor, size: tuple[int, int], low: float, high: float) -> I
 
     if values.ndim != 2 or not values.numel():
         raise UserError(f"a heat map needs values (h, w), got shape {tuple(values.shape)}")
-    return to_pil(colour(values, low, high)[None])[0].resize(size, Resampling.NEAREST)
+    return to_pil(heat_colours(values, low, high)[None])[0].resize(size, Resampling.NEAREST)
 
 
 def save_heatmap(path: Path, values: Tensor, size: tuple[int, int], low: float, high: float, unit: str) -> None:
@@ -64,11 +60,12 @@ def save_heatmap(path: Path, values: Tensor, size: tuple[int, int], low: float, 
 
 
 GAP = 8
+"""Pixels between the images of a sheet."""
 
-LINES = 2
+CAPTION_LINES = 2
 
 
-def sheet(images: Sequence[Image], captions: Sequence[str], columns: int, side: int = 128) -> Image:
+def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int, side: int = 128) -> Image:
     """Pictures in rows of `columns`, each fitted into `side` x `side` pixels with its caption below.
 
     A caption takes up to two lines; what does not fit ends in an ellipsis. Small pictures are enlarged without
@@ -86,25 +83,27 @@ def sheet(images: Sequence[Image], captions: Sequence[str], columns: int, side: 
         )
     font = ImageFont.load_default(size=max(9, side // 11))
     line = math.ceil(font.getbbox("Ag")[3]) + 2
-    width, height = side + GAP, side + LINES * line + GAP
-    page = Image.new("RGB", (columns * width + GAP, math.ceil(len(images) / columns) * height + GAP), "white")
-    pen = ImageDraw.Draw(page)
+    width, height = side + GAP, side + CAPTION_LINES * line + GAP
+    canvas = Image.new("RGB", (columns * width + GAP, math.ceil(len(images) / columns) * height + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = GAP + index % columns * width, GAP + index // columns * height
         fitted = _fit(image, side)
-        page.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
+        canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
         for row, text in enumerate(_wrap(caption, side, pen, font)):
             pen.text((left + side / 2, top + side + row * line), text, fill="black", font=font, anchor="ma")
-    return page
+    return canvas
 
 
-def save_sheet(path: Path, images: Sequence[Image], captions: Sequence[str], columns: int, side: int = 128) -> None:
-    """Write `sheet` as a PNG, whole or not at all.
+def save_contact_sheet(
+    path: Path, images: Sequence[Image], captions: Sequence[str], columns: int, side: int = 128
+) -> None:
+    """Write `contact_sheet` as a PNG, whole or not at all.
 
     Raises:
-        UserError: see `sheet`, or the file cannot be written.
+        UserError: see `contact_sheet`, or the file cannot be written.
     """
-    save_png(sheet(images, captions, columns, side), path)
+    save_png(contact_sheet(images, captions, columns, side), path)
 
 
 def _fit(image: Image, side: int) -> Image:
@@ -120,7 +119,7 @@ def _wrap(caption: str, width: int, pen: ImageDraw, font: FreeTypeFont | ImageFo
     lines: list[str] = []
     for word in caption.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and (len(lines) == LINES or pen.textlength(longer, font=font) <= width):
+        if lines and (len(lines) == CAPTION_LINES or pen.textlength(longer, font=font) <= width):
             lines[-1] = longer
         else:
             lines.append(word)
@@ -135,9 +134,9 @@ def _shorten(text: str, width: int, pen: ImageDraw, font: FreeTypeFont | ImageFo
     return f"{text.rstrip()}…"
 
 
-Row = tuple[str, str]
+ReportRow = tuple[str, str]
 
-PERCENT = ("precision", "recall", "coverage")
+SHARES = ("precision", "recall", "coverage")
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
@@ -145,7 +144,7 @@ STYLE = (
 )
 
 
-def rows(report: EvaluationReport) -> list[Row]:
+def report_rows(report: EvaluationReport) -> list[ReportRow]:
     """Name and value of every measure."""
     found = [(f"reconstruction, {noise} (dB)", f"{value:.2f}") for noise, value in report.reconstruction.items()]
     for split, bits in report.likelihood.items():
@@ -169,8 +168,8 @@ def rows(report: EvaluationReport) -> list[Row]:
     return found + _distances(report)
 
 
-def _distances(report: EvaluationReport) -> list[Row]:
-    found: list[Row] = []
+def _distances(report: EvaluationReport) -> list[ReportRow]:
+    found: list[ReportRow] = []
     for name, measures in report.distances.items():
         for measure, value in measures.items():
             found += _distance(name, measure, value)
@@ -180,27 +179,27 @@ def _distances(report: EvaluationReport) -> list[Row]:
     return found
 
 
-def _distance(name: str, measure: str, value: float) -> list[Row]:
+def _distance(name: str, measure: str, value: float) -> list[ReportRow]:
     if measure == "count":
         return []
     if measure == "not_finite":
         return [(f"pictures that are not finite, {name}", f"{value:.0f}")] if value else []
     if measure.startswith("kid"):
         return [(f"{measure} x 1000, {name}", f"{1000 * value:.1f}")]
-    return [(f"{measure}, {name}", f"{100 * value:.1f} %" if measure in PERCENT else f"{value:.3f}")]
+    return [(f"{measure}, {name}", f"{100 * value:.1f} %" if measure in SHARES else f"{value:.3f}")]
 
 
-def table(report: EvaluationReport) -> str:
+def report_table(report: EvaluationReport) -> str:
     """Aligned lines."""
-    found = rows(report)
+    found = report_rows(report)
     width = max(len(name) for name, _ in found)
     return "\n".join(f"{name:{width}}  {value:>18}" for name, value in found)
 
 
-def page(report: EvaluationReport, title: str, sheets: Sequence[tuple[str, str]]) -> str:
+def report_page(report: EvaluationReport, title: str, sheets: Sequence[tuple[str, str]]) -> str:
     """An HTML page: the table, then each sheet (heading, file name beside the page)."""
     cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows(report)
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in report_rows(report)
     )
     shown = "".join(
         f'<h2>{html.escape(heading)}</h2><img src="{html.escape(file)}" alt="{html.escape(heading)}">'

@@ -1,87 +1,179 @@
-"""Every measure of a pipeline on a set of pictures.
+"""The report of an evaluation: every measure of a pipeline on a set of images.
 
-Protocol, the same for every model: held-out pictures are plain (white background, caption with the style); samples take
+Protocol, the same for every model: held-out images are plain (white background, caption with the style); samples take
 the held-out captions in turn, sample i with seed i; the best guidance weight is chosen on fewer samples with other
 seeds, and the reported distance is measured at that weight alone, beside the unguided one, the floor (training
-pictures) and the autoencoder's own distance. Distances are named after their features: `kid_mobilenetv2` is not
-comparable with any `kid`. Pictures that are not finite are counted, never drawn again.
+images) and the autoencoder's own distance. Distances are named after their features: `kid_mobilenetv2` is not
+comparable with any `kid`. Images that are not finite are counted, never drawn again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from starflow.data.images import to_pil, to_unit
-from starflow.evaluate.dataset import EvaluationSet, batches, is_first, open_foreign, prompts_of, spread
+from starflow.errors import UserError
+from starflow.evaluate.dataset import EvaluationSet, evenly_spaced, image_batches, is_first, open_outliers, prompts_of
 from starflow.evaluate.distances import moments, save_moments
-from starflow.evaluate.features import Extractor, load_extractor
-from starflow.evaluate.likelihood import measure_classification, measure_likelihoods, measure_outliers
-from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, reconstruct, through_noise
-from starflow.evaluate.settings import ContactSheets, Distances, EvaluationReport, EvaluationSettings, LogLine
+from starflow.evaluate.features import FeatureExtractor, load_extractor
+from starflow.evaluate.likelihood import BitsPerDim, measure_classification, measure_likelihoods, measure_outliers
+from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, noisy_reconstruction, reconstruct
+from starflow.evaluate.scores import Classification, Outliers
 from starflow.pipeline.config import PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 TUNING_SEED = 1_000_000
-"""First seed of the samples that choose the guidance weight: none of them is measured again."""
+"""The first seed of the samples that choose the guidance weight: none of them is measured again."""
 
-SHEET = 16
-"""Pictures on a sheet where no prompts are given."""
+SHEET_SIZE = 16
+"""Images on a sheet where no prompts are given."""
 
 
-def measure(
+LogLine = Callable[[str], None]
+"""A function that is told the next step, for whoever waits."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much of a pipeline is measured."""
+
+    samples: int = 1000
+    tuning_samples: int = 250
+    """Samples per guidance weight when the best is chosen."""
+    guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
+    prompts: tuple[str, ...] = ()
+    """Prompts of the sheet, prompt i with seed i; if empty, those of some held-out images."""
+    references: int = 5000
+    """Pictures of each split, at most, that distances are measured to."""
+    pictures: int = 0
+    """Pictures of each split, at most, whose likelihood is measured; 0 is all held out, and as many of training."""
+    draws: int = 1
+    """Draws of the noise a likelihood is averaged over."""
+    only_likelihood: bool = False
+    """Leave out reconstructions, samples and distances."""
+    classify: bool = False
+    """Measure argmax_c log p(x | c) as a classifier, on a model with classes."""
+    reference_moments: str = ""
+    """A file of feature moments, such as ADM's .npz, to measure a Frechet distance to as well."""
+    keep_moments: str = ""
+    """A .safetensors file for the feature moments of the held-out pictures, to measure others to."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.tuning_samples, self.references) < 2 or self.pictures < 0 or self.draws < 1:
+            raise UserError(
+                f"samples {self.samples}, tuning_samples {self.tuning_samples}, references {self.references}, pictures "
+                f"{self.pictures}, draws {self.draws}: expected at least 2, 2, 2, 0 and 1"
+            )
+        if not self.guidance or min(self.guidance) < 0:
+            raise UserError(f"guidance weights {self.guidance}: expected at least one, none below 0")
+
+
+Distances = dict[str, dict[str, float]]
+"""By set (floor, autoencoder, samples with and without guidance), then by measure; `count` and `not_finite` too."""
+
+
+@dataclass(frozen=True)
+class ContactSheets:
+    """Images for a person to look at."""
+
+    prompts: tuple[str, ...] = ()
+    samples: list[Image] = field(default_factory=list)
+    nearest: list[Image] = field(default_factory=list)
+    """Per sample, the nearest training picture."""
+    originals: list[Image] = field(default_factory=list)
+    reconstructions: list[Image] = field(default_factory=list)
+    """Of the originals, with the flow's noise on their latents."""
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Every measure; what the settings leave out is empty or None. The sheets stay out of the JSON."""
+
+    likelihood: dict[str, BitsPerDim]
+    """By split."""
+    counts: dict[str, int]
+    features: str = ""
+    """The network of the distances."""
+    reconstruction: dict[str, float] = field(default_factory=dict)
+    """Mean PSNR in dB of held-out pictures by latent noise."""
+    distances: Distances = field(default_factory=dict)
+    tuning: dict[str, float] = field(default_factory=dict)
+    """Kernel distance by guidance weight, on fewer samples."""
+    guidance: float = 0.0
+    """The best weight, at which the sheet is made."""
+    retrieval: dict[str, float] = field(default_factory=dict)
+    """Share whose nearest training picture shows the prompted concept."""
+    classification: Classification | None = None
+    outliers: Outliers | None = None
+    sheets: ContactSheets = field(default_factory=ContactSheets)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        values = {name: value for name, value in vars(self).items() if name != "sheets"}
+        values["likelihood"] = {split: asdict(found) for split, found in self.likelihood.items()}
+        for name in ("classification", "outliers"):
+            values[name] = asdict(values[name]) if values[name] else None
+        return values
+
+
+def evaluate_pipeline(
     pipeline: StarFlowPipeline,
-    pictures: EvaluationSet,
-    plan: EvaluationSettings,
-    say: LogLine,
-    extractor: Extractor | None = None,
-    foreign: str = "",
+    dataset: EvaluationSet,
+    settings: EvaluationSettings,
+    log: LogLine,
+    extractor: FeatureExtractor | None = None,
+    outlier_set: str = "",
 ) -> EvaluationReport:
-    """Every measure of `EvaluationReport` that the plan asks for; under torchrun every process gets the same one.
+    """Every measure of `EvaluationReport` that the settings ask for; under torchrun every process gets the same report.
 
     Args:
         pipeline: reads texts or classes, or takes no prompt.
-        pictures: both splits.
-        plan: how much.
-        say: told what happens next.
+        dataset: images of both splits.
+        settings: how much is measured.
+        log: told the next step.
         extractor: the network of the distances; None is MobileNetV2.
-        foreign: a set to tell apart by likelihood, see `open_foreign`; "" is none.
+        outlier_set: a set to tell apart by likelihood, see `open_outliers`; "" is none.
 
     Raises:
         UserError: the features' package is not installed, or a measure that this model cannot have.
     """
-    say("likelihoods")
-    likelihood = measure_likelihoods(pipeline, pictures, plan.pictures, plan.draws)
-    counts = {"train": len(pictures.train), "heldout": len(pictures.heldout)}
-    classification = strangers = None
-    if plan.classify:
-        say("classification by likelihood")
-        classification = measure_classification(pipeline, pictures.heldout, plan.pictures, plan.draws)
-    if foreign:
-        say(f"outliers: {foreign}")
-        unknown = open_foreign(foreign, pipeline.config.image_size)
-        strangers = measure_outliers(pipeline, pictures, unknown, plan.pictures)
-    if plan.only_likelihood:
-        return EvaluationReport(likelihood, counts, classification=classification, outliers=strangers)
-    say("reconstructions")
-    reconstruction = measure_reconstructions(pipeline, pictures)
-    say("features of the pictures")
-    measured = SampleMeasurements.of(pipeline, pictures, extractor or load_extractor(), plan)
-    if plan.keep_moments and is_first():
-        save_moments(Path(plan.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name)
-    distances, tuning, best = _distances(pipeline, measured, plan, say)
-    say("sheets")
-    sheets, retrieval = _sheets(pipeline, measured, plan, best)
+    log("likelihoods")
+    likelihood = measure_likelihoods(pipeline, dataset, settings.pictures, settings.draws)
+    counts = {"train": len(dataset.train), "heldout": len(dataset.heldout)}
+    classification = outliers = None
+    if settings.classify:
+        log("classification by likelihood")
+        classification = measure_classification(pipeline, dataset.heldout, settings.pictures, settings.draws)
+    if outlier_set:
+        log(f"outliers: {outlier_set}")
+        unknown = open_outliers(outlier_set, pipeline.config.image_size)
+        outliers = measure_outliers(pipeline, dataset, unknown, settings.pictures)
+    if settings.only_likelihood:
+        return EvaluationReport(likelihood, counts, classification=classification, outliers=outliers)
+    log("reconstructions")
+    reconstruction = measure_reconstructions(pipeline, dataset)
+    log("features of the pictures")
+    measured = SampleMeasurements.of(
+        pipeline, dataset, extractor or load_extractor(), settings.references, settings.reference_moments
+    )
+    if settings.keep_moments and is_first():
+        save_moments(
+            Path(settings.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name
+        )
+    distances, tuning, best = _distances(pipeline, measured, settings, log)
+    log("sheets")
+    sheets, retrieval = _sheets(pipeline, measured, settings, best)
     return EvaluationReport(
         likelihood=likelihood,
-        counts=counts | {"samples": plan.samples},
+        counts=counts | {"samples": settings.samples},
         features=measured.extractor.name,
         reconstruction=reconstruction,
         distances=distances,
@@ -89,64 +181,68 @@ def measure(
         guidance=best,
         retrieval=retrieval,
         classification=classification,
-        outliers=strangers,
+        outliers=outliers,
         sheets=sheets,
     )
 
 
-def measure_reconstructions(pipeline: StarFlowPipeline, pictures: EvaluationSet) -> dict[str, float]:
+def measure_reconstructions(pipeline: StarFlowPipeline, dataset: EvaluationSet) -> dict[str, float]:
     """Mean PSNR in dB of held-out pictures without latent noise, with 0.2 and 0.3, and with the flow's own."""
     found = {}
-    images = pictures.heldout.images[spread(len(pictures.heldout), 1000)]
+    images = dataset.heldout.images[evenly_spaced(len(dataset.heldout), 1000)]
     for noise in sorted({0.0, 0.2, 0.3, round(pipeline.config.noise_std, 3)}):
         draw = torch.Generator().manual_seed(0)
-        through = through_noise(pipeline.autoencoder.encode, pipeline.autoencoder.decode, noise, draw)
-        found[f"noise {noise}"] = measure_reconstruction(batches(images, pipeline.device), through).psnr
+        through = noisy_reconstruction(pipeline.autoencoder.encode, pipeline.autoencoder.decode, noise, draw)
+        found[f"noise {noise}"] = measure_reconstruction(image_batches(images, pipeline.device), through).psnr
     return found
 
 
 def _distances(
-    pipeline: StarFlowPipeline, measured: SampleMeasurements, plan: EvaluationSettings, say: LogLine
+    pipeline: StarFlowPipeline, measured: SampleMeasurements, settings: EvaluationSettings, log: LogLine
 ) -> tuple[Distances, dict[str, float], float]:
     """Distances by set, the kernel distance by weight, and the best weight."""
-    weights = weights_to_try(plan.guidance) if pipeline.conditioner else [0.0]
+    weights = weights_to_try(settings.guidance) if pipeline.conditioner else [0.0]
     tuning = {}
     for weight in weights:
-        say(f"{plan.tuning_samples} samples at guidance {weight:g}")
-        tuning[weight] = measured.kernel(plan.tuning_samples, weight, TUNING_SEED)
+        log(f"{settings.tuning_samples} samples at guidance {weight:g}")
+        tuning[weight] = measured.sample_kernel_distance(settings.tuning_samples, weight, TUNING_SEED)
     best = min(tuning, key=lambda weight: tuning[weight])
     guided = min((weight for weight in weights if weight), key=lambda weight: tuning[weight], default=None)
-    distances = {"floor (training pictures)": measured.floor()}
-    say("autoencoder")
+    distances = {"floor (training pictures)": measured.measure_training_images()}
+    log("autoencoder")
     for noise in sorted({0.0, pipeline.config.noise_std}):
-        distances[f"autoencoder, noise {noise:g}"] = measured.autoencoder(noise)
+        distances[f"autoencoder, noise {noise:g}"] = measured.measure_autoencoder(noise)
     for weight in [0.0] if guided is None else [0.0, guided]:
-        named = f"guidance {weight:g}" + _named(pipeline.config)
-        say(f"{plan.samples} samples at {named}")
-        distances[f"samples, {named}"] = measured.samples(plan.samples, weight)
+        label = f"guidance {weight:g}" + _sampling_label(pipeline.config)
+        log(f"{settings.samples} samples at {label}")
+        distances[f"samples, {label}"] = measured.measure_samples(settings.samples, weight)
     return distances, {f"{weight:g}": value for weight, value in tuning.items()}, best
 
 
-def _named(config: PipelineConfig) -> str:
-    """What of sampling is not as the model's own distribution has it."""
+def _sampling_label(config: PipelineConfig) -> str:
+    """The temperature and the candidates, where they are not those of the model's own distribution."""
     scale, candidates = config.temperature, config.candidates
     return (f", temperature {scale:g}" if scale != 1 else "") + (f", best of {candidates}" if candidates > 1 else "")
 
 
 def weights_to_try(asked: Sequence[float]) -> list[float]:
-    """The weights, rising, with 0 and one above it: guided and unguided are always shown together."""
+    """The weights, rising, with 0 and one above it: guided and unguided are always shown together.
+
+    >>> weights_to_try([3.0, 1.0]), weights_to_try([])
+    ([0.0, 1.0, 3.0], [0.0, 1.0])
+    """
     weights = {0.0, *asked}
     return sorted(weights if max(weights) else {0.0, 1.0})
 
 
 def _sheets(
-    pipeline: StarFlowPipeline, measured: SampleMeasurements, plan: EvaluationSettings, best: float
+    pipeline: StarFlowPipeline, measured: SampleMeasurements, settings: EvaluationSettings, best: float
 ) -> tuple[ContactSheets, dict[str, float]]:
     """Samples, the nearest training pictures, reconstructions, and the retrieval scores."""
     views = measured.heldout_views
-    rows = spread(len(views), SHEET)
-    prompts = plan.prompts or tuple(prompts_of(pipeline, views, rows))
+    rows = evenly_spaced(len(views), SHEET_SIZE)
+    prompts = settings.prompts or tuple(prompts_of(pipeline, views, rows))
     grid = pipeline(list(prompts), guidance=best).images
-    neighbours, retrieval = measured.retrieve(grid, prompts)
+    neighbours, retrieval = measured.nearest_training_images(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
     return ContactSheets(prompts, grid, neighbours, to_pil(to_unit(views.images[rows])), to_pil(again)), retrieval

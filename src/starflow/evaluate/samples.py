@@ -1,6 +1,6 @@
-"""How well an autoencoder gives pictures back, in dB, with and without noise on its latents.
+"""Samples and reconstructions of a pipeline are compared with held-out images: distances, decibels, nearest images.
 
-Distances of a pipeline's samples to held-out pictures, and everything they are to be read beside.
+Beside the distances of samples stand those of training images (the floor) and of the autoencoder alone.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from starflow.errors import UserError
 from starflow.evaluate.dataset import (
     BATCH,
     EvaluationSet,
-    batches,
     concept_of,
+    evenly_spaced,
     gather_rows,
+    image_batches,
     own_rows,
-    part,
     prompts_of,
-    spread,
+    select_rows,
 )
 from starflow.evaluate.distances import (
     NEIGHBOURS,
     Moments,
-    fidelity,
     frechet_distance,
     frechet_of_moments,
     inception_score,
     kernel_distance,
     load_moments,
     moments,
+    precision_recall,
 )
-from starflow.evaluate.features import Extracted, Extractor, extract
-from starflow.evaluate.scores import nearest
-from starflow.evaluate.settings import EvaluationSettings
+from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features
+from starflow.evaluate.scores import nearest_references
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FLOOR = 1e-10  # mean square error that stands for "exact": 100 dB
+SMALLEST_ERROR = 1e-10
+"""The mean square error that stands for an exact copy: 100 dB."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Mean over pictures of each picture's PSNR, and how many there were."""
+    """The mean over images of each image's PSNR, and their number."""
 
     psnr: float
     """dB."""
@@ -67,11 +67,14 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
     Raises:
         UserError: two shapes.
+
+    >>> psnr(torch.full((1, 3, 4, 4), 0.2), torch.zeros(1, 3, 4, 4)).round(decimals=3).tolist()
+    [20.0]
     """
     if images.shape != references.shape:
         raise UserError(f"pictures of shapes {tuple(images.shape)} and {tuple(references.shape)}: expected equal ones")
     error = ((images.double().clamp(-1, 1) - references.double()) / 2).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(FLOOR).log10()
+    return -10 * error.clamp_min(SMALLEST_ERROR).log10()
 
 
 @torch.no_grad()
@@ -88,10 +91,10 @@ def measure_reconstruction(batches: Iterable[Tensor], reconstruct: Callable[[Ten
     return Reconstruction(float(values.mean()), len(values))
 
 
-def through_noise(
+def noisy_reconstruction(
     encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], noise_std: float, generator: Generator
 ) -> Callable[[Tensor], Tensor]:
-    """Encode, add noise of `noise_std` to the latents, decode: what the flow's samples meet.
+    """A function that encodes, adds noise of `noise_std` to the latents and decodes them, as samples are decoded.
 
     The noise is drawn on the generator's device, so one on the CPU gives the same numbers anywhere.
     """
@@ -131,116 +134,131 @@ def reconstruct(pipeline: StarFlowPipeline, images: Tensor, rows: Sequence[int],
 
 @dataclass(frozen=True)
 class SampleMeasurements:
-    """Features of the references, and what is measured against them."""
+    """Features of the references, and the measures against them; under torchrun each process computes its share."""
 
     pipeline: StarFlowPipeline
-    extractor: Extractor
-    pictures: EvaluationSet
+    extractor: FeatureExtractor
+    dataset: EvaluationSet
     train_views: TrainingViews
     heldout_views: TrainingViews
-    train: Extracted
-    heldout: Extracted
+    train: ExtractedFeatures
+    heldout: ExtractedFeatures
     reference: Moments | None
 
     @staticmethod
     def of(
-        pipeline: StarFlowPipeline, pictures: EvaluationSet, extractor: Extractor, plan: EvaluationSettings
+        pipeline: StarFlowPipeline,
+        dataset: EvaluationSet,
+        extractor: FeatureExtractor,
+        references: int,
+        moments_file: str = "",
     ) -> SampleMeasurements:
-        """Features of both splits, at most `plan.references` pictures of each."""
+        """Features of both splits.
+
+        Args:
+            pipeline: what is measured.
+            dataset: the images that it is measured on.
+            extractor: the network of the distances.
+            references: images of each split, at most.
+            moments_file: of other references, to measure a Frechet distance to as well; "" is none.
+        """
         train, heldout = (
-            part(views, spread(len(views), plan.references)) for views in (pictures.train, pictures.heldout)
+            select_rows(views, evenly_spaced(len(views), references)) for views in (dataset.train, dataset.heldout)
         )
         extractor.network.to(pipeline.device)
-        path = plan.reference_moments
         return SampleMeasurements(
             pipeline,
             extractor,
-            pictures,
+            dataset,
             train,
             heldout,
-            _features(extractor, batches(_own(train.images), pipeline.device), len(train)),
-            _features(extractor, batches(_own(heldout.images), pipeline.device), len(heldout)),
-            load_moments(Path(path).expanduser(), extractor.name) if path else None,
+            _gathered_features(extractor, image_batches(_own_share(train.images), pipeline.device), len(train)),
+            _gathered_features(extractor, image_batches(_own_share(heldout.images), pipeline.device), len(heldout)),
+            load_moments(Path(moments_file).expanduser(), extractor.name) if moments_file else None,
         )
 
-    def kernel(self, count: int, guidance: float, seed: int) -> float:
-        """Kernel distance alone, for choosing a weight."""
-        return kernel_distance(self._samples(count, guidance, seed).kept().features, self.heldout.features).value
+    def sample_kernel_distance(self, count: int, guidance: float, seed: int) -> float:
+        """The kernel distance of samples alone, for choosing a guidance weight."""
+        return kernel_distance(self._samples(count, guidance, seed).finite_rows().features, self.heldout.features).value
 
-    def samples(self, count: int, guidance: float) -> dict[str, float]:
+    def measure_samples(self, count: int, guidance: float) -> dict[str, float]:
         """Every measure of `count` samples, sample i with seed i."""
-        return self.measures(self._samples(count, guidance, 0))
+        return self.measure(self._samples(count, guidance, 0))
 
-    def floor(self) -> dict[str, float]:
-        """Training pictures against held-out ones: what a perfect model would get."""
-        return self.measures(self.train)
+    def measure_training_images(self) -> dict[str, float]:
+        """Every measure of training images, which is what a perfect model would get."""
+        return self.measure(self.train)
 
-    def autoencoder(self, noise: float) -> dict[str, float]:
-        """Reconstructions of the held-out pictures, with `noise` on their latents."""
-        return self.measures(self.reconstructed(noise))
+    def measure_autoencoder(self, noise: float) -> dict[str, float]:
+        """Every measure of the held-out images' reconstructions, with `noise` on their latents."""
+        return self.measure(self.reconstruction_features(noise))
 
-    def reconstructed(self, noise: float) -> Extracted:
-        """Features of the reconstructions."""
+    def reconstruction_features(self, noise: float) -> ExtractedFeatures:
+        """Features of the held-out images' reconstructions, with `noise` on their latents."""
         rows = own_rows(len(self.heldout_views))
         made = (
             reconstruct(self.pipeline, self.heldout_views.images, rows[start : start + BATCH], noise)
             for start in range(0, len(rows), BATCH)
         )
-        return _features(self.extractor, made, len(self.heldout_views))
+        return _gathered_features(self.extractor, made, len(self.heldout_views))
 
-    def measures(self, found: Extracted) -> dict[str, float]:
-        """Distances, precision and recall of a set; pictures that are not finite are left out and counted."""
-        frechet, kernel = self.extractor.names()
-        kept = found.kept()
-        count = len(kept.features)
+    def measure(self, found: ExtractedFeatures) -> dict[str, float]:
+        """Distances, precision and recall of a set by name; images that are not finite are left out and counted."""
+        frechet, kernel = self.extractor.distance_names()
+        finite = found.finite_rows()
+        count = len(finite.features)
         values: dict[str, float] = {"count": count, "not_finite": found.not_finite}
         if count < 2:
             return values
-        values[kernel] = kernel_distance(kept.features, self.heldout.features).value
-        values[frechet] = frechet_distance(kept.features, self.heldout.features).value
+        values[kernel] = kernel_distance(finite.features, self.heldout.features).value
+        values[frechet] = frechet_distance(finite.features, self.heldout.features).value
         if self.reference is not None:
-            values[f"{frechet}_reference"] = frechet_of_moments(moments(kept.features), self.reference)
+            values[f"{frechet}_reference"] = frechet_of_moments(moments(finite.features), self.reference)
         if min(count, len(self.heldout.features)) > NEIGHBOURS:
-            balls = fidelity(kept.features, self.heldout.features)
+            balls = precision_recall(finite.features, self.heldout.features)
             values |= {name: getattr(balls, name) for name in ("precision", "recall", "density", "coverage")}
-        if kept.logits is not None:
+        if finite.logits is not None:
             name = "is" if frechet == "fid" else f"is_{self.extractor.name}"
-            values[name] = inception_score(kept.logits, min(10, count)).value
+            values[name] = inception_score(finite.logits, min(10, count)).value
         return values
 
-    def retrieve(self, grid: Sequence[Image], prompts: Sequence[str]) -> tuple[list[Image], dict[str, float]]:
-        """The nearest training picture of each picture of the grid, and how often it shows what was asked for."""
-        concepts = self.pictures.shown(self.train_views)
+    def nearest_training_images(
+        self, grid: Sequence[Image], prompts: Sequence[str]
+    ) -> tuple[list[Image], dict[str, float]]:
+        """The nearest training image of each sample of the grid, and how often it shows what was asked for."""
+        concepts = self.dataset.concepts_of(self.train_views)
         known = set(concepts)
-        rows = nearest(self.reconstructed(self.pipeline.config.noise_std).features, self.train.features)[0][
-            :, 0
-        ].tolist()
+        rows = nearest_references(
+            self.reconstruction_features(self.pipeline.config.noise_std).features, self.train.features
+        )[0][:, 0].tolist()
         hits = [
             concepts[row] == concept
-            for row, concept in zip(rows, self.pictures.shown(self.heldout_views), strict=True)
+            for row, concept in zip(rows, self.dataset.concepts_of(self.heldout_views), strict=True)
             if concept in known
         ]
         scores = {"reconstructions of held-out pictures": sum(hits) / max(1, len(hits))}
         if not grid:
             return [], scores
-        features = extract(self.extractor, [torch.cat([from_pil(image) for image in grid])]).features
-        rows = nearest(features, self.train.features)[0][:, 0].tolist()
+        features = extract_features(self.extractor, [torch.cat([from_pil(image) for image in grid])]).features
+        rows = nearest_references(features, self.train.features)[0][:, 0].tolist()
         if any(prompts):
             wanted = [concept_of(prompt, known) for prompt in prompts]
             scores["grid"] = sum(concepts[row] == one for row, one in zip(rows, wanted, strict=True)) / len(grid)
         return to_pil(to_unit(self.train_views.images[rows])), scores
 
-    def _samples(self, count: int, guidance: float, seed: int) -> Extracted:
-        return _features(self.extractor, draw_samples(self.pipeline, self.heldout_views, count, guidance, seed), count)
+    def _samples(self, count: int, guidance: float, seed: int) -> ExtractedFeatures:
+        return _gathered_features(
+            self.extractor, draw_samples(self.pipeline, self.heldout_views, count, guidance, seed), count
+        )
 
 
-def _own(images: Tensor) -> Tensor:
+def _own_share(images: Tensor) -> Tensor:
     rows = own_rows(len(images))
     return images[rows.start : rows.stop]
 
 
-def _features(extractor: Extractor, pictures: Iterator[Tensor], count: int) -> Extracted:
-    """Features of this process's pictures, and then of everyone's."""
-    found = extract(extractor, pictures)
+def _gathered_features(extractor: FeatureExtractor, pictures: Iterator[Tensor], count: int) -> ExtractedFeatures:
+    """Features of all images, of which this process computes its own."""
+    found = extract_features(extractor, pictures)
     logits = None if found.logits is None else gather_rows(found.logits, count)
-    return Extracted(gather_rows(found.features, count), logits)
+    return ExtractedFeatures(gather_rows(found.features, count), logits)

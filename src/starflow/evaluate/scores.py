@@ -1,13 +1,10 @@
-"""The nearest training pictures of a sample: what it shows, and whether it was copied.
+"""Scores on features and log-likelihoods: nearest training images, classification, and telling outliers apart.
 
-What log-likelihoods decide: the class of a picture, and whether it belongs at all.
-
-Log-likelihoods are nats, one a picture (and one a class). An outlier score is larger for stranger pictures.
+Log-likelihoods are nats, one an image (and one a class). An outlier score is larger for stranger images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,21 +14,10 @@ from torch.nn import functional as F
 from starflow.errors import UserError
 
 CHUNK = 1024
+"""Rows that are compared with all references at once, for memory."""
 
 
-@dataclass(frozen=True)
-class Retrieval:
-    """How often the nearest training picture shows what was asked for."""
-
-    score: float
-    """The share of samples, from 0 to 1."""
-    hits: tuple[bool, ...]
-    """Per sample."""
-    nearest: tuple[int, ...]
-    """Per sample, the row of its nearest training picture."""
-
-
-def nearest(features: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_references(features: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Rows of the `count` nearest references by the cosine of their features, nearest first.
 
     Args:
@@ -55,36 +41,9 @@ def nearest(features: Tensor, references: Tensor, count: int = 1) -> tuple[Tenso
     return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
 
 
-def retrieval_score(
-    features: Tensor, concepts: Sequence[str], references: Tensor, reference_concepts: Sequence[str]
-) -> Retrieval:
-    """The share of samples whose nearest training picture shows the prompted concept.
-
-    Args:
-        features: (N, F) of the samples.
-        concepts: what each sample was asked to show.
-        references: (M, F) of the training pictures.
-        reference_concepts: what each of them shows; concepts are compared as they are written.
-
-    Raises:
-        UserError: counts that do not match, or a concept that no training picture shows (it could never be hit).
-    """
-    if len(features) != len(concepts) or len(references) != len(reference_concepts) or not concepts:
-        raise UserError(
-            f"{len(features)} samples with {len(concepts)} concepts and {len(references)} training pictures with "
-            f"{len(reference_concepts)}: expected one concept a picture, and at least one sample"
-        )
-    absent = sorted(set(concepts) - set(reference_concepts))
-    if absent:
-        raise UserError(f"no training picture shows {', '.join(map(repr, absent[:3]))}: leave out such samples")
-    rows = tuple(int(row) for row in nearest(features, references)[0][:, 0])
-    hits = tuple(reference_concepts[row] == concept for row, concept in zip(rows, concepts, strict=True))
-    return Retrieval(sum(hits) / len(hits), hits, rows)
-
-
 @dataclass(frozen=True)
 class Classification:
-    """Of a classifier argmax_c log p(x | c), with equal prior probabilities."""
+    """The result of the classifier argmax_c log p(x | c), with equal prior probabilities."""
 
     accuracy: float
     count: int
@@ -119,6 +78,9 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     Raises:
         UserError: an empty set, or scores that are not numbers (infinities are ranked).
+
+    >>> auroc(inside=torch.tensor([1.0, 2.0]), outside=torch.tensor([2.0, 3.0]))
+    0.875
     """
     if not len(inside) or not len(outside):
         raise UserError(f"{len(inside)} and {len(outside)} scores: both sets need at least one")
@@ -152,7 +114,7 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor) -> Outliers:
     if not len(training):
         raise UserError("no finite log-likelihoods of training pictures: typicality needs their mean")
     usual = training.double().mean()
-    within, beyond = (_strangest(one.double()) for one in (inside, outside))
+    within, beyond = (_as_least_likely(one.double()) for one in (inside, outside))
     return Outliers(
         auroc_likelihood=auroc(-within, -beyond),
         auroc_typicality=auroc((within - usual).abs(), (beyond - usual).abs()),
@@ -164,13 +126,13 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor) -> Outliers:
     )
 
 
-def _strangest(log_probs: Tensor) -> Tensor:
-    """Values that are not finite as minus infinity."""
+def _as_least_likely(log_probs: Tensor) -> Tensor:
+    """Log-likelihoods with minus infinity for those that are not finite."""
     return log_probs.where(log_probs.isfinite(), -torch.inf)
 
 
 def classify(log_probs: Tensor, labels: Tensor) -> Classification:
-    """The likelihood classifier's accuracy.
+    """The accuracy of the likelihood classifier, and its confusions.
 
     Args:
         log_probs: (N, K) nats of each picture under each class.
@@ -180,13 +142,16 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
 
     Raises:
         UserError: shapes that do not fit, or no pictures.
+
+    >>> classify(torch.tensor([[-1.0, -2.0], [-5.0, -3.0], [-1.0, -9.0]]), torch.tensor([0, 1, 1])).confusion
+    ((1, 0), (1, 1))
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
         raise UserError(
             f"log-likelihoods {tuple(log_probs.shape)} and labels {tuple(labels.shape)}: expected (N, K) and (N,)"
         )
     classes, kept = log_probs.shape[1], log_probs.isfinite().any(1)
-    predicted, true = _strangest(log_probs[kept]).argmax(1), labels[kept].long()
+    predicted, true = _as_least_likely(log_probs[kept]).argmax(1), labels[kept].long()
     confusion = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
     rows = tuple(tuple(row) for row in confusion.tolist())
     right = int((predicted == true).sum())

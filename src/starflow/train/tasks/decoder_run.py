@@ -22,7 +22,7 @@ from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
 from starflow.errors import UserError
-from starflow.evaluate import extract, kernel_distance, load_extractor, psnr
+from starflow.evaluate import extract_features, kernel_distance, load_extractor, psnr
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
@@ -248,8 +248,8 @@ def _kernel_distance(made: list[Tensor], images: Tensor, noise: float, device: t
     except UserError:
         return {}
     extractor.network.to(device)
-    ours = extract(extractor, made).features
-    theirs = extract(extractor, (to_unit(some) for some in images.split(16))).features
+    ours = extract_features(extractor, made).features
+    theirs = extract_features(extractor, (to_unit(some) for some in images.split(16))).features
     if len(ours) < 2:
         return {}
     return {f"kid_mobilenetv2 x 1000 at noise {noise:g}": 1000 * kernel_distance(ours, theirs).value}
