@@ -1,1 +1,1 @@
-"""The commands: one typed config and one library call each; `main` holds their table."""
+"""The commands of `starflow`: each is a class of options and a library call, and `main` has the table of them."""

@@ -1,4 +1,4 @@
-"""`starflow convert`: a published checkpoint into a folder that every command reads."""
+"""`starflow convert` writes a published checkpoint as a folder that every command reads."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> None:
-    """Run the command."""
+    """Run `starflow convert`."""
     from starflow.config import read_mapping
     from starflow.pipeline.from_published import PipelineOverrides
     from starflow.pipeline.from_published import convert as convert_published
     from starflow.pipeline.locate import progress_bar
 
     published = read_mapping(options.options)
-    around = PipelineOverrides(
+    overrides = PipelineOverrides(
         options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance
     )
     with progress_bar(f"converting {options.file.name}") as progress:
         done = convert_published(
-            options.file, published, options.output, pick_dtype(options.dtype), around, progress=progress
+            options.file, published, options.output, pick_dtype(options.dtype), overrides, progress=progress
         )
     facts = _facts(done, options)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else _text(done, options))

@@ -1,4 +1,4 @@
-"""`starflow evaluate`: every measure of a model on a set of pictures, as a table, JSON and a page with sheets."""
+"""`starflow evaluate` measures a model on a set of images: a table, JSON, and a page with contact sheets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from starflow.pipeline.pipeline import StarFlowPipeline
 
 COLUMNS = 8
+"""Of a contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Run the command."""
+    """Run `starflow evaluate`."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
     from starflow.evaluate.dataset import is_first, open_evaluation_set, process_group
@@ -88,23 +89,23 @@ def evaluate(options: EvaluateOptions) -> None:
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     with process_group():
-        plan = _plan(options)
+        settings = _settings(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
-        pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
-        pictures = open_evaluation_set(options.data, pipeline.config.image_size)
+        pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        dataset = open_evaluation_set(options.data, pipeline.config.image_size)
 
-        def say(text: str) -> None:
+        def log(text: str) -> None:
             if is_first():
                 print(f"{text} ...", file=sys.stderr, flush=True)
 
-        report = evaluate_pipeline(pipeline, pictures, plan, say, extractor, options.outliers)
+        report = evaluate_pipeline(pipeline, dataset, settings, log, extractor, options.outliers)
         if is_first():
             write_report(folder, report, options)
 
 
 def write_report(folder: Path, report: EvaluationReport, options: EvaluateOptions) -> None:
-    """The report's files, and the table or the JSON on stdout."""
+    """Write the files of the report, and print its table or its JSON."""
     from starflow.evaluate.render import report_page, report_table
 
     values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
@@ -129,7 +130,7 @@ def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:
     ]
 
 
-def _plan(options: EvaluateOptions) -> EvaluationSettings:
+def _settings(options: EvaluateOptions) -> EvaluationSettings:
     from starflow.cli.generate import read_prompt_file
     from starflow.evaluate.report import EvaluationSettings
 
@@ -149,7 +150,7 @@ def _plan(options: EvaluateOptions) -> EvaluationSettings:
     )
 
 
-def _as_asked(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
+def _with_options(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
     if options.cleaning != "model":
         pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
     if options.temperature is not None:

@@ -1,4 +1,4 @@
-"""`starflow generate`: pictures from prompts, as PNG files."""
+"""`starflow generate` makes pictures from prompts and writes them as PNG files."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class WrittenImage:
-    """One picture that lies on the disk."""
+    """One image that is on the disk, and what it was drawn from."""
 
     path: Path
     prompt: str
@@ -119,7 +119,7 @@ class WrittenImage:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Run the command."""
+    """Run `starflow generate`."""
     size = parse_size(options.size) if options.size else None
     prompts = [prompt for prompt in read_prompts(options) for _ in range(options.num_images)]
     target = OutputTarget.of(options.output, len(prompts), grid=options.grid)
@@ -130,9 +130,9 @@ def generate(options: GenerateOptions) -> None:
     pipeline.remember_prompts(prompts, size)
     loaded = time.perf_counter()
     written = list(_write(pipeline, prompts, size, options, target))
-    sheet = _write_grid(written, options, target) if options.grid else None
+    grid = _write_grid(written, options, target) if options.grid else None
     seconds = {"load": round(loaded - started, 3), "sample": round(time.perf_counter() - loaded, 3)}
-    _report(options, written, sheet, seconds)
+    _print_result(options, written, grid, seconds)
 
 
 def read_prompts(options: GenerateOptions) -> list[str]:
@@ -189,15 +189,15 @@ def _write(
 
     weight = pipeline.config.guidance if options.guidance is None else options.guidance
     scale = pipeline.config.temperature if options.temperature is None else options.temperature
-    tries = pipeline.config.candidates if options.candidates is None else options.candidates
-    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "candidates": f"{tries}", "model": options.model}
+    count = pipeline.config.candidates if options.candidates is None else options.candidates
+    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "candidates": f"{count}", "model": options.model}
     form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
         for start in range(0, len(prompts), options.batch_size):
             some = prompts[start : start + options.batch_size]
 
-            def progress(done: int, total: int, start: int = start, count: int = len(some)) -> None:
-                bar.update(start + count * done / total - bar.n)
+            def progress(done: int, total: int, start: int = start, images: int = len(some)) -> None:
+                bar.update(start + images * done / total - bar.n)
 
             out = _sample(pipeline, some, options, options.seed + start, size, progress)
             for image, prompt, seed in zip(out.images, out.prompts, out.seeds, strict=True):
@@ -232,7 +232,7 @@ def _sample(
             progress=progress,
         )
     except RuntimeError as error:
-        # On a CPU it is a plain RuntimeError that says so.
+        # torch has a type for a full GPU; a full CPU is a plain RuntimeError, known by its text alone.
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
         raise UserError(
@@ -241,7 +241,7 @@ def _sample(
 
 
 def _write_grid(written: list[WrittenImage], options: GenerateOptions, target: OutputTarget) -> Path:
-    """A row a prompt where each has several pictures, else about as many columns as rows."""
+    """Write all images side by side: a row a prompt where each has several, else about as many columns as rows."""
     import torch
 
     from starflow.data.images import from_pil, save_grid
@@ -252,13 +252,13 @@ def _write_grid(written: list[WrittenImage], options: GenerateOptions, target: O
     return target.grid_path
 
 
-def _report(
-    options: GenerateOptions, written: list[WrittenImage], sheet: Path | None, seconds: dict[str, float]
+def _print_result(
+    options: GenerateOptions, written: list[WrittenImage], grid: Path | None, seconds: dict[str, float]
 ) -> None:
     if options.json:
         images = [{"path": str(one.path), "prompt": one.prompt, "seed": one.seed} for one in written]
-        result = {"model": options.model, "images": images, "grid": str(sheet) if sheet else None, "seconds": seconds}
+        result = {"model": options.model, "images": images, "grid": str(grid) if grid else None, "seconds": seconds}
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    for path in [one.path for one in written] + ([sheet] if sheet else []):
+    for path in [one.path for one in written] + ([grid] if grid else []):
         print(path)

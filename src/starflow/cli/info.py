@@ -47,7 +47,7 @@ class InfoOptions:
 
 
 def info(options: InfoOptions) -> None:
-    """Run the command."""
+    """Run `starflow info`."""
     from starflow.pipeline.locate import find_pipeline
 
     if options.memory:

@@ -1,4 +1,4 @@
-"""`starflow likelihood`: exact log-likelihoods of pictures."""
+"""`starflow likelihood` prints exact log-likelihoods of pictures, and draws where in a picture they lie."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class LikelihoodOptions:
 
 @dataclass(frozen=True)
 class LikelihoodRow:
-    """One picture's result, as it is printed."""
+    """The likelihood of one image, as it is printed."""
 
     image: str
     prompt: str
@@ -77,16 +77,16 @@ class LikelihoodRow:
 
 
 def likelihood(options: LikelihoodOptions) -> None:
-    """Run the command."""
+    """Run `starflow likelihood`."""
     size = parse_size(options.size) if options.size else None
     folder = check_output_folder(Path(options.maps).expanduser()) if options.maps else None
-    pictures = [open_rgb(name) for name in options.images]
+    images = [open_rgb(name) for name in options.images]
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
     size = size or (pipeline.config.image_size, pipeline.config.image_size)
     pipeline.check_size(size)
-    fitted = [fit_image(one, size, name) for one, name in zip(pictures, options.images, strict=True)]
+    fitted = [fit_image(one, size, name) for one, name in zip(images, options.images, strict=True)]
     rows = list(_rows(pipeline, fitted, options))
     if folder is not None:
         _save_maps(pipeline, fitted, options, folder)
@@ -95,7 +95,7 @@ def likelihood(options: LikelihoodOptions) -> None:
 
 
 def open_rgb(name: str) -> Image:
-    """Decode a picture, upright, as RGB, transparency laid on white.
+    """The image in a file, upright, as RGB, its transparency laid on white.
 
     Raises:
         UserError: missing, or no readable image.
@@ -106,7 +106,7 @@ def open_rgb(name: str) -> Image:
 
 
 def fit_image(image: Image, size: tuple[int, int], name: str) -> Image:
-    """The picture at (width, height): its centre of that ratio, resized; a note on stderr says so where it changes."""
+    """The image at (width, height): its centre of that ratio, resized; a note on stderr says so where it changes."""
     if image.size == size:
         return image
     from PIL import Image, ImageOps
@@ -117,7 +117,7 @@ def fit_image(image: Image, size: tuple[int, int], name: str) -> Image:
 
 
 def _prompts(options: LikelihoodOptions) -> tuple[str, ...]:
-    """One a picture."""
+    """The prompt of every image."""
     count = len(options.images)
     return options.prompt if len(options.prompt) == count else (options.prompt or ("",)) * count
 
@@ -133,7 +133,7 @@ def _rows(pipeline: StarFlowPipeline, pictures: list[Image], options: Likelihood
 
 
 def _save_maps(pipeline: StarFlowPipeline, pictures: list[Image], options: LikelihoodOptions, folder: Path) -> None:
-    """A PNG a picture, on one scale for all of them, which each file's text tells."""
+    """Write a heat map of every image, on one scale for all of them, which each file's text tells."""
     from starflow.data.images import from_pil
     from starflow.evaluate import save_heatmap
 

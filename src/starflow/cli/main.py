@@ -1,6 +1,6 @@
-"""The table of commands, and the one place where errors become exit codes.
+"""The table of commands is read here, and errors become exit codes.
 
-0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C; a bug keeps its traceback. A command's file is
+Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C; a bug keeps its traceback. A command's file is
 imported when it is called, so that `starflow --help` needs neither torch nor the parser.
 """
 
@@ -19,10 +19,11 @@ from typing import Any, TextIO
 from starflow.errors import UserError
 from starflow.version import __version__
 
-MISTAKE = 2
-INTERRUPTED = 130
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes of a user's mistake and of Ctrl-C."""
+
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the disk may answer anywhere, and no code of ours can help."""
+"""Errors of the system that no code of ours can help, wherever they come from."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Command:
 
     @property
     def words(self) -> int:
+        """The number of words in its name."""
         return len(self.name.split())
 
 
@@ -73,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(words)
         except (UserError, OSError, KeyboardInterrupt) as error:
-            return _answer(error)
+            return _exit_code(error)
 
 
-def _answer(error: UserError | OSError | KeyboardInterrupt) -> int:
+def _exit_code(error: UserError | OSError | KeyboardInterrupt) -> int:
     """Print an expected error as one line and return its exit code; others go on."""
     if isinstance(error, KeyboardInterrupt):
         print(f"\nstarflow: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -98,7 +100,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     command = next((command for command in COMMANDS if words[: command.words] == command.name.split()), None)
     if command is None:
-        return _group(words)
+        return _answer_no_command(words)
     from starflow.cli.options import parse
 
     run = _load(command)
@@ -110,8 +112,8 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _group(words: list[str]) -> int:
-    """What is no command: the first word of some of two words, or a mistake."""
+def _answer_no_command(words: list[str]) -> int:
+    """Answer words that are no command: help on commands of two words, or an error."""
     rows = [command for command in COMMANDS if command.words > 1 and command.name.split()[:1] == words[:1]]
     if rows and words[1:2] in (["-h"], ["--help"]):
         print("\n".join([f"usage: starflow {words[0]} COMMAND ...", "", "commands:", *_rows(rows)]))

@@ -1,4 +1,4 @@
-"""`starflow prepare-data`: build a data set."""
+"""`starflow prepare-data` builds a data set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PrepareDataOptions:
 
 
 def prepare_data(options: PrepareDataOptions) -> None:
-    """Run the command."""
+    """Run `starflow prepare-data`."""
     from starflow.data.sets.glyphs.prepare import prepare_glyphs
 
     summary = prepare_glyphs(
