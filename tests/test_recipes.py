@@ -18,8 +18,8 @@ from starflow.errors import UserError
 from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
-from starflow.train.recipe import Recipe, load_recipe
+from starflow.train.log import read_log
+from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 from tests.conditioning.conftest import WORDS, save_encoder
@@ -149,7 +149,7 @@ def test_a_sibling_has_every_part_of_its_recipe(name: str) -> None:
         assert getattr(getattr(large, section), key) == getattr(getattr(small, section), key)
     assert large.conditioning.kind == small.conditioning.kind
     assert large.objective == small.objective
-    assert large.flow.get("kind") == small.flow.get("kind")
+    assert large.flow.kind == small.flow.kind
     assert large.train.parallel == small.train.parallel
     assert bool(large.train.init_from) == bool(small.train.init_from)
 
@@ -180,7 +180,11 @@ SIZES = {
 @pytest.mark.parametrize(("name", "known"), SIZES.items(), ids=SIZES)
 def test_a_published_recipe_is_the_published_architecture(name: str, known: tuple[str, float]) -> None:
     recipe, config = load_recipe(RECIPES / f"{name}.yaml"), preset(known[0]).config
-    from_recipe: dict[str, Any] = {"in_channels": config.in_channels, "img_size": config.img_size, **recipe.flow}
+    from_recipe: dict[str, Any] = {
+        "in_channels": config.in_channels,
+        "img_size": config.img_size,
+        **recipe.flow.given(),
+    }
     if "num_classes" in vars(config):
         from_recipe["num_classes"] = vars(config)["num_classes"]
     else:
@@ -209,7 +213,7 @@ def test_a_base_is_laid_under(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("name: a\ntrain: {steps: 5, batch: 2}\nflow: {channels: 64, head_dim: 32}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nname: b\ntrain: {batch: 3}\nflow: {channels: null}\n")
     recipe = load_recipe(tmp_path / "b.yaml", {"train.steps": "6"})
-    assert (recipe.name, recipe.train.steps, recipe.train.batch, recipe.flow) == ("b", 6, 3, {"head_dim": 32})
+    assert (recipe.name, recipe.train.steps, recipe.train.batch, recipe.flow) == ("b", 6, 3, FlowRecipe(head_dim=32))
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     with pytest.raises(UserError, match="comes back to"):
         load_recipe(tmp_path / "b.yaml")

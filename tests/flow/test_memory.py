@@ -23,7 +23,7 @@ from starflow.flow.model import build
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
-from starflow.train.distributed.sharding import recompute
+from starflow.train.distributed.sharding import checkpoint_activations
 from starflow.train.settings import ParallelSettings
 from tests.registry import configs, randomised
 
@@ -98,7 +98,7 @@ def test_the_peak_of_training_with_checkpoints_is_about_what_is_predicted(
         use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
     )  # fmt: skip
     model = build(config)
-    recompute(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
+    checkpoint_activations(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
     low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     x, condition = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16)
     for parameter in model.parameters():  # what is measured is without gradients

@@ -23,8 +23,8 @@ from starflow.train.loader import (
     BLOCKS_MIXED,
     BatchOrder,
     TrainingLoader,
-    batch_indices,
     batch_order,
+    generator,
     read_batches,
     windowed_permutation,
 )
@@ -42,7 +42,7 @@ def pictures(tmp_path: Path) -> IndexedDataset:
     return indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(16, 8, ("21:9", "1:1")))
 
 
-def feed_of(
+def make_loader(
     pictures: IndexedDataset,
     rank: int = 0,
     size: int = 1,
@@ -52,62 +52,64 @@ def feed_of(
 ) -> tuple[TrainingLoader, list[range]]:
     settings = TrainSettings(steps=1, batch=batch)
     parts = settings.rows(rank, size)
-    say = (lambda _: None) if said is None else said.append
-    return TrainingLoader(pictures, batch_order(pictures, batch, 0, 0), parts, workers, say=say), parts
+    notify = (lambda _: None) if said is None else said.append
+    return TrainingLoader(pictures, batch_order(pictures, batch, 0, 0), parts, workers, notify=notify), parts
 
 
-def reds(pictures: IndexedDataset, feed: TrainingLoader, parts: list[range], steps: range) -> list[list[int]]:
+def reds(pictures: IndexedDataset, loader: TrainingLoader, parts: list[range], steps: range) -> list[list[int]]:
     """What a process sees; each picture is the one that its number says."""
     seen = []
     for step in steps:
         for rows in parts:
-            found = feed.batch(step, rows)
+            found = loader.batch(step, rows)
             shown = found.images[:, 0, 0, 0].tolist()
             names = [pictures.entry(number).name for number in found.numbers.tolist()]
-            assert [f"{value:03d}.png" for value in shown] == names == feed.names(step, rows)
+            assert [f"{value:03d}.png" for value in shown] == names == loader.names(step, rows)
             seen.append(shown)
     return seen
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_resumed_is_uninterrupted_at_any_number_of_processes(pictures: IndexedDataset, size: int) -> None:
-    alone = feed_of(pictures)
+    alone = make_loader(pictures)
     whole = reds(pictures, *alone, range(12))
     for step in range(12):
         shapes = set()
         pieces = []
         for rank in range(size):
-            feed, parts = feed_of(pictures, rank, size)  # a process that begins at this step
-            found = feed.batch(step, parts[0])
+            loader, parts = make_loader(pictures, rank, size)  # a process that begins at this step
+            found = loader.batch(step, parts[0])
             shapes.add(found.images.shape[1:])
             pieces += found.images[:, 0, 0, 0].tolist()
         assert pieces == whole[step]
         assert len(shapes) == 1, "all processes have one bucket"
-    feed, parts = feed_of(pictures)
-    assert reds(pictures, feed, parts, range(4)) + reds(pictures, feed, parts, range(9, 12)) == whole[:4] + whole[9:]
+    loader, parts = make_loader(pictures)
+    assert (
+        reds(pictures, loader, parts, range(4)) + reds(pictures, loader, parts, range(9, 12)) == whole[:4] + whole[9:]
+    )
 
 
 def test_worker_processes_change_nothing(pictures: IndexedDataset) -> None:
-    expected = reds(pictures, *feed_of(pictures), range(3, 9))
-    assert reds(pictures, *feed_of(pictures, workers=2), range(3, 9)) == expected
+    expected = reds(pictures, *make_loader(pictures), range(3, 9))
+    assert reds(pictures, *make_loader(pictures, workers=2), range(3, 9)) == expected
 
 
 def test_what_cannot_be_read_is_named_once_and_replaced(pictures: IndexedDataset, tmp_path: Path) -> None:
     (tmp_path / "set" / "064.png").write_bytes(b"nothing")
     said: list[str] = []
-    feed, (rows,) = feed_of(pictures, said=said)
-    sizes = {len(feed.batch(step, rows).images) for step in range(15)}
+    loader, (rows,) = make_loader(pictures, said=said)
+    sizes = {len(loader.batch(step, rows).images) for step in range(15)}
     assert sizes == {6}
     assert said == ["skipped 064.png: no known image format"]
-    assert feed.unreadable == {"064.png"}
+    assert loader.unreadable == {"064.png"}
 
 
 def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedDataset, tmp_path: Path) -> None:
     for path in (tmp_path / "set").iterdir():
         path.unlink()
-    feed, (rows,) = feed_of(pictures)
+    loader, (rows,) = make_loader(pictures)
     with pytest.raises(ImageError, match=r"png is not a readable image \(no such file; nor can its neighbours be read"):
-        feed.batch(0, rows)
+        loader.batch(0, rows)
 
 
 def test_the_thread_stays_ahead_and_ends(pictures: IndexedDataset) -> None:
@@ -116,35 +118,35 @@ def test_the_thread_stays_ahead_and_ends(pictures: IndexedDataset) -> None:
     del endless
     time.sleep(0.3)
     waits = []
-    feed, (rows,) = feed_of(pictures)
+    loader, (rows,) = make_loader(pictures)
     for step in range(8):
         started = time.perf_counter()
-        feed.batch(step, rows)
+        loader.batch(step, rows)
         waits.append(time.perf_counter() - started)
         time.sleep(0.03)
     assert sorted(waits)[len(waits) // 2] < 0.02, "the next batch is ready when it is asked for"
 
 
 def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedDataset) -> None:
-    feed, (rows,) = feed_of(pictures)
-    feed.steps = 3
-    whole = [feed.batch(step, rows).numbers.tolist() for step in range(3)]
-    assert feed._coming is not None
-    assert next(feed._coming, None) is None
-    assert feed.batch(3, rows).numbers.tolist() == feed.numbers(3, rows), "what is asked for all the same is read"
+    loader, (rows,) = make_loader(pictures)
+    loader.steps = 3
+    whole = [loader.batch(step, rows).numbers.tolist() for step in range(3)]
+    assert loader._batches is not None
+    assert next(loader._batches, None) is None
+    assert loader.batch(3, rows).numbers.tolist() == loader.numbers(3, rows), "what is asked for all the same is read"
     assert len(whole) == 3
-    feed.close()
-    assert feed.batch(1, rows).numbers.tolist() == whole[1]
+    loader.close()
+    assert loader.batch(1, rows).numbers.tolist() == whole[1]
 
 
 def test_steps_in_turn_use_one_stream(pictures: IndexedDataset) -> None:
-    feed, (rows,) = feed_of(pictures)
+    loader, (rows,) = make_loader(pictures)
     streams = []
     for step in (0, 1, 2, 7, 8):
-        feed.batch(step, rows)
-        streams.append(feed._coming)
+        loader.batch(step, rows)
+        streams.append(loader._batches)
     assert [one is other for one, other in pairwise(streams)] == [True, True, False, True]
-    assert torch.equal(feed.batch(8, range(2)).numbers, feed.order(8)[:2]), "other rows are read on the spot"
+    assert torch.equal(loader.batch(8, range(2)).numbers, loader.order(8)[:2]), "other rows are read on the spot"
 
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)
@@ -194,9 +196,16 @@ def test_processes_see_disjoint_parts_that_make_up_the_batch(
     assert sorted(places) == list(range(batch))
 
 
+def plain_order(count: int, batch: int, seed: int, step: int) -> torch.Tensor:
+    """The batch of an update where one permutation an epoch is cut into batches."""
+    epochs = range((step + 1) * batch // count + 1)
+    permutations = [torch.randperm(count, generator=generator(seed, "order", epoch)) for epoch in epochs]
+    return torch.cat(permutations)[step * batch : (step + 1) * batch]
+
+
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), step=st.integers(0, 30))
 def test_of_one_bucket_it_is_the_plain_order(size: int, batch: int, step: int) -> None:
-    assert torch.equal(BatchOrder([torch.arange(size)], batch, 5)(step), batch_indices(size, batch, 5, step))
+    assert torch.equal(BatchOrder([torch.arange(size)], batch, 5)(step), plain_order(size, batch, 5, step))
 
 
 def test_seed_and_epoch_change_it() -> None:

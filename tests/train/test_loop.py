@@ -25,9 +25,9 @@ from starflow.io import files
 from starflow.train import checkpoint, loop
 from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed.world import World
-from starflow.train.loader import batch_indices, generator
-from starflow.train.log import RunLog
-from starflow.train.loop import Interrupted, fit, read_log
+from starflow.train.loader import generator
+from starflow.train.log import RunLog, read_log
+from starflow.train.loop import Interrupted, fit
 from starflow.train.settings import ParallelSettings, TrainSettings
 from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
 
@@ -289,10 +289,10 @@ def test_a_second_interrupt_does_not_wait_unless_torchrun_may_have_sent_it() -> 
 
 def test_weights_in_training_are_untouched_by_evaluation() -> None:
     task = Regression()
-    engine = TrainState(task.model, SETTINGS, World())
+    state = TrainState(task.model, SETTINGS, World())
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
-    engine.average.state["0.weight"].zero_()
-    with engine.averaged():
+    state.average.state["0.weight"].zero_()
+    with state.averaged():
         assert not task.model.state_dict()["0.weight"].any()
         assert not task.model.training
     assert task.model.training
@@ -328,15 +328,6 @@ def test_decay_spares_vectors() -> None:
     optimiser = make_optimiser(Regression().model, replace(SETTINGS, weight_decay=0.1))
     decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimiser.param_groups}
     assert decays == {0.1: [2, 2], 0.0: [1, 1, 1, 1]}
-
-
-def test_every_picture_is_seen_once_an_epoch() -> None:
-    count, batch = 10, 4
-    seen = torch.cat([batch_indices(count, batch, 3, step) for step in range(5)])
-    assert sorted(seen[:10].tolist()) == list(range(10))
-    assert sorted(seen[10:].tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
-    assert torch.equal(batch_indices(count, 25, 3, 0)[:20], torch.cat([seen[:10], seen[10:]]))
 
 
 def test_log_lines_are_json_with_step_and_loss(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train import loop
-from starflow.train.loop import Interrupted, read_log
+from starflow.train.log import read_log
+from starflow.train.loop import Interrupted
 from starflow.train.recipe import Recipe, load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow

@@ -18,8 +18,7 @@ from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
 from starflow.train.distributed.world import World
-from starflow.train.log import MatrixProduct, synchronise, training_flops
-from starflow.train.loop import peak_memory
+from starflow.train.log import MatrixProduct, peak_memory, synchronise, training_flops
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
 from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
@@ -138,7 +137,7 @@ def _update(engine: TrainState, batch: tuple[Tensor, Tensor | None], step: int) 
     device = engine.world.device
     synchronise(device)
     started = time.perf_counter()
-    engine.before_part(last=True)
+    engine.begin_micro_batch(last=True)
     with network_precision(engine.settings, device):
         loss = engine.model(*batch)[0]
     synchronise(device)
@@ -146,8 +145,8 @@ def _update(engine: TrainState, batch: tuple[Tensor, Tensor | None], step: int) 
     loss.backward()
     synchronise(device)
     backward = time.perf_counter()
-    engine.apply(float(engine.gradient_norm()), step)
-    engine.forget_gradients()
+    engine.update(float(engine.gradient_norm()), step)
+    engine.zero_grad()
     synchronise(device)
     return forward - started, backward - forward, time.perf_counter() - backward
 

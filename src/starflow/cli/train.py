@@ -1,7 +1,4 @@
-"""`starflow train`, `train-autoencoder`, `cache-latents`: the stages of a recipe.
-
-`starflow train-decoder`: fine-tune an autoencoder's decoder on noisy latents.
-"""
+"""`starflow train`, `train-autoencoder`, `cache-latents` and `train-decoder`: the stages of a recipe, and a decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.latents import Autoencoder
     from starflow.train.run import Run
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
 
@@ -73,37 +69,33 @@ class CacheLatentsOptions(StageOptions):
 
 
 def train(options: TrainOptions) -> None:
-    """Run the command."""
+    """Run `starflow train`."""
     with _started(options) as run:
         from starflow.train.stages import train_flow
 
         folder = train_flow(run)
-        if run.world.main:
+        if run.world.is_main:
             print(f"done: starflow generate --model {folder}")
 
 
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
-    """Run the command."""
+    """Run `starflow train-autoencoder`."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_autoencoder
+        from starflow.train.stages import Stages
 
-        autoencoder = prepare_autoencoder(run)
-        if run.world.main:
-            print(f"done: {_name(autoencoder)}")
+        spec = Stages(run).autoencoder.spec
+        if run.world.is_main:
+            print(f"done: {spec.source or spec.kind}")
 
 
 def cache_latents(options: CacheLatentsOptions) -> None:
-    """Run the command."""
+    """Run `starflow cache-latents`."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_latents
+        from starflow.train.stages import Stages
 
-        prepare_latents(run)
-        if run.world.main:
+        Stages(run).cache_latents()
+        if run.world.is_main:
             print(f"done: {run.folder / 'latents'}")
-
-
-def _name(autoencoder: Autoencoder) -> str:
-    return autoencoder.spec.source or autoencoder.spec.kind
 
 
 @contextlib.contextmanager
@@ -178,7 +170,7 @@ class TrainDecoderOptions:
 
 
 def train_decoder(options: TrainDecoderOptions) -> None:
-    """Run the command."""
+    """Run `starflow train-decoder`."""
     from starflow.nn.cpu import keep_freed_memory
     from starflow.train.loop import Interrupted
     from starflow.train.tasks.decoder_run import run_decoder
@@ -189,12 +181,12 @@ def train_decoder(options: TrainDecoderOptions) -> None:
         report = run_decoder(_settings(options), folder, pick_device(options.device))
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
-    print(table(report))
+    print(report_table(report))
     print(f"done: {folder / ('pipeline' if (folder / 'pipeline').is_dir() else 'model')}")
 
 
-def table(report: DecoderReport) -> str:
-    """Before and after, on the held-out pictures."""
+def report_table(report: DecoderReport) -> str:
+    """The measures before and after the training, on the held-out images, as text."""
     lines = [f"{'':34}  {'before':>8}  {'after':>8}"]
     for name, (before, after) in report.measures.items():
         lines.append(f"{name:34}  {before:8.2f}  {after:8.2f}")

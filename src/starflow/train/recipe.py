@@ -15,7 +15,7 @@ from starflow.config import from_dict, read_mapping, unknown_key
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
-from starflow.flow.config import KINDS
+from starflow.flow.config import KINDS, NormType, SeqOrder
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import ReconstructionLoss
@@ -108,6 +108,86 @@ class ConditioningRecipe:
 
 
 @dataclass(frozen=True)
+class FlowRecipe:
+    """Options of the flow: those of `STARFlowConfig` or, with kind "tarflow", of `TarFlowConfig`.
+
+    None is an option that the recipe leaves open. It then follows from the model that `train.init_from` names, from the
+    latents (in_channels, img_size), from the condition (txt_size, txt_dim, num_classes), or is the default of the
+    configuration; see `starflow.train.init_from.complete_flow`. Values are checked when the flow is built.
+
+    Raises:
+        UserError: an option of the other kind of flow; the message names the nearest known one.
+
+    Example:
+        >>> FlowRecipe(channels=128, layers_per_block=(1, 1, 3)).given()
+        {'channels': 128, 'layers_per_block': (1, 1, 3)}
+    """
+
+    kind: Literal["starflow", "tarflow"] | None = None
+    in_channels: int | None = None
+    """Channels of the flow's input."""
+    img_size: int | None = None
+    """Side of the flow's input, in latents or pixels."""
+    patch_size: int | None = None
+    """Side of the patch that is one token."""
+    channels: int | None = None
+    """Width of the blocks."""
+    top_block_channels: int | None = None
+    """Width of the last block alone."""
+    num_blocks: int | None = None
+    """Blocks; with a list of layers its length."""
+    layers_per_block: int | tuple[int, ...] | None = None
+    """Transformer layers: one number for every block, or one each, the first next to the data."""
+    head_dim: int | None = None
+    """Width of an attention head."""
+    num_heads: int | None = None
+    """Query heads; otherwise width / head_dim."""
+    num_kv_heads: int | None = None
+    """Key and value heads, which groups of query heads share."""
+    rope: bool | None = None
+    """Rotary positions instead of a learned table."""
+    pt_seq_len: int | None = None
+    """Side in tokens that the positions span."""
+    sos: bool | None = None
+    """A learned start token."""
+    seq_order: SeqOrder | None = None
+    """The direction in which the first block reads the tokens."""
+    txt_size: int | None = None
+    """Condition tokens."""
+    txt_dim: int | None = None
+    """Width of a condition token."""
+    cond_top_only: bool | None = None
+    """Only the last block sees the condition."""
+    use_softplus: bool | None = None
+    """sigma by softplus instead of exp."""
+    soft_clip: float | None = None
+    """Bound of the outputs, by tanh; 0 is no bound."""
+    use_final_norm: bool | None = None
+    norm_type: NormType | None = None
+    use_swiglu: bool | None = None
+    mlp_hidden: tuple[int, ...] | None = None
+    """Hidden widths of the MLPs, one number a block."""
+    use_qk_norm: bool | None = None
+    use_post_norm: bool | None = None
+    use_bias: bool | None = None
+    """Biases of the linear layers inside attention and MLP."""
+    hf_style_rope: bool | None = None
+    """Rotate the pairs (i, i + head_dim / 2) instead of adjacent ones."""
+    num_classes: int | None = None
+    """Classes of a TarFlow."""
+
+    def __post_init__(self) -> None:
+        known = ["kind", *(option.name for option in fields(KINDS[self.kind or "starflow"]))]
+        for key in self.given():
+            if key not in known:
+                raise UserError(unknown_key(f"flow.{key}", key, known))
+
+    def given(self) -> dict[str, Any]:
+        """The options that the recipe does not leave open."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Objective:
     """Maximum likelihood of noised latents, and its stabilisers (STARFlow, arXiv 2506.06276, section 3)."""
 
@@ -135,9 +215,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     conditioning: ConditioningRecipe = field(default_factory=ConditioningRecipe)
-    flow: dict[str, Any] = field(default_factory=dict)
-    """Options of STARFlowConfig (or, with `kind: tarflow`, of TarFlowConfig); in_channels, img_size and the condition's
-    sizes follow from the other sections."""
+    flow: FlowRecipe = field(default_factory=FlowRecipe)
     objective: Objective = field(default_factory=Objective)
     prompts: tuple[str, ...] = ()
     """Prompts (or class names) of the sample grids; none is the first classes, or with text some of our own."""
@@ -160,11 +238,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     values = _with_base(path)
     for dotted, text in (overrides or {}).items():
         _override(values, dotted, text)
-    if isinstance(values.get("flow"), dict):
-        values["flow"] = {key: value for key, value in values["flow"].items() if value is not None}
-    recipe = from_dict(Recipe, values)
-    _check_flow_keys(recipe.flow)
-    return recipe
+    return from_dict(Recipe, values)
 
 
 def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -181,23 +255,12 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, section by section; null in `flow` takes an option out."""
+    """`own` over `base`, section by section."""
     merged = dict(base)
     for key, value in own.items():
         inner = merged.get(key)
         merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _check_flow_keys(options: Mapping[str, Any]) -> None:
-    """Values are checked when the model is built, after its latents are known; names are checked at once."""
-    kind = options.get("kind", "starflow")
-    if kind not in KINDS:
-        raise UserError(f"'flow.kind' is {kind!r}, expected one of {', '.join(KINDS)}")
-    known = ["kind", *(option.name for option in fields(KINDS[kind]))]
-    for key in options:
-        if key not in known:
-            raise UserError(unknown_key(f"flow.{key}", key, known))
 
 
 def _override(values: dict[str, Any], dotted: str, text: str) -> None:

@@ -116,7 +116,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(recipe: Path, tmp_path
 
 LATE = """
 import os, pathlib, signal, time, torch
-from starflow.train.distributed.world import join
+from starflow.train.distributed.world import join_world
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 there = pathlib.Path(__file__).with_name("there")
 if again and os.environ["RANK"] == "1":
@@ -125,11 +125,11 @@ if again and os.environ["RANK"] == "0":
     while not there.exists():
         time.sleep(0.1)
     time.sleep(2)
-with join(torch.device("cpu"), 60) as world:
-    world.total(torch.ones(1))
+with join_world(torch.device("cpu"), 60) as world:
+    world.all_reduce(torch.ones(1))
     if not again and world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    world.wait()
+    world.barrier()
     print("done", world.rank, again)
 """
 

@@ -24,13 +24,13 @@ from starflow.io.files import read_tensors
 from starflow.latents.load import DecoderModule, load_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
+from starflow.train.log import read_log
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.decoder import (
     DecoderLoss,
     DecoderObjective,
     DecoderTask,
-    LatentPictures,
+    EncodedImages,
     MobileNetDistance,
     load_perceptual,
 )
@@ -54,17 +54,17 @@ def task(noise: float = 0.0, crop: int = 8, loss: DecoderLoss | None = None) -> 
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (12, 3, 16, 16), generator=draw, dtype=torch.uint8)
     pooled = F.avg_pool2d(images.float() / 127.5 - 1, 2).half()
-    pictures = LatentPictures(images, pooled, None, [f"p{number}" for number in range(12)])
+    pictures = EncodedImages(images, pooled, None, [f"p{number}" for number in range(12)])
     autoencoder = ours()
     objective = DecoderObjective(DecoderModule(autoencoder), loss, None)
     return DecoderTask(autoencoder, objective, pictures, pictures, noise, crop, loss, SETTINGS)
 
 
 def test_latents_and_pixels_are_cut_at_the_same_place() -> None:
-    latents, images, judged = task().batch(3, range(4))
+    latents, images, use_critic = task().batch(3, range(4))
     assert latents.shape == (4, 3, 4, 4)
     assert images.shape == (4, 3, 8, 8)
-    assert not judged
+    assert not use_critic
     torch.testing.assert_close(F.avg_pool2d(images, 2), latents, rtol=0, atol=1e-3)
 
 
@@ -87,8 +87,8 @@ def test_each_term_trains_its_own_network() -> None:
     objective = made.model
     assert isinstance(objective, DecoderObjective)
     assert objective.critic is not None
-    latents, images, judged = made.batch(0, range(4))
-    assert judged
+    latents, images, use_critic = made.batch(0, range(4))
+    assert use_critic
     total, terms = objective(latents, images, True)
     total.backward()
     found = {
