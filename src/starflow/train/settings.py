@@ -68,8 +68,11 @@ class TrainSettings:
     warmup: int = 100
     """Updates over which the learning rate rises linearly from zero."""
     betas: tuple[float, ...] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     eps: float = 1e-8
+    """Term in the denominator of AdamW."""
     weight_decay: float = 1e-4
+    """Decoupled weight decay, of matrices only."""
     clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down."""
     skip_above: float = 10.0
@@ -99,6 +102,7 @@ class TrainSettings:
     """Where the first weights come from instead of chance: the bundled model's name, a folder or a hub id. A flow may
     also take a Gemma-style language model for its deep block."""
     seed: int = 0
+    """Seed of the first weights, the order of the data and every draw."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every", "sample_every", "checkpoint_every"):

@@ -66,12 +66,15 @@ def test_sigterm_to_torchrun_checkpoints_too(recipe: Path, tmp_path: Path) -> No
     assert newest(run) == logged(run)[-1][0], output
 
 
-@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 5)])
+@pytest.mark.parametrize(
+    ("layout", "number", "timeout"),
+    [("replicated", signal.SIGKILL, 600), ("sharded", signal.SIGKILL, 600), ("replicated", signal.SIGSTOP, 5)],
+)
 def test_a_dead_or_hanging_process_ends_the_job_with_a_message(
-    recipe: Path, tmp_path: Path, number: signal.Signals, timeout: int
+    recipe: Path, tmp_path: Path, layout: str, number: signal.Signals, timeout: int
 ) -> None:
     run = tmp_path / "run"
-    words = [*command("replicated", recipe, run, 100_000), "--train.parallel.timeout", str(timeout)]
+    words = [*command(layout, recipe, run, 100_000), "--train.parallel.timeout", str(timeout)]
     process = launch(words)
     wait_for_step(run, 15, process)
     children = workers(process.pid)
