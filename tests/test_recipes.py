@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 
 from starflow.data.sets.shapes import draw_shapes
-from starflow.errors import UserError
 from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.log import read_log
-from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
+from starflow.train.recipe import Recipe, load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow
 from tests.conditioning.conftest import WORDS, save_encoder
@@ -207,16 +206,3 @@ def test_the_papers_numbers() -> None:
         assert (recipe.objective.noise_std, recipe.objective.drop_condition) == (0.3, 0.1)
         assert recipe.objective.latent_penalty == 1e-4
     assert len(paper.data.aspects) == 9
-
-
-def test_a_base_is_laid_under(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("name: a\ntrain: {steps: 5, batch: 2}\nflow: {channels: 64, head_dim: 32}\n")
-    (tmp_path / "b.yaml").write_text("base: a.yaml\nname: b\ntrain: {batch: 3}\nflow: {channels: null}\n")
-    recipe = load_recipe(tmp_path / "b.yaml", {"train.steps": "6"})
-    assert (recipe.name, recipe.train.steps, recipe.train.batch, recipe.flow) == ("b", 6, 3, FlowRecipe(head_dim=32))
-    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
-    with pytest.raises(UserError, match="comes back to"):
-        load_recipe(tmp_path / "b.yaml")
-    (tmp_path / "b.yaml").write_text("base: 3\n")
-    with pytest.raises(UserError, match=r"'base' of .* is 3, expected the name of a recipe"):
-        load_recipe(tmp_path / "b.yaml")

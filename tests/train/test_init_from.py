@@ -1,7 +1,4 @@
-"""First weights from a model that is there.
-
-A recipe's flow is known before its pictures are.
-"""
+"""What a flow begins as: its configuration, completed from all that it follows from, and weights of other models."""
 
 from __future__ import annotations
 
@@ -12,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from starflow import load_published
 from starflow.conditioning import ClassLabels
+from starflow.conditioning.base import ConditionerSpec
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
 from starflow.io.files import read_json, read_tensors
 from starflow.latents import AutoencoderSpec
-from starflow.train.init_from import complete_flow, expected_flow, load_initial, read_initial
+from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, save_small
+from starflow.train.init_from import (
+    autoencoder_folder,
+    complete_flow,
+    expected_flow,
+    load_initial,
+    patch_size_of,
+    read_initial,
+)
 from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow
@@ -136,6 +144,58 @@ def test_published_weights_go_on(shared: Path, tmp_path: Path) -> None:
         again = build(complete_flow(FlowRecipe(), latents, 2 * flow.config.img_size, condition, initial.options))
     fresh = load_initial(again, initial, 0, CPU)
     assert fresh == [f"blocks.{len(flow.blocks) - 1}.proj_txt.weight"]
+
+
+@given(
+    own=st.fixed_dictionaries({}, optional={"channels": st.just(32), "in_channels": st.just(7), "txt_dim": st.just(5)}),
+    initial=st.fixed_dictionaries({}, optional={"channels": st.just(64), "sos": st.just(False)}),
+)
+def test_the_recipe_comes_before_the_source_and_this_before_the_data(
+    own: dict[str, Any], initial: dict[str, Any]
+) -> None:
+    condition = ClassLabels(["a", "b", "c"]).spec
+    recipe = FlowRecipe(layers_per_block=(1, 2), head_dim=32, **own)
+    if not own.keys() | initial.keys() >= {"channels"}:
+        with pytest.raises(UserError, match="the key 'channels' is missing"):
+            complete_flow(recipe, LATENTS, 4, condition, initial)
+        return
+    config = complete_flow(recipe, LATENTS, 4, condition, initial)
+    data = {"in_channels": 2, "img_size": 4, "txt_size": 1, "txt_dim": 4, "num_blocks": 2}
+    expected = {**data, "layers_per_block": (1, 2), "head_dim": 32, **initial, **own}
+    assert {name: vars(config)[name] for name in expected} == expected
+
+
+def test_a_tarflow_has_the_classes_of_its_condition_and_reads_no_text() -> None:
+    recipe = FlowRecipe(kind="tarflow", patch_size=2, channels=64, num_blocks=2, layers_per_block=1)
+    config = complete_flow(recipe, LATENTS, 4, ClassLabels(["a", "b", "c"]).spec)
+    assert config == TarFlowConfig(2, 4, 2, 64, 2, 1, num_classes=3)
+    assert complete_flow(recipe, LATENTS, 4, None) == TarFlowConfig(2, 4, 2, 64, 2, 1)
+    with pytest.raises(UserError, match="a TarFlow reads class labels, no text"):
+        complete_flow(recipe, LATENTS, 4, ConditionerSpec("text", size=3, dim=8))
+
+
+def test_the_patch_is_the_recipes_or_the_sources(tmp_path: Path) -> None:
+    _, source = saved(tmp_path, TarFlowConfig(2, 4, 2, 64, 2, 1))
+    plain = recipe_of("tiny")
+    assert patch_size_of(plain) == 1
+    from_source = replace(plain, train=replace(plain.train, init_from=source))
+    assert patch_size_of(from_source) == 2
+    assert patch_size_of(replace(from_source, flow=FlowRecipe(patch_size=4))) == 4
+
+
+@pytest.mark.parametrize("place", [".", "autoencoder", "model/autoencoder", "model"])
+def test_an_autoencoder_is_found_wherever_a_run_or_a_pipeline_keeps_it(tmp_path: Path, place: str) -> None:
+    network = SmallAutoencoder(SmallAutoencoderConfig(channels=2, widths=(8,), encoder_pairs=0, decoder_pairs=0))
+    save_small(network, tmp_path / place, 0.0)
+    if place == "autoencoder":
+        (tmp_path / "config.json").write_text('{"autoencoder": {}}')
+    assert autoencoder_folder(str(tmp_path)) == tmp_path / place
+
+
+def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"autoencoder": {}}')
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        autoencoder_folder(str(tmp_path))
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -1,13 +1,15 @@
-"""Pictures for training: in order, whatever the workers, from any position, and without those that cannot be read.
+"""Images for training: in order, whatever the workers, from any position, and without those that cannot be read.
 
-The data's order: every picture once an epoch, one bucket a batch, disjoint over the processes, by step alone.
+Their order: every image once an epoch, one bucket a batch, disjoint over the processes, by step alone.
 """
 
 from __future__ import annotations
 
-import time
+import queue
+import threading
 from collections import Counter
-from itertools import islice, pairwise
+from collections.abc import Iterator
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from starflow.data.images import ImageError
 from starflow.data.index import IndexedDataset, open_source
 from starflow.train.loader import (
     BLOCKS_MIXED,
+    PREFETCH,
     BatchOrder,
     TrainingLoader,
     batch_order,
@@ -113,18 +116,36 @@ def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedDataset, tmp
 
 
 def test_the_thread_stays_ahead_and_ends(pictures: IndexedDataset) -> None:
-    endless = read_batches(pictures, ([1, 2] for _ in iter(int, 1)), 0, replace=False)
-    assert [len(one.images) for one in islice(endless, 3)] == [2, 2, 2]
-    del endless
-    time.sleep(0.3)
-    waits = []
-    loader, (rows,) = make_loader(pictures)
-    for step in range(8):
-        started = time.perf_counter()
-        loader.batch(step, rows)
-        waits.append(time.perf_counter() - started)
-        time.sleep(0.03)
-    assert sorted(waits)[len(waits) // 2] < 0.02, "the next batch is ready when it is asked for"
+    """It takes requests without being asked, until so many answers wait; then it stops, and it ends with its reader."""
+    taken: queue.Queue[int] = queue.Queue()
+
+    def requests() -> Iterator[list[int]]:
+        for number in count():
+            taken.put(number)
+            yield [1, 2]
+
+    before = set(threading.enumerate())
+    batches = read_batches(pictures, requests(), 0, replace=False)
+    assert len(next(batches).images) == 2
+    for _ in range(1 + PREFETCH):
+        taken.get(timeout=60)  # the answer that was read, and those that wait
+    (reader,) = set(threading.enumerate()) - before
+    assert taken.qsize() <= 1, "the one that has no place among them yet"
+    assert [len(one.images) for one in islice(batches, 2)] == [2, 2]
+    del batches
+    reader.join(timeout=60)
+    assert not reader.is_alive()
+
+
+def test_an_error_in_the_thread_is_raised_where_it_is_waited_for(pictures: IndexedDataset) -> None:
+    batches = read_batches(pictures, [[1], [10**6]], 0, replace=False)
+    assert len(next(batches).images) == 1
+    with pytest.raises(IndexError):
+        next(batches)
+
+
+def test_requests_end(pictures: IndexedDataset) -> None:
+    assert [one.numbers.tolist() for one in read_batches(pictures, [[1], [2, 4]], 0, replace=False)] == [[1], [2, 4]]
 
 
 def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedDataset) -> None:
@@ -214,11 +235,11 @@ def test_seed_and_epoch_change_it() -> None:
     assert not torch.equal(one(0), other(0))
 
 
-@given(count=st.integers(1, 200), window=st.integers(1, 40))
-def test_a_windowed_order_is_a_permutation_that_stays_near(count: int, window: int) -> None:
-    shuffled = windowed_permutation(count, window, torch.Generator().manual_seed(0))
-    assert sorted(shuffled.tolist()) == list(range(count))
-    if window < count:
+@given(size=st.integers(1, 200), window=st.integers(1, 40))
+def test_a_windowed_order_is_a_permutation_that_stays_near(size: int, window: int) -> None:
+    shuffled = windowed_permutation(size, window, torch.Generator().manual_seed(0))
+    assert sorted(shuffled.tolist()) == list(range(size))
+    if window < size:
         for part in shuffled.split(BLOCKS_MIXED * window):
             blocks = {number // window for number in part.tolist()}
             assert len(blocks) <= 2 * BLOCKS_MIXED + 1, "of two neighbouring mixtures at most, and the short last block"

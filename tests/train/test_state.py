@@ -1,9 +1,10 @@
-"""One update, apart from the loop: what is computed again, clipping, the optimiser."""
+"""One update, apart from the loop: the learning rate, recomputed activations, clipping, the optimiser, averages."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 from starflow.nn.layers import MLP
 from starflow.train.distributed.sharding import layers_of
 from starflow.train.distributed.world import World
-from starflow.train.state import TrainState
+from starflow.train.settings import TrainSettings
+from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
 from starflow.train.tasks.flow import FlowLoss
 from tests.registry import randomised
 from tests.train.distributed.scenario import CONFIG, settings
+from tests.train.regression import SETTINGS, Regression
 
 
 def make_state(model: nn.Module | None = None, clip: float = 1.0, **parallel: object) -> TrainState:
@@ -77,3 +80,46 @@ def test_an_update_is_that_of_torchs_clipped_adamw(clip: float) -> None:
 
 def test_the_optimiser_is_one_kernel_for_all_weights() -> None:
     assert make_state().optimiser.defaults["fused"]
+
+
+def test_weights_in_training_are_untouched_by_evaluation() -> None:
+    task = Regression()
+    state = TrainState(task.model, SETTINGS, World())
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    state.average.state["0.weight"].zero_()
+    with state.averaged():
+        assert not task.model.state_dict()["0.weight"].any()
+        assert not task.model.training
+    assert task.model.training
+    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    cosine = TrainSettings(steps=110, lr=1.0, min_lr=0.1, warmup=10)
+    rates = [learning_rate(cosine, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    trapezoid = replace(cosine, schedule="trapezoid", decay=0.5)
+    assert learning_rate(trapezoid, 54) == 1.0
+    assert learning_rate(trapezoid, 110) == pytest.approx(0.1)
+
+
+def test_averages_follow_the_closed_form() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = AveragedWeights(model, 0.5)
+    expected = float(model.weight)
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.state["weight"]) == pytest.approx(expected)
+
+
+def test_decay_spares_vectors() -> None:
+    optimiser = make_optimiser(Regression().model, replace(SETTINGS, weight_decay=0.1))
+    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimiser.param_groups}
+    assert decays == {0.1: [2, 2], 0.0: [1, 1, 1, 1]}

@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/train/distributed/test_layouts.py: `torchrun ... worker FOLDER`."""
+"""What each of two processes does for tests/train/distributed/test_sharding.py: `torchrun ... worker FOLDER`."""
 
 from __future__ import annotations
 
