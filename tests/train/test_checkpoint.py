@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.io import files
-from starflow.train import checkpoint
+from starflow.train import checkpoint, loop
 from starflow.train.checkpoint import checkpoints
+from starflow.train.distributed.world import World
+from starflow.train.state import TrainState
 from tests.train.regression import SETTINGS, Regression, losses, run
 
 
@@ -56,3 +60,44 @@ def test_a_damaged_write_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch:
     run(Regression(), tmp_path / "full")
     run(Regression(), tmp_path / "whole")
     assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+def test_what_killed_writes_left_is_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in (".step_00000004.tmp", ".step_00000002.old"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model_00000.safetensors").write_bytes(b"half")
+    run(Regression(), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_checkpoint_reaches_the_disk_before_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder and then the rename are synced, while the two before it are still there."""
+    folder = tmp_path / "checkpoints"
+    synced: list[tuple[bool, int]] = []
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            synced.append((os.path.samestat(os.fstat(handle), folder.stat()), len(checkpoints(folder))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(Regression(), tmp_path)
+    assert [of_parent for of_parent, _ in synced] == [False, True] * 3
+    assert [count for of_parent, count in synced if of_parent] == [1, 2, 3]
+
+
+class OtherProcess(World):
+    """A world of two in which the other process sees the checkpoint of another step."""
+
+    def all_reduce(self, values: Tensor) -> list[float]:
+        own: list[float] = values.tolist()
+        return [own[0] + 4, own[1] + 16]
+
+
+def test_processes_that_see_other_checkpoints_do_not_start(tmp_path: Path) -> None:
+    state = TrainState(Regression().model, SETTINGS, World())
+    state.world = OtherProcess(rank=1, size=2)
+    with pytest.raises(UserError, match="process 1 sees checkpoint 0 in .* on a file system that all hosts share"):
+        loop._resume(tmp_path, state)
+    run(Regression(), tmp_path, replace(SETTINGS, steps=4))
+    assert loop._resume(tmp_path / "checkpoints", state).step == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.conditioning import TextEncoder
+from starflow.conditioning import ClassLabels, TextEncoder
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
 from starflow.latents import AutoencoderSpec
@@ -77,6 +78,8 @@ def test_every_stage_leaves_its_result(whole: Path, recipe: Recipe) -> None:
     for name in ("views.safetensors", "classes.json", "latents/info.json", "best/config.json", "recipe.json"):
         assert (whole / name).is_file()
     assert sorted(path.name for path in (whole / "samples").glob("*.png")) == ["step_00000006.png", "step_00000008.png"]
+    shown = json.loads((whole / "samples" / "step_00000006.json").read_text())
+    assert shown == {"prompts": list(recipe.prompts), "guidance": [0.0, recipe.guidance]}
     pipeline = StarFlowPipeline.from_pretrained(whole / "model")
     image = pipeline("star", seed=1).images[0]
     assert image.size == (16, 16)
@@ -220,3 +223,11 @@ def test_uniform_noise_is_for_pixels(tmp_path: Path) -> None:
         UserError, match="objective.noise is uniform, which is for pixels: the autoencoder is a 'small'"
     ):
         stages._cleaning(Objective(noise="uniform"), small)
+
+
+def test_a_grid_without_prompts_shows_the_first_classes(recipe: Recipe) -> None:
+    silent = replace(recipe, prompts=())
+    classes = ClassLabels([f"class {number}" for number in range(10)])
+    assert stages._grid_prompts(silent, classes) == [f"class {number}" for number in range(8)]
+    assert stages._grid_prompts(replace(silent, prompts=("class 9",)), classes) == ["class 9"]
+    assert stages._grid_prompts(silent, None) == [""] * 8

@@ -100,21 +100,29 @@ def cache_latents(options: CacheLatentsOptions) -> None:
 
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
-    """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
-    from starflow.nn.cpu import keep_freed_memory
+    """The run of a recipe in its folder."""
     from starflow.train.distributed.world import join_world
-    from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
     from starflow.train.run import start_run
 
-    keep_freed_memory()
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
+    timeout = recipe.train.parallel.timeout
+    with _training(), join_world(pick_device(options.device), timeout) as world:
+        yield start_run(recipe, folder, world.device, world=world)
+
+
+@contextlib.contextmanager
+def _training() -> Iterator[None]:
+    """Prepare this process; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
+    from starflow.nn.cpu import keep_freed_memory
+    from starflow.train.loop import Interrupted
+
+    keep_freed_memory()
     try:
-        with join_world(pick_device(options.device), recipe.train.parallel.timeout) as world:
-            yield start_run(recipe, folder, world.device, world=world)
+        yield
     except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from None
+        raise KeyboardInterrupt(*stop.args) from None
 
 
 @dataclass(frozen=True)
@@ -171,16 +179,11 @@ class TrainDecoderOptions:
 
 def train_decoder(options: TrainDecoderOptions) -> None:
     """Run `starflow train-decoder`."""
-    from starflow.nn.cpu import keep_freed_memory
-    from starflow.train.loop import Interrupted
     from starflow.train.tasks.decoder_run import run_decoder
 
-    keep_freed_memory()
     folder = Path(options.output).expanduser()
-    try:
+    with _training():
         report = run_decoder(_settings(options), folder, pick_device(options.device))
-    except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from None
     print(report_table(report))
     print(f"done: {folder / ('pipeline' if (folder / 'pipeline').is_dir() else 'model')}")
 

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from starflow.data.images import to_unit
 from starflow.errors import UserError
+from starflow.evaluate import kernel_distance
+from starflow.evaluate.features import Extractor
 from starflow.io.files import read_tensors
 from starflow.latents.load import load_trainable
 from starflow.latents.small import save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.log import read_log
-from starflow.train.tasks.decoder import (
-    DecoderLoss,
-)
+from starflow.train.tasks import decoder_run
+from starflow.train.tasks.decoder import DecoderLoss
 from starflow.train.tasks.decoder_run import DecoderSettings, run_decoder
 from tests.cli.conftest import random_pipeline
 from tests.train.tasks.test_decoder import CPU, SETTINGS, ours
@@ -60,6 +63,8 @@ def test_a_run_trains_the_decoder_and_nothing_else(settings: DecoderSettings, tm
         line["heldout_psnr_noise_0.3"] for line in read_log(tmp_path / "run" / "log.jsonl") if "heldout_loss" in line
     ]
     assert curve[-1] > curve[0]
+    with Image.open(tmp_path / "run" / "samples" / "step_00000060.png") as grid:
+        assert (grid.width // 16, grid.height // 16) == (2, 3), "two held-out images, and two reconstructions of each"
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["measures"]["PSNR at noise 0.3 (dB)"] == [before, after]
 
@@ -79,6 +84,28 @@ def test_a_run_in_two_parts_is_the_same_run(settings: DecoderSettings, tmp_path:
     one, two = (read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("parts", "once"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=0, msg=name)
+
+
+class Means(nn.Module):
+    """The mean of every channel, for features."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)).double()
+
+
+def test_the_report_has_a_kernel_distance_where_features_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    moved = [0.5 * to_unit(batch) for batch in images.split(16)]
+    monkeypatch.setattr(decoder_run, "load_extractor", lambda: Extractor("means", Means()))
+    found = decoder_run._kernel_distance(moved, images, 0.3, CPU)
+    expected = kernel_distance(Means()(torch.cat(moved)), Means()(to_unit(images))).value
+    assert found == {"kid_mobilenetv2 x 1000 at noise 0.3": pytest.approx(1000 * expected)}
+
+    def missing() -> Extractor:
+        raise UserError("not installed")
+
+    monkeypatch.setattr(decoder_run, "load_extractor", missing)
+    assert decoder_run._kernel_distance(moved, images, 0.3, CPU) == {}
 
 
 def test_another_runs_folder_is_refused(settings: DecoderSettings, tmp_path: Path) -> None:
