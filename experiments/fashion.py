@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.views import load_views, save_views
 from starflow.evaluate import Extractor, extract
@@ -78,6 +78,6 @@ def reference_features(shared: Path, extractor: Extractor, count: int) -> Tensor
     if not path.is_file():
         views = load_views(shared / "views.safetensors")
         images = views.images[views.splits.index("heldout") :][:count]
-        features = extract(extractor, (to_unit(some) for some in images.split(64))).features
+        features = extract(extractor, (to_float(some) for some in images.split(64))).features
         files.write_tensors(path, {"features": features})
     return files.read_tensors(path)["features"]

@@ -16,7 +16,7 @@ from PIL import Image
 from starflow.cli.main import COMMANDS, main
 from starflow.cli.options import parse, split_overrides
 from starflow.cli.train import TrainOptions
-from starflow.conditioning.text import MINILM, resolve
+from starflow.conditioning.text import MINILM, find_text_encoder
 from starflow.data.sets.shapes import draw_shapes
 from starflow.errors import UserError
 from starflow.train.recipe import load_recipe
@@ -38,7 +38,7 @@ SHORT_AUTOENCODER = ["--autoencoder.train.steps", "2", "--autoencoder.train.batc
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with my-pictures/ (eight, with captions), my-classes/, mine.yaml and the recipes."""
     try:
-        resolve(MINILM)
+        find_text_encoder(MINILM)
     except UserError:
         pytest.skip("the text encoder is not installed")
     folder = tmp_path_factory.mktemp("guide")

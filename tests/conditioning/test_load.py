@@ -183,7 +183,7 @@ def test_prompts_of_many_calls_are_encoded_together(flan: Path, monkeypatch: pyt
 
 
 def test_what_is_remembered_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "REMEMBERED", 3)
+    monkeypatch.setattr(load, "CACHED_PROMPTS", 3)
     loads = Loads(monkeypatch)
     lazy = OnDemandTextEncoder(spec(flan))
     found = lazy.encode(CAPTIONS)
@@ -194,7 +194,7 @@ def test_what_is_remembered_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPat
 
 def test_large_encoders_are_released_unless_kept_by_request(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load_conditioner(spec(flan), keep=None), TextEncoder)
-    monkeypatch.setattr(loading, "LARGE", 1000)
+    monkeypatch.setattr(loading, "LARGE_BYTES", 1000)
     assert isinstance(load_conditioner(spec(flan), keep=None), OnDemandTextEncoder)
     assert isinstance(load_conditioner(spec(flan), keep=True), TextEncoder)
     assert isinstance(load_conditioner(spec(flan), keep=False), OnDemandTextEncoder)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starflow.data.buckets import ASPECTS, Buckets, ratio_of
+from starflow.data.buckets import ASPECTS, Buckets, aspect_ratio
 from starflow.errors import UserError
 
 
@@ -16,7 +16,7 @@ def test_areas_are_equal_up_to_the_multiple(side: int, multiple: int) -> None:
     for bucket, aspect in enumerate(ASPECTS):
         width, height = buckets.size(bucket)
         assert width % multiple == height % multiple == 0
-        root = ratio_of(aspect) ** 0.5
+        root = aspect_ratio(aspect) ** 0.5
         assert abs(width - side * root) <= multiple / 2
         assert abs(height - side / root) <= multiple / 2
         if multiple == 1:

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.data.latent_cache import (
-    CachedLatent,
+    LatentEntry,
     finish_cache,
-    part_path,
+    latents_path,
     read_cache,
-    read_part_head,
+    read_latents_header,
     states_path,
     write_null,
-    write_part,
+    write_latents,
     write_states,
 )
 from starflow.errors import UserError
@@ -35,10 +35,10 @@ def write(folder: Path, with_std: bool = True) -> list[torch.Tensor]:
         for start in range(0, 10, 4):
             piece, part = mean[start : start + 4], bucket * 3 + start // 4
             numbers = torch.arange(start, start + len(piece)) + 10 * bucket
-            write_part(folder, part, piece, piece.abs() if with_std else None, numbers, [("broken", "why")])
+            write_latents(folder, part, piece, piece.abs() if with_std else None, numbers, [("broken", "why")])
             places += [(part, row) for row in range(len(piece))]
         pictures += [
-            CachedLatent(f"p{bucket}{i}", "ä caption", "heldout" if i == 3 else "train", i % 2, bucket)
+            LatentEntry(f"p{bucket}{i}", "ä caption", "heldout" if i == 3 else "train", i % 2, bucket)
             for i in range(10)
         ]
     write_states(folder, 0, torch.randn(2, 5, 6))
@@ -51,17 +51,17 @@ def write(folder: Path, with_std: bool = True) -> list[torch.Tensor]:
 def test_there_and_back(tmp_path: Path, with_std: bool) -> None:
     means = write(tmp_path, with_std)
     cache = read_cache(tmp_path)
-    assert [numbers.tolist() for numbers in cache.numbers("heldout")] == [[3], [13]]
-    assert [len(numbers) for numbers in cache.numbers("train")] == [9, 9]
+    assert [numbers.tolist() for numbers in cache.indices("heldout")] == [[3], [13]]
+    assert [len(numbers) for numbers in cache.indices("train")] == [9, 9]
     for bucket, mean in enumerate(means):
         found, std = cache.posterior(torch.tensor([9, 0, 5]) + 10 * bucket)
         assert torch.equal(found, mean[[9, 0, 5]].float())
         assert (std is not None) == with_std
         if std is not None:
             assert torch.equal(std, found.abs())
-    assert cache.picture(13) == CachedLatent("p13", "ä caption", "heldout", 1, 1)
+    assert cache.entry(13) == LatentEntry("p13", "ä caption", "heldout", 1, 1)
     assert (len(cache), cache.side, cache.name(0)) == (20, 3, "p00")
-    assert read_part_head(tmp_path, 1)[1] == [("broken", "why")]
+    assert read_latents_header(tmp_path, 1)[1] == [("broken", "why")]
 
 
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9), seed=st.integers(0, 99))
@@ -72,10 +72,10 @@ def test_conditions_lose_their_padding_and_get_it_back(
     states = torch.randn(len(lengths), 5, 3, generator=torch.Generator().manual_seed(seed)).half().float()
     for own, length in zip(states, lengths, strict=True):
         own[length:] = 0
-    write_part(folder, 0, torch.zeros(len(lengths), 1, 1, 1), None, torch.arange(len(lengths)))
+    write_latents(folder, 0, torch.zeros(len(lengths), 1, 1, 1), None, torch.arange(len(lengths)))
     write_states(folder, 0, states)
     write_null(folder, torch.ones(5, 3))
-    pictures = [CachedLatent(f"{i}", "", "train", i) for i in range(len(lengths))]
+    pictures = [LatentEntry(f"{i}", "", "train", i) for i in range(len(lengths))]
     finish_cache(folder, pictures, [(0, i) for i in range(len(lengths))], {"side": 1})
     cache = read_cache(folder)
     assert torch.equal(cache.conditions(torch.arange(len(lengths))), states)
@@ -94,12 +94,12 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_or_damaged_part_is_named(tmp_path: Path) -> None:
     write(tmp_path)
-    part_path(tmp_path, 1).unlink()
+    latents_path(tmp_path, 1).unlink()
     with pytest.raises(UserError, match=r"no such file: .*latents-00001\.safetensors"):
         read_cache(tmp_path).posterior(torch.tensor([5]))
-    part_path(tmp_path, 2).write_bytes(b"nothing")
+    latents_path(tmp_path, 2).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"latents-00002\.safetensors is damaged.*run the same command again"):
-        read_part_head(tmp_path, 2)
+        read_latents_header(tmp_path, 2)
 
 
 def test_a_cut_index_is_refused(tmp_path: Path) -> None:

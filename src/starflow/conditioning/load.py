@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
-from starflow.conditioning.text import TextEncoder, resolve, width_of
+from starflow.conditioning.text import TextEncoder, find_text_encoder, encoder_width
 from starflow.conditioning.token_embeddings import TokenEmbeddings
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions
 
-AT_ONCE = 16
+BATCH_SIZE = 16
 """Prompts a pass of the encoder."""
 
-REMEMBERED = 2048
+CACHED_PROMPTS = 2048
 """Prompts whose states are kept, without their padding; of 20 tokens each and width 2048 that is 0.3 GB."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,14 +45,14 @@ class OnDemandTextEncoder:
         Raises:
             UserError: it is nowhere to be found, or has another width.
         """
-        width = width_of(resolve(spec.source, hub))
+        width = encoder_width(find_text_encoder(spec.source, fetch))
         if width != spec.dim:
             raise UserError(
                 f"the text encoder '{spec.source}' has width {width}, the model expects {spec.dim}: use the one that "
                 "the model was trained with"
             )
-        self._spec, self._fetch = spec, hub
-        self.network: nn.Module = _OnDevice()
+        self._spec, self._fetch = spec, fetch
+        self.network: nn.Module = _DeviceMarker()
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
@@ -79,11 +79,11 @@ class OnDemandTextEncoder:
     def save(self, folder: Path) -> None:
         """See `TextEncoder.save`."""
         self.load().save(folder)
-        _free(next(self.network.buffers()).device)
+        _free_memory(next(self.network.buffers()).device)
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Encode prompts together that are going to be asked for apart."""
-        self._recall(list(dict.fromkeys(prompts))[:REMEMBERED])
+        self._recall(list(dict.fromkeys(prompts))[:CACHED_PROMPTS])
 
     def _recall(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of prompts, without padding, on the CPU."""
@@ -94,23 +94,23 @@ class OnDemandTextEncoder:
         found = {prompt: self._known[prompt] for prompt in wanted}
         for prompt in wanted:
             self._known.move_to_end(prompt)
-        while len(self._known) > REMEMBERED:
+        while len(self._known) > CACHED_PROMPTS:
             self._known.popitem(last=False)
         return found
 
     def _learn(self, prompts: Sequence[str]) -> None:
         """Encode prompts and remember them; with any others the empty one, which guidance needs."""
         encoder = self.load()
-        for start in range(0, len(prompts), AT_ONCE):
-            some = prompts[start : start + AT_ONCE]
+        for start in range(0, len(prompts), BATCH_SIZE):
+            some = prompts[start : start + BATCH_SIZE]
             for prompt, states in zip(some, encoder.encode(some).cpu(), strict=True):
                 used = int(states.abs().sum(-1).nonzero().max()) + 1
                 self._known[prompt] = states[:used].clone()
         del encoder
-        _free(next(self.network.buffers()).device)
+        _free_memory(next(self.network.buffers()).device)
 
 
-class _OnDevice(nn.Module):
+class _DeviceMarker(nn.Module):
     """Stands for the weights, and is moved as they would be."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class _OnDevice(nn.Module):
         self.register_buffer("place", torch.empty(0), persistent=False)
 
 
-def _free(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     """Give memory back that nothing holds any more; transformers' models have cycles."""
     gc.collect()
     if device.type == "cuda":
@@ -127,7 +127,7 @@ def _free(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-LARGE = 10**9
+LARGE_BYTES = 10**9
 """Bytes of a text encoder's files from which on it is released after use."""
 
 
@@ -145,9 +145,9 @@ def load_conditioner(spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB, keep:
     if spec.kind == "class":
         found: Conditioner = ClassLabels(spec.names)
     elif spec.kind == "embeddings":
-        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, hub)
-    elif keep or (keep is None and _bytes(spec.source, hub) < LARGE):
-        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], hub)
+        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, fetch)
+    elif keep or (keep is None and _file_bytes(spec.source, fetch) < LARGE_BYTES):
+        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], fetch)
     else:
         found = OnDemandTextEncoder(spec, hub)
     if (found.spec.size, found.spec.dim) != (spec.size, spec.dim):
@@ -158,5 +158,5 @@ def load_conditioner(spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB, keep:
     return found
 
 
-def _bytes(source: str, hub: HubOptions) -> int:
-    return sum(path.stat().st_size for path in resolve(source, hub).glob("*.safetensors"))
+def _file_bytes(source: str, fetch: HubOptions) -> int:
+    return sum(path.stat().st_size for path in find_text_encoder(source, fetch).glob("*.safetensors"))

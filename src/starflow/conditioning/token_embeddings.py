@@ -20,11 +20,11 @@ from starflow.conditioning.base import ConditionerSpec
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 
-FILES = ("config.json", "*.safetensors")
+MODEL_FILES = ("config.json", "*.safetensors")
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.safetensors.index.json")
 
-_TABLE = re.compile(r"(.*\.)?embed_tokens\.weight")
+_TABLE_NAME = re.compile(r"(.*\.)?embed_tokens\.weight")
 
 
 class TokenEmbeddings:
@@ -45,13 +45,13 @@ class TokenEmbeddings:
         """
         from transformers import AutoTokenizer
 
-        folder = local_or_hub(source, FILES, TOKENIZER_FILES, hub=hub)
+        folder = local_or_hub(source, MODEL_FILES, TOKENIZER_FILES, fetch=fetch)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"'{source}' has no tokenizer that transformers can read: {reason}") from None
-        table = read_table(folder)
+        table = read_embedding_table(folder)
         if len(tokenizer) > len(table):
             raise UserError(f"'{source}' has {len(tokenizer)} tokens and {len(table)} embeddings: fetch it again")
         return cls(table, tokenizer, size, source)
@@ -76,7 +76,7 @@ class TokenEmbeddings:
         return self.encode([""]).expand(batch, -1, -1)
 
 
-def read_table(folder: Path) -> Tensor:
+def read_embedding_table(folder: Path) -> Tensor:
     """Token embeddings (vocabulary, width) as the model's layers read them, in the files' precision.
 
     Raises:
@@ -88,7 +88,7 @@ def read_table(folder: Path) -> Tensor:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                    if _TABLE.fullmatch(name):
+                    if _TABLE_NAME.fullmatch(name):
                         table: Tensor = file.get_tensor(name)
                         # As Gemma does it: the factor is rounded to the table's precision first.
                         return table * torch.tensor(math.sqrt(table.shape[1]), dtype=table.dtype)

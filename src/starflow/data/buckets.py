@@ -17,7 +17,7 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 
-def ratio_of(aspect: Aspect) -> float:
+def aspect_ratio(aspect: Aspect) -> float:
     """Width over height."""
     across, down = map(int, aspect.split(":"))
     return across / down
@@ -28,14 +28,14 @@ def aspect_size(aspect: Aspect, side: int, multiple: int) -> Size:
 
     Each side is at least one multiple.
     """
-    root = math.sqrt(ratio_of(aspect))
+    root = math.sqrt(aspect_ratio(aspect))
     return max(1, round(side * root / multiple)) * multiple, max(1, round(side / root / multiple)) * multiple
 
 
 def nearest_aspect(width: int, height: int, aspects: Sequence[Aspect]) -> Aspect:
     """The ratio nearest to that of a picture, in logarithms."""
     wanted = math.log(width / height)
-    return min(aspects, key=lambda aspect: abs(math.log(ratio_of(aspect)) - wanted))
+    return min(aspects, key=lambda aspect: abs(math.log(aspect_ratio(aspect)) - wanted))
 
 
 def caption_with_ratio(caption: str, aspect: Aspect) -> str:

@@ -25,7 +25,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 
-def to_unit(images: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) in 0..255 -> float in [-1, 1]."""
     return images.float() / 127.5 - 1
 
@@ -34,13 +34,13 @@ def dequantise(images: Tensor, draw: Tensor) -> Tensor:
     """Pictures whose 8-bit levels are spread evenly: (level + draw) / 128 - 1, in [-1, 1).
 
     Args:
-        images: float in [-1, 1], levels of `to_unit`; rounded back to the level where float16 has moved them.
+        images: float in [-1, 1], levels of `to_float`; rounded back to the level where float16 has moved them.
         draw: of the same shape, uniform in [0, 1). With it, log P(levels) >= mean of log p(result) - D log 128.
     """
     return (((images.float() + 1) * 127.5).round() + draw) / 128 - 1
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """Float (B, 3, H, W) in [-1, 1] -> uint8 in 0..255 on the CPU, clamped and rounded."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
@@ -49,7 +49,7 @@ def to_pil(images: Tensor) -> list[Image]:
     """Float (B, 3, H, W) in [-1, 1] -> B RGB images."""
     from PIL import Image
 
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy(), "RGB") for picture in to_bytes(images)]
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy(), "RGB") for picture in to_uint8(images)]
 
 
 def from_pil(image: Image) -> Tensor:
@@ -61,10 +61,10 @@ def from_pil(image: Image) -> Tensor:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
-    return to_unit(pixels.permute(2, 0, 1)[None])
+    return to_float(pixels.permute(2, 0, 1)[None])
 
 
-def grid(images: Tensor, columns: int, gap: int = 2) -> Image:
+def make_grid(images: Tensor, columns: int, gap: int = 2) -> Image:
     """(B, 3, H, W) in [-1, 1] -> one picture, `columns` a row, on white."""
     from PIL import Image
 
@@ -78,8 +78,8 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Image:
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write `grid` as a PNG, whole or not at all."""
-    save_png(grid(images, columns), path)
+    """Write `make_grid` as a PNG, whole or not at all."""
+    save_png(make_grid(images, columns), path)
 
 
 def save_png(image: Image, path: Path, text: Mapping[str, str] | None = None) -> None:
@@ -93,7 +93,7 @@ def save_png(image: Image, path: Path, text: Mapping[str, str] | None = None) ->
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 class ImageError(UserError):
@@ -149,7 +149,7 @@ def _as_colour(image: Image) -> Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def picture_size(file: Path | bytes, name: str) -> tuple[int, int]:
+def read_image_size(file: Path | bytes, name: str) -> tuple[int, int]:
     """(width, height) of a picture as it is shown, from its header alone.
 
     Raises:
@@ -160,7 +160,7 @@ def picture_size(file: Path | bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             # Of a PNG Pillow would decode everything to find its EXIF.
-            turned = image.format in TURNABLE and image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
+            turned = image.format in ROTATABLE_FORMATS and image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError:
         raise ImageError(Path(name), "no such file") from None
@@ -173,7 +173,7 @@ def picture_size(file: Path | bytes, name: str) -> tuple[int, int]:
 ORIENTATION, QUARTER_TURNS = 0x0112, 5
 """The EXIF tag, and its first value that swaps width and height."""
 
-TURNABLE = ("JPEG", "MPO", "TIFF", "WEBP")
+ROTATABLE_FORMATS = ("JPEG", "MPO", "TIFF", "WEBP")
 
 
 WHITE = (255, 255, 255)

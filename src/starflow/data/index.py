@@ -39,14 +39,14 @@ from typing import Any
 
 from starflow.data.buckets import Aspect
 from starflow.data.images import decode_image
-from starflow.data.sources.base import SkippedImage, Source, SourceImage, unit_hash
+from starflow.data.sources.base import SkippedImage, Source, ScannedImage, unit_hash
 from starflow.errors import UserError
 from starflow.io import files
 from starflow.io.files import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageEntry:
     """What is known of a picture without opening it; the caption says its ratio where a model sees several."""
 
     name: str
@@ -64,7 +64,7 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def entry(self, number: int) -> ImageInfo: ...
+    def entry(self, number: int) -> ImageEntry: ...
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
         """Numbers of a bucket's pictures of one split, ascending."""
@@ -99,10 +99,10 @@ class ViewDataset:
     def __len__(self) -> int:
         return len(self.views)
 
-    def entry(self, number: int) -> ImageInfo:
+    def entry(self, number: int) -> ImageEntry:
         views = self.views
         heldout = views.splits[number] == "heldout"
-        return ImageInfo(views.names[number], views.captions[number], views.labels[number], heldout, 0)
+        return ImageEntry(views.names[number], views.captions[number], views.labels[number], heldout, 0)
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
         return torch.tensor([i for i, split in enumerate(self.views.splits) if (split == "heldout") == heldout])
@@ -117,7 +117,7 @@ class ViewDataset:
         return order_classes(label for label in self.views.labels if label)
 
 
-def all_numbers(pictures: ImageDataset, *, heldout: bool) -> list[Tensor]:
+def split_indices(pictures: ImageDataset, *, heldout: bool) -> list[Tensor]:
     """Numbers of one split, a tensor a bucket."""
     return [pictures.numbers(bucket, heldout=heldout) for bucket in range(len(pictures.buckets.aspects))]
 
@@ -161,7 +161,7 @@ class IndexSettings:
     """Share of the pictures, by the hash of their names, that is never trained on."""
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a finished index lies in `folder`."""
     return (folder / "info.json").is_file()
 
@@ -189,7 +189,7 @@ def scan_shard(source: Source, shard: int, folder: Path, settings: IndexSettings
     files.write_text(_part(folder, shard), "".join(f"{line}\n" for line in lines))
 
 
-def _is_heldout(found: SourceImage, settings: IndexSettings) -> bool:
+def _is_heldout(found: ScannedImage, settings: IndexSettings) -> bool:
     return found.split == "heldout" if found.split else unit_hash(found.name) < settings.heldout
 
 
@@ -260,7 +260,7 @@ class IndexedDataset:
         names: dict[str, str] = files.read_json(self.folder / "info.json")["class_names"]
         return names
 
-    def entry(self, number: int) -> ImageInfo:
+    def entry(self, number: int) -> ImageEntry:
         """See `ImageDataset.entry`; ImageNet's synsets are called by their names."""
         line, bucket = self._lines[number], int(self._kinds["bucket"][number])
         label, caption = line["label"], line["caption"]
@@ -268,7 +268,7 @@ class IndexedDataset:
             caption = self._names[label] if caption == label else caption
             label = self._names[label]
         told = self.buckets.caption(caption, bucket)
-        return ImageInfo(line["name"], told, label, bool(self._kinds["heldout"][number]), bucket)
+        return ImageEntry(line["name"], told, label, bool(self._kinds["heldout"][number]), bucket)
 
     def numbers(self, bucket: int, *, heldout: bool) -> Tensor:
         """See `ImageDataset.numbers`."""

@@ -30,13 +30,13 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.io.files import JsonLines, read_json, read_tensors, write_json, write_tensors, write_text
 
-PART = 1024
+PART_SIZE = 1024
 """Pictures, or conditions, per part: a killed run encodes at most so many again a process."""
-ROWS = ("part", "row", "condition", "bucket", "heldout")
+ROW_COLUMNS = ("part", "row", "condition", "bucket", "heldout")
 
 
 @dataclass(frozen=True)
-class CachedLatent:
+class LatentEntry:
     """What the index says of a picture."""
 
     name: str
@@ -75,7 +75,7 @@ class LatentDataset(Protocol):
 
 
 @dataclass
-class LatentCache:
+class InMemoryLatents:
     """`LatentDataset` in memory, of one bucket."""
 
     mean: Tensor
@@ -86,7 +86,7 @@ class LatentCache:
     """(M, S, D) float16 condition tokens, or None without conditions."""
     null: Tensor | None
     """(S, D) null condition."""
-    pictures: list[CachedLatent]
+    pictures: list[LatentEntry]
     info: dict[str, Any]
 
     @property
@@ -113,7 +113,7 @@ class CachedLatents:
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError: unfinished or damaged."""
-        if not is_whole(folder):
+        if not is_complete(folder):
             raise UserError(f"{folder} holds no finished latent cache: run `starflow cache-latents` on the recipe")
         self.folder, self.info = folder, read_json(folder / "info.json")
         self._rows = read_tensors(folder / "rows.safetensors")
@@ -121,7 +121,7 @@ class CachedLatents:
         self._latents: dict[int, dict[str, Tensor]] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         counts = {name: len(tensor) for name, tensor in self._rows.items()} | {"index": len(self._lines)}
-        if set(counts) != {*ROWS, "index"} or len(set(counts.values())) != 1:
+        if set(counts) != {*ROW_COLUMNS, "index"} or len(set(counts.values())) != 1:
             raise UserError(f"{folder} holds {counts} rows, expected as many of each: delete it and encode again")
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class CachedLatents:
         return tokens
 
     def _condition(self, row: int) -> Tensor:
-        part, place = divmod(row, PART)
+        part, place = divmod(row, PART_SIZE)
         if part not in self._states:
             self._states[part] = read_tensors(states_path(self.folder, part))
         held = self._states[part]
@@ -167,20 +167,20 @@ class CachedLatents:
     def name(self, number: int) -> str:
         return str(self._lines[number]["name"])
 
-    def picture(self, number: int) -> CachedLatent:
+    def picture(self, number: int) -> LatentEntry:
         """What the index says of a picture."""
         line, rows = self._lines[number], self._rows
         condition, bucket = int(rows["condition"][number]), int(rows["bucket"][number])
-        return CachedLatent(line["name"], line["caption"], line["split"], condition, bucket)
+        return LatentEntry(line["name"], line["caption"], line["split"], condition, bucket)
 
     def _part(self, part: int) -> dict[str, Tensor]:
         """A part's tensors: safetensors maps the file, so that nothing is read before it is asked for."""
         if part not in self._latents:
-            self._latents[part] = read_tensors(part_path(self.folder, part))
+            self._latents[part] = read_tensors(latents_path(self.folder, part))
         return self._latents[part]
 
 
-def part_path(folder: Path, part: int) -> Path:
+def latents_path(folder: Path, part: int) -> Path:
     """File of one part of the latents."""
     return folder / f"latents-{part:05d}.safetensors"
 
@@ -190,7 +190,7 @@ def states_path(folder: Path, part: int) -> Path:
     return folder / f"states-{part:05d}.safetensors"
 
 
-def write_part(
+def write_latents(
     folder: Path,
     part: int,
     mean: Tensor,
@@ -202,10 +202,10 @@ def write_part(
     tensors = {"mean": mean.to(torch.float16), "numbers": numbers}
     if std is not None:
         tensors["std"] = std.to(torch.float16)
-    write_tensors(part_path(folder, part), tensors, {"skipped": json.dumps(list(skipped))})
+    write_tensors(latents_path(folder, part), tensors, {"skipped": json.dumps(list(skipped))})
 
 
-def read_part_head(folder: Path, part: int) -> tuple[Tensor, list[tuple[str, str]]]:
+def read_latents_header(folder: Path, part: int) -> tuple[Tensor, list[tuple[str, str]]]:
     """The numbers of a part's pictures, and what was skipped.
 
     Raises:
@@ -213,7 +213,7 @@ def read_part_head(folder: Path, part: int) -> tuple[Tensor, list[tuple[str, str
     """
     from safetensors import SafetensorError, safe_open
 
-    path = part_path(folder, part)
+    path = latents_path(folder, part)
     try:
         with safe_open(path, "pt") as file:
             skipped = json.loads((file.metadata() or {}).get("skipped", "[]"))
@@ -235,7 +235,7 @@ def write_null(folder: Path, null: Tensor) -> None:
 
 
 def finish_cache(
-    folder: Path, pictures: Iterable[CachedLatent], places: Sequence[tuple[int, int]], info: Mapping[str, Any]
+    folder: Path, pictures: Iterable[LatentEntry], places: Sequence[tuple[int, int]], info: Mapping[str, Any]
 ) -> None:
     """Write the index and then `info.json`, which marks the cache as whole; `places` are (part, row)."""
     lines, rows = [], []
@@ -243,13 +243,13 @@ def finish_cache(
         line = {"name": picture.name, "caption": picture.caption, "split": picture.split}
         lines.append(json.dumps(line, ensure_ascii=False))
         rows.append((*place, picture.condition, picture.bucket, int(picture.split == "heldout")))
-    columns = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(ROWS)).T
-    write_tensors(folder / "rows.safetensors", dict(zip(ROWS, columns, strict=True)))
+    columns = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(ROW_COLUMNS)).T
+    write_tensors(folder / "rows.safetensors", dict(zip(ROW_COLUMNS, columns, strict=True)))
     write_text(folder / "index.jsonl", "".join(f"{line}\n" for line in lines))
     write_json(folder / "info.json", dict(info))
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a finished cache lies in `folder`."""
     return (folder / "info.json").is_file()
 

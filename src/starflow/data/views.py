@@ -106,7 +106,7 @@ def draw_views(image: Image.Image, record: ImageRecord, config: ViewConfig) -> l
     """
     indices = range(view_count(record, config))
     if "style" in record.meta:
-        artist = _Artist(image.convert("RGBA"), record, config)
+        artist = _GlyphViews(image.convert("RGBA"), record, config)
         return [artist.view(i) for i in indices]
     square = resize_crop(on_background(image), config.size)
     return [(_photo_view(square, record, config, i), record.caption) for i in indices]
@@ -124,7 +124,7 @@ def _photo_view(square: Image.Image, record: ImageRecord, config: ViewConfig, in
     return np.asarray(ImageOps.mirror(square) if flips else square)
 
 
-class _Artist:
+class _GlyphViews:
     """Draws the views of one glyph; holds what they share: its colours and its extent."""
 
     def __init__(self, image: Image.Image, record: ImageRecord, config: ViewConfig) -> None:
@@ -312,7 +312,7 @@ def load_views(path: Path) -> TrainingViews:
 
 
 def _draw(records: Sequence[ImageRecord], config: ViewConfig, workers: int) -> Iterator[list[View] | SkippedImage]:
-    one = partial(_views_of, config=config)
+    one = partial(_views_or_reason, config=config)
     if workers <= 1:
         yield from map(one, records)
         return
@@ -330,7 +330,7 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _views_of(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
+def _views_or_reason(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
     """All views of one picture, or why there are none; runs in a worker."""
     try:
         image = open_image(record.file)

@@ -27,9 +27,9 @@ from starflow.io.files import read_json, read_tensors
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
-FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
+NETWORK_FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
 
-INDEX = "diffusion_pytorch_model*.safetensors.index.json"
+SHARD_INDEX_FILE = "diffusion_pytorch_model*.safetensors.index.json"
 
 NetworkName = Literal["AutoencoderKL", "AutoencoderTiny"]
 
@@ -55,7 +55,7 @@ def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOpt
             lacks weights.
     """
     diffusers = import_diffusers()
-    folder = local_or_hub(source, FILES, (INDEX, weights.CHECKSUMS), hub=hub)
+    folder = local_or_hub(source, NETWORK_FILES, (SHARD_INDEX_FILE, weights.CHECKSUMS), fetch=fetch)
     stored = read_json(folder / "config.json").get("_class_name", name)
     if stored != name:
         raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")
@@ -63,7 +63,7 @@ def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOpt
     from safetensors import SafetensorError
 
     try:
-        with quiet(diffusers):
+        with only_diffusers_errors(diffusers):
             network, report = getattr(diffusers, name).from_pretrained(
                 folder,
                 torch_dtype=dtype,
@@ -99,7 +99,7 @@ def freeze(network: Any) -> nn.Module:
 
 
 @contextmanager
-def quiet(diffusers: Any) -> Iterator[None]:
+def only_diffusers_errors(diffusers: Any) -> Iterator[None]:
     """Without diffusers' and torchao's remarks: what matters of them, the loading report, is read."""
     logging = diffusers.utils.logging
     level = logging.get_verbosity()
@@ -233,7 +233,7 @@ class TinyLatents:
 def _load_taesd(folder: Path, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderTiny from TAESD's own files, whose layers are numbered from the encoder's and decoder's start."""
     diffusers = import_diffusers()
-    with quiet(diffusers):
+    with only_diffusers_errors(diffusers):
         network: nn.Module = diffusers.AutoencoderTiny()
     state = {f"encoder.layers.{name}": tensor for name, tensor in read_tensors(folder / TAESD_FILES[0]).items()}
     for name, tensor in read_tensors(folder / TAESD_FILES[1]).items():

@@ -32,8 +32,8 @@ def load_autoencoder(spec: AutoencoderSpec, hub: HubOptions = DEFAULT_HUB) -> Au
     Raises:
         UserError: an unknown kind, its files cannot be found or read, or what was found is another than described.
     """
-    found = _load(spec, hub)
-    described, got = _shape(spec), _shape(found.spec)
+    found = _load(spec, fetch)
+    described, got = _describe(spec), _describe(found.spec)
     if described != got:
         raise UserError(
             f"the autoencoder '{spec.source or spec.kind}' has {got}, the model expects {described}: "
@@ -54,11 +54,11 @@ def _load(spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
     raise UserError(f"unknown autoencoder kind '{spec.kind}', expected one of {', '.join(KINDS)}")
 
 
-def _shape(spec: AutoencoderSpec) -> str:
+def _describe(spec: AutoencoderSpec) -> str:
     return f"{spec.channels} channels, factor {spec.factor}, scaling {spec.scaling:g}"
 
 
-NOISE = "noise.json"
+NOISE_FILE = "noise.json"
 
 TrainableAutoencoder = KLLatents | TinyLatents | SmallLatents
 
@@ -101,7 +101,7 @@ class DecoderModule(nn.Module):
 
 def decoder_noise(source: str) -> float:
     """The latent noise that the decoder in a folder was fine-tuned for; 0 where nothing says so."""
-    path = Path(source).expanduser() / NOISE
+    path = Path(source).expanduser() / NOISE_FILE
     return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
 
 
@@ -142,6 +142,6 @@ def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> 
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         network.save_pretrained(name, safe_serialization=True)
         write_checksums(Path(name))
-        write_json(Path(name) / NOISE, {"noise_std": noise_std})
+        write_json(Path(name) / NOISE_FILE, {"noise_std": noise_std})
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)

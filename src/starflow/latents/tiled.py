@@ -19,7 +19,7 @@ from starflow.latents.small import SmallAutoencoder
 
 TINY_REACH = 20
 """Latent pixels that TAESD's decoder looks around itself: 1 + 9 convolutions at 1/8, and 10 at each of 1/4 and 1/2."""
-SMALLEST = 8
+MIN_TILE = 8
 
 
 def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int) -> Tensor:
@@ -33,8 +33,8 @@ def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int) -> Ten
     Raises:
         UserError: the latents' shape does not fit, or the tile is too small.
     """
-    if tile < SMALLEST:
-        raise UserError(f"the tile is {tile} latent pixels, expected at least {SMALLEST}")
+    if tile < MIN_TILE:
+        raise UserError(f"the tile is {tile} latent pixels, expected at least {MIN_TILE}")
     check_latents(latents, autoencoder.spec)
     if autoencoder.spec.kind == "diffusers_kl":
         return _blended(autoencoder, latents, tile)

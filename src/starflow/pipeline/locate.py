@@ -84,7 +84,7 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
 
 def places(folder: Path, config: PipelineConfig) -> list[Path]:
     """The pipeline's folder, and those of the parts that it names elsewhere, as far as they are here."""
-    from starflow.conditioning.text import resolve
+    from starflow.conditioning.text import find_text_encoder
     from starflow.io.hub import HubOptions, local_or_hub
     from starflow.pipeline.folder import place_of
 
@@ -95,7 +95,7 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
-            found.append(resolve(source, here) if spec is config.conditioner else local_or_hub(source, (), hub=here))
+            found.append(find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here))
         except UserError as error:
             if "sha256" in str(error):  # the packaged encoder, which is compared whenever it is found
                 raise

@@ -493,7 +493,7 @@ class StarFlowPipeline:
 
     def _prepare(self, prompts: Sequence[str], shape: Sequence[int]) -> None:
         if isinstance(self.conditioner, OnDemandTextEncoder):
-            self.conditioner.remember(sizes.told(self.config, prompts, shape))
+            self.conditioner.encode_ahead(sizes.told(self.config, prompts, shape))
 
     def _drawn_as(self, temperature: float | None, candidates: int | None) -> PipelineConfig:
         """The configuration with what is asked for in place of its defaults; it refuses what no model may have."""

@@ -75,7 +75,7 @@ def prepare_pictures(run: Run) -> ImageDataset:
     buckets = Buckets(data.views.size, _multiple(run), data.aspects)
     source = open_source(_kind(data), data.path)
     folder = run.folder / "index"
-    if not index.is_whole(folder):
+    if not index.is_complete(folder):
         settings = index.IndexSettings(data.aspects, data.heldout)
         missing = index.missing_parts(source, folder)
         run.world.wait()  # until all have seen the same
@@ -235,7 +235,7 @@ def prepare_conditioner(run: Run, pictures: ImageDataset | None) -> Conditioner 
 def prepare_latents(run: Run) -> None:
     """Fill the latent cache unless it is whole; the processes share the work."""
     folder = run.folder / "latents"
-    if latent_cache.is_whole(folder):
+    if latent_cache.is_complete(folder):
         return
     pictures = prepare_pictures(run)
     conditioner = prepare_conditioner(run, pictures)  # before the autoencoder: what is missing shows now, not in hours

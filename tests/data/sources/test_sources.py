@@ -20,9 +20,9 @@ from PIL import Image
 from starflow.data import index
 from starflow.data.buckets import ASPECTS, Buckets
 from starflow.data.images import ImageError
-from starflow.data.index import all_numbers, open_source
-from starflow.data.sources.base import SkippedImage, Source, SourceImage
-from starflow.data.sources.tar import expand, is_url
+from starflow.data.index import split_indices, open_source
+from starflow.data.sources.base import SkippedImage, Source, ScannedImage
+from starflow.data.sources.tar import expand_ranges, is_url
 from starflow.errors import UserError
 
 
@@ -77,9 +77,9 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def scanned(source: Source, *, sizes: bool = True) -> tuple[list[SourceImage], list[SkippedImage]]:
+def scanned(source: Source, *, sizes: bool = True) -> tuple[list[ScannedImage], list[SkippedImage]]:
     found = [one for shard in range(len(source.shards)) for one in source.scan(shard, sizes=sizes)]
-    return [one for one in found if isinstance(one, SourceImage)], [
+    return [one for one in found if isinstance(one, ScannedImage)], [
         one for one in found if isinstance(one, SkippedImage)
     ]
 
@@ -98,7 +98,7 @@ def test_every_picture_is_found_and_read_again_in_another_process(tmp_path: Path
     source = open_source(kind, str(WRITERS[kind](tmp_path / "set")))  # type: ignore[arg-type]
     found, _ = scanned(source, sizes=sizes)
     again = pickle.loads(pickle.dumps(source))  # as a worker gets it
-    reds = [red(again.read(one.place)) for one in found]
+    reds = [red(again.read(one.location)) for one in found]
     assert sorted(reds)[:3] == [0, 1, 2]
     assert len(found) == 7
     assert all(abs(value - n) <= 2 for n, value in enumerate(sorted(reds)))
@@ -138,7 +138,7 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     assert ([one.name for one in found], skipped) == (["a.tar/y"], [SkippedImage("a.tar/x", "no known image format")])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1100])
     with pytest.raises(ImageError, match="cut short at byte"):
-        source.read(found[0].place)
+        source.read(found[0].location)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_bad_paths(kind: str, path: str, message: str) -> None:
 
 
 def test_patterns() -> None:
-    assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
-    assert expand("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+    assert expand_ranges("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_ranges("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
     assert not is_url(r"C:\shards\a.tar")
 
 
@@ -198,17 +198,17 @@ def test_shards_by_url_are_those_of_the_files(tmp_path: Path, served: str) -> No
     remote = open_source("tar", served + "/set/a-{00..01}.tar")
     assert scanned(remote) == scanned(local)
     for one in scanned(local)[0]:
-        assert remote.read(one.place) == local.read(one.place)
+        assert remote.read(one.location) == local.read(one.location)
     without = open_source("tar", served + "/plain/a-00.tar")
     with pytest.raises(ImageError, match="gives no ranges"):
-        without.read(scanned(local)[0][0].place)
+        without.read(scanned(local)[0][0].location)
     gone = open_source("tar", served + "/set/b.tar")
     assert "404" in scanned(gone)[1][0].reason
 
 
 def test_parquet_of_plain_bytes_and_without_pictures(tmp_path: Path) -> None:
     source = open_source("parquet", str(write_parquet(tmp_path / "a", struct=False)))
-    assert [red(source.read(one.place)) for one in scanned(source)[0]] == list(range(7))
+    assert [red(source.read(one.location)) for one in scanned(source)[0]] == list(range(7))
     from pyarrow import parquet, table
 
     (tmp_path / "b").mkdir()
@@ -246,11 +246,11 @@ def test_an_index_is_the_same_from_one_process_and_from_three(tmp_path: Path, ki
 
 def test_of_few_pictures_one_is_held_out(tmp_path: Path) -> None:
     pictures = indexed(open_source("folder", str(write_files(tmp_path / "set"))), tmp_path / "index", Buckets(8, 8))
-    (heldout,), (train,) = all_numbers(pictures, heldout=True), all_numbers(pictures, heldout=False)
+    (heldout,), (train,) = split_indices(pictures, heldout=True), split_indices(pictures, heldout=False)
     assert (len(heldout), len(train)) == (1, 6)
     assert pictures.classes() == ["class 0", "class 1"]
-    assert set(pictures.like(int(train[2]))) == set(train.tolist())
-    assert pictures.like(int(train[2]))[0] == int(train[3])
+    assert set(pictures.substitutes(int(train[2]))) == set(train.tolist())
+    assert pictures.substitutes(int(train[2]))[0] == int(train[3])
 
 
 def test_one_picture_is_too_few(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ class Means:
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedDataset:
     """Forty pictures of two classes and two shapes, one of them broken; parts of four."""
-    monkeypatch.setattr(stage, "PART", 4)
-    monkeypatch.setattr(latent_cache, "PART", 4)
+    monkeypatch.setattr(stage, "PART_SIZE", 4)
+    monkeypatch.setattr(latent_cache, "PART_SIZE", 4)
     folder = tmp_path / "set"
     for n in range(40):
         (folder / f"class {n % 2}").mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, t
     assert "39 pictures and 2 conditions" in said[1]
     assert "1 skipped" in said[1]
     assert found.side == 2
-    for numbers in found.numbers("train"):
+    for numbers in found.indices("train"):
         mean, std = found.posterior(numbers)
         assert std is not None
         assert torch.equal(std, mean.abs())
@@ -127,11 +127,11 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset
 def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
     fill(pictures, tmp_path / "cache", Means(), mirrored=True)
     found = read_cache(tmp_path / "cache")
-    count = {split: sum(map(len, found.numbers(split))) for split in ("train", "heldout")}
+    count = {split: sum(map(len, found.indices(split))) for split in ("train", "heldout")}
     plain = len(plan(CacheJob(pictures, Means(), None, tmp_path)))
     assert plain < len(list((tmp_path / "cache").glob("latents-*")))
     assert count["train"] == 2 * (39 - count["heldout"])
-    numbers = found.numbers("train")[1]
+    numbers = found.indices("train")[1]
     mean, _ = found.posterior(numbers)
     half = len(numbers) // 2
     assert torch.equal(mean[half:], mean[:half].flip(-1)), "the green corner is on the other side"

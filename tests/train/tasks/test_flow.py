@@ -14,7 +14,7 @@ from PIL import Image
 
 from starflow.conditioning import ClassLabels
 from starflow.data.index import IndexedDataset
-from starflow.data.latent_cache import CachedLatent, LatentCache, read_cache
+from starflow.data.latent_cache import LatentEntry, InMemoryLatents, read_cache
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow, STARFlow, TarFlow
@@ -46,18 +46,18 @@ CONFIG = STARFlowConfig(
 )
 
 
-def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> LatentCache:
+def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> InMemoryLatents:
     torch.manual_seed(1)
     mean = torch.randn(count, 2, 4, 4).half()
     pictures = [
-        CachedLatent(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
+        LatentEntry(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
     ]
     states = torch.eye(4)[:3, None].half()
     spread = None if std is None else torch.full_like(mean, std)
-    return LatentCache(mean, spread, states, torch.eye(4)[3:].half(), pictures, {})
+    return InMemoryLatents(mean, spread, states, torch.eye(4)[3:].half(), pictures, {})
 
 
-def make_task(cache: LatentCache, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
+def make_task(cache: InMemoryLatents, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
     settings = TrainSettings(steps=3, batch=8)
     nothing = lambda flow, path: None  # noqa: E731

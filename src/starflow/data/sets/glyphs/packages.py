@@ -51,7 +51,7 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class GlyphPackages:
     """The six packages, by the part each plays in the set."""
 
     render: Package
@@ -66,7 +66,7 @@ class Sources:
         return (self.render, self.flat, self.noto, self.twemoji, self.names, self.labels)
 
 
-GLYPH_SOURCES = Sources(
+GLYPH_PACKAGES = GlyphPackages(
     render=Package(
         "@lobehub/fluent-emoji-3d",
         "1.1.0",
@@ -246,7 +246,7 @@ LICENCE_URLS = {
 }
 
 
-def notice_text(sources: Sources) -> str:
+def notice_text(sources: GlyphPackages) -> str:
     """Names every source with its copyright and licence, and reproduces the MIT text.
 
     The pictures were rendered, resized, placed on backgrounds and recoloured: CC BY 4.0 asks to say so.

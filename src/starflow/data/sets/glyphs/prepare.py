@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starflow.data.sets.glyphs.captions import Concept, Include, code_of, read_concepts, read_drawings
-from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, Package, Sources, Tarball, notice_text, open_package
+from starflow.data.sets.glyphs.packages import (
+    GLYPH_PACKAGES,
+    Package,
+    GlyphPackages,
+    Tarball,
+    notice_text,
+    open_package,
+)
 from starflow.data.sources.base import HELDOUT_SHARE, ImageRecord, SkippedImage, Split, unit_hash
 from starflow.data.sources.folder import write_index
 from starflow.errors import UserError
@@ -69,7 +76,7 @@ def prepare_glyphs(
     size: int = 256,
     include: Include = "things",
     progress: bool = True,
-    sources: Sources = GLYPH_SOURCES,
+    sources: GlyphPackages = GLYPH_PACKAGES,
 ) -> GlyphSummary:
     """Build the set in `output`; pictures already there are kept, so a broken run continues.
 
@@ -165,7 +172,7 @@ class _BadPicture(Exception):
     """A source picture that cannot be decoded or drawn."""
 
 
-def _drawers(sources: Sources, opened: dict[Package, Tarball], size: int) -> dict[str, dict[str, Drawer]]:
+def _drawers(sources: GlyphPackages, opened: dict[Package, Tarball], size: int) -> dict[str, dict[str, Drawer]]:
     """For every style and code, a function that gives the PNG."""
     rendered: dict[str, Drawer] = {}
     for name, data in opened[sources.render].under("assets"):
@@ -232,7 +239,7 @@ def _summarise(records: list[ImageRecord], skipped: list[SkippedImage], rendered
     )
 
 
-def _summary_json(summary: GlyphSummary, sources: Sources, size: int, include: Include) -> dict[str, object]:
+def _summary_json(summary: GlyphSummary, sources: GlyphPackages, size: int, include: Include) -> dict[str, object]:
     return {
         "concepts": summary.concepts,
         "pictures": summary.pictures,
