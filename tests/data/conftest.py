@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from starflow.data.sets.glyphs.packages import GLYPH_PACKAGES, Package, GlyphPackages
+from starflow.data.sets.glyphs.packages import GLYPH_PACKAGES, GlyphPackages, Package
 
 SIZE = 32
 

@@ -20,7 +20,7 @@ def test_areas_are_equal_up_to_the_multiple(side: int, multiple: int) -> None:
         assert abs(width - side * root) <= multiple / 2
         assert abs(height - side / root) <= multiple / 2
         if multiple == 1:
-            assert buckets.of(width, height) == bucket
+            assert buckets.nearest(width, height) == bucket
 
 
 def test_of_one_ratio_the_caption_says_nothing() -> None:

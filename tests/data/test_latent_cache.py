@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.data.latent_cache import (
+    CachedLatents,
     LatentEntry,
     finish_cache,
     latents_path,
-    read_cache,
     read_latents_header,
     states_path,
-    write_null,
     write_latents,
+    write_null,
     write_states,
 )
 from starflow.errors import UserError
@@ -50,7 +50,7 @@ def write(folder: Path, with_std: bool = True) -> list[torch.Tensor]:
 @pytest.mark.parametrize("with_std", [True, False])
 def test_there_and_back(tmp_path: Path, with_std: bool) -> None:
     means = write(tmp_path, with_std)
-    cache = read_cache(tmp_path)
+    cache = CachedLatents(tmp_path)
     assert [numbers.tolist() for numbers in cache.indices("heldout")] == [[3], [13]]
     assert [len(numbers) for numbers in cache.indices("train")] == [9, 9]
     for bucket, mean in enumerate(means):
@@ -77,7 +77,7 @@ def test_conditions_lose_their_padding_and_get_it_back(
     write_null(folder, torch.ones(5, 3))
     pictures = [LatentEntry(f"{i}", "", "train", i) for i in range(len(lengths))]
     finish_cache(folder, pictures, [(0, i) for i in range(len(lengths))], {"side": 1})
-    cache = read_cache(folder)
+    cache = CachedLatents(folder)
     assert torch.equal(cache.conditions(torch.arange(len(lengths))), states)
     assert cache.null is not None
     assert torch.equal(cache.null, torch.ones(5, 3))
@@ -89,14 +89,14 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "info.json").unlink()
     with pytest.raises(UserError, match="no finished latent cache: run `starflow cache-latents`"):
-        read_cache(tmp_path)
+        CachedLatents(tmp_path)
 
 
 def test_a_missing_or_damaged_part_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     latents_path(tmp_path, 1).unlink()
     with pytest.raises(UserError, match=r"no such file: .*latents-00001\.safetensors"):
-        read_cache(tmp_path).posterior(torch.tensor([5]))
+        CachedLatents(tmp_path).posterior(torch.tensor([5]))
     latents_path(tmp_path, 2).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"latents-00002\.safetensors is damaged.*run the same command again"):
         read_latents_header(tmp_path, 2)
@@ -107,4 +107,4 @@ def test_a_cut_index_is_refused(tmp_path: Path) -> None:
     lines = (tmp_path / "index.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "index.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="delete it and encode again"):
-        read_cache(tmp_path)
+        CachedLatents(tmp_path)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from starflow.conditioning import ClassLabels
-from starflow.data.images import to_pil, to_float
+from starflow.data.images import to_float, to_pil
 from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
 from starflow.evaluate import Extractor

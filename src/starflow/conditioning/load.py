@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
-from starflow.conditioning.text import TextEncoder, find_text_encoder, encoder_width
+from starflow.conditioning.text import TextEncoder, encoder_width, find_text_encoder
 from starflow.conditioning.token_embeddings import TokenEmbeddings
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions

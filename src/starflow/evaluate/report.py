@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from starflow.data.images import to_pil, to_float
+from starflow.data.images import to_float, to_pil
 from starflow.evaluate.dataset import EvaluationSet, batches, is_first, open_foreign, prompts_of, spread
 from starflow.evaluate.distances import moments, save_moments
 from starflow.evaluate.features import Extractor, load_extractor

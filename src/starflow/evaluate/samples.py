@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from starflow.data.images import from_pil, to_pil, to_float
+from starflow.data.images import from_pil, to_float, to_pil
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import (

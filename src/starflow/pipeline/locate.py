@@ -95,7 +95,9 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
-            found.append(find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here))
+            found.append(
+                find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here)
+            )
         except UserError as error:
             if "sha256" in str(error):  # the packaged encoder, which is compared whenever it is found
                 raise

@@ -50,7 +50,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starflow.data.images import from_pil, save_grid
-from starflow.data.latent_cache import read_cache
+from starflow.data.latent_cache import CachedLatents
 from starflow.flow.config import config_from_dict
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.pipeline.config import Cleaning, PipelineConfig
@@ -273,7 +273,7 @@ def train_flow(run: Run) -> Path:
 
 def _cached_task(run: Run) -> FlowTask:
     prepare_latents(run)
-    cache = read_cache(run.folder / "latents")
+    cache = CachedLatents(run.folder / "latents")
     autoencoder = prepare_autoencoder(run)
     conditioner = prepare_conditioner(run, None)
     flow = _first_flow(run, autoencoder.spec, conditioner, cache.side)

@@ -20,8 +20,8 @@ from PIL import Image
 from starflow.data import index
 from starflow.data.buckets import ASPECTS, Buckets
 from starflow.data.images import ImageError
-from starflow.data.index import split_indices, open_source
-from starflow.data.sources.base import SkippedImage, Source, ScannedImage
+from starflow.data.index import open_source, split_indices
+from starflow.data.sources.base import ScannedImage, SkippedImage, Source
 from starflow.data.sources.tar import expand_ranges, is_url
 from starflow.errors import UserError
 

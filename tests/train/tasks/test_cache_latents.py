@@ -19,7 +19,7 @@ from starflow.conditioning import ClassLabels
 from starflow.data import latent_cache
 from starflow.data.buckets import Buckets
 from starflow.data.index import IndexedDataset, open_source
-from starflow.data.latent_cache import read_cache
+from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 from starflow.latents import AutoencoderSpec
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, tmp_path: Path) -> None:
     said = fill(pictures, tmp_path / "cache", Means())
-    found = read_cache(tmp_path / "cache")
+    found = CachedLatents(tmp_path / "cache")
     assert len(found) == 39
     assert said[0].startswith("skipped class 1/05.png: ")
     assert "39 pictures and 2 conditions" in said[1]
@@ -117,7 +117,7 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset
     kept = sorted((tmp_path / "cache").glob("latents-*"))
     assert 3 <= len(kept) <= 5
     with pytest.raises(UserError, match="no finished latent cache"):
-        read_cache(tmp_path / "cache")
+        CachedLatents(tmp_path / "cache")
     second = Means()
     fill(pictures, tmp_path / "cache", second)
     assert second.seen == 39 - sum(len(read_tensors(path)["numbers"]) for path in kept)
@@ -126,7 +126,7 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset
 
 def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
     fill(pictures, tmp_path / "cache", Means(), mirrored=True)
-    found = read_cache(tmp_path / "cache")
+    found = CachedLatents(tmp_path / "cache")
     count = {split: sum(map(len, found.indices(split))) for split in ("train", "heldout")}
     plain = len(plan(CacheJob(pictures, Means(), None, tmp_path)))
     assert plain < len(list((tmp_path / "cache").glob("latents-*")))

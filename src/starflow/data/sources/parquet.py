@@ -17,8 +17,8 @@ from starflow.data.sources.base import (
     CAPTION_KEYS,
     LABEL_KEYS,
     ImageLocation,
-    SkippedImage,
     ScannedImage,
+    SkippedImage,
     caption_and_label,
 )
 from starflow.errors import UserError

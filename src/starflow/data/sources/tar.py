@@ -22,7 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from starflow.data.images import IMAGE_SUFFIXES, ImageError, read_image_size
-from starflow.data.sources.base import ImageLocation, SkippedImage, ScannedImage, parse_json_object, caption_and_label
+from starflow.data.sources.base import ImageLocation, ScannedImage, SkippedImage, caption_and_label, parse_json_object
 from starflow.errors import UserError
 
 TIMEOUT_SECONDS = 60.0

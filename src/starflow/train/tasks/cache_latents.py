@@ -26,8 +26,8 @@ from starflow.data.latent_cache import (
     latents_path,
     read_latents_header,
     states_path,
-    write_null,
     write_latents,
+    write_null,
     write_states,
 )
 from starflow.errors import UserError
