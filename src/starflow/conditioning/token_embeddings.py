@@ -28,17 +28,24 @@ _TABLE_NAME = re.compile(r"(.*\.)?embed_tokens\.weight")
 
 
 class TokenEmbeddings:
-    """Reads prompts as a language model does; see `Conditioner` for the contract. A blank prompt is the null."""
+    """The `Conditioner` over a language model's token embeddings. A blank prompt is the null condition."""
 
     def __init__(self, table: Tensor, tokenizer: Any, size: int, source: str = "") -> None:
-        """`table` (vocabulary, width) is already scaled."""
+        """Wrap a table of embeddings and its tokenizer.
+
+        Args:
+            table: (vocabulary, width), already scaled.
+            tokenizer: the model's own, of transformers.
+            size: S, condition tokens.
+            source: where the two came from, for config.json.
+        """
         self._spec = ConditionerSpec("embeddings", size, table.shape[1], source)
         self._tokenizer = tokenizer
         self.network: nn.Module = nn.Embedding.from_pretrained(table)
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int = 128, hub: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
-        """Load from a folder or the hub.
+    def from_pretrained(cls, source: str, size: int = 128, fetch: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
+        """Load tokenizer and embeddings from a folder or the hub.
 
         Raises:
             UserError: nothing there, or no tokenizer or table in it.
@@ -58,11 +65,12 @@ class TokenEmbeddings:
 
     @property
     def spec(self) -> ConditionerSpec:
+        """See `Conditioner.spec`."""
         return self._spec
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to (B, S, width), float32, zeros where a prompt has ended."""
+        """Encode prompts to (B, S, width), float32, zeros where a prompt has ended."""
         rows = []
         device = next(self.network.parameters()).device
         for prompt in prompts:
@@ -72,12 +80,12 @@ class TokenEmbeddings:
         return torch.stack(rows)
 
     def null(self, batch: int) -> Tensor:
-        """The encoding of the empty prompt, (batch, S, width)."""
+        """Encode the empty prompt, (batch, S, width)."""
         return self.encode([""]).expand(batch, -1, -1)
 
 
 def read_embedding_table(folder: Path) -> Tensor:
-    """Token embeddings (vocabulary, width) as the model's layers read them, in the files' precision.
+    """Read token embeddings (vocabulary, width), scaled as the model's layers read them, in the files' precision.
 
     Raises:
         UserError: missing or damaged files.

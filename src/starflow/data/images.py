@@ -203,15 +203,7 @@ def _image_errors(path: Path) -> Iterator[None]:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
         raise ImageError(path, "no known image format") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except broken as error:
         raise ImageError(path, " ".join(str(error).split()) or type(error).__name__) from None
 
 

@@ -84,7 +84,7 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
 
 def places(folder: Path, config: PipelineConfig) -> list[Path]:
     """The pipeline's folder, and those of the parts that it names elsewhere, as far as they are here."""
-    from starflow.conditioning.text import find_text_encoder
+    from starflow.conditioning.text import DamagedPackageError, find_text_encoder
     from starflow.io.hub import HubOptions, local_or_hub
     from starflow.pipeline.folder import place_of
 
@@ -98,9 +98,10 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
             found.append(
                 find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here)
             )
-        except UserError as error:
-            if "sha256" in str(error):  # the packaged encoder, which is compared whenever it is found
-                raise
+        except DamagedPackageError:  # the packaged encoder is compared with its digest whenever it is found
+            raise
+        except UserError:
+            continue
     return found
 
 

@@ -35,6 +35,8 @@ from tests.train.distributed.launch import finish, torchrun
 class Means:
     """An autoencoder of means over 8 x 8 pixels with a posterior; it may stop as a killed process does."""
 
+    receptive_radius = 0
+
     def __init__(self, last: int = 10**9) -> None:
         self.network: nn.Module = nn.Identity()
         self.seen, self.last = 0, last
@@ -98,7 +100,7 @@ def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, t
         assert std is not None
         assert torch.equal(std, mean.abs())
         for number, own in zip(numbers.tolist(), mean, strict=True):
-            picture = found.picture(number)
+            picture = found.entry(number)
             red = 6 * int(picture.name[-6:-4]) / 127.5 - 1
             assert float(own[0, -1, -1]) == pytest.approx(red, abs=1e-3)
             assert found.conditions(torch.tensor([number]))[0, 0].argmax() == int(picture.name[6])
