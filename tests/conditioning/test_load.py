@@ -192,9 +192,7 @@ def test_the_cache_of_prompts_is_bounded(flan: Path, monkeypatch: pytest.MonkeyP
     assert loads.alive == 0
 
 
-def test_large_encoders_are_loaded_on_demand_unless_kept(
-    flan: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_encoders_are_loaded_on_demand_unless_kept(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load_conditioner(spec(flan), keep=None), TextEncoder)
     monkeypatch.setattr(loading, "LARGE_BYTES", 1000)
     assert isinstance(load_conditioner(spec(flan), keep=None), OnDemandTextEncoder)

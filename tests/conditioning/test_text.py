@@ -1,7 +1,4 @@
-"""Text encoders: the contract on tiny random ones, and the real MiniLM where its package is installed.
-
-Emoji are read by their names, anywhere in a prompt.
-"""
+"""Text encoders: the contract on tiny random ones, the real MiniLM where its package is installed, and emoji."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from starflow.config import from_dict, to_dict
-from starflow.data.images import on_background, resize_crop
 from starflow.data.sets.glyphs.colours import BACKGROUNDS
 from starflow.data.sources.base import ImageRecord, Split
 from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
@@ -219,16 +218,3 @@ def test_bad_settings(values: dict[str, float]) -> None:
 
 def test_config_round_trip() -> None:
     assert from_dict(ViewConfig, to_dict(MANY)) == MANY
-
-
-def test_resize_crop_takes_the_centre_and_averages() -> None:
-    stripes = np.zeros((40, 80, 3), dtype=np.uint8)
-    stripes[:, 20:60:2] = 255
-    small = np.asarray(resize_crop(Image.fromarray(stripes), 10))
-    assert small.shape == (10, 10, 3)
-    assert np.abs(small[:, 2:-2].astype(int) - 128).max() < 12, "antialiased, not picked"
-
-
-def test_transparency_is_laid_on_the_colour() -> None:
-    image = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
-    assert on_background(image, (0, 0, 255)).getpixel((0, 0)) == pytest.approx((128, 0, 127), abs=1)

@@ -1,6 +1,6 @@
-"""stabilityai/sd-vae-ft-ema's layout: four levels, no scaling factor in its config, attention under its old names.
+"""Autoencoders of diffusers in their published layouts: sd-vae-ft-ema's, and the real TAESD where its files are.
 
-The real TAESD, where its two files are at hand: it reconstructs, and its latents are of the documented scale.
+sd-vae-ft-ema has four levels, no scaling factor in its config, and attention under its old names.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from starflow.train.tasks import cache_latents as stage
 from starflow.train.tasks.cache_latents import CacheJob, cache_latents, plan
 from tests.cli.conftest import Run as Cli
 from tests.cli.conftest import run  # noqa: F401  # a fixture
-from tests.data.sources.test_sources import indexed
+from tests.data.sources.common import indexed
 from tests.train.distributed.launch import finish, torchrun
 
 
