@@ -6,11 +6,14 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from starflow.data.buckets import ASPECTS, Buckets
-from starflow.data.index import open_source, split_indices
+from starflow.data.index import ViewDataset, image_tensor, open_source, split_indices
+from starflow.data.sets.shapes import SHAPES, draw_shapes
 from starflow.errors import UserError
 from tests.data.sources.common import WRITERS, encoded, indexed, write_files, write_tar
 
@@ -41,7 +44,9 @@ def test_an_index_is_the_same_from_one_process_and_from_three(tmp_path: Path, ki
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
     assert len(one) == len(three) == 7
     again = pickle.loads(pickle.dumps(three))
-    assert [int(again.read(n)[0, 0, 0]) for n in range(7)] == [int(one.read(n)[0, 0, 0]) for n in range(7)]
+    reds = [int(one.read(n)[0, 0, 0]) for n in range(7)]
+    assert [int(again.read(n)[0, 0, 0]) for n in range(7)] == reds
+    assert max(abs(red - n) for n, red in enumerate(sorted(reds))) <= 2, "the pixels are those of the source"
     assert not list((tmp_path / "one").glob("part-*")), "parts are removed"
 
 
@@ -84,3 +89,29 @@ def test_pictures_go_to_the_nearest_of_nine_ratios(tmp_path: Path) -> None:
     assert pictures.entry(found["turned"]).caption == "", "an empty caption stays the null condition"
     skipped = (tmp_path / "index" / "skipped.jsonl").read_text()
     assert json.loads(skipped) == {"skipped": "broken.png", "reason": "no known image format"}
+
+
+def test_an_image_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
+    stripes = np.zeros((20, 80, 3), dtype=np.uint8)
+    stripes[:, :30], stripes[:, 30:50], stripes[:, 50:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    found = image_tensor(Image.fromarray(stripes), (10, 10))
+    assert found.shape == (3, 10, 10)
+    assert found.dtype == torch.uint8
+    assert found[1].min() > 230, "the middle square alone is green"
+    wide = image_tensor(Image.fromarray(stripes), (40, 10))
+    assert wide.shape == (3, 10, 40)
+    assert wide[:, 5, [2, 20, 37]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+def test_views_are_a_data_set_of_one_bucket() -> None:
+    views = draw_shapes(40, 8, seed=0)
+    images = ViewDataset(views)
+    (train,), (heldout,) = split_indices(images, heldout=False), split_indices(images, heldout=True)
+    assert sorted([*train.tolist(), *heldout.tolist()]) == list(range(len(images)))
+    assert heldout.tolist() == [19, 39]
+    assert all(images.entry(index).heldout for index in heldout.tolist())
+    entry = images.entry(21)
+    assert (entry.name, entry.caption, entry.label) == (views.names[21], views.captions[21], views.labels[21])
+    assert torch.equal(images.read(21), views.images[21])
+    assert images.classes() == sorted(SHAPES)
+    assert images.buckets.size(entry.bucket) == (8, 8)
