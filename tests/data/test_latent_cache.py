@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from starflow.data.latent_cache import (
     CachedLatents,
+    InMemoryLatents,
+    LatentDataset,
     LatentEntry,
     finish_cache,
     latents_path,
@@ -109,3 +111,27 @@ def test_a_cut_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="delete it and encode again"):
         CachedLatents(tmp_path)
+
+
+def test_latents_in_memory_are_those_on_disk(tmp_path: Path) -> None:
+    """Both ways of holding latents answer alike; those in memory are of one bucket."""
+    mean, states, null = torch.randn(6, 2, 3, 3).half(), torch.randn(2, 5, 6).half(), torch.zeros(5, 6)
+    entries = [LatentEntry(f"{i}", "", "heldout" if i % 3 == 0 else "train", i % 2) for i in range(6)]
+    for std in (mean.abs(), None):
+        memory = InMemoryLatents(mean, std, states, null, entries, {})
+        folder = tmp_path / str(std is None)
+        write_latents(folder, 0, mean, std, torch.arange(6))
+        write_states(folder, 0, states)
+        write_null(folder, null)
+        finish_cache(folder, entries, [(0, row) for row in range(6)], {"side": 3})
+        disk: LatentDataset = CachedLatents(folder)
+        some = torch.tensor([4, 1, 3])
+        assert memory.side == disk.side
+        assert memory.name(4) == disk.name(4) == "4"
+        for split, expected in (("train", [1, 2, 4, 5]), ("heldout", [0, 3])):
+            assert [own.tolist() for own in memory.indices(split)] == [expected]
+            assert [own.tolist() for own in disk.indices(split)] == [expected]
+        assert torch.equal(memory.conditions(some), disk.conditions(some))
+        for ours, theirs in zip(memory.posterior(some), disk.posterior(some), strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or theirs is None or torch.equal(ours, theirs)
