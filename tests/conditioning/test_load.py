@@ -15,6 +15,7 @@ import torch
 
 from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, load_conditioner
 from starflow.conditioning import load as loading
+from starflow.conditioning.load import _free_memory
 from starflow.errors import UserError
 
 WIDTH, SIZE = 16, 128
@@ -221,3 +222,18 @@ def test_saving_an_encoder_on_demand_leaves_nothing_in_memory(
     gc.collect()
     assert loads.alive == 0
     assert TextEncoder.from_pretrained(str(tmp_path / "encoder")).spec.dim == WIDTH
+
+
+def test_memory_in_a_circle_is_returned() -> None:
+    """As transformers' models have it; without the garbage collector a circle of references stays."""
+    network = torch.nn.Linear(1, 1)
+    object.__setattr__(network, "own", network)
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        del network
+        assert gone() is not None
+        _free_memory(torch.device("cpu"))
+        assert gone() is None
+    finally:
+        gc.enable()

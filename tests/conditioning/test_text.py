@@ -124,6 +124,10 @@ def test_transformers_logging_is_left_as_it_was(bert: Path) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     TextEncoder.from_pretrained(str(bert), size=SIZE)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    with pytest.raises(KeyboardInterrupt), text._only_errors():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        raise KeyboardInterrupt
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def pretend_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
