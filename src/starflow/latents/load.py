@@ -38,7 +38,7 @@ def load_autoencoder(spec: AutoencoderSpec, hub: HubOptions = DEFAULT_HUB) -> Au
     >>> load_autoencoder(AutoencoderSpec("pixels", channels=3, factor=1)).spec.factor
     1
     """
-    found = _load(spec, fetch)
+    found = _load(spec, hub)
     described, got = _describe(spec), _describe(found.spec)
     if described != got:
         raise UserError(
@@ -107,7 +107,7 @@ def decoder_noise(source: str) -> float:
     return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
 
 
-def load_trainable(source: str, fetch: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:
+def load_trainable(source: str, hub: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:
     """Load the autoencoder in a folder or hub repository, by what its config.json says it is.
 
     Raises:

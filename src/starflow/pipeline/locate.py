@@ -95,9 +95,10 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
-            found.append(
-                find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here)
-            )
+            if spec is config.conditioner:
+                found.append(find_text_encoder(source, here))
+            else:
+                found.append(local_or_hub(source, (), hub=here))
         except DamagedPackageError:  # the packaged encoder is compared with its digest whenever it is found
             raise
         except UserError:
