@@ -12,11 +12,10 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-import draw_architecture  # noqa: E402
-import write_reference  # noqa: E402
+from docs import draw_architecture, write_reference  # noqa: E402
 from starflow.version import __version__  # noqa: E402
 
 project = "starflow"

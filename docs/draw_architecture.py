@@ -22,23 +22,23 @@ PICTURE = HERE / "images" / "architecture.svg"
 
 ABOUT = {
     "cli": "the commands",
-    "serve": "HTTP service, web page",
+    "serve": "HTTP and web page",
     "bench": "speed, measured",
-    "train": "recipes, checkpoints",
-    "evaluate": "distances and scores",
+    "train": "recipes and runs",
+    "evaluate": "distances, scores",
     "pipeline": "StarFlowPipeline",
-    "edit": "inpainting, variations",
-    "density": "vectors and sequences",
-    "data": "pictures with captions",
+    "edit": "inpaint and vary",
+    "density": "vectors, sequences",
+    "data": "pictures, captions",
     "conditioning": "prompts to tokens",
-    "latents": "pictures to latents",
+    "latents": "pixels to latents",
     "published": "published weights",
     "sampling": "noise to data",
-    "flow": "the model, data to noise",
+    "flow": "data to noise",
     "nn": "Transformer layers",
-    "config": "typed configurations",
+    "config": "typed settings",
     "io": "files, weights, hub",
-    "errors": "the user's mistakes",
+    "errors": "a user's mistake",
 }
 """Every room that is drawn, and what is in it, in a few words."""
 
@@ -46,18 +46,18 @@ NOT_DRAWN = ("__init__", "__main__", "version", "bundled")
 
 TIERS: tuple[tuple[str, dict[str, float]], ...] = (
     ("use", {"cli": 0, "serve": 3}),
-    ("train and measure", {"bench": 0, "train": 1, "evaluate": 2}),
-    ("all parts in one", {"pipeline": 2}),
-    ("uses of the flow", {"edit": 2, "density": 4}),
-    ("parts of a pipeline", {"data": 0, "conditioning": 1, "latents": 2, "published": 3, "sampling": 4}),
+    ("train and\nmeasure", {"bench": 0, "train": 1, "evaluate": 2}),
+    ("all parts\nin one", {"pipeline": 2}),
+    ("uses of\nthe flow", {"edit": 2, "density": 4}),
+    ("parts of\na pipeline", {"data": 0, "conditioning": 1, "latents": 2, "published": 3, "sampling": 4}),
     ("the model", {"flow": 3}),
     ("foundation", {"io": 0.5, "config": 2, "nn": 3}),
     ("", {"errors": 1.25}),
 )
 """From the top: what a row is called, and its rooms, each with the column that it stands in."""
 
-COLUMN, ROW, BOX_WIDTH, BOX_HEIGHT = 180, 100, 158, 54
-LEFT, TOP, MARGIN = 158, 32, 28
+COLUMN, ROW, BOX_WIDTH, BOX_HEIGHT = 156, 98, 142, 56
+LEFT, TOP, MARGIN = 104, 28, 20
 COLOURS = ("#3b4cc0", "#2f6fc4", "#1f8ac0", "#12998f", "#2f9e63", "#7a9a2e", "#b9812a", "#8c8c8c")
 ARROW = "#5b6675"
 
@@ -186,19 +186,22 @@ def _bands(boxes: dict[str, Box], width: float) -> Iterator[str]:
             continue
         box = present[0]
         yield (
-            f'<rect x="{MARGIN / 2:g}" y="{box.top - 14:g}" width="{width - MARGIN:g}" height="{BOX_HEIGHT + 28:g}" '
+            f'<rect x="{MARGIN / 2:g}" y="{box.top - 13:g}" width="{width - MARGIN:g}" height="{BOX_HEIGHT + 26:g}" '
             f'rx="10" fill="{box.colour}" fill-opacity="0.07"/>'
         )
-        yield f'<text x="{MARGIN}" y="{box.y + 4:g}" font-size="12" fill="{box.colour}">{escape(name)}</text>'
+        lines = name.split("\n")
+        for number, line in enumerate(lines):
+            y = box.y + 4 + 16 * (number - (len(lines) - 1) / 2)
+            yield f'<text x="{MARGIN}" y="{y:g}" font-size="12.5" fill="{box.colour}">{escape(line)}</text>'
 
 
 def _box(box: Box) -> str:
     return (
         f'<g data-room="{box.room}"><rect x="{box.x - BOX_WIDTH / 2:g}" y="{box.top:g}" width="{BOX_WIDTH}" '
         f'height="{BOX_HEIGHT}" rx="9" fill="#ffffff" stroke="{box.colour}" stroke-width="1.6"/>'
-        f'<text x="{box.x:g}" y="{box.y - 3:g}" text-anchor="middle" font-size="16" font-weight="650" '
-        f'fill="{box.colour}">{box.room}</text><text x="{box.x:g}" y="{box.y + 16:g}" text-anchor="middle" '
-        f'font-size="11.5" fill="#3d4550">{escape(ABOUT[box.room])}</text></g>'
+        f'<text x="{box.x:g}" y="{box.y - 3:g}" text-anchor="middle" font-size="17" font-weight="650" '
+        f'fill="{box.colour}">{box.room}</text><text x="{box.x:g}" y="{box.y + 17:g}" text-anchor="middle" '
+        f'font-size="12" fill="#3d4550">{escape(ABOUT[box.room])}</text></g>'
     )
 
 

@@ -1,6 +1,6 @@
 """Write the reference pages from the code: one page a room, every key of a recipe, every option of a command.
 
-    python docs/write_reference.py [FOLDER]      # docs/reference by default; `make docs` does it
+    python -m docs.write_reference [FOLDER]      # docs/reference by default; `make docs` does it
 
 The pages are not kept in the repository: they are made anew at each build, so they always say what the code says.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from draw_architecture import ABOUT, PACKAGE
+from docs.draw_architecture import ABOUT, PACKAGE
 
 import starflow
 from starflow.cli.main import COMMANDS
@@ -84,7 +84,7 @@ def room_pages() -> dict[str, str]:
             *_table(("room", "what is in it"), rooms),
             "",
             "```{toctree}\n:hidden:\n",
-            *names,
+            *(f"{name} <{name}>" for name in names),
             "```",
             "",
         ]
@@ -93,10 +93,10 @@ def room_pages() -> dict[str, str]:
 
 
 def _room_page(name: str) -> str:
-    parts = [f"# {name}: {ABOUT[name]}", ""]
+    parts = [f"# {name}", "", f"The room `{name}`: {ABOUT[name]}.", ""]
     for module in modules(name):
         parts += [f"## `{module.removeprefix('starflow.')}`", "", "```{eval-rst}", f".. automodule:: {module}"]
-        parts += ["   :members:", "   :undoc-members:", "   :show-inheritance:", "   :ignore-module-all:", "```", ""]
+        parts += ["   :members:", "   :undoc-members:", "   :ignore-module-all:", "```", ""]
     return "\n".join(parts)
 
 
@@ -197,20 +197,12 @@ def _shown(default: object) -> str:
     return "empty" if text in ("", "''") else f"`{text}`"
 
 
-WORDS = {int: "An integer.", float: "A number.", bool: "`true` or `false`.", str: "", Path: "A path."}
-
-
 def describe(hint: object) -> str:
-    """A type in words, where the meaning does not already imply it."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"One of {', '.join(f'`{one}`' for one in inner)}."
-    if _is_union(hint):
-        without = [one for one in inner if one is not type(None)]
-        return describe(without[0]) if len(without) == 1 else ""
-    if origin is tuple:
-        return "A list."
-    return WORDS.get(hint, "") if isinstance(hint, type) else ""
+    """The choices of a key that has them; other types can be seen from the default."""
+    if typing.get_origin(hint) is Literal:
+        return f"One of {', '.join(f'`{one}`' for one in typing.get_args(hint))}."
+    parts = [describe(one) for one in typing.get_args(hint)] if _is_union(hint) else []
+    return " ".join(filter(None, parts))
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
