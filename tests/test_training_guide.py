@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run as they stand, but for the number of updates and of processes."""
+"""The commands of docs/training.md and docs/many-gpus.md run as they stand, but for the number of updates and of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starflow.errors import UserError
 from starflow.train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+TEXT = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "many-gpus.md"))
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 HERE = [line for line in LINES if line.startswith("starflow ") and "recipes/starflow-" not in line]
