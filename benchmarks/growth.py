@@ -32,10 +32,9 @@ from starflow.flow.memory import BYTES, cache_bytes
 from starflow.flow.model import build
 from starflow.io.files import write_bytes, write_json
 from starflow.nn.kv_cache import CachePool
+from starflow.sampling.calibrate import machine_of, synchronize
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.jacobi import Span, step
-from starflow.sampling.planner import wait
-from starflow.sampling.policy import machine_of
 from starflow.sampling.predictor import IterationLimits, Predictor
 from starflow.sampling.sequential import solve_sequential
 
@@ -128,10 +127,10 @@ def fastest(action: Callable[[], object], device: torch.device, repeats: int) ->
     """Seconds, after one run that does not count."""
     found = []
     for _ in range(repeats + 1):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         action()
-        wait(device)
+        synchronize(device)
         found.append(time.perf_counter() - started)
     return min(found[1:])
 

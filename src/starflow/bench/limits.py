@@ -46,9 +46,9 @@ from starflow.flow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
+from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
-from starflow.sampling.planner import wait
 from starflow.train.log import MatrixProduct
 
 NAMES = ("textbook", "dit")
@@ -145,10 +145,10 @@ def _read_rate(device: torch.device, size: int) -> float:
     large = torch.ones(size // 4, device=device)
     best = 0.0
     for _ in range(RUNS + 1):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         large.sum()
-        wait(device)
+        synchronize(device)
         best = max(best, size / (time.perf_counter() - started))
     return best
 

@@ -39,10 +39,10 @@ from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.calibrate import in_turn, machine_of, seconds_of
 from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
 from starflow.sampling.jacobi import relative_change
-from starflow.sampling.planner import in_turn, seconds_of
-from starflow.sampling.policy import SampleSettings, SolverName, machine_of
+from starflow.sampling.policy import SampleSettings, SolverName
 from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 
 RANDOM = "57m"

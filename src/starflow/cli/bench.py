@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, Precision, pick_device, pick_dtype
 from starflow.errors import UserError
@@ -21,16 +22,17 @@ if TYPE_CHECKING:
     from starflow.bench.limits import Footprint
     from starflow.bench.sample import Speed, SpeedReport
     from starflow.bench.train import TrainSpeed
-    from starflow.sampling.policy import Plan, Policy
+    from starflow.sampling.policy import BlockPolicy, Policy, Timing
     from starflow.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class BenchCalibrateOptions:
-    """Measure how each block of a trained model converges and which solver is the fastest here.
+    """Measure how each block of a trained model converges, and choose the solver of each block.
 
-    The result, policy.json, lies beside the flow's weights, where --solver auto finds it. Another machine believes its
-    convergence, and times for itself.
+    The result, policy.json, lies beside the flow's weights, where --solver auto finds it on this type of device (CPU
+    or CUDA). A block gets one choice for all batches, which is slower than token by token at none of --batches: name
+    those that you draw. Without policy.json --solver auto goes token by token.
     """
 
     EXAMPLES: ClassVar[str] = """
@@ -96,7 +98,7 @@ def bench_calibrate(options: BenchCalibrateOptions) -> None:
     if options.json:
         print(json.dumps({"path": str(written), **to_dict(policy)}, indent=2))
         return
-    print("\n".join([*convergence_text(policy), *(line for plan in policy.plans for line in plan_text(plan))]))
+    print("\n".join([*convergence_text(policy), *choices_text(policy)]))
     print(written)
 
 
@@ -105,37 +107,41 @@ def convergence_text(policy: Policy) -> list[str]:
     ranked = sorted(enumerate(policy.convergence), key=lambda pair: -pair[1].contraction)
     lines = ["blocks by how hard they are to iterate:"]
     for number, known in ranked:
-        starts = ", ".join(f"{name} {value:.2f}" for name, value in known.starts.items())
-        best = known.candidates[0] if known.candidates else None
+        distances = ", ".join(f"{name} {value:.2f}" for name, value in known.distances.items())
+        best = known.converged[0] if known.converged else None
         found = f"{best.passes} passes after {best.drafts} drafts" if best else "token by token"
-        lines.append(f"  block {number}: contraction {known.contraction:.2f}; distance of starts: {starts}; {found}")
-    return lines
-
-
-def plan_text(plan: Plan) -> list[str]:
-    """What was chosen for one batch size."""
-    before = plan.sequential_seconds or sum(choice.sequential_seconds for choice in plan.choices)
-    seconds = plan.seconds or before
-    where = plan.situation
-    lines = [
-        f"batch {where.batch}, {where.tokens} tokens, {'guided' if where.guided else 'unguided'}, {where.dtype}, "
-        f"{where.machine}: {before:.3f} s token by token, {seconds:.3f} s as planned ({before / seconds:.2f}x), "
-        f"samples off by {plan.deviation:.1e}"
-    ]
-    for number, choice in enumerate(plan.choices):
         lines.append(
-            f"  block {number}: {describe(choice.policy)}, {choice.seconds:.4f} s "
-            f"against {choice.sequential_seconds:.4f}, residual {choice.residual:.1e}"
+            f"  block {number}: contraction {known.contraction:.2f}; distance of initial guesses: {distances}; {found}"
         )
     return lines
 
 
-def describe(policy: Any) -> str:
+def choices_text(policy: Policy) -> list[str]:
+    """One line a block, and one of whole samples where any block is iterated."""
+    guided = "guided" if policy.guided else "unguided"
+    lines = [f"choices for {policy.device}, {policy.tokens} tokens, {guided}, {policy.dtype}, {policy.machine}:"]
+    for number, choice in enumerate(policy.choices):
+        lines.append(f"  block {number}: {policy_text(choice.policy)}; {timings_text(choice.timings)}")
+    if policy.samples:
+        lines.append(f"  whole samples: {timings_text(policy.samples)}")
+    return lines
+
+
+def policy_text(policy: BlockPolicy) -> str:
     """A policy in words."""
     if policy.solver == "sequential":
         return "token by token"
     length = f"segments of {policy.segment}" if policy.segment else "whole sequence"
     return f"{length} from {policy.guess}{', drafted in bfloat16' if policy.draft else ''}"
+
+
+def timings_text(timings: Sequence[Timing]) -> str:
+    """Seconds at each batch size, and of going token by token where that is another way."""
+    return ", ".join(
+        f"batch {one.batch} {one.seconds:.4f} s"
+        + (f" (token by token {one.sequential_seconds:.4f}, off by {one.error:.0e})" if one.error else "")
+        for one in timings
+    )
 
 
 TRUST = 12.0

@@ -29,6 +29,7 @@ from starflow.sampling.predictor import (
     can_draft,
     copy_rows_back,
     draft_of,
+    ignore_progress,
     select_pictures,
 )
 from starflow.sampling.sequential import advance, solve_sequential
@@ -219,8 +220,8 @@ def _leave(whole: Predictor, some: Predictor, left_P: Tensor, done_P: Tensor, sp
 
 def _positions(predictor: Predictor, span: Span) -> tuple[int, int]:
     """Where the cache has the inputs that predict the span's tokens."""
-    prefixed = 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
-    return prefixed + span.start - predictor.first, prefixed + span.stop - predictor.first
+    before = predictor.prefixed - predictor.first
+    return before + span.start, before + span.stop
 
 
 def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, left_P: Tensor) -> None:
@@ -230,7 +231,7 @@ def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span
     some = predictor if everyone else select_pictures(predictor, left_P, start)
     z_PNC = noise_BNC[left_P]
     if span == Span(predictor.first, predictor.tokens):
-        x_BNC[left_P] = solve_sequential(some, z_PNC, IterationLimits(), lambda _: None).x_BNC
+        x_BNC[left_P] = solve_sequential(some, z_PNC, IterationLimits(), ignore_progress).x_BNC
         return
     x_PNC = x_BNC[left_P]
     for index in range(span.start, span.stop):

@@ -5,7 +5,7 @@ cache that the caller owns; a block without guidance runs the conditional rows a
 for the device.
 
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them,
-C token channels, D width, S condition tokens, K key/value heads, H head width.
+C token channels, D width, S condition tokens of width E, K key/value heads, H head width.
 
 Cheap passes for guesses: a block whose large products run in bfloat16.
 
@@ -80,7 +80,8 @@ class Predictor:
     cache: KVCache
     rotary: Tensor | None
     """Table of the S condition tokens and the block's inputs."""
-    prefix_RSD: Tensor | None
+    condition_RSE: Tensor | None
+    """Condition tokens that stand before the block's inputs, or None."""
     class_R1D: Tensor | None
     guidance: Guidance | None
     query_scale: Tensor | None
@@ -102,9 +103,9 @@ class Predictor:
         """For a batch of pictures of N tokens; `conditions` are those of the branches: one, or with guidance two."""
         given = [condition for condition in conditions if condition is not None]
         condition = torch.cat(given) if given else None
-        prefix_RSD = block.prefix(condition)
+        condition_RSE = None if block.proj_txt is None else condition
         class_R1D = None if block.class_embed is None else block.class_vector(condition)
-        inputs = tokens - block.first_predicted + (0 if prefix_RSD is None else prefix_RSD.shape[1])
+        inputs = tokens - block.first_predicted + (0 if condition_RSE is None else condition_RSE.shape[1])
         weight, layer = block.proj_in.weight, block.spec.layer
         cache = caches.take(
             CacheShape(block.spec.layers, batch * len(conditions), layer.kv_heads, inputs, layer.head_dim),
@@ -112,7 +113,7 @@ class Predictor:
             device=weight.device,
         )
         query_scale = None if guidance is None else guidance.query_scale()
-        return Predictor(block, tokens, cache, rotary, prefix_RSD, class_R1D, guidance, query_scale, engine)
+        return Predictor(block, tokens, cache, rotary, condition_RSE, class_R1D, guidance, query_scale, engine)
 
     @property
     def first(self) -> int:
@@ -121,12 +122,14 @@ class Predictor:
 
     def prefill(self) -> None:
         """Put the condition's keys and values into the cache, in one pass."""
-        if self.prefix_RSD is None:
+        if self.condition_RSE is None:
             return
         if self.engine is not None and self.engine.ready(self):
             self.engine.prefill(self)
-        else:
-            self._extend(self.prefix_RSD, 0)
+            return
+        prefix_RSD = self.block.prefix(self.condition_RSE)
+        assert prefix_RSD is not None
+        self._extend(prefix_RSD, 0)
 
     @property
     def can_round(self) -> bool:
@@ -172,7 +175,7 @@ class Predictor:
     @property
     def prefixed(self) -> int:
         """Condition tokens before the first."""
-        return 0 if self.prefix_RSD is None else self.prefix_RSD.shape[1]
+        return 0 if self.condition_RSE is None else self.condition_RSE.shape[1]
 
     def _extend(self, hidden_RTD: Tensor, position: int) -> Tensor:
         if self.engine is not None and self.engine.ready(self):
@@ -215,6 +218,11 @@ class SolverResult:
 
 TokenProgress = Callable[[int], None]
 """Told the number of tokens solved since the last call."""
+
+
+def ignore_progress(_tokens: int) -> None:
+    """The progress that nobody looks at."""
+
 
 Solver = Callable[[Predictor, Tensor, IterationLimits, TokenProgress], SolverResult]
 """Noise (B, N, C) to data, both in the block's own order."""
@@ -279,7 +287,7 @@ def select_pictures(predictor: Predictor, pictures_P: Tensor, filled: int) -> Pr
     return dataclasses.replace(
         predictor,
         cache=KVCache(layers),
-        prefix_RSD=_select(predictor.prefix_RSD, rows),
+        condition_RSE=_select(predictor.condition_RSE, rows),
         class_R1D=_select(predictor.class_R1D, rows),
         query_scale=_select(predictor.query_scale, rows),
         guidance=guidance,

@@ -20,7 +20,6 @@ Shapes: B pictures, K candidates each, C x H x W data.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,8 +33,7 @@ from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.jacobi import solve_jacobi
-from starflow.sampling.planner import Planner, Question, planner_of, wait
-from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, Situation, SolverChoice, machine_of
+from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
 from starflow.sampling.predictor import IterationLimits, Predictor, Solver, SolverResult, TokenProgress
 from starflow.sampling.sequential import solve_sequential
 
@@ -93,14 +91,14 @@ def sample(
         null_condition: what "no condition" is, as `condition` or one row for all; STARFlow needs it where
             guidance is above 0; TarFlow has its own and takes None.
         guidance: weight w >= 0, one for all or (B,); 0 is unguided.
-        solver: "sequential" (exact), "jacobi", "auto" (see `starflow.sampling.planner`), or a BlockPolicy for
-            each block from the data to the noise.
+        solver: "sequential" (exact), "jacobi", "auto" (what the model was calibrated for, and without that
+            "sequential"; see `starflow.sampling.policy`), or a BlockPolicy for each block from the data to the noise.
         guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
         guidance_schedule: "constant", or "linear": annealed, w n / (N - 1) for token n.
         attention_temperature: divides the null branch's attention logits; under 1 it guides TarFlow without a label.
         tolerance: bound on the residual ||x - F(x)|| / ||x|| that every block leaves of every sequence; 0 is the
             sequential answer.
-        segment: tokens that "jacobi" and "auto" solve at once; None is all of them.
+        segment: tokens that "jacobi" solves at once; None is all of them.
         progress: called with the tokens solved so far and in all.
         cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
 
@@ -124,7 +122,10 @@ class SamplingResult:
     solutions: list[SolverResult]
 
 
-@torch.no_grad()
+SolveBlock = Callable[[int, Predictor, Tensor], SolverResult]
+"""Inverts a block, given its index from the data, its predictor, and its noise (B, N, C) in its own order."""
+
+
 def run(
     model: Flow,
     noise: Tensor,
@@ -135,18 +136,34 @@ def run(
     caches: CachePool | None = None,
 ) -> SamplingResult:
     """As `sample`, and what the solvers did; a caller that samples again may keep the caches."""
+    policies = block_policies(model, settings, noise.device)
+    report = _counter(progress, model.tokens(noise)[0].shape[1] * len(model.blocks))
+
+    def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+        return solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
+
+    return solve_blocks(model, noise, condition, null_condition, settings, solve_block, caches)
+
+
+@torch.no_grad()
+def solve_blocks(
+    model: Flow,
+    noise: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    settings: SampleSettings,
+    solve_block: SolveBlock,
+    caches: CachePool | None = None,
+) -> SamplingResult:
+    """Map noise to data, block after block, each by `solve_block`; what it is given holds for that call alone."""
     tokens_BND, grid = model.tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
-    policies = settings.policies(len(model.blocks))
     guidance = settings.guidance_for(tokens_BND)
     conditions = conditions_of(model, condition, null_condition, batch, guidance)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens_BND = tokens_BND * prior.exp()
-    report = _counter(progress, tokens * len(model.blocks))
     caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
-    planner = planner_of(model) if policies is None else None
-    situation = _situation(tokens_BND, model, guided=guidance is not None)
     engine = cpu_engine_of(model)
     solutions = []
     for number, block in reversed(list(enumerate(model.stack()))):
@@ -157,13 +174,7 @@ def run(
         noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
         with model.at_work(block):
             predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
-            if policies is not None:
-                solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
-            else:
-                assert planner is not None
-                compiled, tolerance = engine.library is not None, settings.tolerance
-                question = Question(number, len(model.blocks), situation, tolerance, settings.segment, compiled)
-                solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
+            solution = solve_block(number, predictor, noise_BNC)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
     return SamplingResult(model.picture(tokens_BND, grid), solutions[::-1])
@@ -173,30 +184,8 @@ def solve(
     predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, report: TokenProgress
 ) -> SolverResult:
     """Invert one block by a policy."""
-    effort = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
-    return SOLVERS[policy.solver](predictor, noise_BNC, effort, report)
-
-
-def _solve_as_planned(
-    planner: Planner, question: Question, predictor: Predictor, noise_BNC: Tensor, report: TokenProgress
-) -> SolverResult:
-    """Let the planner choose, and tell it how that went."""
-    policy = planner.choose(question, predictor, noise_BNC)
-    if policy.solver == "sequential":
-        return solve(predictor, noise_BNC, policy, question.tolerance, report)
-    device = noise_BNC.device
-    wait(device)
-    started = time.perf_counter()
-    solution = solve(predictor, noise_BNC, policy, question.tolerance, report)
-    wait(device)
-    planner.learn(question, solution, time.perf_counter() - started)
-    return solution
-
-
-def _situation(tokens_BND: Tensor, model: Flow, *, guided: bool) -> Situation:
-    batch, tokens = tokens_BND.shape[:2]
-    dtype = str(model.network_dtype).removeprefix("torch.")
-    return Situation(machine_of(tokens_BND.device), dtype, batch, tokens, guided)
+    limits = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    return SOLVERS[policy.solver](predictor, noise_BNC, limits, report)
 
 
 def conditions_of(

@@ -26,7 +26,7 @@ from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import layers_of
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor, draft_of, select_pictures
-from starflow.sampling.sampler import run
+from starflow.sampling.sampler import best_candidates, run
 from starflow.sampling.sequential import advance
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
@@ -83,6 +83,30 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
     for row in range(9):
         alone = Solving(select_pictures(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
         assert torch.equal(together[row : row + 1], alone.native(library))
+
+
+@FEWER
+@given(case=cases(torch.float32), count=st.integers(1, 3), at_once=st.integers(1, 8), threads=st.sampled_from([1, 2]))
+def test_the_default_solver_gives_a_picture_bit_for_bit_in_any_batch_alone_and_among_candidates(
+    library: Library, case: Case, count: int, at_once: int, threads: int
+) -> None:
+    """Three pictures with weights of their own, one of them 0, each with the likeliest of its candidates kept."""
+    engine = case.model.kept["engine"] = engine_for(library)
+    torch.set_num_threads(threads)
+    index = torch.arange(3) % 2
+    condition, null = (None if one is None else one[index] for one in _conditions(case))
+    weights = torch.tensor([0.0, 1.5, 3.0]) if guided(case) else torch.zeros(3)
+    noise = torch.randn(3, count, *case.x.shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def draw(rows: slice, at_once: int) -> Tensor:
+        given, none = (None if one is None else one[rows] for one in (condition, null))
+        chosen = SampleSettings(weights[rows], solver="auto")
+        return best_candidates(case.model, noise[rows], given, none, chosen, at_once)
+
+    together = draw(slice(None), at_once)
+    for row in range(3):
+        assert torch.equal(draw(slice(row, row + 1), 4)[0], together[row])
+    assert engine._packed
 
 
 @FEWER
@@ -166,11 +190,15 @@ def test_bfloat16_weights_alone_are_exact(library: Library, case: Case, number: 
 def _in_float32(predictor: Predictor) -> Predictor:
     """The same with its weights, rounded as they are, in float32."""
     block, pool = copy.deepcopy(predictor.block).float(), CachePool()
-    prefix = None if predictor.prefix_RSD is None else predictor.prefix_RSD.float()
+    prefix_RSD = predictor.block.prefix(predictor.condition_RSE)
+    if prefix_RSD is not None:  # as bfloat16 has rounded it
+        width = prefix_RSD.shape[2]
+        prefix_RSD, block.proj_txt = prefix_RSD.float(), torch.nn.Linear(width, width, bias=False)
+        torch.nn.init.eye_(block.proj_txt.weight)
     shape = predictor.cache.layers[0].keys_BNLH.shape
     cache = pool.take(CacheShape(len(predictor.cache.layers), *shape), dtype=torch.float32, device=torch.device("cpu"))
     class_R1D = None if predictor.class_R1D is None else predictor.class_R1D.float()
-    return dataclasses.replace(predictor, block=block, prefix_RSD=prefix, class_R1D=class_R1D, cache=cache)
+    return dataclasses.replace(predictor, block=block, condition_RSE=prefix_RSD, class_R1D=class_R1D, cache=cache)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 9, 15])

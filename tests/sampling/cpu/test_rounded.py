@@ -9,9 +9,7 @@ import torch
 
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
-from starflow.sampling.planner import Clock
 from starflow.sampling.predictor import IterationLimits, SolverResult
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
@@ -79,14 +77,3 @@ def test_rounded_copies_take_half_and_are_forgotten_with_the_others(library: Lib
     block.proj_in.weight.data.add_(1.0)
     engine.forget_changed()
     assert engine.bytes == 0
-
-
-@torch.no_grad()
-def test_both_prices_are_known_apart(library: Library, given: Solving) -> None:
-    predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
-    assert predictor.can_round
-    predictor.prefill()
-    for wanted in (False, True):
-        assert Clock().tokens(predictor, given.noise_BNC, rounded=wanted) > 0
-    assert isinstance(predictor.engine, CpuEngine)
-    assert set(predictor.engine._packed[predictor.block]) == {False, True}

@@ -178,16 +178,17 @@ class CpuEngine:
 
     def prefill(self, predictor: Predictor) -> None:
         """The condition's keys and values; pictures with the same condition share the work."""
-        prefix_RSD = predictor.prefix_RSD
-        assert prefix_RSD is not None
+        condition_RSE = predictor.condition_RSE
+        assert condition_RSE is not None
         if predictor.query_scale is not None:  # the same condition is another one in the null branch
-            self.extend(predictor, prefix_RSD, 0)
+            self.extend(predictor, prefix_one_by_one(predictor.block, condition_RSE), 0)
             return
-        some_KX, place_R = torch.unique(prefix_RSD.flatten(1), dim=0, return_inverse=True)
+        some_KX, place_R = torch.unique(condition_RSE.flatten(1), dim=0, return_inverse=True)
         layers = predictor.cache.layers
-        count, length = len(some_KX), prefix_RSD.shape[1]
+        count, length = len(some_KX), condition_RSE.shape[1]
         first = tuple(LayerCache(layer.keys_BNLH[:count], layer.values_BNLH[:count]) for layer in layers)
-        self.extend(replace(predictor, cache=KVCache(first), guidance=None), some_KX.unflatten(1, (length, -1)), 0)
+        prefix_KSD = prefix_one_by_one(predictor.block, some_KX.unflatten(1, condition_RSE.shape[1:]))
+        self.extend(replace(predictor, cache=KVCache(first), guidance=None), prefix_KSD, 0)
         for layer in layers:
             for cache_BNLH in (layer.keys_BNLH, layer.values_BNLH):
                 cache_BNLH[:, :, :length] = cache_BNLH[place_R, :, :length]
@@ -275,6 +276,12 @@ def cpu_engine_of(model: Flow) -> CpuEngine:
         found = model.kept["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.stack())))
     found.forget_changed()
     return found
+
+
+def prefix_one_by_one(block: AutoregressiveBlock, condition_RSE: Tensor) -> Tensor:
+    """`block.prefix`, row by row: a product of all rows would round by how many they are, and where they lie."""
+    rows = [block.prefix(row_1SE.clone()) for row_1SE in condition_RSE.split(1)]
+    return torch.cat([row_1SD for row_1SD in rows if row_1SD is not None])
 
 
 def _pass_seconds(block: AutoregressiveBlock) -> float:
