@@ -223,8 +223,17 @@ def read_policy(model: Flow) -> Policy | None:
     Raises:
         UserError: the file holds something else.
     """
-    values = model.policy
-    if values is None or values.get("model") != config_to_dict(model.config):
+    values, known = model.policy, model.kept.get("policy")
+    if isinstance(known, tuple) and known[0] is values:
+        policy: Policy | None = known[1]
+        return policy
+    policy = None if values is None else _parse(values, model)
+    model.kept["policy"] = values, policy
+    return policy
+
+
+def _parse(values: dict[str, Any], model: Flow) -> Policy | None:
+    if values.get("model") != config_to_dict(model.config):
         return None
     if values.get("format") == 1:
         warnings.warn("policy.json has format 1, with a choice a batch size, and is not used: calibrate again")
@@ -233,10 +242,8 @@ def read_policy(model: Flow) -> Policy | None:
         raise UserError(f"policy.json has format {values.get('format')}, expected {FORMAT}: calibrate again")
     policy = from_dict(Policy, values, "policy.json: ")
     if len(policy.choices) != len(model.blocks):
-        raise UserError(
-            f"policy.json has {len(policy.choices)} choices, expected one for each of {len(model.blocks)} blocks: "
-            "calibrate again"
-        )
+        counts = f"{len(policy.choices)} choices, expected one for each of {len(model.blocks)} blocks"
+        raise UserError(f"policy.json has {counts}: calibrate again")
     return policy
 
 
