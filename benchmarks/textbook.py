@@ -148,9 +148,9 @@ class Decoder:
 
 
 def main() -> None:
-    from starflow.bench.sample import subject
+    from starflow.bench.sample import load_model
 
-    task = subject("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
+    task = load_model("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
     for _ in range(2):
         started = time.perf_counter()
         decode(task)

@@ -10,7 +10,7 @@ import torch
 
 from starflow.bench import sample as bench
 from starflow.bench.limits import DrawTask, MachineLimits, load_baselines, measure_limits, sampling_work
-from starflow.bench.sample import SamplingBenchmark, SpeedReport, measure, subject
+from starflow.bench.sample import SamplingBenchmark, SpeedReport, load_model, measure
 from starflow.cli.bench import BenchSampleOptions, bench_sample, sample_table
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
@@ -46,7 +46,7 @@ def baselines(task):
 
 def report(tmp_path: Path, batches: tuple[int, ...] = (1, 2)) -> SpeedReport:
     (tmp_path / "textbook.py").write_text(SLOW_BASELINE)
-    return measure(subject("57m", CPU, torch.float32), SamplingBenchmark(batches, 3.0, 2, 1, tmp_path))
+    return measure(load_model("57m", CPU, torch.float32), SamplingBenchmark(batches, 3.0, 2, 1, tmp_path))
 
 
 def test_the_figures_fit_each_other(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_random_weights_serve_the_sequential_solver_alone_and_it_says_so(tmp_pat
 
 def test_a_trained_pipeline_is_timed_with_its_own_prompts_and_the_best_policy(tmp_path: Path) -> None:
     random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(tmp_path / "model")
-    given = subject(str(tmp_path / "model"), CPU, torch.float32)
+    given = load_model(str(tmp_path / "model"), CPU, torch.float32)
     found = measure(given, SamplingBenchmark((3,), 2.0, 3, 1, None))
     assert found.trained
     assert {one.solver for one in found.speeds} == {"sequential", "auto"}
@@ -95,7 +95,7 @@ def test_a_flow_without_its_conditioner_counts_as_random(tmp_path: Path) -> None
     build(TarFlowConfig(3, 8, 4, 64, 2, 1, num_classes=3)).save_pretrained(tmp_path / "tarflow")
     build(SMALL).save_pretrained(tmp_path / "starflow")
     for name in ("tarflow", "starflow"):
-        given = subject(str(tmp_path / name), CPU, torch.float32)
+        given = load_model(str(tmp_path / name), CPU, torch.float32)
         assert not given.trained
         assert {one.solver for one in measure(given, SamplingBenchmark((2,), 1.0, 2, 1)).speeds} == {"sequential"}
 
@@ -146,4 +146,4 @@ def test_the_command_prints_json_and_writes_it(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="--repeats is 0, expected at least 1"):
         BenchSampleOptions(repeats=0)
     with pytest.raises(UserError, match="no model 'nothing'"):
-        subject("nothing", CPU, torch.float32)
+        load_model("nothing", CPU, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from starflow.sampling.convergence import EXTRA_PASSES, SolvedBlock, contraction_of, converge, initial_guess
 from starflow.sampling.jacobi import relative_change
 from starflow.sampling.predictor import Predictor, ignore_progress
-from starflow.sampling.sampler import solve
+from starflow.sampling.sampler import solve_by_policy
 from tests.sampling.cpu.common import solving
 from tests.sampling.cpu.test_engine import text_case
 
@@ -27,11 +27,11 @@ class Linear:
     def prefill(self) -> None:
         pass
 
-    def before(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
+    def inputs(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
         return torch.nn.functional.pad(x_BNC, (0, 0, 1, 0))[:, start:stop]
 
-    def predict(self, before_BTC: Tensor, _start: int) -> tuple[Tensor, Tensor]:
-        return self.slope * before_BTC, torch.zeros_like(before_BTC)
+    def predict(self, inputs_BTC: Tensor, _start: int) -> tuple[Tensor, Tensor]:
+        return self.slope * inputs_BTC, torch.zeros_like(inputs_BTC)
 
 
 def linear_block(slope: float) -> SolvedBlock:
@@ -79,8 +79,8 @@ def test_every_policy_that_is_said_to_converge_does_so_again(block: SolvedBlock)
     assert [one.passes for one in known.converged] == sorted(one.passes for one in known.converged)
     for one in known.converged:
         assert one.passes + one.drafts < 16
-        again = solve(block.predictor, block.noise_BNC, one.policy, 1e-2, ignore_progress)
-        assert (again.iterations, again.drafts, again.single) == (one.passes, one.drafts, 0)
+        again = solve_by_policy(block.predictor, block.noise_BNC, one.policy, 1e-2, ignore_progress)
+        assert (again.iterations, again.drafts, again.sequential_tokens) == (one.passes, one.drafts, 0)
         assert (again.residual_B <= 1e-2).all()
         if one.policy.segment is None:
             assert one.policy.max_iterations == max(one.passes, one.drafts) + EXTRA_PASSES

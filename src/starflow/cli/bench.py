@@ -144,7 +144,7 @@ def timings_text(timings: Sequence[Timing]) -> str:
     )
 
 
-TRUST = 12.0
+TRUSTED_LIMITS = 12.0
 """Limits that the textbook decoder may take: a slower one is no baseline."""
 
 
@@ -190,8 +190,8 @@ def bench_sample(options: BenchSampleOptions) -> None:
     """Run the command."""
     import torch
 
-    from starflow.bench.limits import tree_folder
-    from starflow.bench.sample import SamplingBenchmark, measure, subject
+    from starflow.bench.limits import find_baselines_folder
+    from starflow.bench.sample import SamplingBenchmark, load_model, measure
     from starflow.config import to_dict
     from starflow.io.files import check_output_folder, write_json
 
@@ -199,7 +199,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
         torch.set_num_threads(options.threads)
     if options.output:
         check_output_folder(Path(options.output).parent)
-    folder = tree_folder() if not options.baselines else Path(options.baselines)
+    folder = find_baselines_folder() if not options.baselines else Path(options.baselines)
     plan = SamplingBenchmark(
         tuple(parse_batches(options.batches)),
         options.guidance,
@@ -207,7 +207,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
         options.repeats,
         None if options.baselines == "none" else folder,
     )
-    given = subject(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    given = load_model(options.model, pick_device(options.device), pick_dtype(options.dtype))
     report = measure(given, plan, lambda text: print(text, file=sys.stderr))
     values = {"command": command_of(options), **to_dict(report)}
     if options.output:
@@ -278,8 +278,8 @@ def others_text(report: SpeedReport) -> list[str]:
     for one in report.others:
         ours = ", ".join(f"{solver} {factor:.2f}x as fast" for solver, factor in one.speedup.items())
         lines.append(f"  {one.name}: {one.seconds:.3f} s, {one.limits:.1f} limits; ours: {ours} ({one.note})")
-        if one.name.startswith("textbook") and one.limits > TRUST:
-            lines.append(f"  it takes over {TRUST:g} limits: too slow a baseline for the comparison to count")
+        if one.name.startswith("textbook") and one.limits > TRUSTED_LIMITS:
+            lines.append(f"  it takes over {TRUSTED_LIMITS:g} limits: too slow a baseline for the comparison to count")
     return lines
 
 

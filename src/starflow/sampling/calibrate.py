@@ -33,7 +33,7 @@ from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.jacobi import relative_change
 from starflow.sampling.policy import BlockChoice, BlockPolicy, Policy, SampleSettings, SolverChoice, Timing
 from starflow.sampling.predictor import Predictor, SolverResult, ignore_progress
-from starflow.sampling.sampler import run, solve, solve_blocks
+from starflow.sampling.sampler import run, solve_blocks, solve_by_policy
 
 BLOCK_MARGIN, SAMPLE_MARGIN = 1.1, 1.05
 """A block's policy, and whole samples, must be faster than token by token by these factors."""
@@ -75,6 +75,7 @@ class CalibrationData:
 
     @property
     def guided(self) -> bool:
+        """Whether any picture has a guidance weight above 0."""
         return self.settings.guidance_for(self.noise) is not None
 
 
@@ -131,7 +132,7 @@ def visit_blocks(model: Flow, data: CalibrationData, visit: Callable[[int, Solve
     found: list[T] = []
 
     def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
-        solution = solve(predictor, noise_BNC, BlockPolicy(), 0.0, ignore_progress)
+        solution = solve_by_policy(predictor, noise_BNC, BlockPolicy(), 0.0, ignore_progress)
         found.append(visit(number, SolvedBlock(predictor, noise_BNC, solution.x_BNC)))
         return solution
 
@@ -146,13 +147,13 @@ def race(timings: Sequence[Timings], tolerance: float, repeats: int, number: int
     solutions: dict[BlockPolicy, SolverResult] = {}
 
     def solve_by(policy: BlockPolicy) -> None:
-        solutions[policy] = solve(block.predictor, block.noise_BNC, policy, tolerance, ignore_progress)
+        solutions[policy] = solve_by_policy(block.predictor, block.noise_BNC, policy, tolerance, ignore_progress)
 
     actions = {policy: functools.partial(solve_by, policy) for policy in so_far}
     once = {policy: seconds_of(action, device) for policy, action in actions.items()}
     limit = WORTH_TIMING * once[sequential]  # "rounded" may have packed weights in its first run
     promising = [policy for policy in so_far if once[policy] <= limit or policy.guess == "rounded"]
-    left = [policy for policy in promising if not solutions[policy].single]
+    left = [policy for policy in promising if not solutions[policy].sequential_tokens]
     times = dict(zip(left, in_turn([actions[policy] for policy in left], device, repeats), strict=True))
     return {
         policy: (*so_far[policy], Timing(batch, seconds, times[sequential], float(solutions[policy].residual_B.max())))
@@ -169,12 +170,18 @@ def fastest(timings: Timings) -> BlockChoice:
 
 
 def clearly_faster(timings: Sequence[Timing], margin: float) -> bool:
-    """Whether a policy is slower at no batch size, and faster by the margin on the mean."""
+    """Whether a policy is slower than token by token at no batch size, and faster by the margin on the mean.
+
+    >>> clearly_faster([Timing(1, 0.5, 1.0), Timing(4, 0.9, 1.0)], 1.1)
+    True
+    >>> clearly_faster([Timing(1, 0.1, 1.0), Timing(4, 1.01, 1.0)], 1.1)
+    False
+    """
     return all(one.ratio <= 1 for one in timings) and _mean_ratio(timings) * margin <= 1
 
 
 def _mean_ratio(timings: Sequence[Timing]) -> float:
-    """Geometric mean."""
+    """Geometric mean of time over that of going token by token."""
     return math.prod(one.ratio for one in timings) ** (1 / len(timings))
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.flow import affine
-from starflow.sampling.jacobi import Span, relative_change, step
+from starflow.sampling.jacobi import Span, fixed_point_step, relative_change
 from starflow.sampling.policy import BlockPolicy, ConvergedPolicy, Convergence
 from starflow.sampling.predictor import InitialGuess, Predictor, ignore_progress, worth_drafting
-from starflow.sampling.sampler import solve
+from starflow.sampling.sampler import solve_by_policy
 
 SEGMENTS = (4, 8, 16, 32, 64, 128)
 GUESSES: tuple[InitialGuess, ...] = ("noise", "zero", "previous", "gaussian")
@@ -56,7 +56,7 @@ def converge(block: SolvedBlock, tolerance: float) -> Convergence:
     tried += [BlockPolicy("jacobi", segment, None, nearest) for segment in SEGMENTS if segment < length]
     if worth_drafting(block.predictor):
         tried += [dataclasses.replace(policy, draft=True) for policy in tried]
-    if block.predictor.can_round:
+    if block.predictor.can_solve_rounded:
         tried.append(BlockPolicy("jacobi", None, None, "rounded"))
     converged = [found for policy in tried if (found := _try(block, policy, tolerance)) is not None]
     return Convergence(contraction, distances, tuple(sorted(converged, key=lambda one: one.passes)))
@@ -71,7 +71,7 @@ def initial_guess(block: SolvedBlock, guess: InitialGuess) -> Tensor:
     if guess == "gaussian":
         predictor, first = block.predictor, block.span.start
         predictor.prefill()
-        found = predictor.predict(predictor.before(block.x_BNC, first, predictor.tokens), first)
+        found = predictor.predict(predictor.inputs(block.x_BNC, first, predictor.tokens), first)
         mu, log_sigma = (F.pad(one, (0, 0, first + 1, 0))[:, :-1] for one in found)
         return affine.inverse(block.noise_BNC, mu, log_sigma)
     return F.pad(block.x_BNC, (0, 0, 1, 0))[:, :-1]
@@ -82,7 +82,7 @@ def contraction_of(block: SolvedBlock, guess_BNC: Tensor, steps: int = 4) -> flo
     block.predictor.prefill()
     x_BNC, errors = guess_BNC.clone(), [relative_change(block.x_BNC, guess_BNC)]
     for _ in range(steps):
-        x_BNC[:, block.span.start :] = step(block.predictor, x_BNC, block.noise_BNC, block.span)
+        x_BNC[:, block.span.start :] = fixed_point_step(block.predictor, x_BNC, block.noise_BNC, block.span)
         errors.append(relative_change(block.x_BNC, x_BNC))
     floor = torch.finfo(errors[0].dtype).eps
     ratios = (errors[-1].clamp(min=floor) / errors[0].clamp(min=floor)) ** (1 / steps)
@@ -99,8 +99,8 @@ def _try(block: SolvedBlock, policy: BlockPolicy, tolerance: float) -> Converged
     tokens = block.span.count
     limit = max(1, (policy.segment or tokens) // 2)
     limited = dataclasses.replace(policy, max_iterations=limit)
-    found = solve(block.predictor, block.noise_BNC, limited, tolerance, ignore_progress)
-    if found.single or found.iterations + found.drafts >= tokens:
+    found = solve_by_policy(block.predictor, block.noise_BNC, limited, tolerance, ignore_progress)
+    if found.sequential_tokens or found.iterations + found.drafts >= tokens:
         return None
     most = limit if policy.segment else max(found.iterations, found.drafts) + EXTRA_PASSES
     return ConvergedPolicy(dataclasses.replace(policy, max_iterations=most), found.iterations, found.drafts)

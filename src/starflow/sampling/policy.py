@@ -27,13 +27,24 @@ from starflow.sampling.predictor import InitialGuess
 BlockSolver = Literal["sequential", "jacobi"]
 
 CacheDtype = Literal["network", "bfloat16"]
+"""Precision of keys and values: the network's own, or bfloat16 to halve a float32 cache."""
 
 SolverName = Literal["sequential", "jacobi", "auto"]
 
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """How one block is inverted."""
+    """How one block is inverted: token by token, or by iterating segments of tokens.
+
+    >>> BlockPolicy("jacobi", segment=32, guess="gaussian").max_iterations is None
+    True
+    >>> BlockPolicy("jacobi", segment=0)
+    Traceback (most recent call last):
+    starflow.errors.UserError: segment is 0, expected at least 1, or None
+
+    Raises:
+        UserError: a value that no solver can have.
+    """
 
     solver: BlockSolver = "sequential"
     segment: int | None = None
@@ -53,11 +64,12 @@ class BlockPolicy:
 
 
 SolverChoice = SolverName | Sequence[BlockPolicy]
+"""A solver for all blocks, what the model was calibrated for, or a policy for each block from the data to the noise."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The options of `starflow.sample`, by the same names.
+    """The options of `starflow.sample`, by the same names and with the same meaning.
 
     Raises:
         UserError: a value that no sampler can have.

@@ -25,9 +25,9 @@ from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import layers_of
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Predictor, draft_of, select_pictures
+from starflow.sampling.predictor import Predictor, make_draft, select_pictures
 from starflow.sampling.sampler import best_candidates, run
-from starflow.sampling.sequential import advance
+from starflow.sampling.sequential import solve_token
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
 
@@ -211,7 +211,7 @@ def test_either_path_goes_on_where_the_other_stopped(library: Library, stop: int
         ours.predictor.prefill()
         with torch.no_grad(), engine._call(ours.predictor, x_BNC, ours.noise_BNC, 1) as call:
             library.solve(call.block, 0, stop)
-            advance(ours.predictor, x_BNC, ours.noise_BNC, stop)
+            solve_token(ours.predictor, x_BNC, ours.noise_BNC, stop)
             library.solve(call.block, stop + 1, 16)
         assert_close(x_BNC, whole)
 
@@ -255,7 +255,7 @@ def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
     case = text_case()
     engine = case.model.kept["engine"] = engine_for(library)
     assert engine.ready(solving(case, 1).predictor)
-    assert not engine.ready(draft_of(solving(case, 1).predictor))
+    assert not engine.ready(make_draft(solving(case, 1).predictor))
     assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
     layer = next(layers_of(list(case.model.stack())[1]))
     layer.attention.proj = Other(layer.attention.proj)
@@ -306,7 +306,7 @@ def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: p
     torch.set_num_threads(3)
     given = solving(text_case(), 1)
     engine, used = engine_for(library), []
-    for size in (1, native.LARGE):
+    for size in (1, native.LARGE_TENSOR_BYTES):
         monkeypatch.setattr(native, "THREAD_BYTES", size)
         with engine._call(given.predictor, given.noise_BNC, given.noise_BNC, 1) as call:
             used.append(call.block.threads)
@@ -360,10 +360,10 @@ def test_gelu_is_accurate(library: Library, tanh_form: bool) -> None:
 
 def test_the_mark_sees_values_and_places(library: Library) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    marks = {library.mark(values), library.mark(values[:-1]), library.mark(values.flip(0))}
+    marks = {library.checksum(values), library.checksum(values[:-1]), library.checksum(values.flip(0))}
     for index in (0, 17, 500, 999):
         changed = values.clone()
         changed[index] += 1e-6
-        marks.add(library.mark(changed))
+        marks.add(library.checksum(changed))
     assert len(marks) == 7
-    assert library.mark(values.clone()) == library.mark(values)
+    assert library.checksum(values.clone()) == library.checksum(values)

@@ -8,7 +8,7 @@
 // stays in registers' reach for all rows, so that at 4 to 8 rows a product takes the time that reading its weights takes.
 // Threads share out the panels and meet after every stage.
 //
-// The structs are mirrored in layout.py.
+// The structs are mirrored in pack.py.
 
 #include <atomic>
 #include <cmath>
