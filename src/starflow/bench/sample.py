@@ -3,8 +3,8 @@
 What is timed is the flow: from noise and an encoded condition to latents, without text encoder and autoencoder. The
 limit is the larger of two times, at the rates of the same run: that of reading weights and cache once a token, and that
 of the arithmetic. A time is the fastest of a few runs. Those that are compared take turns, so that other work on the
-machine slows all of them. Going token by token costs the same whatever the weights; how fast iterating is depends on them,
-so that solver "auto" is timed for trained models only.
+machine slows all of them. Going token by token costs the same whatever the weights; how fast iterating is depends on
+them, so that solver "auto" is timed for trained models only.
 """
 
 from __future__ import annotations
