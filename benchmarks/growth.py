@@ -1,4 +1,4 @@
-"""How the cost of sampling grows with tokens, batch and width, measured and drawn.
+"""Measure and draw how the cost of sampling grows with tokens, batch and width.
 
     python benchmarks/growth.py
     python benchmarks/document.py benchmarks/results/growth.json

@@ -1,4 +1,4 @@
-"""A textbook decoder of our own models: eager PyTorch, one token at a time.
+"""Time a textbook decoder of our own models: eager PyTorch, one token at a time.
 
 What one writes from the paper: a cache of keys and values, allocated once, that every token extends; keys as the linear
 layer gives them, so that the whole cache is rotated at each token; the condition first, in one pass; condition and null

@@ -5,8 +5,8 @@
   not of the hardware: weights that stay in a processor's cache are read faster, and a kernel may beat torch's product.
 - `sampling_work`: what going token by token has to read and to compute. Counted are, for every token of every block,
   one read of the block's weights and of the keys and values before it, and the matrix products: 2 operations per weight
-  and row, 4 per query, key and channel of the heads. The condition is one pass more. Norms, activations and writes count
-  nothing.
+  and row, 4 per query, key and channel of the heads. The condition is one pass more. Norms, activations and writes do
+  not count.
 - `measure_footprint`: memory of sampling a batch beside what `starflow.flow.memory` predicts. Weights, packed copies,
   caches and autoencoder are counted tensor by tensor. The peak is what is held before a batch is sampled and decoded,
   and the most that the memory of the process rose by meanwhile: the system's record on Linux, the allocator's on a CUDA

@@ -1,9 +1,4 @@
-"""`starflow bench calibrate`: measure once how a model's blocks are best solved, and keep it beside the weights.
-
-`starflow bench sample`: seconds a picture, against the limits of the machine and against other ways to draw one.
-
-`starflow bench train`: pictures a second, and the share of the machine's own matrix product.
-"""
+"""The commands `starflow bench calibrate`, `bench sample` and `bench train`, and the tables that they print."""
 
 from __future__ import annotations
 
@@ -62,10 +57,13 @@ class BenchCalibrateOptions:
 
 
 def parse_batches(text: str) -> list[int]:
-    """The numbers of "1,4,16".
+    """The numbers of a text such as "1,4,16".
 
     Raises:
-        UserError: something else.
+        UserError: it holds anything else.
+
+    >>> parse_batches("1,4,16")
+    [1, 4, 16]
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -74,7 +72,7 @@ def parse_batches(text: str) -> list[int]:
 
 
 def bench_calibrate(options: BenchCalibrateOptions) -> None:
-    """Run the command."""
+    """Calibrate a model, write its policy.json, and print what was measured and chosen."""
     from starflow.cli.generate import read_prompt_file
     from starflow.config import to_dict
     from starflow.flow.checkpoint import write_policy
@@ -145,7 +143,7 @@ def timings_text(timings: Sequence[Timing]) -> str:
 
 
 TRUSTED_LIMITS = 12.0
-"""Limits that the textbook decoder may take: a slower one is no baseline."""
+"""Multiple of the limit that the textbook decoder may take: a slower one is no fair baseline."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class BenchSampleOptions:
 
 
 def bench_sample(options: BenchSampleOptions) -> None:
-    """Run the command."""
+    """Time sampling, print the table or JSON, and write JSON where a file is named."""
     import torch
 
     from starflow.bench.limits import find_baselines_folder
@@ -200,7 +198,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
     if options.output:
         check_output_folder(Path(options.output).parent)
     folder = find_baselines_folder() if not options.baselines else Path(options.baselines)
-    plan = SamplingBenchmark(
+    benchmark = SamplingBenchmark(
         tuple(parse_batches(options.batches)),
         options.guidance,
         options.compare_at,
@@ -208,7 +206,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
         None if options.baselines == "none" else folder,
     )
     given = load_model(options.model, pick_device(options.device), pick_dtype(options.dtype))
-    report = measure(given, plan, lambda text: print(text, file=sys.stderr))
+    report = measure(given, benchmark, lambda text: print(text, file=sys.stderr))
     values = {"command": command_of(options), **to_dict(report)}
     if options.output:
         write_json(Path(options.output), values)
@@ -224,7 +222,7 @@ def command_of(options: BenchSampleOptions) -> str:
 
 
 def sample_table(report: SpeedReport) -> list[str]:
-    """What to read of it; the last line is the comparison to quote."""
+    """The report as lines of text; the last line is the comparison to quote."""
     ceilings, once = report.ceilings, report.once
     weights = "trained weights" if report.trained else "random weights: token by token only, as no parallel solver can"
     built = (
@@ -251,7 +249,7 @@ def sample_table(report: SpeedReport) -> list[str]:
 
 
 def memory_text(memory: Footprint) -> str:
-    """Measured, and what `starflow info --memory` predicts, in MiB."""
+    """Memory as measured, and in brackets as `starflow info --memory` predicts it, in MiB."""
     predicted = memory.predicted
     parts = [("weights", memory.weights, predicted.weights)]
     parts += [("packed", memory.packed, predicted.packed)] if memory.packed else []
@@ -262,7 +260,7 @@ def memory_text(memory: Footprint) -> str:
 
 
 def speed_text(one: Speed) -> str:
-    """A row of the table."""
+    """One row of the table of speeds."""
     return (
         f"{one.solver:11} {one.batch:5} {one.guidance:5g} {one.seconds:9.3f} {one.seconds_per_picture:9.3f} "
         f"{one.pictures_per_second:10.2f} {one.tokens_per_second:8.0f} {one.bytes_per_second / 1e9:6.1f} "
@@ -271,7 +269,7 @@ def speed_text(one: Speed) -> str:
 
 
 def others_text(report: SpeedReport) -> list[str]:
-    """Ours against each baseline, from runs that took turns."""
+    """One line a baseline: its time, and how much faster ours are in runs that took turns."""
     if not report.others:
         return ["", "no baselines: a source tree has them in benchmarks/ (--baselines FOLDER)"]
     lines = ["", f"others, batch {report.compare_at}, guidance {report.guidance:g}:"]
@@ -314,7 +312,7 @@ class BenchTrainOptions:
 
 
 def bench_train(options: BenchTrainOptions) -> None:
-    """Run the command."""
+    """Time training and print the figures, in one process of a group."""
     import torch
 
     from starflow.bench.train import architecture, measure
@@ -345,7 +343,7 @@ def _train_settings(options: BenchTrainOptions) -> TrainSettings:
 
 
 def train_table(speed: TrainSpeed) -> str:
-    """The figures, one a line; the last line is the one to quote."""
+    """The figures, one a line; the last line is the share of the matrix product, which is the one to quote."""
     where = f"{speed.device}, {speed.precision}, {speed.processes} processes"
     threads = f" of {speed.threads} threads" if speed.device == "cpu" else ""
     parts = f"forward {speed.forward:.4f}, backward {speed.backward:.4f}, optimiser {speed.optimiser:.4f}"
