@@ -179,10 +179,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Benchmark
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
-        material = pipeline.material()
-        return BenchmarkedModel(
-            name, pipeline.flow, True, material.condition, material.null_condition, pipeline.autoencoder
-        )
+        data = pipeline.calibration_data()
+        return BenchmarkedModel(name, pipeline.flow, True, data.condition, data.null_condition, pipeline.autoencoder)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
     return _with_random_conditions(name, flow, trained=False)

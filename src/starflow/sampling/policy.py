@@ -36,11 +36,8 @@ SolverName = Literal["sequential", "jacobi", "auto"]
 class BlockPolicy:
     """How one block is inverted: token by token, or by iterating segments of tokens.
 
-    >>> BlockPolicy("jacobi", segment=32, guess="gaussian").max_iterations is None
-    True
-    >>> BlockPolicy("jacobi", segment=0)
-    Traceback (most recent call last):
-    starflow.errors.UserError: segment is 0, expected at least 1, or None
+    >>> BlockPolicy("jacobi", segment=32, guess="gaussian")
+    BlockPolicy(solver='jacobi', segment=32, max_iterations=None, guess='gaussian', draft=False)
 
     Raises:
         UserError: a value that no solver can have.
@@ -216,9 +213,9 @@ def block_policies(model: Flow, settings: SampleSettings, device: torch.device) 
     solver, blocks = settings.solver, len(model.blocks)
     if not isinstance(solver, str):
         policies = list(solver)
-        if len(policies) != blocks or not all(isinstance(policy, BlockPolicy) for policy in policies):
-            raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")
-        return policies
+        if len(policies) == blocks and all(isinstance(policy, BlockPolicy) for policy in policies):
+            return policies
+        raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")
     if solver == "jacobi":
         return [BlockPolicy("jacobi", settings.segment)] * blocks
     if settings.segment is not None:
