@@ -93,7 +93,7 @@ def measure(sizes: dict[str, int], device: torch.device, ceilings: MachineLimits
         in_channels=4, img_size=side, channels=sizes["width"], num_blocks=1, layers_per_block=LAYERS, txt_size=0
     )
     model = build(config).to(device).requires_grad_(False)
-    block, noise = next(model.stack()), torch.randn(batch, side * side, 4, device=device)
+    block, noise = next(model.iter_blocks()), torch.randn(batch, side * side, 4, device=device)
     table, engine = model.block_rotary(block, model.rotary((side, side))), cpu_engine_of(model)
     if device.type == "cpu":
         engine.build()

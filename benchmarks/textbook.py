@@ -39,16 +39,16 @@ def baselines(task: DrawTask) -> list[Baseline]:
 def decode(task: DrawTask) -> Tensor:
     """Noise to latents (B, C, H, W), block after block."""
     model = task.model
-    tokens, grid = model.tokens(task.noise)
+    tokens, grid = model.to_tokens(task.noise)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens = tokens * prior.exp()
-    for number, block in reversed(list(enumerate(model.stack()))):
-        guided = task.guidance > 0 and model.guided[number]
+    for number, block in reversed(list(enumerate(model.iter_blocks()))):
+        guided = task.guidance > 0 and model.guided_blocks[number]
         noise = in_order(tokens, backwards=block.spec.backwards)
         x = _decode_block(model, block, noise, rotary, task, guided=guided)
         tokens = in_order(x, backwards=block.spec.backwards)
-    return model.picture(tokens, grid)
+    return model.from_tokens(tokens, grid)
 
 
 def _decode_block(

@@ -123,7 +123,7 @@ def test_what_a_batch_needs_is_counted() -> None:
     model = build(config)
     work, matrices = sampling_work(model, 3, 4, guided=False), 12 * 32 * 32
     ends = 2 * 32 + 32 * 4
-    layer = sum(one.numel() for one in next(model.stack()).attn_blocks.parameters())
+    layer = sum(one.numel() for one in next(model.iter_blocks()).attn_blocks.parameters())
     assert work.flops == 3 * (4 * 2 * (matrices + ends) + 4 * 32 * (1 + 2 + 3 + 4))
     assert work.bytes == 4 * 4 * (layer + ends) + 4 * 2 * 3 * 32 * (1 + 2 + 3 + 4)
 

@@ -36,9 +36,9 @@ DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 def test_parameters_are_counted_as_built(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = build(config)
-    for number, block in enumerate(model.stack()):
-        assert memory.block_parameters(config, number) == sum(one.numel() for one in block.parameters())
-    assert memory.parameters(config) == sum(one.numel() for one in model.parameters())
+    for number, block in enumerate(model.iter_blocks()):
+        assert memory.block_parameter_count(config, number) == sum(one.numel() for one in block.parameters())
+    assert memory.parameter_count(config) == sum(one.numel() for one in model.parameters())
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -148,7 +148,7 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
             assert math.isclose(getattr(share, name) * parts, getattr(whole, name), rel_tol=1e-6)
         assert share.activations == whole.activations
     assert memory.training_memory(config, 8, checkpointing=True).activations < whole.activations / 5
-    assert 3.8e9 < memory.parameters(config) < 3.9e9
+    assert 3.8e9 < memory.parameter_count(config) < 3.9e9
     assert whole.peak == sum(vars(whole).values())
 
 
@@ -201,7 +201,7 @@ def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.Capt
 def test_a_published_repository_is_known_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "apple/starflow", "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["parameters"] == memory.parameters(PRESETS["starflow-t2i-3b"].config)
+    assert facts["parameters"] == memory.parameter_count(PRESETS["starflow-t2i-3b"].config)
     assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
     assert main(["info", "apple/starflow", "--memory"]) == 0
     assert "google/flan-t5-xl takes 2.28 GiB before that, and is released" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_the_text_encoder_is_released_unless_kept(
     assert len(loads) == 2
     kept = StarFlowPipeline.from_pretrained(tmp_path)
     assert isinstance(kept.conditioner, TextEncoder)  # a small one
-    monkeypatch.setattr(loading, "LARGE", 100)
+    monkeypatch.setattr(loading, "LARGE_BYTES", 100)
     assert isinstance(StarFlowPipeline.from_pretrained(tmp_path).conditioner, OnDemandTextEncoder)
     assert isinstance(StarFlowPipeline.from_pretrained(tmp_path, keep_text_encoder=True).conditioner, TextEncoder)
     lazy.save_pretrained(tmp_path / "again")

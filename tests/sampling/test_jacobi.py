@@ -34,7 +34,7 @@ POLICIES = st.builds(
 def predictors(case: Case) -> list[tuple[Predictor, Tensor]]:
     """Every block of a case with noise, unguided, each with a cache of its own."""
     model, batch = case.model, len(case.x)
-    tokens, grid = model.tokens(case.x)
+    tokens, grid = model.to_tokens(case.x)
     condition, rotary = model.check_condition(case.condition, batch), model.rotary(grid)
     return [
         (
@@ -43,7 +43,7 @@ def predictors(case: Case) -> list[tuple[Predictor, Tensor]]:
             ),
             in_order(tokens, backwards=block.spec.backwards),
         )
-        for block in model.stack()
+        for block in model.iter_blocks()
     ]
 
 
@@ -132,10 +132,10 @@ def test_rows_are_really_removed(model: Flow, monkeypatch: pytest.MonkeyPatch) -
 @torch.no_grad()
 def test_a_narrowed_predictor_predicts_what_the_whole_one_does(model: Flow) -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens, grid = model.tokens(torch.randn(4, 2, 4, 4, generator=generator))
+    tokens, grid = model.to_tokens(torch.randn(4, 2, 4, 4, generator=generator))
     condition, null = torch.randn(2, 4, 3, 5, generator=generator)
     guidance = Guidance(torch.tensor([0.0, 1.0, 2.5, 4.0]), "gaussian", "constant", 0.7)
-    block = list(model.stack())[-1]
+    block = list(model.iter_blocks())[-1]
     table = model.block_rotary(block, model.rotary(grid))
     whole = Predictor.of(block, 4, 16, [condition, null], table, guidance, CachePool())
     whole.prefill()
@@ -149,8 +149,8 @@ def test_a_narrowed_predictor_predicts_what_the_whole_one_does(model: Flow) -> N
 
 @torch.no_grad()
 def test_a_draft_is_near_its_block_and_leaves_it_alone(model: Flow) -> None:
-    tokens, grid = model.tokens(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
-    block = next(model.stack())
+    tokens, grid = model.to_tokens(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
+    block = next(model.iter_blocks())
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     predictor = Predictor.of(block, 2, 16, [None], model.block_rotary(block, model.rotary(grid)), None, CachePool())
     exact, rounded = (fixed_point_step(one, tokens, tokens, Span(0, 16)) for one in (predictor, make_draft(predictor)))
@@ -160,8 +160,8 @@ def test_a_draft_is_near_its_block_and_leaves_it_alone(model: Flow) -> None:
 
 @torch.no_grad()
 def test_drafts_replace_passes(model: Flow) -> None:
-    tokens, grid = model.tokens(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.3)
-    block = next(model.stack())
+    tokens, grid = model.to_tokens(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.3)
+    block = next(model.iter_blocks())
     table = model.block_rotary(block, model.rotary(grid))
     found = []
     for draft in (False, True):

@@ -38,7 +38,7 @@ def test_cached_predictions_equal_the_uncached_ones(device: torch.device, case: 
     with torch.no_grad():
         trace = model.trace(case.x, case.condition)
         condition, rotary = model.check_condition(case.condition, batch), model.rotary(_grid(case))
-        for number, block in enumerate(model.stack()):
+        for number, block in enumerate(model.iter_blocks()):
             own = [in_order(trace.states[number + side], backwards=block.spec.backwards) for side in (0, 1)]
             x, z, tokens = own[0], own[1], own[0].shape[1]
             table = model.block_rotary(block, rotary)
@@ -156,7 +156,7 @@ def test_later_segments_see_the_final_tokens_however_loose_the_tolerance(
 ) -> None:
     """The keys and values that a segment leaves are those of its last values, not of the guess before them."""
     noise, condition, _ = inputs
-    block, (tokens, grid) = list(conditional.stack())[-1], conditional.tokens(noise)
+    block, (tokens, grid) = list(conditional.iter_blocks())[-1], conditional.to_tokens(noise)
     rotary = conditional.block_rotary(block, conditional.rotary(grid))
     with torch.no_grad():
         used, fresh = (Predictor.of(block, 4, 16, [condition], rotary, None, CachePool()) for _ in range(2))

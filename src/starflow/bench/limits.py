@@ -20,7 +20,6 @@ Shapes: R rows (the batch, twice with guidance), S condition tokens.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.util
 import sys
@@ -39,6 +38,7 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
+from starflow.nn.cpu import return_freed_memory
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
@@ -125,8 +125,8 @@ class SamplingWork:
 def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> SamplingWork:
     """The work of one batch of pictures of so many tokens, whatever computes it token by token."""
     parts = [
-        _block_work(block, batch * (2 if guided and model.guided[number] else 1), tokens, model.condition_length)
-        for number, block in enumerate(model.stack())
+        _block_work(block, batch * (2 if guided and model.guided_blocks[number] else 1), tokens, model.condition_length)
+        for number, block in enumerate(model.iter_blocks())
     ]
     return SamplingWork(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 
@@ -204,7 +204,7 @@ def measure_footprint(
 
     parameter, engine = next(model.parameters()), cpu_engine_of(model)
     if engine.library is not None:  # without the rounded copies of other solvers
-        model.kept["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+        model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
     with track_memory(parameter.device) as found:
@@ -237,18 +237,11 @@ def track_memory(device: torch.device) -> Iterator[MemoryRise]:
     if device.type != "cpu" or not CLEAR.exists():
         yield found
         return
-    _trim_memory()
+    return_freed_memory()
     CLEAR.write_text(RESET_PEAK)
     before = _status("VmRSS")
     yield found
     found.bytes = _status("VmHWM") - before
-
-
-def _trim_memory() -> None:
-    """What the C library keeps of freed memory goes back to the system, so that its use again shows."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -190,7 +190,7 @@ def _random_model(name: str) -> STARFlow | TarFlow:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build(architecture(name)).requires_grad_(False)
-        for block in model.stack():
+        for block in model.iter_blocks():
             torch.nn.init.normal_(block.proj_out.weight, std=0.02)  # a new model is the identity
     return model
 
@@ -361,9 +361,9 @@ def _measure_one_time_costs(model: Flow, first: float) -> OneTimeCosts:
         engine.build()
     if engine.library is None:
         return OneTimeCosts(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
-    fresh = model.kept["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+    fresh = model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     started = time.perf_counter()
-    for block in model.stack():
+    for block in model.iter_blocks():
         if covers_block(block):
             fresh.packed(block)
     return OneTimeCosts(first, engine.build_seconds, engine.compiled, time.perf_counter() - started, fresh.bytes)

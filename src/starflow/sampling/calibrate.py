@@ -15,11 +15,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
+from starflow.nn.cpu import cpu_name
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.convergence import SolvedBlock, converge
 from starflow.sampling.cpu.engine import cpu_engine_of
@@ -118,7 +117,7 @@ def calibrate(
         device=device.type,
         machine=machine_of(device),
         dtype=str(model.network_dtype).removeprefix("torch."),
-        tokens=model.tokens(data.noise)[0].shape[1],
+        tokens=model.to_tokens(data.noise)[0].shape[1],
         guided=data.guided,
         tolerance=tolerance,
         convergence=tuple(convergence),
@@ -227,13 +226,4 @@ def machine_of(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

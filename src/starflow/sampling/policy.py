@@ -232,12 +232,12 @@ def read_policy(model: Flow) -> Policy | None:
     Raises:
         UserError: the file holds something else.
     """
-    values, known = model.policy, model.kept.get("policy")
+    values, known = model.policy, model.runtime_cache.get("policy")
     if isinstance(known, tuple) and known[0] is values:
         policy: Policy | None = known[1]
         return policy
     policy = None if values is None else _parse(values, model)
-    model.kept["policy"] = values, policy
+    model.runtime_cache["policy"] = values, policy
     return policy
 
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import CacheSlice
+from starflow.nn.cpu import has_bfloat16
 from starflow.nn.kv_cache import CachePool, CacheShape, KVCache, LayerCache
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
@@ -87,8 +88,8 @@ class Predictor:
     >>> from starflow.flow.config import STARFlowConfig
     >>> from starflow.flow.model import STARFlow
     >>> model = STARFlow(STARFlowConfig(2, 4, 32, num_blocks=2, layers_per_block=1, head_dim=16))
-    >>> tokens, grid = model.tokens(torch.randn(3, 2, 4, 4))
-    >>> block = next(model.stack())
+    >>> tokens, grid = model.to_tokens(torch.randn(3, 2, 4, 4))
+    >>> block = next(model.iter_blocks())
     >>> rotary = model.block_rotary(block, model.rotary(grid))
     >>> predictor = Predictor.of(block, 3, 16, [None], rotary, None, CachePool())
     >>> predictor.prefill()
@@ -272,10 +273,8 @@ def can_draft(predictor: Predictor) -> bool:
 
 
 def worth_drafting(predictor: Predictor) -> bool:
-    """Whether a draft may be faster: not on x86 processors without AVX-512, where bfloat16 products are emulated."""
-    weight = predictor.block.proj_in.weight
-    emulated = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return can_draft(predictor) and not emulated
+    """Whether a draft may be faster: not where bfloat16 products are emulated."""
+    return can_draft(predictor) and has_bfloat16(predictor.block.proj_in.weight.device)
 
 
 def _with_bfloat16_products(block: AutoregressiveBlock) -> AutoregressiveBlock:

@@ -199,7 +199,7 @@ def run(
         caches: where caches are taken from; a caller that samples again may keep them.
     """
     policies = block_policies(model, settings, noise.device)
-    count = _count_tokens(progress, model.tokens(noise)[0].shape[1] * len(model.blocks))
+    count = _count_tokens(progress, model.to_tokens(noise)[0].shape[1] * len(model.blocks))
 
     def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
         return solve_by_policy(predictor, noise_BNC, policies[number], settings.tolerance, count)
@@ -218,7 +218,7 @@ def solve_blocks(
     caches: CachePool | None = None,
 ) -> SamplingResult:
     """Map noise to data, block after block, each by `solve_block`; what it is given holds for that call alone."""
-    tokens_BND, grid = model.tokens(noise)
+    tokens_BND, grid = model.to_tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
     guidance = settings.guidance_for(tokens_BND)
     conditions = branch_conditions(model, condition, null_condition, batch, guidance)
@@ -228,18 +228,18 @@ def solve_blocks(
     caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
     engine = cpu_engine_of(model)
     solutions = []
-    for number, block in reversed(list(enumerate(model.stack()))):
-        guided = model.guided[number]
+    for number, block in reversed(list(enumerate(model.iter_blocks()))):
+        guided = model.guided_blocks[number]
         rows = conditions if guided else conditions[:1]
         block_rotary = model.block_rotary(block, rotary)
         rule = guidance if guided else None
         noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
-        with model.at_work(block):
+        with model.weights_on_device(block):
             predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
             solution = solve_block(number, predictor, noise_BNC)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
-    return SamplingResult(model.picture(tokens_BND, grid), solutions[::-1])
+    return SamplingResult(model.from_tokens(tokens_BND, grid), solutions[::-1])
 
 
 def solve_by_policy(
@@ -261,9 +261,9 @@ def branch_conditions(
     given = model.check_condition(condition, batch)
     if guidance is None:
         return [given]
-    if not any(model.guided):
+    if not any(model.guided_blocks):
         raise UserError("guidance is above 0, but this model has no condition to guide with: use guidance 0")
-    if null_condition is None and not model.has_own_null:
+    if null_condition is None and not model.has_null_condition:
         raise UserError(
             "guidance is above 0, but null_condition is None: pass what the model was trained with for no condition "
             f"(the empty caption's encoding, or the class for none), {model.condition_help}"

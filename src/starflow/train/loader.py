@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from starflow.data.images import ImageError
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.index import ImageDataset, split_indices
 from starflow.errors import UserError
 
 AHEAD = 4
@@ -82,7 +82,7 @@ class BatchReader(Dataset[ImageBatch]):
             return self.pictures.read(number), number
         except ImageError as error:
             skipped.append((self.pictures.entry(number).name, error.reason))
-        for other in self.pictures.like(number) if self.replace else ():
+        for other in self.pictures.substitutes(number) if self.replace else ():
             try:
                 return self.pictures.read(other), other
             except ImageError:
@@ -349,7 +349,7 @@ def batch_order(pictures: ImageDataset, batch: int, seed: int, window: int) -> B
     Raises:
         UserError: there are none, or none are held out.
     """
-    train, heldout = (all_numbers(pictures, heldout=held) for held in (False, True))
+    train, heldout = (split_indices(pictures, heldout=held) for held in (False, True))
     counts = [sum(map(len, numbers)) for numbers in (train, heldout)]
     if not all(counts):
         raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")

@@ -36,7 +36,9 @@ BACKWARD = 2
 def training_flops(flow: Flow) -> float:
     """Operations of one picture's forward and backward pass, at the model's own size."""
     tokens = flow.config.grid_side**2
-    return (1 + BACKWARD) * float(sum(_forward_flops(block, tokens, flow.condition_length) for block in flow.stack()))
+    return (1 + BACKWARD) * float(
+        sum(_forward_flops(block, tokens, flow.condition_length) for block in flow.iter_blocks())
+    )
 
 
 def _forward_flops(block: AutoregressiveBlock, tokens: int, condition: int) -> int:

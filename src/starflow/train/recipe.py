@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from starflow.config import from_dict, read_mapping, unknown_key
+from starflow.config import from_dict, read_mapping, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
@@ -197,7 +197,7 @@ def _check_flow_keys(options: Mapping[str, Any]) -> None:
     known = ["kind", *(option.name for option in fields(KINDS[kind]))]
     for key in options:
         if key not in known:
-            raise UserError(unknown_key(f"flow.{key}", key, known))
+            raise UserError(unknown_key_message(f"flow.{key}", key, known))
 
 
 def _override(values: dict[str, Any], dotted: str, text: str) -> None:

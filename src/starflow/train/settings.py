@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from starflow.errors import UserError
+from starflow.nn.cpu import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TrainSettings:
 
 def network_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
     """bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it; else float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    native = device.type == "cuda" and has_bfloat16(device)
     low = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
     return torch.bfloat16 if low else torch.float32
 

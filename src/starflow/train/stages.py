@@ -50,7 +50,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starflow.data.images import from_pil, save_grid
-from starflow.data.latent_cache import read_cache
+from starflow.data.latent_cache import CachedLatents
 from starflow.flow.config import config_from_dict
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.pipeline.config import Cleaning, PipelineConfig
@@ -75,7 +75,7 @@ def prepare_pictures(run: Run) -> ImageDataset:
     buckets = Buckets(data.views.size, _multiple(run), data.aspects)
     source = open_source(_kind(data), data.path)
     folder = run.folder / "index"
-    if not index.is_whole(folder):
+    if not index.is_complete(folder):
         settings = index.IndexSettings(data.aspects, data.heldout)
         missing = index.missing_parts(source, folder)
         run.world.wait()  # until all have seen the same
@@ -235,7 +235,7 @@ def prepare_conditioner(run: Run, pictures: ImageDataset | None) -> Conditioner 
 def prepare_latents(run: Run) -> None:
     """Fill the latent cache unless it is whole; the processes share the work."""
     folder = run.folder / "latents"
-    if latent_cache.is_whole(folder):
+    if latent_cache.is_complete(folder):
         return
     pictures = prepare_pictures(run)
     conditioner = prepare_conditioner(run, pictures)  # before the autoencoder: what is missing shows now, not in hours
@@ -273,7 +273,7 @@ def train_flow(run: Run) -> Path:
 
 def _cached_task(run: Run) -> FlowTask:
     prepare_latents(run)
-    cache = read_cache(run.folder / "latents")
+    cache = CachedLatents(run.folder / "latents")
     autoencoder = prepare_autoencoder(run)
     conditioner = prepare_conditioner(run, None)
     flow = _first_flow(run, autoencoder.spec, conditioner, cache.side)

@@ -30,7 +30,7 @@ def drawn(case: Case, settings: SampleSettings, library: Library | None, rows: s
     """Samples of a case, its x as the noise, compiled or eagerly; with a library it must have been used."""
     rows = rows or slice(None)
     condition, null = (None if one is None else one[rows] for one in (case.condition, case.null_condition))
-    engine = case.model.kept["engine"] = engine_for(library)
+    engine = case.model.runtime_cache["engine"] = engine_for(library)
     x = run(case.model, case.x[rows], condition, null, settings).x
     assert len(engine._packed) == (len(case.model.blocks) if library else 0)
     return x
@@ -68,11 +68,11 @@ def solving(
 ) -> Solving:
     """Block `number` of a case with a cache of its own."""
     model: Flow = case.model
-    tokens_BND, grid = model.tokens(case.x)
-    block = list(model.stack())[number]
+    tokens_BND, grid = model.to_tokens(case.x)
+    block = list(model.iter_blocks())[number]
     guidance = (
         SampleSettings(weight, guidance_schedule=schedule).guidance_for(tokens_BND)
-        if model.guided[number] and guided(case)
+        if model.guided_blocks[number] and guided(case)
         else None
     )
     conditions = branch_conditions(model, case.condition, case.null_condition, len(case.x), guidance)

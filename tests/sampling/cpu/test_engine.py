@@ -91,7 +91,7 @@ def test_the_default_solver_gives_a_picture_bit_for_bit_in_any_batch_alone_and_a
     library: Library, case: Case, count: int, at_once: int, threads: int
 ) -> None:
     """Three pictures with weights of their own, one of them 0, each with the likeliest of its candidates kept."""
-    engine = case.model.kept["engine"] = engine_for(library)
+    engine = case.model.runtime_cache["engine"] = engine_for(library)
     torch.set_num_threads(threads)
     index = torch.arange(3) % 2
     condition, null = (None if one is None else one[index] for one in _conditions(case))
@@ -218,9 +218,9 @@ def test_either_path_goes_on_where_the_other_stopped(library: Library, stop: int
 
 WRITES: dict[str, Callable[[Flow], object]] = {
     "in place": lambda model: [parameter.mul_(1.1) for parameter in model.parameters()],
-    "one number": lambda model: next(model.stack()).proj_in.weight[3, 1].add_(0.5),
+    "one number": lambda model: next(model.iter_blocks()).proj_in.weight[3, 1].add_(0.5),
     "through .data": lambda model: [parameter.data.mul_(1.1) for parameter in model.parameters()],
-    "one number through .data": lambda model: next(model.stack()).proj_in.weight.data[3, 1].add_(0.5),
+    "one number through .data": lambda model: next(model.iter_blocks()).proj_in.weight.data[3, 1].add_(0.5),
     "other tensors": lambda model: model.load_state_dict(randomised(model.config, 5).state_dict(), assign=True),
     "another precision": lambda model: model.bfloat16(),
 }
@@ -231,11 +231,11 @@ def test_changed_weights_are_packed_anew(library: Library, change: str) -> None:
     case = text_case()
     case.model.requires_grad_(False)
     before = drawn(case, SampleSettings(1.0), library)
-    engine = case.model.kept["engine"]
+    engine = case.model.runtime_cache["engine"]
     with torch.no_grad():
         WRITES[change](case.model)
     after = run(case.model, case.x, case.condition, case.null_condition, SampleSettings(1.0)).x
-    assert case.model.kept["engine"] is engine
+    assert case.model.runtime_cache["engine"] is engine
     assert not torch.equal(after, before)
     assert torch.equal(after, drawn(case, SampleSettings(1.0), library)), "an engine that never saw the old weights"
 
@@ -253,11 +253,11 @@ def test_weights_made_in_inference_mode_count_no_writes_and_are_packed_anew_all_
 
 def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
     case = text_case()
-    engine = case.model.kept["engine"] = engine_for(library)
+    engine = case.model.runtime_cache["engine"] = engine_for(library)
     assert engine.ready(solving(case, 1).predictor)
     assert not engine.ready(make_draft(solving(case, 1).predictor))
     assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
-    layer = next(layers_of(list(case.model.stack())[1]))
+    layer = next(layers_of(list(case.model.iter_blocks())[1]))
     layer.attention.proj = Other(layer.attention.proj)
     assert cpu_engine_of(case.model) is engine
     assert not engine.ready(solving(case, 1).predictor)
@@ -277,7 +277,7 @@ class Other(torch.nn.Linear):
 def test_several_threads_may_sample_with_one_model(library: Library) -> None:
     """Each with memory of its own: as if alone, bit for bit."""
     case = text_case(sos=False)
-    case.model.kept["engine"] = engine_for(library)
+    case.model.runtime_cache["engine"] = engine_for(library)
     noises = torch.randn(8, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def draw(noise: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: p
     torch.set_num_threads(3)
     given = solving(text_case(), 1)
     engine, used = engine_for(library), []
-    for size in (1, native.LARGE_TENSOR_BYTES):
+    for size in (1, 4 << 20):
         monkeypatch.setattr(native, "THREAD_BYTES", size)
         with engine._call(given.predictor, given.noise_BNC, given.noise_BNC, 1) as call:
             used.append(call.block.threads)
@@ -316,12 +316,12 @@ def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: p
 def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     config = STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=3, layers_per_block=1)
     model, noise = randomised(config, 0), torch.randn(2, 2, 4, 4)
-    engine = model.kept["engine"] = engine_for(library)
+    engine = model.runtime_cache["engine"] = engine_for(library)
     expected = run(model, noise, None, None, SampleSettings()).x
-    whole, first = engine.bytes, engine._packed[next(model.stack())][False].bytes
+    whole, first = engine.bytes, engine._packed[next(model.iter_blocks())][False].bytes
     assert len(engine._packed) == 3
-    monkeypatch.setattr(native, "PACKED_KEPT", whole // 2)
-    engine = model.kept["engine"] = engine_for(library)
+    monkeypatch.setattr(native, "PACKED_BYTES_LIMIT", whole // 2)
+    engine = model.runtime_cache["engine"] = engine_for(library)
     most = 0
 
     def look(_done: int, _total: int) -> None:
@@ -336,7 +336,7 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
 
 def test_progress_is_told_of_every_token(library: Library) -> None:
     case = text_case(sos=False)
-    case.model.kept["engine"] = engine_for(library)
+    case.model.runtime_cache["engine"] = engine_for(library)
     calls: list[tuple[int, int]] = []
     run(case.model, case.x, case.condition, None, SampleSettings(), lambda *call: calls.append(call))
     assert calls[-1] == (32, 32)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.io import files
+from starflow.nn.cpu import cpu_lines
 from starflow.sampling.cpu.pack import BlockStruct, PanelLayout, bytes_of
 
 SOURCE = Path(__file__).parent / "step.cpp"
@@ -65,10 +66,6 @@ class Library:
         """A number that depends on every value of a tensor."""
         values = values.detach().contiguous()
         return int(self.handle.starflow_mark(values.data_ptr(), bytes_of(values)))
-
-    def advise(self, address: int, size: int) -> None:
-        """Ask the system for large pages."""
-        self.handle.starflow_advise(address, size)
 
 
 @dataclass(frozen=True)
@@ -150,11 +147,7 @@ def _compiler() -> tuple[str, ...]:
 
 def _processor() -> str:
     """A description of what -march=native depends on."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.is_file() else []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = sorted({line for line in lines if line.startswith(wanted)})
-    return "\n".join(found) or platform.processor()
+    return "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
 
 
 def _output_of(*command: str) -> str:
@@ -192,7 +185,6 @@ def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
         "extend": (None, (block, address, number, number)),
         "gelu": (None, (address, address, number, number)),
         "mark": (ctypes.c_uint64, (address, ctypes.c_int64)),
-        "advise": (None, (address, ctypes.c_int64)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(handle, f"starflow_{name}")

@@ -16,7 +16,6 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import threading
 import time
@@ -31,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import PACKED_KEPT
+from starflow.flow.memory import PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
+from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
 from starflow.nn.kv_cache import KVCache, LayerCache
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
@@ -58,9 +58,6 @@ CALL_SECONDS = 0.2
 
 THREAD_BYTES = 2**16
 """About the bytes of weights between two barriers that are worth another thread."""
-
-LARGE_TENSOR_BYTES = 4 * 2**20
-"""Size of a tensor from which large pages are worth asking for."""
 
 RULE_NUMBERS = {"gaussian": 1, "linear": 2}
 """The guidance rules as step.cpp numbers them; 0 is none."""
@@ -213,14 +210,13 @@ class CpuEngine:
             if found is None or found.versions != parameter_versions(block):
                 both.pop(rounded, None)
                 self._make_room(block)
-                move = functools.partial(_on_large_pages, self.library)
-                found = pack(block, self.library.panels, move, rounded=rounded)
+                found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
                 found = both[rounded] = replace(found, checksums=self._checksums(block))
             return found
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' packed weights if all together are large: packing again costs little."""
-        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_KEPT:
+        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_BYTES_LIMIT:
             for other in [other for other in self._packed if other is not block]:
                 del self._packed[other]
 
@@ -269,10 +265,10 @@ class _Call:
 
 def cpu_engine_of(model: Flow) -> CpuEngine:
     """The engine that is kept with a model; weights that have changed since it packed them are packed anew."""
-    found = model.kept.get("engine")
+    found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.kept["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.stack())))
+        found = model.runtime_cache["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())))
     found.drop_changed()
     return found
 
@@ -302,13 +298,11 @@ def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
 
-def _on_large_pages(library: Library, tensor: Tensor) -> Tensor:
-    """A copy in memory that is asked for in large pages: the panels are read as one long stream."""
-    if bytes_of(tensor) < LARGE_TENSOR_BYTES:
+def _on_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy in memory that is asked for in huge pages: the panels are read as one long stream."""
+    if tensor.nbytes < HUGE_PAGE_THRESHOLD:
         return tensor
-    room = torch.empty_like(tensor)
-    library.advise(room.data_ptr(), bytes_of(room))
-    return room.copy_(tensor)
+    return on_huge_pages(torch.empty_like(tensor)).copy_(tensor)
 
 
 def covers_block(block: AutoregressiveBlock) -> bool:

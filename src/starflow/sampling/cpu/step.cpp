@@ -20,10 +20,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #if defined(__x86_64__) || defined(__i386__)
 #define RELAX() __builtin_ia32_pause()
 #elif defined(__aarch64__)
@@ -721,16 +717,5 @@ uint64_t starflow_mark(const void *start, int64_t bytes) {
         for (int k = 0; k < VECTOR; k++) mark = mark * 0x100000001b3u + lanes[j][k];
     for (; i < bytes; i++) mark = mark * 0x100000001b3u + p[i];
     return mark;
-}
-
-// Ask the system for large pages: panels are read as one long stream.
-void starflow_advise(void *start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = uintptr_t(1) << 21, from = (uintptr_t(start) + page - 1) / page * page;
-    const uintptr_t to = (uintptr_t(start) + uintptr_t(bytes)) / page * page;
-    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
 }
 }

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from starflow.data.images import save_grid, to_unit
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.images import save_grid, to_float
+from starflow.data.index import ImageDataset, split_indices
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
 from starflow.train.loader import BatchReader, TrainingLoader, generator, uniform
@@ -84,7 +84,7 @@ class AutoencoderTask:
             images = mirrored(images, self.settings.seed, step, rows)
         whole = images[:1].expand(self.settings.batch, -1, -1, -1)  # the draws are those of the whole batch
         noise = self._latent_noise(whole, generator(self.settings.seed, "autoencoder", step))
-        return to_unit(images.to(self._device)), noise[rows.start : rows.stop]
+        return to_float(images.to(self._device)), noise[rows.start : rows.stop]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images, noise = batch
@@ -104,7 +104,7 @@ class AutoencoderTask:
     def _psnr(self, sigma: float) -> float:
         total = 0.0
         for start in range(0, len(self.heldout), 64):
-            images = to_unit(self.heldout[start : start + 64].to(self._device))
+            images = to_float(self.heldout[start : start + 64].to(self._device))
             latents = self.autoencoder.encode(images)
             noise = torch.randn(latents.shape, generator=generator(0, "heldout", start)).to(self._device)
             total += float(psnr(self.autoencoder.decode(latents + sigma * noise), images).sum())
@@ -114,7 +114,7 @@ class AutoencoderTask:
     def draw(self, model: nn.Module, path: Path) -> None:
         """Rows: held-out pictures, their reconstructions, and those with latent noise 0.2 and 0.3."""
         stride = max(1, len(self.heldout) // 16)
-        images = to_unit(self.heldout[::stride][:16].to(self._device))
+        images = to_float(self.heldout[::stride][:16].to(self._device))
         latents = self.autoencoder.encode(images)
         noise = torch.randn(latents.shape, generator=generator(0, "draw", 0)).to(self._device)
         rows = [images] + [self.autoencoder.decode(latents + sigma * noise) for sigma in (0.0, 0.2, 0.3)]
@@ -130,7 +130,7 @@ class AutoencoderTask:
 
 def heldout_images(pictures: ImageDataset) -> Tensor:
     """uint8 (N, 3, H, W): held-out pictures of the fullest bucket."""
-    numbers = max(all_numbers(pictures, heldout=True), key=len)
+    numbers = max(split_indices(pictures, heldout=True), key=len)
     some = numbers[:: max(1, -(-len(numbers) // HELDOUT))].tolist()
     return BatchReader(pictures, replace=True)[some].images
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from starflow.conditioning.base import Conditioner
-from starflow.data.images import to_unit
-from starflow.data.index import ImageDataset, ImageInfo, all_numbers
+from starflow.data.images import to_float
+from starflow.data.index import ImageDataset, ImageEntry, split_indices
 from starflow.data.latent_cache import (
-    PART,
-    CachedLatent,
+    PART_SIZE,
+    LatentEntry,
     finish_cache,
-    part_path,
-    read_part_head,
+    latents_path,
+    read_latents_header,
     states_path,
+    write_latents,
     write_null,
-    write_part,
     write_states,
 )
 from starflow.errors import UserError
@@ -68,8 +68,8 @@ def plan(cache: CacheJob) -> list[CachePart]:
     for mirrored, heldout in ((False, False), (False, True), (True, False)):
         if mirrored and not cache.mirrored:
             continue
-        for numbers in all_numbers(cache.pictures, heldout=heldout):
-            parts += [CachePart(some, mirrored) for some in numbers.split(PART) if len(some)]
+        for numbers in split_indices(cache.pictures, heldout=heldout):
+            parts += [CachePart(some, mirrored) for some in numbers.split(PART_SIZE) if len(some)]
     return parts
 
 
@@ -90,8 +90,8 @@ def cache_latents(
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
     world.wait()
-    latents = [n for n in range(len(parts)) if not part_path(folder, n).is_file()]
-    states = [n for n in range(-(-len(texts) // PART)) if not states_path(folder, n).is_file()]
+    latents = [n for n in range(len(parts)) if not latents_path(folder, n).is_file()]
+    states = [n for n in range(-(-len(texts) // PART_SIZE)) if not states_path(folder, n).is_file()]
     world.wait()  # until all have seen the same
     started = time.perf_counter()
     count = _encode_parts(cache, parts, latents[world.rank :: world.size], show_progress)
@@ -114,7 +114,7 @@ def distinct_texts(cache: CacheJob) -> dict[str, int]:
     return {key: row for row, key in enumerate(keys)}
 
 
-def _key(entry: ImageInfo, conditioner: Conditioner) -> str:
+def _key(entry: ImageEntry, conditioner: Conditioner) -> str:
     return (entry.label or "") if conditioner.spec.kind == "class" else entry.caption
 
 
@@ -139,10 +139,10 @@ def _encode_parts(cache: CacheJob, parts: Sequence[CachePart], mine: Sequence[in
                 bar.update(len(asked))
             if numbers:
                 std = torch.cat(stds) if stds else None
-                write_part(cache.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
+                write_latents(cache.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
             else:
                 nothing = torch.empty(0, dtype=torch.long)
-                write_part(cache.folder, n, torch.empty(0), None, nothing, skipped)
+                write_latents(cache.folder, n, torch.empty(0), None, nothing, skipped)
             done += sum(map(len, numbers))
     return done
 
@@ -150,7 +150,7 @@ def _encode_parts(cache: CacheJob, parts: Sequence[CachePart], mine: Sequence[in
 def encode(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """uint8 pictures to mean and spread of their latents, on the CPU; no spread where there is no posterior."""
     own = next(autoencoder.network.parameters(), None)
-    batch = to_unit(images.to(own.device if own is not None else "cpu", non_blocking=True))
+    batch = to_float(images.to(own.device if own is not None else "cpu", non_blocking=True))
     posterior = getattr(autoencoder, "posterior", None)
     if posterior is None:
         return autoencoder.encode(batch).cpu(), None
@@ -163,7 +163,7 @@ def _encode_texts(
     conditioner: Conditioner, texts: Sequence[str], mine: Sequence[int], folder: Path, show_progress: bool
 ) -> None:
     for n in tqdm(mine, desc="captions", unit="part", disable=not show_progress or not mine):
-        some = texts[n * PART : (n + 1) * PART]
+        some = texts[n * PART_SIZE : (n + 1) * PART_SIZE]
         states = [conditioner.encode(some[i : i + BATCH]).cpu() for i in range(0, len(some), BATCH)]
         write_states(folder, n, torch.cat(states))
 
@@ -183,13 +183,13 @@ def _finish(
         write_null(cache.folder, cache.conditioner.null(1)[0].cpu())
     pictures, places, skipped = [], [], dict[str, str]()
     for n in range(len(parts)):
-        numbers, unread = read_part_head(cache.folder, n)
+        numbers, unread = read_latents_header(cache.folder, n)
         skipped |= dict(unread)
         for row, number in enumerate(numbers.tolist()):
             entry = cache.pictures.entry(number)
             condition = texts[_key(entry, cache.conditioner)] if cache.conditioner else 0
             split = "heldout" if entry.heldout else "train"
-            pictures.append(CachedLatent(entry.name, entry.caption, split, condition, entry.bucket))
+            pictures.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
         say(f"skipped {name}: {reason}")

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.data.images import save_grid, to_unit
+from starflow.data.images import save_grid, to_float
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
 from starflow.evaluate.features import MEAN, STD
@@ -228,7 +228,7 @@ class DecoderTask:
         latents, images = zip(
             *(self._crop(int(index), row, step) for index, row in self._places(step, rows)), strict=True
         )
-        pair = torch.stack(latents).to(self._device), to_unit(torch.stack(images).to(self._device))
+        pair = torch.stack(latents).to(self._device), to_float(torch.stack(images).to(self._device))
         return *pair, step >= self.weights.adversarial_from
 
     def _places(self, step: int, rows: range) -> Iterator[tuple[int, int]]:
@@ -266,7 +266,7 @@ class DecoderTask:
         total = 0.0
         for start in range(0, len(self.heldout.images), EVALUATION_BATCH):
             rows = torch.arange(start, min(start + EVALUATION_BATCH, len(self.heldout.images)))
-            images = to_unit(self.heldout.images[rows].to(self._device))
+            images = to_float(self.heldout.images[rows].to(self._device))
             total += float(psnr(self._decoded(model, rows, sigma), images).sum())
         return total / len(self.heldout.images)
 
@@ -274,7 +274,7 @@ class DecoderTask:
     def draw(self, model: nn.Module, path: Path) -> None:
         """Rows: held-out pictures, their reconstructions, and those with the noise."""
         rows = torch.arange(0, len(self.heldout.images), max(1, len(self.heldout.images) // 8))[:8]
-        images = to_unit(self.heldout.images[rows].to(self._device))
+        images = to_float(self.heldout.images[rows].to(self._device))
         made = [images, *(self._decoded(model, rows, sigma) for sigma in (0.0, self.noise_std))]
         save_grid(torch.cat(made), path, columns=len(rows))
 
@@ -305,7 +305,7 @@ def encode_pictures(
     parts: dict[str, list[Tensor]] = {"mean": []}
     layout = memory_layout(autoencoder)
     for some in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
-        unit = to_unit(some.to(device)).contiguous(memory_format=layout)
+        unit = to_float(some.to(device)).contiguous(memory_format=layout)
         posterior = getattr(autoencoder, "posterior", None)
         mean, std = posterior(unit) if posterior else (autoencoder.encode(unit), None)
         parts["mean"].append(mean.to("cpu", torch.float16))

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from starflow.config import to_dict
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
@@ -219,7 +219,7 @@ def _measured(
     made: list[Tensor] = []
     starts = range(0, len(pictures.images), 16)
     for start in tqdm(starts, desc=path.stem, unit="batch", disable=not show_progress):
-        images = to_unit(pictures.images[start : start + 16].to(device))
+        images = to_float(pictures.images[start : start + 16].to(device))
         latents = pictures.mean[start : start + 16].float()
         draws = [_noise(row, latents) for row in range(start, start + len(latents))]
         with network_precision(settings, device):
@@ -249,7 +249,7 @@ def _kernel_distance(made: list[Tensor], images: Tensor, noise: float, device: t
         return {}
     extractor.network.to(device)
     ours = extract(extractor, made).features
-    theirs = extract(extractor, (to_unit(some) for some in images.split(16))).features
+    theirs = extract(extractor, (to_float(some) for some in images.split(16))).features
     if len(ours) < 2:
         return {}
     return {f"kid_mobilenetv2 x 1000 at noise {noise:g}": 1000 * kernel_distance(ours, theirs).value}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import dequantise
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.index import ImageDataset, split_indices
 from starflow.data.latent_cache import LatentDataset
 from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow, Trace
@@ -98,7 +98,7 @@ class FlowTask:
         self.model: nn.Module = FlowLoss(flow, objective.latent_penalty)
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
-        self.train, self.heldout = cache.numbers("train"), cache.numbers("heldout")
+        self.train, self.heldout = cache.indices("train"), cache.indices("heldout")
         counts = [sum(map(len, numbers)) for numbers in (self.train, self.heldout)]
         if not all(counts):
             raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
@@ -224,8 +224,8 @@ class LiveLatents:
     def side(self) -> int:
         return self.pictures.buckets.side // self.autoencoder.spec.factor
 
-    def numbers(self, split: str) -> list[Tensor]:
-        return all_numbers(self.pictures, heldout=split == "heldout")
+    def indices(self, split: str) -> list[Tensor]:
+        return split_indices(self.pictures, heldout=split == "heldout")
 
     def images(self, numbers: Tensor) -> Tensor:
         """uint8 (B, 3, H, W), decoded on the spot."""
