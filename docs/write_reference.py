@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from docs.draw_architecture import ABOUT, PACKAGE
 
 import starflow
+from docs.draw_architecture import ABOUT, PACKAGE
 from starflow.cli.main import COMMANDS
 from starflow.cli.main import main as starflow_main
 from starflow.config import Dataclass
@@ -217,7 +218,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
 def _strings_after_fields(cls: type[Dataclass]) -> dict[str, str]:
     (node,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
-    pairs = zip(node.body, node.body[1:], strict=False)
+    pairs = itertools.pairwise(node.body)
     return {
         field.target.id: _one_line(after.value.value)
         for field, after in pairs

@@ -129,7 +129,9 @@ def test_every_linked_page_exists(page: str) -> None:
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
-    listed = re.findall(r"^([\w/-]+)$", "\n".join(re.findall(r"```{toctree}\n(.*?)```", TEXTS["index.md"], re.DOTALL)), re.M)
+    listed = re.findall(
+        r"^([\w/-]+)$", "\n".join(re.findall(r"```{toctree}\n(.*?)```", TEXTS["index.md"], re.DOTALL)), re.M
+    )
     assert {page.removesuffix(".md") for page in TEXTS} - {"index"} <= set(listed)
 
 
