@@ -1,4 +1,4 @@
-"""A textbook decoder of our own models: eager PyTorch, one token at a time.
+"""Time a textbook decoder of our own models: eager PyTorch, one token at a time.
 
 What one writes from the paper: a cache of keys and values, allocated once, that every token extends; keys as the linear
 layer gives them, so that the whole cache is rotated at each token; the condition first, in one pass; condition and null
@@ -39,16 +39,16 @@ def baselines(task: DrawTask) -> list[Baseline]:
 def decode(task: DrawTask) -> Tensor:
     """Noise to latents (B, C, H, W), block after block."""
     model = task.model
-    tokens, grid = model.tokens(task.noise)
+    tokens, grid = model.to_tokens(task.noise)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens = tokens * prior.exp()
-    for number, block in reversed(list(enumerate(model.stack()))):
-        guided = task.guidance > 0 and model.guided[number]
+    for number, block in reversed(list(enumerate(model.iter_blocks()))):
+        guided = task.guidance > 0 and model.guided_blocks[number]
         noise = in_order(tokens, backwards=block.spec.backwards)
         x = _decode_block(model, block, noise, rotary, task, guided=guided)
         tokens = in_order(x, backwards=block.spec.backwards)
-    return model.picture(tokens, grid)
+    return model.from_tokens(tokens, grid)
 
 
 def _decode_block(
@@ -148,9 +148,9 @@ class Decoder:
 
 
 def main() -> None:
-    from starflow.bench.sample import subject
+    from starflow.bench.sample import load_model
 
-    task = subject("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
+    task = load_model("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
     for _ in range(2):
         started = time.perf_counter()
         decode(task)

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.views import load_views, save_views
 from starflow.evaluate import Extractor, extract
 from starflow.evaluate.dataset import part
 from starflow.io import files
+from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
@@ -50,8 +51,7 @@ def trained(
 
 def slow_bfloat16(device: torch.device) -> dict[str, str]:
     """Float32 in place of a recipe's bfloat16 on processors that only emulate it: six times slower there."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return {} if device.type != "cpu" or native else {"train.precision": "float32"}
+    return {} if has_bfloat16(device) else {"train.precision": "float32"}
 
 
 def heldout_curve(folder: Path) -> list[tuple[int, float, float]]:
@@ -78,6 +78,6 @@ def reference_features(shared: Path, extractor: Extractor, count: int) -> Tensor
     if not path.is_file():
         views = load_views(shared / "views.safetensors")
         images = views.images[views.splits.index("heldout") :][:count]
-        features = extract(extractor, (to_unit(some) for some in images.split(64))).features
+        features = extract(extractor, (to_float(some) for some in images.split(64))).features
         files.write_tensors(path, {"features": features})
     return files.read_tensors(path)["features"]

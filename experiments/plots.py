@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow.errors import UserError
-from starflow.io.files import atomic
+from starflow.io.files import atomic_write
 
 
 def figure(rows: int, columns: int, side: float) -> tuple[Any, Any]:
@@ -25,5 +25,5 @@ def figure(rows: int, columns: int, side: float) -> tuple[Any, Any]:
 
 def save(made: Any, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         made.savefig(temporary, format="png", dpi=110)

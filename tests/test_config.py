@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starflow.config import from_dict, read_mapping, to_dict
@@ -43,6 +43,7 @@ outers = st.builds(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(outers)
 def test_there_and_back(config: Outer) -> None:
     assert from_dict(Outer, to_dict(config)) == config

@@ -115,18 +115,18 @@ def test_tarflow_forward(name: str, read: Callable[[str], Vectors]) -> None:
         z, logdet = case.model(x, label)
         unconditional, _ = case.model(x)
     dimensions = z[0].numel()
-    case.agree("z_tokens", case.model.tokens(z)[0], FORWARD)
+    case.agree("z_tokens", case.model.to_tokens(z)[0], FORWARD)
     case.agree("logdet_mean_per_dim", logdet / dimensions, FORWARD)
     case.agree("loss", (0.5 * z.square().mean() - logdet.mean() / dimensions).view_as(case.outputs["loss"]), FORWARD)
     if label is not None:
-        case.agree("z_tokens_unconditional", case.model.tokens(unconditional)[0], FORWARD)
+        case.agree("z_tokens_unconditional", case.model.to_tokens(unconditional)[0], FORWARD)
 
 
 @pytest.mark.parametrize("name", names("tarflow"))
 def test_tarflow_samples(name: str, read: Callable[[str], Vectors]) -> None:
     case = read(name)
     side = case.model.config.grid_side
-    noise, label = case.model.picture(case.inputs["noise_tokens"], (side, side)), case.inputs.get("label")
+    noise, label = case.model.from_tokens(case.inputs["noise_tokens"], (side, side)), case.inputs.get("label")
     case.agree("sample_w0", sample(case.model, noise, label), SAMPLES)
     unconditional = sample(case.model, noise, None, None, 1.0, guidance_rule="linear", attention_temperature=0.5)
     case.agree("sample_uncond_attn_temp0.5_w1", unconditional, SAMPLES)

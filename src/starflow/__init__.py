@@ -1,4 +1,4 @@
-"""StarFlow: latent normalizing flows with exact likelihoods, from a prompt to a picture.
+"""StarFlow draws images from prompts by latent normalizing flows, and tells their exact likelihoods.
 
 Names load when they are first used, so `starflow --help` answers before torch would be imported.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STARFlow", "StarFlowPipeline", "TarFlow", "__version__", "denoise", "load_published", "sample"]
 
-_HOMES = {
+_MODULES = {
     "STARFlow": "starflow.flow.model",
     "StarFlowPipeline": "starflow.pipeline.pipeline",
     "TarFlow": "starflow.flow.model",
@@ -30,9 +30,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'starflow' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m starflow` is `starflow`."""
+"""The command line as a module: `python -m starflow` is `starflow`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Typed configuration: frozen dataclasses read from YAML, JSON or dictionaries, strictly.
+"""Typed configuration: frozen dataclasses that are read from YAML, JSON or dictionaries, strictly.
 
-Contract: an unknown key is an error that names the nearest known one; a value of the wrong type or
-outside its `Literal` choices is an error that names the key, what was received and what was expected.
+Contract: an unknown key is an error that names the nearest known one; a value of the wrong type or outside its
+`Literal` choices is an error that names the key, what was received and what was expected.
 `from_dict(cls, to_dict(config)) == config` for every configuration class of the project.
 """
 
@@ -20,6 +20,8 @@ from starflow.errors import UserError
 
 
 class Dataclass(Protocol):
+    """The type of any dataclass instance."""
+
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
@@ -36,12 +38,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     Raises:
         UserError: unknown key (with the nearest known one), missing key, wrong type, wrong choice.
+
+    >>> from starflow.flow.config import TarFlowConfig
+    >>> values = {"in_channels": 3, "img_size": 8, "patch_size": 2, "channels": 64, "num_blocks": 2}
+    >>> from_dict(TarFlowConfig, values | {"layers_per_block": [1, 4]}).layers_per_block
+    (1, 4)
+    >>> from_dict(TarFlowConfig, values | {"layer_per_block": 1})
+    Traceback (most recent call last):
+    starflow.errors.UserError: unknown key 'layer_per_block': did you mean 'layers_per_block'?
     """
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in known:
-            raise UserError(unknown_key(f"{where}{key}", key, list(known)))
+            raise UserError(unknown_key_message(f"{where}{key}", key, list(known)))
     built: dict[str, Any] = {}
     for name, field in known.items():
         if name in values:
@@ -52,13 +62,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def to_dict(config: Dataclass) -> dict[str, Any]:
-    """Plain JSON-ready dictionary of a configuration (tuples become lists)."""
+    """A configuration as a plain JSON-ready dictionary, in which tuples are lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
-def unknown_key(path: str, key: str, known: list[str]) -> str:
-    """Message for a key that no field has."""
+def unknown_key_message(path: str, key: str, known: list[str]) -> str:
+    """The message for a key that no field has, with the nearest of the known ones.
+
+    >>> unknown_key_message("train.bach", "bach", ["batch", "steps"])
+    "unknown key 'train.bach': did you mean 'batch'?"
+    """
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
     return f"unknown key '{path}': {hint}"
@@ -88,6 +102,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _describe(hint: Any) -> str:
+    """A type in words, for messages."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))

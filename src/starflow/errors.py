@@ -1,9 +1,14 @@
-"""The one exception that means "the user can fix this".
+"""The one exception for mistakes that a user can mend: a wrong file, key or argument.
 
-Raised wherever input is wrong (a file, a key, an argument). Its text is one line that says what was
-received, what was expected and what to do. The command line prints it and exits with code 2.
+Its text is one line that says what was received, what was expected and what to do. The command line prints it and exits
+with code 2.
 """
 
 
 class UserError(ValueError):
-    """Bad input, with a one-line message: received, expected, remedy."""
+    """Wrong input, with a message of one line: what was received, what was expected, what to do.
+
+    >>> raise UserError("the batch is 0, expected at least 1: give --batch")
+    Traceback (most recent call last):
+    starflow.errors.UserError: the batch is 0, expected at least 1: give --batch
+    """

@@ -1,3 +1,3 @@
-"""The version, in one place: packaging and `starflow --version` read it here."""
+"""The version of the package; packaging and `starflow --version` read it here."""
 
 __version__ = "0.1.0"

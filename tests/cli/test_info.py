@@ -22,7 +22,7 @@ def test_facts_are_those_of_the_loaded_model(run: Run, text: Path) -> None:
         assert facts[name]["parameters"] == sum(parameter.numel() for parameter in network.parameters())
         assert facts[name]["megabytes"] == round((text / name / "model.safetensors").stat().st_size / 1e6, 3)
     assert facts["size_multiple"] == pipeline.size_multiple == 4
-    assert facts["tokens"] == pipeline.flow.tokens(pipeline.encode(pipeline("a red apple").images[0]))[0].shape[1]
+    assert facts["tokens"] == pipeline.flow.to_tokens(pipeline.encode(pipeline("a red apple").images[0]))[0].shape[1]
     assert (facts["noise_std"], facts["guidance"], facts["image_size"]) == (0.1, 1.0, 8)
     assert (facts["conditioner"]["tokens"], facts["conditioner"]["width"]) == (6, 8)
 

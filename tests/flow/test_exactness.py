@@ -57,7 +57,7 @@ def test_jacobian_is_triangular_in_each_blocks_own_order(device: torch.device, c
     trace = case.model.trace(case.x[:1], None if case.condition is None else case.condition[:1])
     rotary = case.model.rotary((case.x.shape[2] // _patch(case), case.x.shape[3] // _patch(case)))
     condition = case.model.check_condition(None if case.condition is None else case.condition[:1], 1)
-    for block, state in zip(case.model.stack(), trace.states[:-1], strict=True):
+    for block, state in zip(case.model.iter_blocks(), trace.states[:-1], strict=True):
         jacobian = _block_jacobian(block, state.detach(), condition, case.model.block_rotary(block, rotary))
         tokens, channels = state.shape[1:]
         before = torch.ones(tokens, tokens, device=device).tril(-1).bool()
@@ -155,5 +155,5 @@ def test_states_and_log_sigmas_of_a_trace_explain_its_result(device: torch.devic
     trace = case.model.trace(case.x, case.condition)
     blocks = len(case.model.blocks)
     assert (len(trace.states), len(trace.log_sigmas)) == (blocks + 1, blocks)
-    torch.testing.assert_close(case.model.tokens(trace.z)[0], trace.states[-1])
+    torch.testing.assert_close(case.model.to_tokens(trace.z)[0], trace.states[-1])
     torch.testing.assert_close(-sum(log_sigma.sum((1, 2)) for log_sigma in trace.log_sigmas), trace.logdet)

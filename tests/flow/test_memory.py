@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,9 +37,9 @@ DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 def test_parameters_are_counted_as_built(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = build(config)
-    for number, block in enumerate(model.stack()):
-        assert memory.block_parameters(config, number) == sum(one.numel() for one in block.parameters())
-    assert memory.parameters(config) == sum(one.numel() for one in model.parameters())
+    for number, block in enumerate(model.iter_blocks()):
+        assert memory.block_parameter_count(config, number) == sum(one.numel() for one in block.parameters())
+    assert memory.parameter_count(config) == sum(one.numel() for one in model.parameters())
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -55,6 +56,33 @@ def test_caches_take_what_is_predicted(options: dict[str, object], guided: bool)
         layer.keys_BNLH.nbytes + layer.values_BNLH.nbytes for cache in pool._caches.values() for layer in cache.layers
     )
     assert memory.cache_bytes(config, 2, 16, "float32", guided=guided) == held
+
+
+@DRAWN
+@given(config=configs(), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_packed_weights_are_the_layers_matrices_and_all_else_in_float32(
+    config: ModelConfig, dtype: memory.Precision
+) -> None:
+    with torch.device("meta"):
+        model = build(config)
+    expected = []
+    for block in model.iter_blocks():
+        matrices = sum(one.weight.numel() for one in block.attn_blocks.modules() if isinstance(one, nn.Linear))
+        parts = (block.attn_blocks, block.proj_in, block.proj_out)
+        rest = sum(one.numel() for part in parts for one in part.parameters()) - matrices
+        expected.append(memory.BYTES[dtype] * matrices + 4 * rest)
+    assert memory.packed_bytes(config, dtype) == sum(expected)
+    if len(expected) > 1:
+        assert memory.packed_bytes(config, dtype, int8=True) == sum(expected[:-1])
+
+
+def test_of_a_large_model_only_what_works_is_packed() -> None:
+    config = PRESETS["starflow-t2i-3b"].config
+    deep = config.num_blocks - 1
+    assert memory.packed_bytes(config, "float32") == pytest.approx(
+        memory.block_bytes(config, deep, "float32"), rel=0.01
+    )
+    assert memory.packed_bytes(config, "bfloat16", int8=True) < memory.PACKED_BYTES_LIMIT
 
 
 class Living(TorchDispatchMode):
@@ -148,7 +176,7 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
             assert math.isclose(getattr(share, name) * parts, getattr(whole, name), rel_tol=1e-6)
         assert share.activations == whole.activations
     assert memory.training_memory(config, 8, checkpointing=True).activations < whole.activations / 5
-    assert 3.8e9 < memory.parameters(config) < 3.9e9
+    assert 3.8e9 < memory.parameter_count(config) < 3.9e9
     assert whole.peak == sum(vars(whole).values())
 
 
@@ -201,7 +229,7 @@ def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.Capt
 def test_a_published_repository_is_known_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "apple/starflow", "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["parameters"] == memory.parameters(PRESETS["starflow-t2i-3b"].config)
+    assert facts["parameters"] == memory.parameter_count(PRESETS["starflow-t2i-3b"].config)
     assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
     assert main(["info", "apple/starflow", "--memory"]) == 0
     assert "google/flan-t5-xl takes 2.28 GiB before that, and is released" in capsys.readouterr().out

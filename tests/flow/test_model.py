@@ -1,15 +1,10 @@
-"""Models: shapes, precision, storage, and what they refuse.
-
-Token maps: they add up to the log-density, and closed forms of it.
-"""
+"""Models: shapes, precision and what they refuse; token maps, which add up to the log-density, and its closed forms."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +13,7 @@ from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
-from starflow.flow.model import Flow, STARFlow, TarFlow, build, token_log_prob
+from starflow.flow.model import Flow, STARFlow, TarFlow, token_log_prob
 from tests.registry import randomised
 
 SMALL = STARFlowConfig(
@@ -81,12 +76,12 @@ def test_a_compiler_takes_it_whole(config: STARFlowConfig | TarFlowConfig, condi
 def test_the_order_of_the_blocks_alternates() -> None:
     def orders(**options: Any) -> list[bool]:
         config = STARFlowConfig(in_channels=1, img_size=2, channels=64, layers_per_block=1, **options)
-        return [block.spec.backwards for block in STARFlow(config).stack()]
+        return [block.spec.backwards for block in STARFlow(config).iter_blocks()]
 
     assert orders(num_blocks=6) == [True, False, True, False, True, False]
     assert orders(num_blocks=3, seq_order="L2R") == [True, False, True]
     assert orders(num_blocks=3, seq_order="R2L") == [False, True, False]
-    assert [block.spec.backwards for block in TarFlow(PIXELS).stack()] == [False, True]
+    assert [block.spec.backwards for block in TarFlow(PIXELS).iter_blocks()] == [False, True]
 
 
 def test_positions_make_any_aspect_ratio_a_valid_input() -> None:
@@ -112,79 +107,15 @@ def test_labels_of_no_class_are_the_mean_of_the_classes() -> None:
     assert not torch.allclose(mixed[1], none[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [SMALL, PIXELS])
-def test_what_is_saved_is_what_loads(config: STARFlowConfig | TarFlowConfig, tmp_path: Path) -> None:
-    model, condition = randomised(config, 0), CONDITION if config is SMALL else torch.tensor([0, 2])
-    if isinstance(model, TarFlow):
-        model.var.uniform_(0.5, 2.0)
-    model.save_pretrained(tmp_path / "model")
-    loaded = type(model).from_pretrained(tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "checksums.json",
-        "config.json",
-        "model.safetensors",
-    ]
-    assert loaded.config == config
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
-    for ours, saved in zip(loaded(X, condition), model(X, condition), strict=True):
-        assert torch.equal(ours, saved)
-    model.bfloat16().save_pretrained(tmp_path / "half")
-    assert type(model).from_pretrained(tmp_path / "half").network_dtype == torch.bfloat16
-
-
-def saved(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A saved model's folder, and its tensors to damage."""
-    model = build(SMALL)
-    model.save_pretrained(folder)
-    return folder, dict(model.state_dict())
-
-
-def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "checksums.json").unlink(missing_ok=True)  # else the other size is what is reported
-
-
-def test_missing_and_unexpected_keys_are_listed(tmp_path: Path) -> None:
-    folder, tensors = saved(tmp_path)
-    tensors["blocks.0.surprise"] = tensors.pop("blocks.1.proj_txt.bias")
-    rewrite(folder, tensors)
-    with pytest.raises(UserError, match=r"1 missing: blocks\.1\.proj_txt\.bias; 1 unexpected: blocks\.0\.surprise"):
-        STARFlow.from_pretrained(folder)
-    rewrite(folder, {})
-    with pytest.raises(UserError, match=r"\d+ missing: blocks\.0\.sos_embed, .* and \d+ more"):
-        STARFlow.from_pretrained(folder)
-
-
-def test_other_shapes_are_named(tmp_path: Path) -> None:
-    folder, tensors = saved(tmp_path)
-    tensors["blocks.1.proj_txt.weight"] = torch.zeros(48, 6)
-    rewrite(folder, tensors)
-    expected = "1 other shapes: blocks.1.proj_txt.weight (48, 6) instead of (48, 5)"
-    with pytest.raises(UserError, match=re.escape(expected)):
-        STARFlow.from_pretrained(folder)
-
-
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=re.escape(f"{weights} is not a whole safetensors file")):
-        STARFlow.from_pretrained(folder)
-
-
-def test_another_kind_and_unknown_options_are_refused(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path)
-    with pytest.raises(UserError, match="holds a STARFlow, expected a TarFlow"):
-        TarFlow.from_pretrained(folder)
-    options = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**options, "use_softpluss": True}))
-    with pytest.raises(UserError, match="unknown key 'use_softpluss': did you mean 'use_softplus'"):
-        STARFlow.from_pretrained(folder)
-    (folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list, expected a mapping of options"):
-        STARFlow.from_pretrained(folder)
+def test_the_priors_variance_divides_the_noise_and_counts_in_the_density() -> None:
+    """A new TarFlow is the identity before its `var`, so its density is log N(x; 0, var)."""
+    model = TarFlow(PIXELS).double()
+    model.var.uniform_(0.25, 4.0)
+    x = X.double()
+    std = model.from_tokens(model.var.sqrt()[None], (2, 2))[0].double()
+    torch.testing.assert_close(model(x)[0], x / std)
+    expected = torch.distributions.Normal(0.0, std).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(model.log_prob(x), expected)
 
 
 def test_a_condition_of_another_shape_is_refused() -> None:
@@ -256,7 +187,7 @@ def test_an_affine_flows_density_is_the_closed_form() -> None:
         )
     ).double()  # fmt: skip
     log_sigma, mu = torch.tensor([0.3, -0.7]).double(), torch.tensor([1.5, -0.25]).double()
-    block = next(flow.stack())
+    block = next(flow.iter_blocks())
     with torch.no_grad():
         block.proj_out.bias.copy_(torch.cat([log_sigma, mu]))  # weights are zero: outputs do not depend on the input
     x = data(3, 2, 4, 4)

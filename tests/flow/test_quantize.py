@@ -12,7 +12,7 @@ from starflow import STARFlow, sample
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.memory import weight_bytes
-from starflow.flow.quantize import is_quantised, quantise
+from starflow.flow.quantize import is_quantized, quantize_int8
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.registry import randomised
 
@@ -31,11 +31,11 @@ def test_only_the_deep_blocks_maps_are_rounded_and_little_is_lost() -> None:
     pytest.importorskip("torchao")
     model, plain = starflow(), starflow()
     x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
-    quantise(model)
-    assert is_quantised(model)
-    assert not is_quantised(plain)
-    shallow, deep = model.stack()
-    for ours, theirs in zip(shallow.parameters(), next(plain.stack()).parameters(), strict=True):
+    quantize_int8(model)
+    assert is_quantized(model)
+    assert not is_quantized(plain)
+    shallow, deep = model.iter_blocks()
+    for ours, theirs in zip(shallow.parameters(), next(plain.iter_blocks()).parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert type(deep.proj_out.weight.data) is torch.Tensor
     dimensions = x[0].numel()
@@ -44,6 +44,20 @@ def test_only_the_deep_blocks_maps_are_rounded_and_little_is_lost() -> None:
     for solver in ("sequential", "jacobi"):
         drawn = sample(model, x, condition, condition * 0, 1.0, solver)
         torch.testing.assert_close(drawn, sample(plain, x, condition, condition * 0, 1.0), rtol=0.2, atol=0.2)
+
+
+class Stored(torch.Tensor):
+    """Stands for the type of a rounded weight."""
+
+
+def test_a_weight_of_another_type_in_the_deep_block_is_what_tells() -> None:
+    for block, expected in ((0, False), (1, True)):
+        model = starflow()
+        assert not is_quantized(model)
+        linear = model.get_submodule(f"blocks.{block}.attn_blocks.0.attention.proj")
+        assert isinstance(linear, torch.nn.Linear)
+        linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Stored), requires_grad=False)
+        assert is_quantized(model) is expected
 
 
 def test_a_byte_a_weight_is_what_is_predicted() -> None:
@@ -62,13 +76,15 @@ def test_rounded_weights_are_not_saved(tmp_path: Path) -> None:
 def test_without_torchao_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="int8 weights need torchao, which is not installed"):
-        quantise(starflow())
+        quantize_int8(starflow())
 
 
 def test_weights_are_rounded_before_they_go_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds the rounded model need not hold the whole one."""
     order: list[str] = []
-    monkeypatch.setattr("starflow.pipeline.pipeline.quantise", lambda flow: order.append(f"int8 on {flow.device.type}"))
+    monkeypatch.setattr(
+        "starflow.pipeline.pipeline.quantize_int8", lambda flow: order.append(f"int8 on {flow.device.type}")
+    )
     monkeypatch.setattr(StarFlowPipeline, "to", lambda self, device, dtype: order.append(f"to {device}"))
     StarFlowPipeline.from_pretrained("glyphs", "cuda", int8=True)
     assert order == ["int8 on cpu", "to cuda"]
@@ -78,11 +94,11 @@ def test_with_offload_the_rounded_block_comes_and_goes() -> None:
     pytest.importorskip("torchao")
     plain, away = starflow(), starflow()
     for model in (plain, away):
-        quantise(model)
+        quantize_int8(model)
     away.offload("cpu")
     x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
     homes = list(away.parameters())
     torch.testing.assert_close(sample(away, x, condition), sample(plain, x, condition))
     torch.testing.assert_close(away(x, condition)[0], plain(x, condition)[0])
     assert all(one is other for one, other in zip(away.parameters(), homes, strict=True))
-    assert is_quantised(away)
+    assert is_quantized(away)

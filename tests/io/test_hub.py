@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from starflow.errors import UserError
-from starflow.io.hub import local_or_hub
+from starflow.io.hub import HubOptions, is_intact, local_or_hub, only_errors_logged, split_revision
 
 NEEDED = ("config.json", "*.safetensors")
 
@@ -53,7 +56,7 @@ def test_a_folder_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_a_cached_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = folder(tmp_path / "cached", "config.json", "a.safetensors")
     hub = use(monkeypatch, FakeHub(whole, OSError("no network")))
-    assert local_or_hub("owner/name", NEEDED, also=("*.txt",)) == whole
+    assert local_or_hub("owner/name", NEEDED, optional=("*.txt",)) == whole
     assert len(hub.calls) == 1
     assert hub.calls[0]["allow_patterns"] == [*NEEDED, "*.txt"]
 
@@ -88,3 +91,47 @@ def test_a_name_that_no_repository_can_have() -> None:
     """The hub library's own check of names, which needs no network."""
     with pytest.raises(UserError, match=r"'no/such/folder' is no folder"):
         local_or_hub("no/such/folder", NEEDED)
+
+
+def test_a_cache_with_a_shard_missing_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An interrupted download left the index and one shard."""
+    partial = folder(tmp_path / "cached", "config.json", "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = folder(tmp_path / "fetched", "config.json", "a.safetensors", "b.safetensors")
+    use(monkeypatch, FakeHub(partial, whole))
+    assert local_or_hub("owner/name", NEEDED) == whole
+    (partial / "b.safetensors").touch()
+    assert local_or_hub("owner/name", NEEDED) == partial
+
+
+def test_a_revision_comes_after_the_name_or_by_argument() -> None:
+    assert split_revision("owner/name") == ("owner/name", None)
+    assert split_revision("owner/name@v1") == split_revision("owner/name", HubOptions("v1")) == ("owner/name", "v1")
+    assert HubOptions("v1", "cache", offline=True).without_revision == HubOptions(None, "cache", offline=True)
+    with pytest.raises(UserError, match="'owner/name@v1' names the revision v1, and v2 is asked for: choose one"):
+        split_revision("owner/name@v1", HubOptions("v2"))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_of_the_cache_is_compared_with_its_name(large: bool, tmp_path: Path) -> None:
+    content = b"some content"
+    of_git = hashlib.sha1(b"blob 12\0" + content, usedforsecurity=False)
+    name = (hashlib.sha256(content) if large else of_git).hexdigest()
+    blob = folder(tmp_path / "blobs") / name
+    blob.write_bytes(content)
+    assert is_intact(blob)
+    blob.write_bytes(content + b".")
+    assert is_intact(blob) is False
+    (tmp_path / name).write_bytes(content)
+    assert is_intact(tmp_path / name) is None
+
+
+def test_only_errors_are_logged_and_the_level_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("tests.chatty")
+    logger.setLevel(logging.INFO)
+    with only_errors_logged("tests.chatty"):
+        logger.warning("a remark")
+        logger.error("a fault")
+    logger.info("another remark")
+    assert caplog.messages == ["a fault", "another remark"]

@@ -37,7 +37,7 @@ def test_any_split_reads_back(tmp_path: Path, sizes: list[int], limit: int) -> N
         assert held <= limit or len(_names(path)) == 1
     on_disk = {path.name for path in tmp_path.iterdir()}
     listed = {path.name for path in weights.weight_files(tmp_path)}
-    index = {weights.index_name()} if len(listed) > 1 else set()
+    index = {weights.index_file_name()} if len(listed) > 1 else set()
     assert on_disk == listed | index | {weights.CHECKSUMS}
 
 
@@ -53,7 +53,7 @@ def test_the_index_is_the_one_that_others_read(tmp_path: Path) -> None:
     from transformers.utils.hub import get_checkpoint_shard_files
 
     write(tmp_path)
-    found, metadata = get_checkpoint_shard_files(str(tmp_path), str(tmp_path / weights.index_name()))
+    found, metadata = get_checkpoint_shard_files(str(tmp_path), str(tmp_path / weights.index_file_name()))
     assert [Path(path) for path in found] == weights.weight_files(tmp_path)
     assert metadata["total_size"] == 336
 
@@ -127,7 +127,7 @@ def test_a_shard_that_is_missing_or_anothers_is_named(tmp_path: Path) -> None:
 )
 def test_a_damaged_index(tmp_path: Path, content: str, said: str) -> None:
     write(tmp_path)
-    (tmp_path / weights.index_name()).write_text(content)
+    (tmp_path / weights.index_file_name()).write_text(content)
     with pytest.raises(UserError, match=said):
         weights.read(tmp_path)
 
@@ -149,6 +149,16 @@ def test_checksums_are_the_files_own(tmp_path: Path) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in weights.weight_files(tmp_path)
     }
+
+
+def test_files_that_another_library_wrote_are_checked_from_then_on(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", TENSORS)
+    weights.write_checksums(tmp_path)
+    assert weights.checksums(tmp_path).keys() == {"model.safetensors"}
+    assert weights.read(tmp_path).keys() == TENSORS.keys()
+    write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"model.safetensors has \d+ bytes, checksums.json says \d+"):
+        weights.read(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Attention: causal, grouped, and the same with a cache as without.
-
-Layers in bfloat16 that are cast for long passes: nearer to the stored weights, one at a time, never in training.
-"""
+"""Attention is causal and grouped, the same with a cache as without, and cast to float32 only where that pays."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from starflow import STARFlow, denoise, sample
 from starflow.flow import block as blocks
 from starflow.flow.config import STARFlowConfig
 from starflow.nn import attention
-from starflow.nn.attention import Attention, CacheSlice, Layer
-from starflow.nn.kv_cache import CachePool, CacheShape, KVCache
+from starflow.nn.attention import Attention, CacheIndex, CacheSlice, Layer
+from starflow.nn.kv_cache import CacheShape, KVCache
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import grid_positions, rotary_table
 from tests.registry import randomised
@@ -73,9 +70,9 @@ def test_cached_equals_uncached_however_the_tokens_come(kv_heads: int, pieces: t
     starts = itertools.accumulate(pieces, initial=0)
     outs = []
     for start, count in zip(starts, pieces, strict=False):
-        onto = CacheSlice.at(cache, start, count)
+        position = CacheSlice.at(cache, start, count)
         rows = slice(start, start + count)
-        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], onto))
+        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], position))
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
 
 
@@ -88,6 +85,22 @@ def test_writing_further_back_rewinds() -> None:
     mixed = torch.cat((first[:, :2], second[:, 2:4]), dim=1)
     out = layer.extend(second[:, 2:4], rotary[2:4], cache.layers[0], CacheSlice.at(cache, 2, 2))
     torch.testing.assert_close(out, layer(mixed, rotary[:4])[:, 2:])
+
+
+def test_a_position_in_a_tensor_is_the_same_as_one_in_a_number() -> None:
+    """One token after the other, whatever stands in the cache after them."""
+    layer, rotary = Layer(spec()).double(), table()
+    x = torch.randn(2, TOKENS, 24, dtype=torch.float64)
+    cache = cache_for(spec(), batch=2)
+    for kept in cache.layers:
+        kept.keys_BNLH.normal_()
+        kept.values_BNLH.normal_()
+    outs = []
+    for number in range(TOKENS):
+        position = CacheIndex.at(cache, torch.tensor([number]), limit=TOKENS)
+        rows = slice(number, number + 1)
+        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], position))
+    torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
 
 
 def test_query_scale_divides_the_logits_of_its_row_alone() -> None:
@@ -105,21 +118,6 @@ def test_query_scale_divides_the_logits_of_its_row_alone() -> None:
     assert not torch.allclose(out[1], plain[1], atol=1e-3)
 
 
-def test_a_cache_is_full_at_its_length() -> None:
-    cache = cache_for(spec(), batch=1).layers[0]
-    keys = torch.zeros(1, 4, TOKENS + 1, 8, dtype=torch.float64)
-    with pytest.raises(AssertionError, match=f"{TOKENS + 1} tokens in a cache of {TOKENS}"):
-        cache.write(0, keys, keys)
-
-
-def test_a_pool_allocates_each_shape_once() -> None:
-    pool, shape = CachePool(), CacheShape(2, 1, 4, TOKENS, 8)
-    cache = pool.take(shape, dtype=torch.float32, device=CPU)
-    assert pool.take(shape, dtype=torch.float32, device=CPU) is cache
-    assert pool.take(shape._replace(batch=2), dtype=torch.float32, device=CPU) is not cache
-    assert [layer.keys_BNLH.shape for layer in cache.layers] == [(1, 4, TOKENS, 8)] * 2
-
-
 CONFIG = STARFlowConfig(
     in_channels=2, img_size=8, channels=48, head_dim=24, num_blocks=2, layers_per_block=(1, 3), txt_size=3, txt_dim=5
 )
@@ -129,7 +127,7 @@ X, CONDITION = torch.randn(2, 2, 8, 8), torch.randn(2, 3, 5)
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> STARFlow:
     """A model in bfloat16, on a processor without it."""
-    monkeypatch.setattr(attention, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda device: False)
     model = randomised(CONFIG, 0)
     assert isinstance(model, STARFlow)
     return model.requires_grad_(False).to(torch.bfloat16)
@@ -151,7 +149,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_long_pass_is_nearer_to_the_stored_weights(half: STARFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = exact(half)(X, CONDITION)[0]
     wide = distance(half(X, CONDITION)[0], expected)
-    monkeypatch.setattr(attention, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda device: True)
     narrow = distance(half(X, CONDITION)[0], expected)
     assert 0 < wide < 0.7 * narrow
     assert half.network_dtype == torch.bfloat16

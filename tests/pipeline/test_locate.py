@@ -111,7 +111,7 @@ def test_an_interrupted_conversion_is_made_again(hub: Hub, tmp_path: Path, monke
             find_pipeline(NAME, note=lambda _: None)
     assert not converted(tmp_path)
     folder = find_pipeline(NAME, note=lambda _: None)
-    found, expected = (next(one.stack()).proj_in.weight for one in (STARFlow.from_pretrained(folder), model()))
+    found, expected = (next(one.iter_blocks()).proj_in.weight for one in (STARFlow.from_pretrained(folder), model()))
     assert torch.equal(found, expected.bfloat16())
 
 

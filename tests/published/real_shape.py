@@ -30,11 +30,11 @@ POOL = 2**25
 FILE, MODEL = "starflow_3B_t2i_256x256.pth", "model"
 
 
-class Enough(Exception):
-    """So many tokens are all that was wanted."""
+class EnoughTokens(Exception):
+    """Raised to end a draw after the first tokens."""
 
 
-class Watch(threading.Thread):
+class MemoryWatch(threading.Thread):
     """Reads this process's memory ten times a second."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Watch(threading.Thread):
 
 
 def generate(folder: Path) -> dict[str, Any]:
-    """Written in place, tensor by tensor: no more than one page of it need be in memory."""
+    """Write the checkpoint in place, tensor by tensor, so that no more than one page of it need be in memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from starflow.flow.model import build
@@ -77,13 +77,14 @@ def generate(folder: Path) -> dict[str, Any]:
 
 
 def _fill(flat: torch.Tensor, pool: torch.Tensor, start: int) -> None:
-    """Every tensor has other numbers, drawn from those of a pool: to draw each anew would take minutes."""
+    """Fill a tensor from a pool of random numbers: to draw every tensor anew would take minutes."""
     for part in flat.split(POOL // 2):
         part.copy_(pool[start : start + len(part)])
         start = (start + 1) % (POOL // 2)
 
 
 def convert(folder: Path) -> dict[str, Any]:
+    """Convert the checkpoint to bfloat16 shards."""
     from starflow.pipeline.from_published import convert as convert_published
     from starflow.published.convert import RELEASES
 
@@ -93,7 +94,7 @@ def convert(folder: Path) -> dict[str, Any]:
 
 
 def forward(folder: Path) -> dict[str, Any]:
-    """One latent with its condition, data to noise."""
+    """Map one latent with its condition, data to noise."""
     model, latent, condition, _ = _subject(folder)
     started = time.perf_counter()
     with torch.no_grad():
@@ -104,7 +105,7 @@ def forward(folder: Path) -> dict[str, Any]:
 
 
 def sample(folder: Path) -> dict[str, Any]:
-    """The first tokens of a picture of 256 px, then all tokens of one of 32 px: every block, with guidance."""
+    """Draw the first tokens of an image of 256 px, then all tokens of one of 32 px: every block, with guidance."""
     from starflow.sampling.sampler import sample as draw
 
     model, noise, condition, null = _subject(folder)
@@ -113,10 +114,10 @@ def sample(folder: Path) -> dict[str, Any]:
     def progress(done: int, _total: int) -> None:
         times.append(time.perf_counter())
         if done >= STEPS:
-            raise Enough
+            raise EnoughTokens
 
     started = time.perf_counter()
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(EnoughTokens):
         draw(model, noise, condition, null, GUIDANCE, progress=progress)
     first, deep = times[1] - started, (times[-1] - times[1]) / (len(times) - 2)
     small = noise[:, :, :4, :4].contiguous()
@@ -134,13 +135,14 @@ def sample(folder: Path) -> dict[str, Any]:
 
 
 def _seconds_a_token(seen: list[tuple[int, float]], block: int) -> float:
-    """From a block's first report of tokens to its last; a report may be of several."""
+    """Seconds per token of a block, between the first and the last time that its progress was told."""
     own = [(done, at) for done, at in seen if block * STEPS < done <= (block + 1) * STEPS]
     (first, began), (last, ended) = own[0], own[-1]
     return (ended - began) / max(1, last - first)
 
 
 def _subject(folder: Path) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The converted model, a latent, a condition and a null condition."""
     from starflow.flow.model import STARFlow
 
     model = STARFlow.from_pretrained(folder / MODEL).requires_grad_(False)
@@ -155,7 +157,7 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def main(stage: str, folder: Path) -> None:
-    watch = Watch()
+    watch = MemoryWatch()
     watch.start()
     started = time.perf_counter()
     facts = STAGES[stage](folder)

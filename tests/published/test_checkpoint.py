@@ -17,7 +17,7 @@ from starflow import STARFlow, TarFlow, load_published
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig, config_from_dict, preset
 from starflow.io.files import write_tensors
-from starflow.published.checkpoint import around_the_model, constructor_options, read_published
+from starflow.published.checkpoint import constructor_options, pipeline_options, read_published
 from tests.registry import randomised
 
 RELEASED: dict[str, Any] = {
@@ -40,11 +40,11 @@ def test_the_released_yaml_is_the_released_model() -> None:
 
 
 def test_what_is_around_the_model_is_told_apart() -> None:
-    assert around_the_model(arguments()) == {
+    assert pipeline_options(arguments()) == {
         "noise_std": 0.3, "vae": "stabilityai/sd-vae-ft-ema", "text": "google/flan-t5-xl", "cfg": 2.5,
         "drop_label": 0.1, "latent_norm_regularization": 1e-4,
     }  # fmt: skip
-    assert around_the_model({"channels": 64}) == {}
+    assert pipeline_options({"channels": 64}) == {}
 
 
 def test_numbers_for_booleans_and_text_for_lists() -> None:

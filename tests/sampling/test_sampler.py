@@ -68,9 +68,9 @@ def test_every_option_of_guidance_is_heeded(changes: dict[str, Any]) -> None:
 def test_only_blocks_with_a_condition_are_guided() -> None:
     """With the condition in the last block only, the others get the same null rows: none."""
     top, every = starflow(), starflow(cond_top_only=False)
-    assert top.guided == [False, True]
-    assert every.guided == [True, True]
-    assert tarflow().guided == [True, True]
+    assert top.guided_blocks == [False, True]
+    assert every.guided_blocks == [True, True]
+    assert tarflow().guided_blocks == [True, True]
     pool = CachePool()
     run(top, NOISE, CONDITION, NULL, SampleSettings(2.0), caches=pool)
     assert sorted(shape.batch for shape, _, _ in pool._caches) == [2, 4]
@@ -153,15 +153,15 @@ def test_tarflows_variance_scales_the_noise() -> None:
     plain, scaled = tarflow(), tarflow()
     variance = torch.rand(scaled.var.shape, generator=torch.Generator().manual_seed(0)) + 0.5
     scaled.var.copy_(variance)
-    tokens, grid = plain.tokens(NOISE)
-    noise = plain.picture(tokens * variance.sqrt(), grid)
+    tokens, grid = plain.to_tokens(NOISE)
+    noise = plain.from_tokens(tokens * variance.sqrt(), grid)
     torch.testing.assert_close(sample(scaled, NOISE), sample(plain, noise))
     z, _ = scaled(sample(scaled, NOISE))
     torch.testing.assert_close(z, NOISE, rtol=1e-4, atol=1e-4)
     x = draw(1, 2, 4, 4)
     prior = torch.distributions.Normal(0.0, variance.sqrt())
     unscaled, logdet = plain(x)
-    expected = prior.log_prob(plain.tokens(unscaled)[0]).sum((1, 2)) + logdet
+    expected = prior.log_prob(plain.to_tokens(unscaled)[0]).sum((1, 2)) + logdet
     torch.testing.assert_close(scaled.log_prob(x), expected)
 
 

@@ -36,7 +36,7 @@ from starflow.train.loader import (
     windowed_permutation,
 )
 from starflow.train.settings import TrainSettings
-from tests.data.sources.test_sources import indexed
+from tests.data.sources.common import indexed
 
 
 @pytest.fixture

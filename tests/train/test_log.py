@@ -44,7 +44,7 @@ def test_linear_layers_are_counted_as_torch_does(config: ModelConfig, monkeypatc
     flow = build(config)
     attention = sum(
         12 * (length * (length + 1) // 2) * block.spec.layer.heads * block.spec.layer.head_dim * len(block.attn_blocks)
-        for block in flow.stack()
+        for block in flow.iter_blocks()
         for length in [
             config.grid_side**2 - block.first_predicted + (flow.condition_length if block.proj_txt is not None else 0)
         ]

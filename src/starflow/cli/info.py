@@ -249,7 +249,12 @@ def describe_memory(model: str) -> dict[str, Any]:
             memory.training_memory(config, TRAINING_BATCH, gpus=gpus, sharding=sharding, checkpointing=checkpointing)
         ]
     ]
-    facts = {"model": model, "parameters": memory.parameters(config), "tokens": config.grid_side**2, "guided": guided}
+    facts = {
+        "model": model,
+        "parameters": memory.parameter_count(config),
+        "tokens": config.grid_side**2,
+        "guided": guided,
+    }
     sampling = [_sampling(subject, way, batch, guided=guided) for way in SCENARIOS for batch in BATCHES]
     facts |= {"available": available(), "text_encoder": _text_encoder(subject.text)}
     return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
@@ -310,7 +315,7 @@ def _configs_of(model: str) -> Iterator[Path]:
             raise
         with tempfile.TemporaryDirectory() as cache:
             wanted = ("config.json", "flow/config.json")
-            yield snapshot(model, wanted, needed=["config.json"], fetch=HubOptions(cache=cache))
+            yield snapshot(model, wanted, required=["config.json"], hub=HubOptions(cache=cache))
         return
     yield folder
 
@@ -331,7 +336,7 @@ def _sampling(subject: MemorySubject, way: MemoryScenario, batch: int, *, guided
 
 def _text_encoder(source: str) -> dict[str, Any] | None:
     """What a large one takes while it encodes; it is gone before pictures are drawn."""
-    count = memory.TEXT_ENCODERS.get(source)
+    count = memory.TEXT_ENCODER_PARAMETERS.get(source)
     return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
 
 

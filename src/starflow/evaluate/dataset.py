@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
 from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
@@ -159,7 +159,7 @@ def prompts_of(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[
 def batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
     """uint8 pictures as batches in [-1, 1], the last one as short as it comes."""
     for start in range(0, len(images), BATCH):
-        yield to_unit(images[start : start + BATCH]).to(device)
+        yield to_float(images[start : start + BATCH]).to(device)
 
 
 def concept_of(prompt: str, known: set[str]) -> str:

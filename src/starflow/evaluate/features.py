@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starflow.data.images import to_bytes
+from starflow.data.images import to_uint8
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 
@@ -246,7 +246,7 @@ class _Fidelity(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] to pooled features (B, 2048) and logits (B, 1008) without their bias."""
-        features, logits = self.network(to_bytes(images).to(images.device))
+        features, logits = self.network(to_uint8(images).to(images.device))
         return features, logits
 
 

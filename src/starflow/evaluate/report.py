@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from starflow.data.images import to_pil, to_unit
+from starflow.data.images import to_float, to_pil
 from starflow.evaluate.dataset import EvaluationSet, batches, is_first, open_foreign, prompts_of, spread
 from starflow.evaluate.distances import moments, save_moments
 from starflow.evaluate.features import Extractor, load_extractor
@@ -149,4 +149,4 @@ def _sheets(
     grid = pipeline(list(prompts), guidance=best).images
     neighbours, retrieval = measured.retrieve(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
-    return ContactSheets(prompts, grid, neighbours, to_pil(to_unit(views.images[rows])), to_pil(again)), retrieval
+    return ContactSheets(prompts, grid, neighbours, to_pil(to_float(views.images[rows])), to_pil(again)), retrieval

@@ -1,1 +1,1 @@
-"""The model, data to noise. Imports `nn` and what lies below; never `sampling`."""
+"""The model, data to noise: configurations, blocks, STARFlow and TarFlow, their files, and what memory they take."""

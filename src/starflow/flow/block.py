@@ -1,6 +1,6 @@
-"""One autoregressive affine block: a causal Transformer that gives mu and log sigma of every token.
+"""One autoregressive affine block, a causal Transformer that gives mu and log sigma of every token.
 
-Contract: between blocks, tokens are in raster order; inside, in the block's own (raster, or backwards).
+Contract: between blocks, tokens are in raster order; inside, in the block's own order (raster, or backwards).
 Token n's mu and sigma depend on the tokens before it in that order and on the condition. The input that
 predicts token n is token n - 1; token 0 is predicted from the start token where there is one, and has
 mu = 0, sigma = 1 otherwise. (STARFlow, arXiv 2506.06276, section 3; TarFlow, arXiv 2412.06329, section 2.)
@@ -21,22 +21,29 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from starflow.flow import affine
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.tokens import in_order
-from starflow.nn.attention import CacheIndex, CacheSlice, Layer, computes_in_float32, float32_copy
+from starflow.nn.attention import CachePosition, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm
 
-MoveTo = Callable[[nn.Module], AbstractContextManager[object]]
+WeightMover = Callable[[nn.Module], AbstractContextManager[object]]
+"""Given a module, a context in which its weights are where it computes; see `starflow.flow.offload`."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Shape and options of one block."""
+    """The sizes and options of one block."""
 
     token_channels: int
+    """C"""
     layers: int
+    """Number of Transformer layers."""
     layer: LayerSpec
+    """Sizes and options of each of them."""
     backwards: bool
+    """Whether the block reads the raster from its end."""
     start_token: bool
+    """Whether a learned token predicts the first one; otherwise the first token passes unchanged."""
     table_tokens: int
     """Rows of the learned position table; 0 is rotary positions."""
     condition_dim: int
@@ -44,12 +51,72 @@ class BlockSpec:
     num_classes: int
     """Rows of the table of class vectors to add to every token; 0 is none."""
     final_norm: bool
+    """Whether an RMSNorm stands before the last projection."""
     softplus: bool
+    """sigma = softplus, otherwise exp."""
     clip: float
+    """c of c tanh(o / c) on the outputs; 0 is no clip."""
+
+
+def starflow_block_spec(config: STARFlowConfig, block: int) -> BlockSpec:
+    """The sizes and options of block number `block` of a STARFlow."""
+    layer = LayerSpec(
+        width=config.width(block),
+        heads=config.heads(block),
+        kv_heads=config.kv_heads(block),
+        head_dim=config.head_dim,
+        hidden=config.hidden(block),
+        norm_type=config.norm_type,
+        swiglu=config.use_swiglu,
+        qk_norm=config.use_qk_norm,
+        post_norm=config.use_post_norm,
+        bias=config.use_bias,
+        half_split_rope=config.hf_style_rope,
+    )
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=layer,
+        backwards=config.reversed(block),
+        start_token=config.sos,
+        table_tokens=0 if config.rope else config.grid_side**2,
+        condition_dim=config.txt_dim if config.conditioned(block) else 0,
+        num_classes=0,
+        final_norm=config.use_final_norm,
+        softplus=config.use_softplus,
+        clip=config.soft_clip,
+    )
+
+
+def tarflow_block_spec(config: TarFlowConfig, block: int) -> BlockSpec:
+    """The sizes and options of block number `block` of a TarFlow."""
+    width, heads = config.channels, config.channels // config.head_dim
+    return BlockSpec(
+        token_channels=config.in_channels * config.patch_size**2,
+        layers=config.layers(block),
+        layer=LayerSpec(width=width, heads=heads, kv_heads=heads, head_dim=config.head_dim, hidden=4 * width),
+        backwards=config.reversed(block),
+        start_token=False,
+        table_tokens=config.grid_side**2,
+        condition_dim=0,
+        num_classes=config.num_classes,
+        final_norm=False,
+        softplus=False,
+        clip=0.0,
+    )
 
 
 class AutoregressiveBlock(nn.Module):
-    """One block. Parameter names are those of the published checkpoints."""
+    """One block of a flow; a new one is the identity. Parameter names are those of the published checkpoints.
+
+    >>> from starflow.flow.config import STARFlowConfig
+    >>> from starflow.flow.model import STARFlow
+    >>> config = STARFlowConfig(in_channels=2, img_size=4, channels=64, num_blocks=1, layers_per_block=1, rope=False)
+    >>> block = next(STARFlow(config).iter_blocks())
+    >>> z, log_sigma = block(torch.ones(1, 16, 2), condition=None, rotary=None)
+    >>> z.shape, bool((z - 1).abs().max() < 1e-6), log_sigma.shape
+    (torch.Size([1, 16, 2]), True, torch.Size([1, 16, 2]))
+    """
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -67,7 +134,7 @@ class AutoregressiveBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, bring: MoveTo | None = None
+        self, x_BNC: Tensor, condition: Tensor | None, rotary: Tensor | None, move_weights: WeightMover | None = None
     ) -> tuple[Tensor, Tensor]:
         """Data to noise in one parallel pass.
 
@@ -75,8 +142,9 @@ class AutoregressiveBlock(nn.Module):
             x_BNC: tokens in raster order, float32 or float64.
             condition: what `prefix` or `class_vector` takes; ignored by a block without a condition.
             rotary: table of the S condition tokens and the inputs, or None with a learned table.
-            bring: a context in which a layer's weights are where it computes. Where gradients are wanted, only the
-                layers' inputs are kept then, and the way back brings each layer again and computes the rest anew.
+            move_weights: moves a layer's weights to where it computes, if they are not there. Where gradients are
+                wanted, only the layers' inputs are kept then, and the backward pass moves each layer again and
+                computes the rest anew.
 
         Returns:
             z (B, N, C) in raster order, and log sigma (B, N, C) in the block's own order.
@@ -88,7 +156,7 @@ class AutoregressiveBlock(nn.Module):
         prefix = self.prefix(condition)
         if prefix is not None:
             hidden = torch.cat((prefix, hidden), dim=1)
-        hidden = self.layers(hidden, rotary, bring)
+        hidden = self.run_layers(hidden, rotary, move_weights)
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
             mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
@@ -123,7 +191,7 @@ class AutoregressiveBlock(nn.Module):
         return hidden + self.pos_embed[first : first + count]
 
     def embed_at(self, inputs_B1C: Tensor, number_1: Tensor) -> Tensor:
-        """As `embed`, of the one input whose number a tensor holds."""
+        """As `embed`, of the one input whose number a tensor (1,) holds."""
         hidden: Tensor = self.proj_in(inputs_B1C.to(self.proj_in.weight.dtype))
         if self.pos_embed is None:
             return hidden
@@ -144,20 +212,20 @@ class AutoregressiveBlock(nn.Module):
         assert label is not None
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
-    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, onto: CacheSlice | CacheIndex) -> Tensor:
-        """The layers, for hidden states that continue a cache."""
+    def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, position: CachePosition) -> Tensor:
+        """The layers, for hidden states (B, T, D) that continue a cache."""
         wide = computes_in_float32(self, hidden_BTD)
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
-        for layer, cache in zip(self.attn_blocks, onto.cache.layers, strict=True):
+        for layer, cache in zip(self.attn_blocks, position.cache.layers, strict=True):
             assert isinstance(layer, Layer)
-            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, onto)
+            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, position)
         return out_BTD.to(hidden_BTD.dtype)
 
-    def layers(self, hidden_BTD: Tensor, rotary: Tensor | None, bring: MoveTo | None = None) -> Tensor:
-        """The layers over a whole sequence."""
+    def run_layers(self, hidden_BTD: Tensor, rotary: Tensor | None, move_weights: WeightMover | None = None) -> Tensor:
+        """The layers over a whole sequence (B, T, D); `move_weights` as in `forward`."""
         wide = computes_in_float32(self, hidden_BTD)
-        again = (wide or bring is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
-        place: MoveTo = bring if again and bring is not None else contextlib.nullcontext
+        again = (wide or move_weights is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
+        place: WeightMover = move_weights if again and move_weights is not None else contextlib.nullcontext
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer in self.attn_blocks:
 

@@ -1,8 +1,8 @@
-"""A model as a folder: config.json and the weights (`starflow.io.weights`). Loading is strict.
+"""A flow as a folder: config.json, the weights (`starflow.io.weights`), and perhaps policy.json. Loading is strict.
 
-Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are
-listed. A damaged file is named. A model is found in its own folder, in that of a pipeline (flow/) or of a training
-run (model/flow/), and in a hub repository of the first two kinds.
+Contract: every key of the model is there with its shape, and nothing else; otherwise all that differ are listed. A
+damaged file is named. A model is found in its own folder, in that of a pipeline (flow/) or of a training run
+(model/flow/), and in a hub repository of the first two kinds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ CONFIG_NAME = "config.json"
 
 POLICY_NAME = "policy.json"
 
-FOLDER = "flow"
-"""The flow's folder in that of a pipeline."""
+FLOW_FOLDER = "flow"
+"""Name of the flow's folder inside that of a pipeline."""
 
 _HUB_FILES = ("model*.safetensors", "model*.safetensors.index.json", weights.CHECKSUMS, POLICY_NAME)
 
 _LISTED = 8
+"""Most keys that a message names."""
 
 
 def save(
@@ -39,25 +40,27 @@ def save(
     files.write_json(folder / CONFIG_NAME, config_to_dict(config))
 
 
-def find(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> Path:
+def find(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> Path:
     """The folder with a flow's own config.json and weights; see the module's docstring.
 
     Raises:
         UserError: neither a folder nor a repository.
     """
-    also = (*_HUB_FILES, *(f"{FOLDER}/{name}" for name in (CONFIG_NAME, *_HUB_FILES)))
-    folder = local_or_hub(str(folder_or_hub_id), (CONFIG_NAME,), also, fetch=fetch, within=("", FOLDER, "model/flow"))
-    inner = (folder, folder / FOLDER, folder / "model" / FOLDER)
+    optional = (*_HUB_FILES, *(f"{FLOW_FOLDER}/{name}" for name in (CONFIG_NAME, *_HUB_FILES)))
+    folder = local_or_hub(
+        str(folder_or_hub_id), (CONFIG_NAME,), optional, hub=hub, subfolders=("", FLOW_FOLDER, "model/flow")
+    )
+    inner = (folder, folder / FLOW_FOLDER, folder / "model" / FLOW_FOLDER)
     return next((one for one in inner if (one / CONFIG_NAME).is_file() and weights.has_weights(one)), folder)
 
 
-def load(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read config and weights.
+def load(folder_or_hub_id: str | Path, hub: HubOptions = DEFAULT_HUB) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read the config and the weights by name, on the CPU; a damaged file is named.
 
     Raises:
         UserError: neither a folder nor a repository, a missing or damaged file, or an unknown option.
     """
-    folder = find(folder_or_hub_id, fetch)
+    folder = find(folder_or_hub_id, hub)
     options = files.read_json(folder / CONFIG_NAME)
     if not isinstance(options, dict):
         raise UserError(f"{folder / CONFIG_NAME} holds a {type(options).__name__}, expected a mapping of options")
@@ -65,7 +68,7 @@ def load(folder_or_hub_id: str | Path, fetch: HubOptions = DEFAULT_HUB) -> tuple
 
 
 def read_policy(folder: Path) -> dict[str, Any] | None:
-    """The sampling policy beside the weights, as it stands there, or None; whoever samples checks it.
+    """The sampling policy beside the weights as a plain mapping, or None; `starflow.sampling.policy` checks it.
 
     Raises:
         UserError: the file is no JSON, or holds no mapping.
@@ -79,7 +82,7 @@ def read_policy(folder: Path) -> dict[str, Any] | None:
 
 
 def write_policy(folder: Path, policy: Mapping[str, Any]) -> Path:
-    """Put a sampling policy beside the weights; returns the file."""
+    """Write a sampling policy beside the weights; returns the file."""
     files.write_json(folder / POLICY_NAME, dict(policy))
     return folder / POLICY_NAME
 

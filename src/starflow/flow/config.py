@@ -1,12 +1,8 @@
-"""What a model is: frozen dataclasses whose fields are the options of the published configurations.
+"""Model configurations as frozen dataclasses, and the presets: named architectures of the papers.
 
-Field names and defaults follow the published constructor ("STARFlow", arXiv 2506.06276; "TarFlow",
-arXiv 2412.06329), so a published configuration reads as it stands. Values are checked on construction;
-whoever holds a config may rely on it.
-
-Named architectures of the papers, each with its source and the figure that the paper reports for it.
-
-Sources: STARFlow (arXiv 2506.06276), TarFlow (arXiv 2412.06329), and the released configurations.
+Field names and defaults follow the published constructor ("STARFlow", arXiv 2506.06276; "TarFlow", arXiv 2412.06329),
+so a published configuration reads as it stands. Values are checked on construction; whoever holds a config may rely on
+it. Presets carry their source, these papers or the published configurations, and the figure that it reports.
 """
 
 from __future__ import annotations
@@ -18,7 +14,8 @@ from typing import Any, Literal
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 
-CONDITION_ANGLES = 8  # rotary angles of a head kept for the third axis, the place of a condition token
+CONDITION_ANGLES = 8
+"""Rotary angles of a head that are kept for the third axis, the place of a condition token."""
 
 SeqOrder = Literal["L2R", "R2L"]
 
@@ -27,21 +24,35 @@ NormType = Literal["layer_norm", "rms_norm"]
 
 @dataclass(frozen=True)
 class STARFlowConfig:
-    """A latent flow of autoregressive blocks, deep next to the noise and shallow next to the data."""
+    """The options of STARFlow, a flow on latents, deep next to the noise and shallow next to the data.
+
+    Raises:
+        UserError: a value that no model can have; the message names the option.
+
+    >>> config = STARFlowConfig(in_channels=4, img_size=32, channels=128, layers_per_block=(1, 1, 6), num_blocks=3)
+    >>> config.layers(2), config.heads(2), config.reversed(2)
+    (6, 2, True)
+    >>> STARFlowConfig(in_channels=4, img_size=32, channels=100)
+    Traceback (most recent call last):
+    starflow.errors.UserError: width 100 is no multiple of head_dim 64: change one, or give num_heads
+    """
 
     in_channels: int
     """C, channels of the flow's input."""
     img_size: int
-    """Side of the flow's input (of the latent, not of the picture) in training."""
+    """Side of the flow's input (of the latent, not of the image) in training."""
     channels: int
     """Width of the blocks."""
     patch_size: int = 1
+    """Side of the square of latent pixels that a token is."""
     top_block_channels: int | None = None
     """Width of the last block only; None is `channels`."""
     num_blocks: int = 6
+    """Number of autoregressive blocks."""
     layers_per_block: int | tuple[int, ...] = (2, 2, 2, 2, 2, 24)
     """One number for every block, or one each; the first is next to the data."""
     head_dim: int = 64
+    """Width of an attention head."""
     num_heads: int | None = None
     """Query heads of every layer; None is width / head_dim."""
     num_kv_heads: int | None = None
@@ -53,6 +64,7 @@ class STARFlowConfig:
     sos: bool = True
     """A learned start token; otherwise the first token passes unchanged."""
     seq_order: SeqOrder = "L2R"
+    """Which blocks read the raster backwards: with "L2R" the even ones, with "R2L" the odd ones."""
     txt_size: int = 0
     """S, condition tokens; 0 is a model without a condition."""
     txt_dim: int = 0
@@ -64,12 +76,17 @@ class STARFlowConfig:
     soft_clip: float = 4.0
     """c of c tanh(o / c) on the outputs; 0 is no clip."""
     use_final_norm: bool = True
+    """An RMSNorm before the last projection of a block."""
     norm_type: NormType = "layer_norm"
+    """The norms before attention and MLP."""
     use_swiglu: bool = False
+    """A gated MLP with a tanh-GELU gate."""
     mlp_hidden: tuple[int, ...] | None = None
     """Hidden width of the MLPs, one number a block; None is 4 x width."""
     use_qk_norm: bool = False
+    """RMSNorm of every head's queries and keys."""
     use_post_norm: bool = False
+    """RMSNorm after attention and after the MLP too."""
     use_bias: bool = True
     """Biases of the linear layers inside attention and MLP."""
     hf_style_rope: bool = False
@@ -100,18 +117,23 @@ class STARFlowConfig:
         return self.pt_seq_len or self.grid_side
 
     def width(self, block: int) -> int:
+        """D, the width of a block's hidden states."""
         return self.top_block_channels or self.channels if block == self.num_blocks - 1 else self.channels
 
     def layers(self, block: int) -> int:
+        """Number of Transformer layers of a block."""
         return _of_block(self.layers_per_block, block)
 
     def heads(self, block: int) -> int:
+        """Query heads of a block's layers."""
         return self.num_heads or _heads_of(self.width(block), self.head_dim)
 
     def kv_heads(self, block: int) -> int:
+        """Key and value heads of a block's layers."""
         return self.num_kv_heads or self.heads(block)
 
     def hidden(self, block: int) -> int:
+        """Hidden width of a block's MLPs."""
         return 4 * self.width(block) if self.mlp_hidden is None else self.mlp_hidden[block]
 
     def without_default_hidden(self) -> STARFlowConfig:
@@ -125,23 +147,34 @@ class STARFlowConfig:
         return block % 2 == (0 if self.seq_order == "L2R" else 1)
 
     def conditioned(self, block: int) -> bool:
+        """Whether a block sees the condition."""
         return self.txt_size > 0 and (block == self.num_blocks - 1 or not self.cond_top_only)
 
 
 @dataclass(frozen=True)
 class TarFlowConfig:
-    """A flow on pixels: equal blocks with a learned position table, class vectors and no start token."""
+    """The options of TarFlow, a flow on pixels: equal blocks with a learned position table and no start token.
+
+    Raises:
+        UserError: a value that no model can have; the message names the option.
+    """
 
     in_channels: int
+    """Channels of the image."""
     img_size: int
+    """Side of the image in pixels; the model has this size only."""
     patch_size: int
+    """Side of the square of pixels that a token is."""
     channels: int
     """Width of the blocks."""
     num_blocks: int
+    """Number of autoregressive blocks."""
     layers_per_block: int | tuple[int, ...]
+    """One number for every block, or one each; the first is next to the data."""
     num_classes: int = 0
-    """0 is a model without classes."""
+    """Classes with a learned vector each; 0 is a model without classes."""
     head_dim: int = 64
+    """Width of an attention head."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "in_channels", "img_size", "patch_size", "channels", "num_blocks", "head_dim")
@@ -156,6 +189,7 @@ class TarFlowConfig:
         return self.img_size // self.patch_size
 
     def layers(self, block: int) -> int:
+        """Number of Transformer layers of a block."""
         return _of_block(self.layers_per_block, block)
 
     def reversed(self, block: int) -> bool:
@@ -169,7 +203,7 @@ KINDS: dict[str, type[STARFlowConfig] | type[TarFlowConfig]] = {"starflow": STAR
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """JSON-ready options of a model with their `kind`; `config_from_dict` reads them back."""
+    """JSON-ready options of a model with their `kind`, "starflow" or "tarflow"; `config_from_dict` reads them back."""
     kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
     return {"kind": kind, **to_dict(config)}
 
@@ -179,6 +213,10 @@ def config_from_dict(options: dict[str, Any]) -> ModelConfig:
 
     Raises:
         UserError: unknown kind or option, wrong type, or values that no model can have.
+
+    >>> config = config_from_dict({"in_channels": 4, "img_size": 8, "channels": 64})
+    >>> config_to_dict(config)["kind"], config == config_from_dict(config_to_dict(config))
+    ('starflow', True)
     """
     values = dict(options)
     kind = values.pop("kind", "starflow")
@@ -233,18 +271,19 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture and what is known of it."""
+    """A published architecture, its autoencoder and text encoder, and the result that its source reports."""
 
     config: ModelConfig
     latents: str
-    """The autoencoder whose latents the model is of, or "pixels"."""
+    """Name of the autoencoder whose latents the model is trained on, or "pixels"."""
     noise_std: float | None
     """Standard deviation of the noise that it is trained with; None where the source gives a range only."""
     source: str
+    """The paper, and which of its models this is."""
     expected: str
     """What the source reports for it."""
     text: str = ""
-    """The text encoder that it reads, if any."""
+    """Name of the text encoder whose tokens the model is conditioned on, or ""."""
 
 
 def preset(name: str) -> Preset:
@@ -252,6 +291,9 @@ def preset(name: str) -> Preset:
 
     Raises:
         UserError: no such preset; names the nearest.
+
+    >>> preset("starflow-xl").config.num_blocks
+    6
     """
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1)
@@ -280,7 +322,7 @@ PRESETS: dict[str, Preset] = {
         STARFlowConfig(in_channels=4, img_size=32, channels=3072, txt_size=128, txt_dim=2048),
         latents="stabilityai/sd-vae-ft-ema",
         noise_std=0.3,
-        source="released text-to-image configuration; arXiv 2506.06276, section 4",
+        source="published text-to-image configuration; arXiv 2506.06276, section 4",
         expected="COCO zero-shot FID 9.1, GenEval 0.56",
         text="google/flan-t5-xl",
     ),
@@ -319,7 +361,7 @@ PRESETS: dict[str, Preset] = {
         ),
         latents="pixels",
         noise_std=None,
-        source="released AFHQ checkpoint, arXiv 2412.06329",
+        source="published AFHQ checkpoint, arXiv 2412.06329",
         expected="see the paper's figures; noise between 0.05 and 0.15",
     ),
 }

@@ -1,9 +1,9 @@
-"""How much memory sampling and training take: arithmetic from a configuration alone, before anything is loaded.
+"""How much memory sampling and training take, by arithmetic on a configuration, before anything is loaded.
 
 Contract: counts of parameters and cache bytes are exact. Activations are upper estimates of what a pass holds at once;
 every figure is in bytes, of one device. Nothing here needs torch.
 
-Shapes: B pictures, R rows (B, or 2B with guidance), N tokens, S condition tokens, D width.
+Shapes: B images, R rows (B, or 2B with guidance), N tokens, S condition tokens, D width.
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ from starflow.flow.config import ModelConfig, STARFlowConfig
 Precision = Literal["float32", "bfloat16"]
 
 Sharding = Literal["replicated", "sharded", "hybrid"]
-"""Whether every GPU holds all, all share one copy, or the GPUs of a host share one."""
+"""Whether every GPU holds a whole copy, all GPUs share one, or the GPUs of a host share one."""
 
 BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
 
-GPUS_A_HOST = 8
+GPUS_PER_HOST = 8
 
-PACKED_KEPT = 4 * 2**30
-"""Bytes of packed weights that a CPU keeps from block to block; of a larger model only those of the block at work."""
+PACKED_BYTES_LIMIT = 4 * 2**30
+"""Most bytes of packed weights that a CPU keeps; of a larger model only those of the block at work are kept."""
 
-TEXT_ENCODERS = {"google/flan-t5-xl": 1_223_527_424}
-"""Parameters of encoders that are released after use."""
+TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
+"""Parameters of the text encoders whose memory is given back once the prompts are encoded."""
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What memory depends on of a block's layers."""
+    """The sizes of a block's layers that memory depends on."""
 
     layers: int
+    """Number of layers."""
     width: int
+    """Channels of the hidden states."""
     inner: int
-    """heads x head_dim"""
+    """Channels of all queries, heads x head_dim."""
     kv: int
-    """kv_heads x head_dim"""
+    """Channels of all keys, kv_heads x head_dim."""
     hidden: int
+    """Hidden channels of the MLP."""
     gated: bool
+    """Whether the MLP is a gated one."""
     linear: int
     """Weights of one layer's linear maps, biases aside."""
     outputs: int
@@ -55,13 +60,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """What memory depends on of an autoencoder."""
+    """The sizes of an autoencoder that memory depends on."""
 
     parameters: int
     """Of encoder and decoder: both are loaded."""
     factor: int
+    """Image pixels that a latent pixel stands for, along a side."""
     pixel_bytes: int
-    """Bytes of activations a pixel of the picture at the decoder's peak, in float32."""
+    """Bytes of activations per image pixel at the decoder's peak, in float32."""
     reach: int = 0
     """Latent pixels around a tile that are decoded with it."""
 
@@ -79,14 +85,17 @@ class SamplingMemory:
     """Bytes while a batch is sampled and decoded."""
 
     weights: int
+    """Of the flow, as far as they are on the device at once."""
     cache: int
+    """Keys and values."""
     activations: int
     """Of the largest pass: the condition's, or where blocks are iterated a whole sequence's."""
     autoencoder: int
+    """Its weights."""
     decoding: int
     """The decoder's activations; the flow's are gone by then."""
     packed: int
-    """Copies of the weights that the compiled loop of a CPU reads; elsewhere there are none, and `peak` has none."""
+    """Copies of the weights that a CPU's compiled loop reads; `peak` leaves them out."""
 
     @property
     def peak(self) -> int:
@@ -99,16 +108,19 @@ class TrainingMemory:
     """Bytes of one GPU while the flow is trained."""
 
     parameters: int
+    """The weights that are trained."""
     gradients: int
     moments: int
-    """AdamW's two."""
+    """AdamW's two running means."""
     average: int
+    """The averaged weights."""
     gathered: int
     """Copies in the network's precision: of all weights, or under sharding of the two largest units."""
     activations: int
 
     @property
     def peak(self) -> int:
+        """All of it, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -130,7 +142,7 @@ def layer_shape(config: ModelConfig, block: int) -> LayerShape:
     )
 
 
-def block_parameters(config: ModelConfig, block: int) -> int:
+def block_parameter_count(config: ModelConfig, block: int) -> int:
     """Parameters of one block."""
     shape = layer_shape(config, block)
     channels, width, tokens = token_channels(config), shape.width, config.grid_side**2
@@ -141,12 +153,18 @@ def block_parameters(config: ModelConfig, block: int) -> int:
     return count + (config.txt_dim + 1) * width * config.conditioned(block)
 
 
-def parameters(config: ModelConfig) -> int:
-    """Parameters of the flow."""
-    return sum(block_parameters(config, block) for block in range(config.num_blocks))
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the flow.
+
+    >>> from starflow.flow.config import preset
+    >>> f"{parameter_count(preset('starflow-t2i-3b').config):,}"
+    '3,858,281,544'
+    """
+    return sum(block_parameter_count(config, block) for block in range(config.num_blocks))
 
 
 def token_channels(config: ModelConfig) -> int:
+    """D, the channels of a token."""
     return config.in_channels * config.patch_size**2
 
 
@@ -157,7 +175,7 @@ def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -
 
 def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
     """Bytes of one block's weights; see `weight_bytes`."""
-    total = block_parameters(config, block) * BYTES[dtype]
+    total = block_parameter_count(config, block) * BYTES[dtype]
     if int8 and block == config.num_blocks - 1:
         shape = layer_shape(config, block)
         total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
@@ -165,13 +183,13 @@ def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool
 
 
 def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the copies that a CPU's compiled loop packs at once: of a large model those of the block at work."""
+    """Bytes of the weights that a CPU's compiled loop holds packed; of a large model those of the block at work."""
     blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
-    return sum(blocks) if sum(blocks) <= PACKED_KEPT else max(*blocks, PACKED_KEPT)
+    return sum(blocks) if sum(blocks) <= PACKED_BYTES_LIMIT else max(*blocks, PACKED_BYTES_LIMIT)
 
 
 def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
-    """Layers in their precision, the projections at both ends in float32; what fills up panels is not counted."""
+    """Bytes of a packed block: its layers in their precision, both projections in float32, without padding."""
     shape, channels = layer_shape(config, block), token_channels(config)
     ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
     vectors = shape.parameters - shape.linear
@@ -179,7 +197,7 @@ def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
-    """Bytes of keys and values; blocks of one shape share a cache, one after the other."""
+    """Bytes of keys and values; blocks of one shape use the same cache, one after the other."""
     return BYTES[dtype] * sum(2 * math.prod(shape) for shape in set(_caches(config, batch, tokens, guided)))
 
 
@@ -193,12 +211,13 @@ def _caches(config: ModelConfig, batch: int, tokens: int, guided: bool) -> list[
 
 
 def _rows(config: ModelConfig, block: int, batch: int, guided: bool) -> int:
-    steered = not isinstance(config, STARFlowConfig) or config.conditioned(block)
-    return batch * (2 if guided and steered else 1)
+    """R, the rows of a block's pass: two an image where guidance acts on the block."""
+    acts = not isinstance(config, STARFlowConfig) or config.conditioned(block)
+    return batch * (2 if guided and acts else 1)
 
 
 def _inputs(config: ModelConfig, block: int, tokens: int) -> int:
-    """What a block reads: its condition tokens, and the tokens but the last where there is no start token."""
+    """Tokens that a block reads: its condition's and the image's, less the last where there is no start token."""
     if not isinstance(config, STARFlowConfig):
         return tokens - 1
     return tokens - (not config.sos) + config.txt_size * config.conditioned(block)
@@ -218,23 +237,29 @@ def sampling_memory(
     autoencoder: AutoencoderShape | None = None,
     tile: int | None = None,
 ) -> SamplingMemory:
-    """Memory of sampling `batch` pictures at once and decoding them.
+    """Memory of sampling `batch` images at once and decoding them.
 
     Args:
         config: of the flow.
-        batch: pictures at once.
-        tokens: of a picture; None is as in training.
+        batch: images at once.
+        tokens: of an image; None is as in training.
         guided: whether guidance runs a null branch beside the condition's.
         dtype: of the flow's weights.
         cache_dtype: of keys and values; None is `dtype`.
         int8: whether the linear maps of the block next to the noise have weights of one byte.
         offload: whether only the weights of the block at work are on the device.
-        iterated: whether blocks without guidance are solved in parallel, whole sequences at once.
-        autoencoder: one of `AUTOENCODERS`, or None.
-        tile: side in latent pixels of the tiles that are decoded one by one; None is whole pictures.
+        iterated: whether blocks other than the last are solved by fixed-point iteration, over whole sequences.
+        autoencoder: one of `AUTOENCODERS`, or None for the latents alone.
+        tile: side in latent pixels of the tiles that are decoded one by one; None is whole images.
 
     Raises:
-        UserError: no pictures or tokens.
+        UserError: a batch or a number of tokens below 1.
+
+    >>> from starflow.flow.config import preset
+    >>> config = preset("starflow-t2i-3b").config
+    >>> needed = sampling_memory(config, 4, dtype="bfloat16", autoencoder=AUTOENCODERS["diffusers_kl"])
+    >>> f"{needed.weights / GIB:.1f} GiB of weights, {needed.peak / GIB:.1f} GiB in all"
+    '7.2 GiB of weights, 11.1 GiB in all'
     """
     tokens = config.grid_side**2 if tokens is None else tokens
     if batch < 1 or tokens < 1:
@@ -262,7 +287,7 @@ def sampling_memory(
 
 
 def _pass_bytes(config: ModelConfig, block: int, tokens: int) -> int:
-    """Numbers that a layer holds at once for some tokens: residual, and its attention's or its MLP's tensors."""
+    """Numbers that a layer holds at once for `tokens` tokens: residual, and its attention's or its MLP's tensors."""
     shape = layer_shape(config, block)
     attention = 3 * shape.inner + 4 * shape.kv  # queries, keys, values, turned queries and keys, result
     return tokens * (2 * shape.width + max(attention, 2 * shape.hidden))
@@ -282,48 +307,52 @@ def training_memory(
 
     Args:
         config: of the flow.
-        batch: pictures a GPU and pass.
+        batch: images per GPU and pass.
         gpus: in all; a host has 8.
         sharding: what the GPUs share; "hybrid" shares within a host.
         precision: of the network's products.
-        checkpointing: keep the inputs of each attention and MLP, and compute the rest again on the way back.
+        checkpointing: keep the inputs of each attention and MLP, and compute the rest again in the backward pass.
         averaged: keep an average of the weights.
 
     Raises:
-        UserError: no pictures or GPUs.
+        UserError: a batch or a number of GPUs below 1.
     """
     if batch < 1 or gpus < 1:
         raise UserError(f"{batch} pictures on {gpus} GPUs: both must be at least 1")
-    parts = {"replicated": 1, "sharded": gpus, "hybrid": min(gpus, GPUS_A_HOST)}[sharding]
-    count = parameters(config)
+    parts = {"replicated": 1, "sharded": gpus, "hybrid": min(gpus, GPUS_PER_HOST)}[sharding]
+    count = parameter_count(config)
     share = 4 * math.ceil(count / parts)
     if parts == 1:
         gathered = 0 if precision == "float32" else BYTES[precision] * count
     else:  # a unit is a layer: its weights, the next one's, and its gradients in float32
         unit = max(layer_shape(config, block).parameters for block in range(config.num_blocks))
         gathered = unit * (2 * BYTES[precision] + 4)
-    activations = _kept_bytes(config, batch, precision, checkpointing=checkpointing)
+    activations = _saved_activation_bytes(config, batch, precision, checkpointing=checkpointing)
     return TrainingMemory(share, share, 2 * share, share if averaged else 0, gathered, activations)
 
 
-def _kept_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
-    """What the way back needs, of all layers, and the gradients of the hidden channels of one; the logits of attention
-    are computed again (flash attention)."""
+def _saved_activation_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
+    """Bytes that all layers keep for the backward pass, and the gradients of the hidden channels of one layer.
+
+    The logits of attention are computed again (flash attention).
+    """
     total = largest = back = 0
     for block in range(config.num_blocks):
         shape = layer_shape(config, block)
         tokens = batch * _inputs(config, block, config.grid_side**2)
         inputs = 2 * BYTES[precision] * shape.width * tokens
-        attention, mlp = (kept * tokens for kept in _layer_kept(shape, BYTES[precision]))
+        attention, mlp = (kept * tokens for kept in _layer_saved_bytes(shape, BYTES[precision]))
         largest = max(largest, attention, mlp)
         back = max(back, BYTES[precision] * (3 if shape.gated else 2) * shape.hidden * tokens)
         total += shape.layers * (inputs if checkpointing else attention + mlp)
     return total + back + (largest if checkpointing else 0)
 
 
-def _layer_kept(shape: LayerShape, low: int) -> tuple[int, int]:
-    """Bytes a token of attention and of the MLP: a norm's input (float32) and output each, then queries, keys and
-    values and the result; or the hidden channels before and after the activation, of gate and product if it is gated.
+def _layer_saved_bytes(shape: LayerShape, low: int) -> tuple[int, int]:
+    """Bytes per token that attention and the MLP keep for the backward pass, where a low-precision number has `low`.
+
+    Each keeps its norm's input (float32) and output; then attention keeps queries, keys, values and the result, the MLP
+    its hidden channels before and after the activation, of gate and product if it is gated.
     """
     norm = shape.width * (4 + low + (4 if low < 4 else 0))
     attention = low * (2 * shape.inner + 2 * shape.kv) + 4 * (shape.inner + shape.kv)

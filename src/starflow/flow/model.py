@@ -1,17 +1,11 @@
-"""STARFlow and TarFlow: stacks of autoregressive blocks, data to noise.
+"""STARFlow and TarFlow: stacks of autoregressive blocks that map data to noise with exact log-determinants.
 
-Contract: `model(x, condition)` returns z of x's shape and the log-determinant of dz/dx per picture in
-nats, summed over tokens and channels, both at least float32. `blocks[0]` is next to the data. Under the
-model z is standard normal, so log p(x) = log N(z; 0, I) + logdet. `forward` is data to noise only; the
-other direction is `starflow.sample`. (STARFlow, arXiv 2506.06276; TarFlow, arXiv 2412.06329.)
+Contract: `model(x, condition)` returns z of x's shape and the log-determinant of dz/dx per image in nats, summed over
+tokens and channels, both at least float32. `blocks[0]` is next to the data. Under the model z is standard normal, so
+log p(x) = log N(z; 0, I) + logdet. `forward` is data to noise only; the other direction is `starflow.sample`.
+(STARFlow, arXiv 2506.06276; TarFlow, arXiv 2412.06329.)
 
 Shapes: B batch, C x H x W input, S condition tokens, N = h * w tokens, D token channels.
-
-Where in a picture its log-likelihood lies.
-
-The log-density is a sum over tokens: log p(x) = sum_n [log N(z_n; 0, I) - sum over blocks of sum_D log sigma_n]
-(STARFlow, arXiv 2506.06276, eq. 3 to 5, read token by token). A block that reads backwards conditions on what
-follows, so a token's part is its surprise given what the blocks had read, not its marginal density.
 """
 
 from __future__ import annotations
@@ -28,18 +22,17 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.flow import affine, checkpoint
-from starflow.flow.block import AutoregressiveBlock, BlockSpec
+from starflow.flow.block import AutoregressiveBlock, BlockSpec, starflow_block_spec, tarflow_block_spec
 from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.offload import moved_to, run_offloaded
 from starflow.flow.tokens import Grid, grid_of, in_order, patchify, unpatchify
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
-from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import condition_positions, grid_positions, rotary_table
 
 
 class Trace(NamedTuple):
-    """One pass, data to noise, with everything on the way."""
+    """The result of one pass, data to noise, with every block's states."""
 
     z: Tensor
     """(B, C, H, W)"""
@@ -52,32 +45,32 @@ class Trace(NamedTuple):
 
 
 class Flow(nn.Module, ABC):
-    """What samplers, training and pipelines may rely on; STARFlow and TarFlow fill it in."""
+    """The base class of STARFlow and TarFlow: all that samplers, training and pipelines may rely on."""
 
     config: ModelConfig
     channel_first = False
     """Whether a token's channels are ordered (channel, row, column) rather than (row, column, channel)."""
-    has_own_null = False
+    has_null_condition = False
     """Whether the model itself knows what "no condition" is."""
 
     def __init__(self, specs: Sequence[BlockSpec]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(AutoregressiveBlock(spec) for spec in specs)
         self.policy: dict[str, Any] | None = None
-        """What is known of how to sample it, as it lies beside the weights; nothing here reads it."""
+        """How to sample the model, as policy.json beside the weights says; `starflow.sampling.policy` reads it."""
         self.offloaded_to: torch.device | None = None
-        """Where a block is while it is at work, if the blocks lie elsewhere; see `offload`."""
-        self.kept: dict[str, object] = {}
-        """What a room above keeps with the model while it lives, by name; never saved."""
+        """The device that each block is moved to while it works, or None; see `offload`."""
+        self.runtime_cache: dict[str, object] = {}
+        """Objects that callers derive from the weights and keep as long as the model lives, by name; never saved."""
 
     @property
     @abstractmethod
     def condition_help(self) -> str:
-        """What to pass as a condition, for messages."""
+        """A phrase for error messages: what to pass as a condition."""
 
     @property
     @abstractmethod
-    def guided(self) -> list[bool]:
+    def guided_blocks(self) -> list[bool]:
         """For every block, whether guidance acts on it."""
 
     @abstractmethod
@@ -114,14 +107,16 @@ class Flow(nn.Module, ABC):
         return trace.z, trace.logdet
 
     def trace(self, x: Tensor, condition: Tensor | None = None) -> Trace:
-        """As `forward`, with every block's input, output and log sigma."""
-        tokens, grid = self.tokens(x)
+        """As `forward`, with every block's input, output and log sigma; `forward` returns its first two fields."""
+        tokens, grid = self.to_tokens(x)
         condition, rotary = self.check_condition(condition, len(x)), self.rotary(grid)
         states: list[Tensor] = [tokens]
         log_sigmas: list[Tensor] = []
-        for block in self.stack():
+        for block in self.iter_blocks():
             given = (tokens, condition, self.block_rotary(block, rotary))
-            passed = block(*given) if self.offloaded_to is None else run_offloaded(block, self.at_work, *given)
+            passed = (
+                block(*given) if self.offloaded_to is None else run_offloaded(block, self.weights_on_device, *given)
+            )
             tokens, log_sigma = passed
             states.append(tokens)
             log_sigmas.append(log_sigma)
@@ -129,15 +124,19 @@ class Flow(nn.Module, ABC):
         prior = self.prior_log_std()
         if prior is not None:
             tokens, logdet = tokens * torch.exp(-prior), logdet - prior.sum()
-        return Trace(self.picture(tokens, grid), logdet, states, log_sigmas)
+        return Trace(self.from_tokens(tokens, grid), logdet, states, log_sigmas)
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """log p(x | condition) of each picture in nats, (B,), the Gaussian's constant included."""
+        """log p(x | condition) of each image in nats, (B,), the Gaussian's constant included.
+
+        Raises:
+            UserError: a shape that the model cannot take.
+        """
         z, logdet = self.forward(x, condition)
         return affine.log_normal(z) + logdet
 
-    def stack(self) -> Iterator[AutoregressiveBlock]:
-        """The blocks from the data to the noise."""
+    def iter_blocks(self) -> Iterator[AutoregressiveBlock]:
+        """The blocks in order, from the data to the noise."""
         for block in self.blocks:
             assert isinstance(block, AutoregressiveBlock)
             yield block
@@ -149,11 +148,11 @@ class Flow(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that the model computes on."""
         return self.offloaded_to or next(self.parameters()).device
 
     def offload(self, device: str | torch.device) -> Self:
-        """Leave the blocks where they are, and from now on bring each to `device` while it is at work.
+        """Leave the blocks where they are, and from now on move each to `device` while it works; returns the model.
 
         For a device whose memory does not hold the whole model. Every pass over a block, and every block of a batch
         that is sampled, costs the transfer of its weights.
@@ -161,22 +160,23 @@ class Flow(nn.Module, ABC):
         self.offloaded_to = torch.device(device)
         return self
 
-    def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+    def weights_on_device(self, part: nn.Module) -> AbstractContextManager[None]:
         """A context in which the weights of a block, or of a part of it, are where the model computes."""
         return nullcontext() if self.offloaded_to is None else moved_to(part, self.offloaded_to)
 
     @property
     def network_dtype(self) -> torch.dtype:
+        """Precision of the parameters, and so of the Transformer layers."""
         return next(self.parameters()).dtype
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+    def to_tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, N, D) in raster order, in the working precision, and their grid."""
         grid = self.check_grid(grid_of(x, self.config.in_channels, self.config.patch_size))
         tokens = patchify(x.to(self.work_dtype), self.config.patch_size, channel_first=self.channel_first)
         return tokens, grid
 
-    def picture(self, tokens_BND: Tensor, grid: Grid) -> Tensor:
-        """Tokens in raster order to (B, C, H, W)."""
+    def from_tokens(self, tokens_BND: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, N, D) in raster order to (B, C, H, W)."""
         return unpatchify(tokens_BND, grid, self.config.patch_size, channel_first=self.channel_first)
 
     def check_grid(self, grid: Grid) -> Grid:
@@ -186,7 +186,7 @@ class Flow(nn.Module, ABC):
             UserError: the model cannot take this size.
         """
         side = self.config.grid_side
-        if next(self.stack()).pos_embed is not None and grid != (side, side):
+        if next(self.iter_blocks()).pos_embed is not None and grid != (side, side):
             patch, size = self.config.patch_size, self.config.img_size
             raise UserError(
                 f"the input is {grid[0] * patch} x {grid[1] * patch}, but this model's learned positions are for "
@@ -257,12 +257,19 @@ class Flow(nn.Module, ABC):
 
 
 class STARFlow(Flow):
-    """A latent flow, deep next to the noise; a new one is the identity."""
+    """A latent flow, deep next to the noise, on the condition tokens of a prompt; a new one is the identity.
+
+    >>> config = STARFlowConfig(in_channels=4, img_size=4, channels=64, num_blocks=2, layers_per_block=1)
+    >>> x = torch.ones(2, 4, 4, 4)
+    >>> z, logdet = STARFlow(config)(x)
+    >>> z.shape, logdet.shape, bool((z - x).abs().max() < 1e-6)
+    (torch.Size([2, 4, 4, 4]), torch.Size([2]), True)
+    """
 
     config: STARFlowConfig
 
     def __init__(self, config: STARFlowConfig) -> None:
-        super().__init__([_starflow_block(config, block) for block in range(config.num_blocks)])
+        super().__init__([starflow_block_spec(config, block) for block in range(config.num_blocks)])
         self.config = config
 
     @property
@@ -272,8 +279,8 @@ class STARFlow(Flow):
         return f"a condition of shape (batch, {self.config.txt_size}, {self.config.txt_dim})"
 
     @property
-    def guided(self) -> list[bool]:
-        return [block.conditioned for block in self.stack()]
+    def guided_blocks(self) -> list[bool]:
+        return [block.conditioned for block in self.iter_blocks()]
 
     @property
     def condition_length(self) -> int:
@@ -302,15 +309,21 @@ class STARFlow(Flow):
 
 
 class TarFlow(Flow):
-    """A flow on pixels with a learned position table and class vectors; a new one is the identity."""
+    """A flow on pixels with a learned position table and class vectors; a new one is the identity.
+
+    >>> config = TarFlowConfig(in_channels=1, img_size=4, patch_size=2, channels=64, num_blocks=2, layers_per_block=1)
+    >>> nats = TarFlow(config).log_prob(torch.zeros(1, 1, 4, 4))  # 16 zeros under a standard normal
+    >>> round(nats.item(), 3), round(-8 * math.log(2 * math.pi), 3)
+    (-14.703, -14.703)
+    """
 
     config: TarFlowConfig
     channel_first = True
-    has_own_null = True
+    has_null_condition = True
     var: Tensor
 
     def __init__(self, config: TarFlowConfig) -> None:
-        super().__init__([_tarflow_block(config, block) for block in range(config.num_blocks)])
+        super().__init__([tarflow_block_spec(config, block) for block in range(config.num_blocks)])
         self.config = config
         token_channels = config.in_channels * config.patch_size**2
         self.register_buffer("var", torch.ones(config.grid_side**2, token_channels))
@@ -322,7 +335,7 @@ class TarFlow(Flow):
         return f"labels of shape (batch,) from 0 to {self.config.num_classes - 1}, -1 for no class, or None"
 
     @property
-    def guided(self) -> list[bool]:
+    def guided_blocks(self) -> list[bool]:
         return [True] * self.config.num_blocks
 
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
@@ -345,58 +358,24 @@ class TarFlow(Flow):
 
 
 def build(config: ModelConfig) -> STARFlow | TarFlow:
-    """A new model of the kind that the config is for."""
+    """A new model with random weights, of the kind that the config is for."""
     return STARFlow(config) if isinstance(config, STARFlowConfig) else TarFlow(config)
 
 
-def _starflow_block(config: STARFlowConfig, block: int) -> BlockSpec:
-    layer = LayerSpec(
-        width=config.width(block),
-        heads=config.heads(block),
-        kv_heads=config.kv_heads(block),
-        head_dim=config.head_dim,
-        hidden=config.hidden(block),
-        norm_type=config.norm_type,
-        swiglu=config.use_swiglu,
-        qk_norm=config.use_qk_norm,
-        post_norm=config.use_post_norm,
-        bias=config.use_bias,
-        half_split_rope=config.hf_style_rope,
-    )
-    return BlockSpec(
-        token_channels=config.in_channels * config.patch_size**2,
-        layers=config.layers(block),
-        layer=layer,
-        backwards=config.reversed(block),
-        start_token=config.sos,
-        table_tokens=0 if config.rope else config.grid_side**2,
-        condition_dim=config.txt_dim if config.conditioned(block) else 0,
-        num_classes=0,
-        final_norm=config.use_final_norm,
-        softplus=config.use_softplus,
-        clip=config.soft_clip,
-    )
-
-
-def _tarflow_block(config: TarFlowConfig, block: int) -> BlockSpec:
-    width, heads = config.channels, config.channels // config.head_dim
-    return BlockSpec(
-        token_channels=config.in_channels * config.patch_size**2,
-        layers=config.layers(block),
-        layer=LayerSpec(width=width, heads=heads, kv_heads=heads, head_dim=config.head_dim, hidden=4 * width),
-        backwards=config.reversed(block),
-        start_token=False,
-        table_tokens=config.grid_side**2,
-        condition_dim=0,
-        num_classes=config.num_classes,
-        final_norm=False,
-        softplus=False,
-        clip=0.0,
-    )
-
-
 def token_log_prob(model: Flow, x: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Each token's part of log p(x | condition), in nats: (B, C, H, W) to (B, h, w), which sums to `model.log_prob`.
+    """The part of log p(x | condition) that each token contributes: where in an image its likelihood lies.
+
+    The log-density is a sum over tokens: log p(x) = sum_n [log N(z_n; 0, I) - sum over blocks of sum_D log sigma_n]
+    (STARFlow, arXiv 2506.06276, eq. 3 to 5, read token by token). A block that reads backwards conditions on what
+    follows, so a token's part is its surprise given what the blocks had read, not its marginal density.
+
+    Args:
+        model: the flow.
+        x: (B, C, H, W), as for `model.forward`.
+        condition: as for `model.forward`.
+
+    Returns:
+        (B, h, w) in nats, which sums to `model.log_prob(x, condition)`.
 
     Raises:
         UserError: a shape that the model cannot take.
@@ -404,7 +383,7 @@ def token_log_prob(model: Flow, x: Tensor, condition: Tensor | None = None) -> T
     trace = model.trace(x, condition)
     z_BND = patchify(trace.z, model.config.patch_size, channel_first=model.channel_first)
     nats_BN = -0.5 * (z_BND.square().sum(-1) + z_BND.shape[-1] * math.log(2 * math.pi))
-    for block, log_sigma in zip(model.stack(), trace.log_sigmas, strict=True):
+    for block, log_sigma in zip(model.iter_blocks(), trace.log_sigmas, strict=True):
         nats_BN = nats_BN - in_order(log_sigma, backwards=block.spec.backwards).sum(-1)
     prior_ND = model.prior_log_std()
     if prior_ND is not None:

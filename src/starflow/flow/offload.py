@@ -1,4 +1,4 @@
-"""A module's weights on another device for as long as it works there: sequential offload.
+"""Sequential offload: a module's weights lie on another device only for as long as the module works there.
 
 Contract: what the module holds is put back as it was, the very same tensors, so nothing is copied the other way. The
 copies live as long as the context, and what autograd keeps of them.
@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from starflow.flow.block import AutoregressiveBlock, MoveTo
+from starflow.flow.block import AutoregressiveBlock, WeightMover
 
 
 @contextmanager
 def moved_to(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Weights and buffers as copies on `device` while a block runs."""
+    """A context in which the module's parameters and buffers are copies on `device`, without gradients.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> with moved_to(linear, torch.device("meta")):
+    ...     linear.weight.device
+    device(type='meta')
+    >>> linear.weight.device
+    device(type='cpu')
+    """
     places = [(part, name, held) for part in module.modules() for name, held in part._parameters.items()]
     buffers = [(part, name, held) for part in module.modules() for name, held in part._buffers.items()]
     try:
@@ -38,16 +46,20 @@ def moved_to(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def run_offloaded(
-    block: AutoregressiveBlock, bring: MoveTo, tokens: Tensor, condition: Tensor | None, rotary: Tensor | None
+    block: AutoregressiveBlock,
+    move_weights: WeightMover,
+    tokens: Tensor,
+    condition: Tensor | None,
+    rotary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A block's pass with its weights brought; where gradients are wanted, the way back brings them again.
+    """A block's `forward` with its weights moved; where gradients are wanted, the backward pass moves them again.
 
-    Only what goes into the block is kept for that, so that no copy outlives the pass.
+    Only the block's inputs are kept for that, so that no copy outlives the pass.
     """
 
     def work(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with bring(block):
-            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, bring)
+        with move_weights(block):
+            passed: tuple[Tensor, Tensor] = block(tokens, condition, rotary, move_weights)
         return passed
 
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Weights of one byte for the block next to the noise, by torchao: for memory, not for speed.
+"""Int8 weights, by torchao, for the block next to the noise: they save memory, not time.
 
 The linear maps inside that block's layers, almost all parameters of a deep-shallow flow, keep one byte a weight and one
 scale an output channel, and are multiplied in the network's precision. First and last projections, norms and the other
@@ -16,7 +16,7 @@ from starflow.errors import UserError
 from starflow.flow.model import Flow
 
 
-def quantise(model: Flow) -> None:
+def quantize_int8(model: Flow) -> None:
     """Round the weights of the block next to the noise to 8 bits, in place; there is no way back.
 
     Raises:
@@ -24,15 +24,15 @@ def quantise(model: Flow) -> None:
     """
     if importlib.util.find_spec("torchao") is None:
         raise UserError("int8 weights need torchao, which is not installed: pip install 'starflow[int8]'")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # its remarks on kernels that this machine has no use for
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that this machine cannot use
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    block = list(model.stack())[-1]
+    block = list(model.iter_blocks())[-1]
     quantize_(block.attn_blocks, Int8WeightOnlyConfig())
-    model.kept.clear()  # what was measured or packed was of the other weights
+    model.runtime_cache.clear()  # what was measured or packed was of the other weights
 
 
-def is_quantised(model: Flow) -> bool:
-    """Whether `quantise` has been here."""
-    maps = (module for module in list(model.stack())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
+def is_quantized(model: Flow) -> bool:
+    """Whether `quantize_int8` has rounded the model's weights."""
+    maps = (module for module in list(model.iter_blocks())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
     return any(type(linear.weight.data) is not Tensor for linear in maps)

@@ -1,6 +1,6 @@
-"""Pictures to tokens and back, and the order in which a block reads them.
+"""Images to tokens and back, and the order in which a block reads them.
 
-Shapes: B batch, C channels, H x W picture, p patch side, h = H/p and w = W/p, N = h*w tokens, D = C*p*p.
+Shapes: B batch, C channels, H x W image or latent, p patch side, h = H/p and w = W/p, N = h*w tokens, D = C*p*p.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from torch import Tensor
 from starflow.errors import UserError
 
 Grid = tuple[int, int]
-"""Rows and columns of tokens."""
+"""The numbers of rows and columns of tokens, (h, w)."""
 
 
 def grid_of(x: Tensor, channels: int, patch: int) -> Grid:
-    """The token grid (h, w) of pictures (B, C, H, W).
+    """The token grid (h, w) of images or latents (B, C, H, W).
 
     Raises:
         UserError: another rank, other channels, or sides that are no multiples of the patch.
+
+    >>> import torch
+    >>> grid_of(torch.zeros(1, 4, 8, 16), channels=4, patch=2)
+    (4, 8)
     """
     if x.dim() != 4 or x.shape[1] != channels:
         raise UserError(f"the input has shape {tuple(x.shape)}, expected (batch, {channels}, height, width)")
@@ -32,6 +36,13 @@ def patchify(x: Tensor, patch: int, *, channel_first: bool = False) -> Tensor:
 
     D is ordered (row in patch, column in patch, channel), channel fastest; with `channel_first`, as in
     TarFlow, (channel, row, column), column fastest.
+
+    >>> import torch
+    >>> image = torch.arange(8).reshape(1, 2, 2, 2)
+    >>> patchify(image, 2)
+    tensor([[[0, 4, 1, 5, 2, 6, 3, 7]]])
+    >>> patchify(image, 2, channel_first=True)
+    tensor([[[0, 1, 2, 3, 4, 5, 6, 7]]])
     """
     batch, channels, height, width = x.shape
     cells = x.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -50,5 +61,5 @@ def unpatchify(tokens_BND: Tensor, grid: Grid, patch: int, *, channel_first: boo
 
 
 def in_order(tokens: Tensor, *, backwards: bool) -> Tensor:
-    """Raster order to a block's own order, and back: it is its own inverse. (B, N, D)."""
+    """Tokens (B, N, D) from raster order to a block's own order, or back: the function is its own inverse."""
     return tokens.flip(1) if backwards else tokens

@@ -1,20 +1,16 @@
-"""JSON lines by number, without reading the file: it is mapped, and only where each line starts is kept in memory.
+"""Reading and writing files: every file is written whole or not at all, and damaged ones are named.
 
-Files, written whole or not at all. Knows no model.
-
-Contract: every writer goes to a temporary name in the target's folder, is flushed to the disk and then
-renamed, so a reader sees the old file or the new one and a full disk keeps the old one. Weights are
-safetensors; nothing is ever unpickled.
+Contract: every writer goes to a temporary name in the target's folder, is flushed to the disk and then renamed, so a
+reader sees the old file or the new one and a full disk keeps the old one. Weights are safetensors; nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,54 +26,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class JsonLines:
-    """`JsonLines(path)[i]` is line i as an object; 8 bytes of memory a line. Pickles as its path."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Raises UserError: the line is no JSON object."""
-        start = int(self._ends[number - 1]) + 1 if number else 0
-        try:
-            line = json.loads(self._bytes[start : int(self._ends[number])])
-        except ValueError:
-            line = None
-        if not isinstance(line, dict):
-            raise UserError(f"{self.path}, line {number + 1} is damaged: delete the folder and make it again")
-        return line
-
-    def __reduce__(self) -> tuple[type[JsonLines], tuple[Path]]:
-        return JsonLines, (self.path,)
-
-    @cached_property
-    def _bytes(self) -> mmap.mmap | bytes:
-        if not self.path.stat().st_size:
-            return b""  # nothing to map
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        """Where each line's newline is."""
-        import numpy as np
-
-        step, found = 1 << 24, []
-        for start in range(0, len(self._bytes), step):
-            part = np.frombuffer(self._bytes[start : start + step], dtype=np.uint8)
-            found.append(np.flatnonzero(part == ord("\n")) + start)
-        return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
-
-
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A context that yields a temporary path beside `path`, and renames it over `path` when the block ends well.
 
     Raises:
         UserError: the folder cannot be made or written, or the disk is full; `path` is untouched.
+
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "note.txt"
+    >>> with atomic_write(path) as temporary:
+    ...     _ = temporary.write_text("all of it")
+    ...     path.exists()
+    False
+    >>> path.read_text()
+    'all of it'
+    >>> folder.cleanup()
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +66,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -130,12 +94,69 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
 
 
+class JsonLines:
+    """The JSON objects of a file with one on each line, by number, without reading the file as a whole.
+
+    The file is mapped, and only where each line starts is kept: 8 bytes of memory per line. Pickles as its path.
+
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "rows.jsonl"
+    >>> write_text(path, '{"step": 1}\\n{"step": 2}\\n')
+    >>> rows = JsonLines(path)
+    >>> len(rows), rows[1]
+    (2, {'step': 2})
+    >>> folder.cleanup()
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Line `number` as an object.
+
+        Raises:
+            UserError: it is no JSON object.
+        """
+        start = int(self._ends[number - 1]) + 1 if number else 0
+        try:
+            line = json.loads(self._bytes[start : int(self._ends[number])])
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise UserError(f"{self.path}, line {number + 1} is damaged: delete the folder and make it again")
+        return line
+
+    def __reduce__(self) -> tuple[type[JsonLines], tuple[Path]]:
+        return JsonLines, (self.path,)
+
+    @cached_property
+    def _bytes(self) -> mmap.mmap | bytes:
+        if not self.path.stat().st_size:
+            return b""  # nothing to map
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """The byte offset of each line's newline."""
+        import numpy as np
+
+        step, found = 1 << 24, []
+        for start in range(0, len(self._bytes), step):
+            part = np.frombuffer(self._bytes[start : start + step], dtype=np.uint8)
+            found.append(np.flatnonzero(part == ord("\n")) + start)
+        return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, temporary, metadata=dict(metadata or {}))
@@ -162,7 +183,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock while a block runs; the system drops it with the process, however that ends.
+    """A context that holds a folder's lock; the system drops it with the process, however that ends.
 
     Raises:
         UserError: another process holds it.
@@ -186,7 +207,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def check_output_folder(folder: Path) -> Path:
-    """Make `folder` and prove that it can be written, before any long work.
+    """Make `folder` and prove that it can be written, before any long work; returns it.
 
     Raises:
         UserError: a file stands there, or no permission.
@@ -203,7 +224,7 @@ def check_output_folder(folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """STARFLOW_CACHE, or `starflow` in the system's folder for caches; made for the user alone.
+    """The folder STARFLOW_CACHE, or else `starflow` in the system's folder for caches, made for the user alone.
 
     Raises:
         UserError: it cannot be made, or others may write to it.
@@ -222,11 +243,11 @@ def cache_folder() -> Path:
     return folder
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Compare what is about to be written with what the disk has left.
+def check_disk_space(folder: Path, needed: int, what: str) -> None:
+    """Check that the disk of `folder` has room for `needed` bytes; `what` names them in the message.
 
     Raises:
-        UserError: it does not fit.
+        UserError: they do not fit.
     """
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     free = shutil.disk_usage(there).free
@@ -235,18 +256,3 @@ def check_room(folder: Path, needed: int, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free there: "
             "make room, or choose another folder"
         )
-
-
-def drop_pages(tensor: torch.Tensor) -> None:
-    """Let go of the memory behind a tensor that is mapped from a file; what is read again comes from the file.
-
-    Only for tensors that nobody has written to. Where the system has no such call nothing happens: it takes the memory
-    back when it needs it.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
-    if size > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE), mmap.MADV_DONTNEED)

@@ -1,12 +1,10 @@
-"""Fetching from the Hugging Face hub: the local cache first, then the network, and a clear line where neither has it.
+"""Folders and files of the Hugging Face hub: the local cache first, then the network, and a clear line if both fail.
 
 Contract: what is cached is used without asking the network, and so never changes under its user; a name may say which
 state it means, "owner/name@revision". Every downloaded file is compared with the hub's own digest of it, once, when it
-comes; one that differs is removed and named. Knows no model. Nothing that is downloaded is ever run: callers name the
-files they read, and weights are safetensors. Token, cache and endpoint are those of huggingface_hub's settings
-(HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
-
-Other libraries' remarks, kept from standing between ours.
+comes; one that differs is removed and named. Nothing that is downloaded is ever run: callers name the files they read,
+and weights are safetensors. Token, cache and endpoint are those of huggingface_hub's settings (HF_TOKEN, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from typing import Any
 
 from starflow.errors import UserError
 
-REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
+DEFAULT_REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
 
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Which state of a hub repository is meant, and how it may be reached."""
+    """Which revision of a hub repository is meant, and how it may be reached."""
 
     revision: str | None = None
     """A branch, tag or commit; None is what the name says after "@", or else "main"."""
@@ -41,67 +39,76 @@ class HubOptions:
     """Take only what is cached."""
 
     @property
-    def elsewhere(self) -> HubOptions:
-        """The same for another repository, which has revisions of its own."""
+    def without_revision(self) -> HubOptions:
+        """The same options for another repository, which has revisions of its own."""
         return dataclasses.replace(self, revision=None)
 
 
 DEFAULT_HUB = HubOptions()
+"""The newest state, from huggingface_hub's own cache or the network."""
 
 
-def split_revision(name: str, fetch: HubOptions = DEFAULT_HUB) -> tuple[str, str | None]:
-    """Repository and revision of "owner/name@revision", or of "owner/name" and what `fetch` says.
+def split_revision(name: str, hub: HubOptions = DEFAULT_HUB) -> tuple[str, str | None]:
+    """The repository and revision of "owner/name@revision", or of "owner/name" and `hub.revision`.
 
     Raises:
-        UserError: both say one, and they differ.
+        UserError: the name and `hub` each give a revision, and they differ.
+
+    >>> split_revision("google/flan-t5-xl@main")
+    ('google/flan-t5-xl', 'main')
     """
     repository, _, revision = name.partition("@")
-    if revision and fetch.revision and revision != fetch.revision:
-        raise UserError(f"'{name}' names the revision {revision}, and {fetch.revision} is asked for: choose one")
-    return repository, revision or fetch.revision
+    if revision and hub.revision and revision != hub.revision:
+        raise UserError(f"'{name}' names the revision {revision}, and {hub.revision} is asked for: choose one")
+    return repository, revision or hub.revision
 
 
 def local_or_hub(
     source: str,
-    needed: Sequence[str],
-    also: Sequence[str] = (),
-    remedy: str = REMEDY,
-    fetch: HubOptions = DEFAULT_HUB,
-    within: Sequence[str] = ("",),
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    remedy: str = DEFAULT_REMEDY,
+    hub: HubOptions = DEFAULT_HUB,
+    subfolders: Sequence[str] = ("",),
 ) -> Path:
     """The folder `source` if it is one, else a snapshot of the hub repository of that name.
 
     Args:
         source: a folder, or a repository such as "google/flan-t5-xl" or "google/flan-t5-xl@main".
-        needed: file names with wildcards; each must match something.
-        also: others to fetch where the repository has them; see `snapshot`.
+        required: file names with wildcards; each must match something.
+        optional: other file names with wildcards, fetched where the repository has them; see `snapshot`.
         remedy: what to do where this fails, for the message.
-        fetch: the hub's revision, cache and whether to ask the network.
-        within: sub-folders that may hold the needed files instead of the top ("").
+        hub: the hub's revision, cache and whether to ask the network.
+        subfolders: sub-folders that may hold the needed files instead of the top ("").
 
     Raises:
         UserError: no such folder, and the hub has no such repository or cannot be reached; or a needed file is missing.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = snapshot(source, [*needed, *also], needed=needed, remedy=remedy, fetch=fetch)
-    missing = min((_missing(folder / inner, needed) for inner in within), key=len)
+        folder = snapshot(source, [*required, *optional], required=required, remedy=remedy, hub=hub)
+    missing = min((_missing(folder / inner, required) for inner in subfolders), key=len)
     if missing:
         raise UserError(f"{folder} has no {' and no '.join(missing)}: {remedy}")
     return folder
 
 
 def snapshot(
-    source: str, files: Sequence[str], *, needed: Sequence[str], remedy: str = REMEDY, fetch: HubOptions = DEFAULT_HUB
+    source: str,
+    files: Sequence[str],
+    *,
+    required: Sequence[str],
+    remedy: str = DEFAULT_REMEDY,
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Path:
     """Local folder of a hub repository: the cached one where it has what is needed, else downloaded and checked.
 
     Args:
         source: such as "google/flan-t5-xl", perhaps with a revision after "@".
         files: wildcards of what to fetch; where none of them has a "/", only files at the top are fetched.
-        needed: wildcards, each of which must match something at the top of a cached folder for it to do.
+        required: wildcards, each of which must match something at the top of a cached folder for it to do.
         remedy: what to do where this fails, for the message, if nothing better is known.
-        fetch: the hub's revision, cache and whether to ask the network.
+        hub: the hub's revision, cache and whether to ask the network.
 
     Raises:
         UserError: the hub has no such repository or revision, asks for a login, or cannot be reached; or a file came
@@ -109,29 +116,29 @@ def snapshot(
     """
     from huggingface_hub.errors import HFValidationError
 
-    repository, revision = split_revision(source, fetch)
+    repository, revision = split_revision(source, hub)
     settings: dict[str, Any] = {
         "revision": revision,
-        "cache_dir": fetch.cache,
+        "cache_dir": hub.cache,
         "allow_patterns": list(files),
         "ignore_patterns": [] if any("/" in pattern for pattern in files) else ["*/*"],
     }
-    expected: tuple[type[BaseException], ...] = (_Absent, HFValidationError, *hub_errors())
+    expected: tuple[type[BaseException], ...] = (_NotCached, HFValidationError, *hub_errors())
     try:
         folder = _cached(repository, settings)
-        if folder is not None and not _missing(folder, needed) and _has_shards(folder):
+        if folder is not None and not _missing(folder, required) and _has_shards(folder):
             return folder
-        if fetch.offline:
-            raise _Absent
+        if hub.offline:
+            raise _NotCached
         return _download(repository, settings)
     except expected as error:
-        reason, better = explain(error, repository, revision)
-        remedy = better if better and remedy == REMEDY else remedy
+        reason, better = explain_hub_error(error, repository, revision)
+        remedy = better if better and remedy == DEFAULT_REMEDY else remedy
         raise UserError(f"'{repository}' is no folder, and the hub did not give it ({reason}): {remedy}") from None
 
 
-class _Absent(Exception):
-    """Not in the cache, and the network is not to be asked."""
+class _NotCached(Exception):
+    """The repository is not in the cache, and the network is not to be asked."""
 
 
 def _cached(repository: str, settings: dict[str, Any]) -> Path | None:
@@ -188,28 +195,28 @@ def is_intact(path: Path) -> bool | None:
     return digest.hexdigest() == blob.name
 
 
-def size_to_fetch(source: str, file: str, fetch: HubOptions = DEFAULT_HUB) -> int:
-    """Bytes of a repository's file that is not in the cache yet; 0 where it is, or where the hub does not say.
+def download_size(source: str, file: str, hub: HubOptions = DEFAULT_HUB) -> int:
+    """Bytes to download of a repository's file: 0 where it is in the cache, or where the hub does not say.
 
     Raises:
-        UserError: `source` and `fetch` name two revisions.
+        UserError: `source` and `hub` name two revisions.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    repository, revision = split_revision(source, fetch)
+    repository, revision = split_revision(source, hub)
     expected: tuple[type[BaseException], ...] = (HFValidationError, *hub_errors())
     try:
-        cached = try_to_load_from_cache(repository, file, cache_dir=fetch.cache, revision=revision)
-        if fetch.offline or isinstance(cached, str):
+        cached = try_to_load_from_cache(repository, file, cache_dir=hub.cache, revision=revision)
+        if hub.offline or isinstance(cached, str):
             return 0
         return get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).size or 0
     except expected:  # whoever fetches it says what is wrong
         return 0
 
 
-def explain(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
-    """An error of the hub's client in words, and what to do about it ("" where nothing better is known)."""
+def explain_hub_error(error: BaseException, repository: str, revision: str | None = None) -> tuple[str, str]:
+    """The reason for an error of the hub's client in words, and the remedy ("" where nothing better is known)."""
     from huggingface_hub import errors, get_token
 
     chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
@@ -229,7 +236,7 @@ def explain(error: BaseException, repository: str, revision: str | None = None) 
         return "the token has no right to it", "use a token with that right: `hf auth login`"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "there is no token", "log in with `hf auth login`"
-    if isinstance(error, _Absent) or any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+    if isinstance(error, _NotCached) or any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
         state = f" at revision '{revision}'" if revision else ""
         return f"it is not in the cache{state}, and the network is switched off", "run once with the network"
     if any(type(one).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout") for one in chain):
@@ -239,7 +246,7 @@ def explain(error: BaseException, repository: str, revision: str | None = None) 
 
 
 def hub_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
+    """The exception types that huggingface_hub raises: errors of HTTP, most of them OSErrors too, and of the system."""
     from huggingface_hub.errors import HfHubHTTPError
 
     http = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -262,13 +269,13 @@ def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(folder.glob(pattern))]
 
 
-TORCHAO = ("torchao", "torch.utils._pytree")
-"""Who speaks when torchao is imported, as transformers and diffusers do wherever it is installed."""
+TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
+"""The loggers that warn when torchao is imported, as transformers and diffusers do wherever it is installed."""
 
 
 @contextmanager
 def only_errors_logged(*names: str) -> Iterator[None]:
-    """Loggers of these names let errors through alone while a block runs."""
+    """A context in which the loggers of these names let only errors through."""
     loggers = [getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

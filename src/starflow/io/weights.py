@@ -1,4 +1,4 @@
-"""The weights of one component in a folder: one safetensors file, or shards with an index, and their checksums.
+"""The weights of one network in a folder: one safetensors file, or shards with an index, and their checksums.
 
     model.safetensors                        where all fits one file, otherwise
     model-00001-of-00002.safetensors ...     and
@@ -7,8 +7,8 @@
 
 Contract: reading compares the size of every file with what its own header and checksums.json say, and the tensors of
 a shard with the index; whatever differs is named. Writing is shard by shard, so it needs the memory of one, and what
-lay there before is taken away only when the new files are whole. sha256 is written, and compared by `verify` alone:
-it reads every byte. Folders of other libraries have the same shards and index, and no checksums.
+lay there before is taken away only when the new files are whole. Reading does not compare the sha256, which would read
+every byte; `starflow info --verify` does. Folders of other libraries have the same shards and index, and no checksums.
 """
 
 from __future__ import annotations
@@ -29,43 +29,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEM = "model"
+"""How the names of weight files start."""
 
 CHECKSUMS = "checksums.json"
 
 SHARD_BYTES = 4 * 1024**3
 """Size that a shard stays under, where no single tensor is larger."""
 
-AGAIN = "fetch or write it again"
+FETCH_AGAIN = "fetch or write it again"
 
 _CHUNK = 1 << 22
 
 _LARGEST_HEADER = 100_000_000  # what safetensors itself allows
 
 
-def single_name(stem: str = STEM) -> str:
-    """Name of the one file, where there is one."""
+def single_file_name(stem: str = STEM) -> str:
+    """Name of the file that holds all weights, where there are no shards."""
     return f"{stem}.safetensors"
 
 
-def index_name(stem: str = STEM) -> str:
+def index_file_name(stem: str = STEM) -> str:
     """Name of the index, where there are shards."""
     return f"{stem}.safetensors.index.json"
 
 
 def has_weights(folder: Path, stem: str = STEM) -> bool:
-    """Whether there is one file or an index, whole or not."""
-    return (folder / single_name(stem)).is_file() or (folder / index_name(stem)).is_file()
+    """Whether the folder has a file of weights or an index, whole or not."""
+    return (folder / single_file_name(stem)).is_file() or (folder / index_file_name(stem)).is_file()
 
 
 @dataclass
 class ShardWriter:
-    """Writes tensors one after another, a shard at a time; use as a context and `add` to it.
+    """A context to which tensors are added one after another, and which writes them a shard at a time.
 
     Files appear when the context ends well; until then, and after an error, what lay there before is as it was.
+
+    >>> import tempfile, torch
+    >>> temporary = tempfile.TemporaryDirectory()
+    >>> folder = Path(temporary.name)
+    >>> with ShardWriter(folder, limit=16) as writer:
+    ...     for name in ("a", "b"):
+    ...         writer.add(name, torch.zeros(4))
+    >>> [path.name for path in weight_files(folder)]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    >>> temporary.cleanup()
     """
 
     folder: Path
     limit: int = SHARD_BYTES
+    """Bytes that a shard stays under."""
     stem: str = STEM
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     _waiting: dict[str, Tensor] = field(default_factory=dict)
@@ -97,7 +109,7 @@ class ShardWriter:
             if kind is None:
                 if self._waiting or not self._written:
                     self._flush()
-                self._publish()
+                self._put_in_place()
         finally:
             for path, _ in self._written:
                 path.unlink(missing_ok=True)
@@ -108,15 +120,15 @@ class ShardWriter:
         files.write_tensors(path, self._waiting, self.metadata)
         self._waiting, self._bytes = {}, 0
 
-    def _publish(self) -> None:
+    def _put_in_place(self) -> None:
         """Give the finished files their names. A folder without checksums is readable, so they go first, come last."""
         count = len(self._written)
         names = [
-            single_name(self.stem) if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+            single_file_name(self.stem) if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
             for number in range(count)
         ]
-        sums = {name: describe(path) for name, (path, _) in zip(names, self._written, strict=True)}
-        index = self.folder / index_name(self.stem)
+        sums = {name: checksum_entry(path) for name, (path, _) in zip(names, self._written, strict=True)}
+        index = self.folder / index_file_name(self.stem)
         (self.folder / CHECKSUMS).unlink(missing_ok=True)
         index.unlink(missing_ok=True)
         for name, (path, _) in zip(names, self._written, strict=True):
@@ -124,14 +136,14 @@ class ShardWriter:
         if count > 1:
             where = {tensor: name for name, (_, held) in zip(names, self._written, strict=True) for tensor in held}
             files.write_json(index, {"metadata": {"total_size": self._total}, "weight_map": where})
-        for old in [self.folder / single_name(self.stem), *self.folder.glob(f"{self.stem}-*-of-*.safetensors")]:
+        for old in [self.folder / single_file_name(self.stem), *self.folder.glob(f"{self.stem}-*-of-*.safetensors")]:
             if old.name not in names:
                 old.unlink(missing_ok=True)
         files.write_json(self.folder / CHECKSUMS, sums)
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-    """Write pairs of name and tensor, which may be made one by one, as the module's docstring says.
+    """Write pairs of name and tensor, which may be made one by one, as files of at most `limit` bytes and an index.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -167,15 +179,15 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     """
     where = _weight_map(folder, stem)
     if where is None:
-        path = folder / single_name(stem)
+        path = folder / single_file_name(stem)
         if not path.is_file():
-            raise UserError(f"no such file: {path}; the model is not whole, {AGAIN}")
+            raise UserError(f"no such file: {path}; the model is not whole, {FETCH_AGAIN}")
         return [path]
     shards = [folder / name for name in sorted(set(where.values()))]
     missing = [path for path in shards if not path.is_file()]
     if missing:
         names = ", ".join(path.name for path in missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({names}): {AGAIN}")
+        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({names}): {FETCH_AGAIN}")
     return shards
 
 
@@ -193,24 +205,24 @@ def check_sizes(folder: Path) -> None:
     for name, known in checksums(folder).items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"no such file: {path}, which {CHECKSUMS} lists; {AGAIN}")
+            raise UserError(f"no such file: {path}, which {CHECKSUMS} lists; {FETCH_AGAIN}")
         if path.stat().st_size != known.bytes:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {AGAIN}, or remove "
+                f"{path} has {path.stat().st_size} bytes, {CHECKSUMS} says {known.bytes}: {FETCH_AGAIN}, or remove "
                 f"{CHECKSUMS} if you changed it yourself"
             )
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file should be."""
+    """The size and digest that a file should have."""
 
     bytes: int
     sha256: str
 
 
 def checksums(folder: Path) -> dict[str, Checksum]:
-    """What checksums.json says of the files beside it, by name; nothing where there is none.
+    """The checksums of the files of a folder by name, from checksums.json; empty where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -222,27 +234,29 @@ def checksums(folder: Path) -> dict[str, Checksum]:
     try:
         found = {str(name): Checksum(int(one["bytes"]), str(one["sha256"])) for name, one in values.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds no checksums ({{file: {{bytes, sha256}}}}): {AGAIN}") from None
+        raise UserError(f"{path} holds no checksums ({{file: {{bytes, sha256}}}}): {FETCH_AGAIN}") from None
     _check_names(path, found)
     return found
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json of the safetensors files that a library of others has put into a folder.
+    """Write checksums.json for the safetensors files that another library has put into a folder.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    files.write_json(folder / CHECKSUMS, {path.name: describe(path) for path in sorted(folder.glob("*.safetensors"))})
+    files.write_json(
+        folder / CHECKSUMS, {path.name: checksum_entry(path) for path in sorted(folder.glob("*.safetensors"))}
+    )
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """A file's line in checksums.json."""
+def checksum_entry(path: Path) -> dict[str, Any]:
+    """A file's entry in checksums.json."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def sha256_of(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
-    """The sha256 of a file; `read` is told of every so many bytes."""
+    """The sha256 of a file in hexadecimal; `read` is called with the size of every chunk that was read."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)
@@ -257,22 +271,22 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _weight_map(folder: Path, stem: str) -> dict[str, str] | None:
-    path = folder / index_name(stem)
+    path = folder / index_file_name(stem)
     if not path.is_file():
         return None
     values = files.read_json(path)
     where = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise UserError(f"{path} holds no 'weight_map' of tensors to shards: {AGAIN}")
+        raise UserError(f"{path} holds no 'weight_map' of tensors to shards: {FETCH_AGAIN}")
     _check_names(path, where.values())
     return where
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:
-    """A name is of a file beside the one that tells it, and of none elsewhere."""
+    """Check that every name is that of a file beside `path`, which lists it."""
     for name in names:
         if name in ("", ".", "..") or Path(name).name != name or os.sep in name:
-            raise UserError(f"{path} names '{name}', expected a file in the same folder: {AGAIN}")
+            raise UserError(f"{path} names '{name}', expected a file in the same folder: {FETCH_AGAIN}")
 
 
 def _check_shard(path: Path, found: set[str], expected: set[str]) -> None:
@@ -282,7 +296,7 @@ def _check_shard(path: Path, found: set[str], expected: set[str]) -> None:
     what = [
         f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in (("missing", missing), ("extra", more)) if names
     ]
-    raise UserError(f"{path} does not hold the tensors that the index says, {' and '.join(what)}: {AGAIN}")
+    raise UserError(f"{path} does not hold the tensors that the index says, {' and '.join(what)}: {FETCH_AGAIN}")
 
 
 def _check_header(path: Path) -> None:
@@ -300,9 +314,9 @@ def _check_header(path: Path) -> None:
             header = json.loads(file.read(length))
             ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
+            raise UserError(f"{path} is not a whole safetensors file ({error}): {FETCH_AGAIN}") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(
-            f"{path} is not a whole safetensors file ({size} bytes, its header describes {expected}): {AGAIN}"
+            f"{path} is not a whole safetensors file ({size} bytes, its header describes {expected}): {FETCH_AGAIN}"
         )

@@ -1,1 +1,1 @@
-"""Transformer parts. Know torch and nothing of flows."""
+"""The Transformer parts that the flow's blocks are built of, in plain PyTorch; nothing here knows of flows."""

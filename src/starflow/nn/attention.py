@@ -1,17 +1,15 @@
-"""Causal self-attention with grouped heads and an optional static cache, and the layer around it.
+"""Causal self-attention with grouped heads and an optional static key/value cache, and the Transformer layer around it.
 
-Contract: without a cache the T tokens are a whole sequence and attention is causal over it. With a cache
-they continue what the cache holds before `start`, and the answer is what the whole sequence would give.
+Contract: without a cache the T tokens are a whole sequence and attention is causal over it. With a cache they continue
+what the cache holds before `start`, and the result is what the whole sequence would give.
+
+`computes_in_float32` and `float32_copy` are for bfloat16 layers on processors without bfloat16 arithmetic. There a long
+product takes several times as long as in float32 (6.8 times for 1,152 tokens of width 3072 on a CPU with AVX2), and a
+cast of the weights a fraction of it. One layer is cast at a time, so the memory is that of one layer, and the result is
+nearer to the stored weights than bfloat16 arithmetic is. A few tokens are not worth a cast, and training keeps its
+precision.
 
 Shapes: B batch, T tokens, D width, N query heads, K key/value heads, H head width, L tokens up to now.
-
-Layers in bfloat16 on a processor that has no bfloat16 arithmetic: over many tokens each is cast to float32 first.
-
-There such a product takes several times as long as in float32 (6.8 times for 1,152 tokens of width 3072 on a CPU with
-AVX2), and a cast a fraction of it. One layer is wide at a time, so the memory is that of one layer. What comes out is
-nearer to the stored weights than bfloat16 arithmetic is. A few tokens are not worth a cast, and neither is training.
-
-Shapes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -30,18 +28,26 @@ from starflow.nn.rope import rotate
 
 @dataclass(frozen=True)
 class CacheSlice:
-    """Where a pass goes on from: the caches it extends, and the index of its first token in them."""
+    """The place of T consecutive new tokens in a cache: the caches they extend, and the index of the first of them.
+
+    >>> from starflow.nn.kv_cache import CacheShape
+    >>> shape = CacheShape(layers=1, batch=1, heads=1, length=4, head_dim=2)
+    >>> cache = KVCache.allocate(shape, dtype=torch.float32, device=torch.device("cpu"))
+    >>> CacheSlice.at(cache, start=1, count=2).mask_TL
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
+    """
 
     cache: KVCache
     start: int
     mask_TL: Tensor | None
-    """What each new token attends to; None where a plain causal or full mask does."""
+    """(T, L), what each new token attends to; None where a plain causal or full mask does."""
     query_scale: Tensor | None = None
     """(B, 1, 1, 1) factor on the attention logits of each row; None is 1."""
 
     @staticmethod
     def at(cache: KVCache, start: int, count: int, query_scale: Tensor | None = None) -> CacheSlice:
-        """The continuation of `start` tokens by `count` more."""
+        """The place of `count` tokens that continue the first `start` ones."""
         mask_TL = None
         if start and count > 1:
             device = cache.layers[0].keys_BNLH.device
@@ -50,43 +56,51 @@ class CacheSlice:
 
     @property
     def causal(self) -> bool:
-        """Whether the new tokens are all there are, and see those before them alone."""
+        """Whether the new tokens are the whole sequence, so that the plain causal mask applies."""
         return self.start == 0
 
     def write(self, cache: LayerCache, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values; what there is to attend to, new ones included."""
+        """Store a layer's keys and values, each (B, K, T, H); returns all up to now, each (B, K, L, H)."""
         return cache.write(self.start, keys_BNTH, values_BNTH)
 
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """A continuation by one token, at a position that a tensor holds: the same work at every position.
+    """The place of one new token in a cache, held by a tensor so that the work is the same at every position.
 
-    So it can be recorded once and replayed, at the price of reading `limit` positions, those masked included.
+    A pass can so be recorded once and replayed, at the price of reading `limit` positions, those masked included.
     """
 
     cache: KVCache
     position_1: Tensor
     limit: int
-    """Positions that are looked at; the token's own is below it."""
+    """Number of positions that are read; the token's own is below it."""
     mask_TL: Tensor
-    """(1, limit): those up to the token's own."""
+    """(1, limit), true up to the token's own position."""
     query_scale: Tensor | None = None
     causal = False
 
     @staticmethod
     def at(cache: KVCache, position_1: Tensor, limit: int, query_scale: Tensor | None = None) -> CacheIndex:
-        """The spot of one position."""
+        """The place that `position_1`, of shape (1,), names."""
         mask_TL = torch.arange(limit, device=position_1.device)[None] <= position_1[:, None]
         return CacheIndex(cache, position_1, limit, mask_TL, query_scale)
 
     def write(self, cache: LayerCache, keys_BNTH: Tensor, values_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values; the positions below the limit."""
+        """Store a layer's keys and values; returns the positions below the limit, each (B, K, limit, H)."""
         return cache.write_at(self.position_1, self.limit, keys_BNTH, values_BNTH)
 
 
+CachePosition = CacheSlice | CacheIndex
+"""Where the tokens of a pass stand in a cache."""
+
+
 class Attention(nn.Module):
-    """Norm, attention with softmax scale 1/sqrt(H), projection, and the optional norm after."""
+    """Causal attention with its norms: norm, softmax at scale 1/sqrt(H), projection, and the optional norm after.
+
+    It maps (B, T, D) to (B, T, D). The K key/value heads serve groups of N / K query heads (grouped-query attention,
+    arXiv 2305.13245).
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -104,24 +118,24 @@ class Attention(nn.Module):
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
-        """The same for tokens that continue a cache, which takes their keys and values."""
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
+        """As `forward`, for tokens that continue a cache, which stores their keys and values."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
-        if onto.query_scale is not None:
-            q_BNTH = q_BNTH * onto.query_scale.to(q_BNTH.dtype)
-        k_BKLH, v_BKLH = onto.write(cache, k_BKTH, v_BKTH)
-        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=onto.causal, mask=onto.mask_TL)
+        if position.query_scale is not None:
+            q_BNTH = q_BNTH * position.query_scale.to(q_BNTH.dtype)
+        k_BKLH, v_BKLH = position.write(cache, k_BKTH, v_BKTH)
+        out = self._attend(q_BNTH.to(k_BKLH.dtype), k_BKLH, v_BKLH, causal=position.causal, mask=position.mask_TL)
         return self._output(out.to(x_BTD.dtype))
 
     def _queries_keys_values(self, x_BTD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, self.head_dim))
-        turning, v_BTKH = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        rotated, v_BTKH = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = turning.split((self.heads, self.kv_heads), dim=2)
-            turning = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2)
+            q, k = rotated.split((self.heads, self.kv_heads), dim=2)
+            rotated = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2)
         if rotary is not None:
-            turning = rotate(turning, rotary, half_split=self.half_split_rope)
-        q_BTNH, k_BTKH = turning.split((self.heads, self.kv_heads), dim=2)
+            rotated = rotate(rotated, rotary, half_split=self.half_split_rope)
+        q_BTNH, k_BTKH = rotated.split((self.heads, self.kv_heads), dim=2)
         return q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> Tensor:
@@ -134,7 +148,12 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x += Attention(x); x += MLP(x). Both hold their own norms."""
+    """A pre-norm Transformer layer, x += Attention(x); x += MLP(x), (B, T, D) to the same. Both hold their own norms.
+
+    >>> layer = Layer(LayerSpec(width=16, heads=2, kv_heads=1, head_dim=8, hidden=32))
+    >>> layer(torch.zeros(1, 5, 16), rotary=None).shape
+    torch.Size([1, 5, 16])
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -146,34 +165,34 @@ class Layer(nn.Module):
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, onto: CacheSlice | CacheIndex) -> Tensor:
-        """The same for tokens that continue a cache."""
-        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, onto)
+    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
+        """As `forward`, for tokens that continue a cache."""
+        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, position)
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 
 
-LONG = 32
-"""Tokens of a pass from which on the cast pays."""
+MIN_TOKENS_TO_CAST = 32
+"""Tokens of a pass from which on casting the weights takes less time than it saves."""
 
 
 def computes_in_float32(block: nn.Module, hidden_BTD: Tensor) -> bool:
-    """Whether a block's layers are to be cast for a pass over these hidden states."""
+    """Whether the layers of a block are to be cast for a pass over these hidden states."""
     if hidden_BTD.dtype != torch.bfloat16 or hidden_BTD.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    long = hidden_BTD.shape[0] * hidden_BTD.shape[1] >= LONG
-    return long and not has_bfloat16() and all(map(_plain, block.parameters()))
+    long = hidden_BTD.shape[0] * hidden_BTD.shape[1] >= MIN_TOKENS_TO_CAST
+    return long and not has_bfloat16(hidden_BTD.device) and all(map(_is_plain_bfloat16, block.parameters()))
 
 
 def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:
-    """A copy of a layer in float32."""
+    """A copy of a layer in float32, without gradients."""
     with torch.device("meta"):
         twin = Layer(spec)
     twin.load_state_dict({name: tensor.float() for name, tensor in layer.state_dict().items()}, assign=True)
     return twin.requires_grad_(False)
 
 
-def _plain(parameter: Tensor) -> bool:
-    """Neither trained, nor of a type of its own (quantised, sharded), nor anything but bfloat16."""
+def _is_plain_bfloat16(parameter: Tensor) -> bool:
+    """Whether a parameter is in bfloat16, not being trained, and no tensor subclass (quantised or sharded)."""
     trained = parameter.requires_grad and torch.is_grad_enabled()
     return not trained and type(parameter.data) is Tensor and parameter.dtype == torch.bfloat16

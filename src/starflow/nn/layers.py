@@ -1,4 +1,4 @@
-"""Norms, MLPs and the pre-norm Transformer layer.
+"""The parts of a Transformer layer apart from attention: norms, the MLP and the gated MLP.
 
 Contract: every module maps (B, T, D) to (B, T, D) in its input's dtype. RMSNorm computes in float32
 (float64 for float64 input). Parameter names are those of the published checkpoints.
@@ -20,23 +20,39 @@ RMS_EPS = 1e-6
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shape and options of one Transformer layer."""
+    """The sizes and options of one Transformer layer."""
 
     width: int
+    """D, channels of the hidden states."""
     heads: int
+    """Query heads."""
     kv_heads: int
+    """Key and value heads, which groups of query heads share."""
     head_dim: int
     hidden: int
+    """Hidden channels of the MLP."""
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     swiglu: bool = False
+    """`GatedMLP` instead of `MLP`; its gate is a tanh-GELU, the option's published name notwithstanding."""
     qk_norm: bool = False
+    """RMSNorm of every head's queries and keys."""
     post_norm: bool = False
+    """RMSNorm after attention and after the MLP too."""
     bias: bool = True
+    """Biases of the linear layers."""
     half_split_rope: bool = False
+    """Rotate the pairs (i, i + head_dim / 2) instead of adjacent ones."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), eps 1e-6; the weight is stored as an offset and starts at 0."""
+    """Root-mean-square norm over the last axis, x / rms(x) * (1 + weight), eps 1e-6 (arXiv 1910.07467).
+
+    The weight is stored as an offset and starts at 0.
+
+    >>> norm = RMSNorm(4)
+    >>> norm(torch.tensor([3.0, 3.0, -3.0, 3.0])).detach()
+    tensor([ 1.0000,  1.0000, -1.0000,  1.0000])
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,12 +65,12 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(spec: LayerSpec) -> nn.Module:
-    """The norm before attention and MLP."""
+    """The norm that stands before attention and MLP."""
     return nn.LayerNorm(spec.width) if spec.norm_type == "layer_norm" else RMSNorm(spec.width)
 
 
 class MLP(nn.Module):
-    """Norm, expansion, GELU, contraction, and the optional norm after."""
+    """An MLP: norm, expansion to `spec.hidden`, exact GELU, contraction, and the optional norm after."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -72,7 +88,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Norm, down(tanh-GELU(gate) * up), and the optional norm after."""
+    """A gated MLP: norm, down(tanh-GELU(gate) * up), and the optional norm after (arXiv 2002.05202)."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Rotary position tables: pure functions of positions (STARFlow, arXiv 2506.06276, section on RoPE).
+"""Rotary positions (RoPE, arXiv 2104.09864) on two axes of a grid and one of a condition, as pure functions.
 
-Contract: a table is one tensor of shape (T, 1, H/2, 2): for each of T positions the cosine and the sine
-of H/2 angles, ready to broadcast over batch and heads. Positions are real numbers on three axes: row,
-column, and place in the condition. Nothing is cached here; a caller computes a table once a pass.
+Contract: a table is one tensor of shape (T, 1, H/2, 2): for each of T positions the cosine and the sine of H/2 angles,
+ready to broadcast over batch and heads. Positions are real numbers on three axes: row, column, and place in the
+condition (STARFlow, arXiv 2506.06276, section on RoPE). Nothing is cached here; a caller computes a table once a pass.
 
 Shapes: B batch, T tokens, N heads, H head width, S condition tokens.
 """
@@ -14,13 +14,19 @@ import math
 import torch
 from torch import Tensor
 
-BASE = 10_000.0
+ROPE_BASE = 10_000.0
 
 
 def grid_positions(rows: int, columns: int, span: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Positions (rows * columns, 3) of a grid in raster order, rescaled so that any shape covers `span`.
 
     Row r sits at r * span / sqrt(rows * columns), columns alike, and the third axis is 0.
+
+    >>> grid_positions(2, 2, 8.0, dtype=torch.float32, device=torch.device("cpu"))
+    tensor([[0., 0., 0.],
+            [0., 4., 0.],
+            [4., 0., 0.],
+            [4., 4., 0.]])
     """
     step = span / math.sqrt(rows * columns)
     index = torch.arange(rows * columns, device=device)
@@ -52,27 +58,31 @@ def rotary_table(positions_T3: Tensor, head_dim: int, condition_angles: int) -> 
 
 
 def rotate(x_BTNH: Tensor, table: Tensor, *, half_split: bool) -> Tensor:
-    """Turn the pairs of every head by the table's angles.
+    """Rotate the pairs of channels of every head by the table's angles; the result has the shape and dtype of x.
 
     Args:
         x_BTNH: queries or keys.
-        table: (T, 1, H/2, 2).
+        table: (T, 1, H/2, 2), from `rotary_table`.
         half_split: pair i is (i, i + H/2); otherwise (2i, 2i + 1).
+
+    >>> quarter_turn = torch.tensor([[[[0.0, 1.0]]]])
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), quarter_turn, half_split=False)
+    tensor([[[[0., 1.]]]])
     """
     if half_split:
         first, second = x_BTNH.chunk(2, dim=-1)
-        return torch.cat(_turn(first, second, table), dim=-1).to(x_BTNH.dtype)
+        return torch.cat(_rotate_pairs(first, second, table), dim=-1).to(x_BTNH.dtype)
     pairs = torch.unflatten(x_BTNH, -1, (-1, 2))
     if torch.compiler.is_compiling():  # a compiler fuses the plain form, and knows no complex numbers
         first, second = pairs.unbind(-1)
-        turned = torch.stack(_turn(first, second, table), dim=-1)
+        rotated = torch.stack(_rotate_pairs(first, second, table), dim=-1)
     else:  # one vectorised pass instead of seven strided ones: eight times faster on a CPU
         wide = torch.view_as_complex(pairs.to(table.dtype))
-        turned = torch.view_as_real(wide * torch.view_as_complex(table))
-    return turned.flatten(-2).to(x_BTNH.dtype)
+        rotated = torch.view_as_real(wide * torch.view_as_complex(table))
+    return rotated.flatten(-2).to(x_BTNH.dtype)
 
 
-def _turn(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate_pairs(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = table.unbind(-1)
     return first * cos - second * sin, first * sin + second * cos
 
@@ -80,4 +90,4 @@ def _turn(first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]
 def _frequencies(count: int, like: Tensor) -> Tensor:
     """10000^(-i / count) for i = 0 .. count - 1."""
     exponent = torch.arange(count, dtype=like.dtype, device=like.device) / max(count, 1)
-    return torch.exp(exponent * -math.log(BASE))
+    return torch.exp(exponent * -math.log(ROPE_BASE))

@@ -99,33 +99,33 @@ def open_flow(folder: Path) -> STARFlow | TarFlow:
     return TarFlow.from_pretrained(folder / FLOW) if kind == "tarflow" else STARFlow.from_pretrained(folder / FLOW)
 
 
-def open_autoencoder(spec: AutoencoderSpec, folder: Path, fetch: HubOptions) -> Autoencoder:
+def open_autoencoder(spec: AutoencoderSpec, folder: Path, hub: HubOptions) -> Autoencoder:
     """The autoencoder that a pipeline's config.json describes.
 
     Raises:
         UserError: it cannot be found, is damaged, or is another than described.
     """
     source = place_of(spec, folder)
-    return load_autoencoder(dataclasses.replace(spec, source=source), fetch.elsewhere)
+    return load_autoencoder(dataclasses.replace(spec, source=source), hub.without_revision)
 
 
-def open_conditioner(spec: ConditionerSpec, folder: Path, fetch: HubOptions, keep: bool | None) -> Conditioner:
+def open_conditioner(spec: ConditionerSpec, folder: Path, hub: HubOptions, keep: bool | None) -> Conditioner:
     """The conditioner that a pipeline's config.json describes; see `load_conditioner` for `keep`.
 
     Raises:
         UserError: it cannot be found, is damaged, or is another than described.
     """
     source = place_of(spec, folder)
-    return load_conditioner(dataclasses.replace(spec, source=source), fetch.elsewhere, keep)
+    return load_conditioner(dataclasses.replace(spec, source=source), hub.without_revision, keep)
 
 
-def open_decoder(source: str, spec: AutoencoderSpec, fetch: HubOptions) -> Autoencoder:
+def open_decoder(source: str, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
     """Another autoencoder that decodes the latents of the one that `spec` describes.
 
     Raises:
         UserError: it cannot be found, is damaged, or its latents are of another shape.
     """
-    found = load_trainable(source, fetch.elsewhere)
+    found = load_trainable(source, hub.without_revision)
     shapes = [f"{one.channels} channels, {one.factor} pixels a side" for one in (found.spec, spec)]
     if shapes[0] != shapes[1]:
         raise UserError(

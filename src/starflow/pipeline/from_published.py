@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from starflow.conditioning import ClassLabels, ConditionerSpec
-from starflow.conditioning.text import width_of
+from starflow.conditioning.text import encoder_width
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import parameters
+from starflow.flow.memory import parameter_count
 from starflow.io import files
 from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import FLOW
-from starflow.published.checkpoint import SD_VAES, around_the_model, ignored_options, open_published
+from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
 SD_SCALING = 0.18215
@@ -92,7 +92,7 @@ def convert(
         UserError: as `load_published`; a video model; an autoencoder or a text encoder that is nowhere, or does not
             fit; the folder cannot be written, or the disk has no room.
     """
-    found, said = open_published(file, options), around_the_model(options)
+    found, said = open_published(file, options), pipeline_options(options)
     whole = bool(around.autoencoder or said.get("vae")) or isinstance(found.config, TarFlowConfig)
     config = pipeline_config(name or file.stem, found.config, said, around) if whole else None
     files.check_output_folder(folder)
@@ -100,7 +100,9 @@ def convert(
     size = convert_flow(found, folder / FLOW if whole else folder, dtype, shard_bytes=shard_bytes, progress=progress)
     if config is not None:
         files.write_json(folder / "config.json", to_dict(config))
-    return ConvertedPipeline(folder, whole, parameters(found.config), size, found.ignored, ignored_options(options))
+    return ConvertedPipeline(
+        folder, whole, parameter_count(found.config), size, found.ignored, ignored_options(options)
+    )
 
 
 def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], around: PipelineOverrides) -> PipelineConfig:
@@ -120,8 +122,8 @@ def pipeline_config(name: str, flow: ModelConfig, said: Mapping[str, Any], aroun
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source is None:
         return AutoencoderSpec("pixels", flow.in_channels, 1)
-    if source in SD_VAES and not Path(source).is_dir():
-        found = AutoencoderSpec("diffusers_kl", 4, SD_VAES[source], SD_SCALING, 0.0, source)
+    if source in AUTOENCODER_FACTORS and not Path(source).is_dir():
+        found = AutoencoderSpec("diffusers_kl", 4, AUTOENCODER_FACTORS[source], SD_SCALING, 0.0, source)
     else:
         found = load_trainable(source).spec
     if Path(source).expanduser().is_dir():
@@ -149,7 +151,7 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
             "name it, as 'text' there or by --text-encoder"
         )
     folder = Path(source).expanduser()
-    if folder.is_dir() and (width := width_of(folder)) != flow.txt_dim:
+    if folder.is_dir() and (width := encoder_width(folder)) != flow.txt_dim:
         raise UserError(
             f"the text encoder '{source}' has width {width}, the model expects {flow.txt_dim}: "
             "name the one that it was trained with"

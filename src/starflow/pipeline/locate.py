@@ -34,7 +34,15 @@ from importlib import resources
 import torch
 
 from starflow.io import files
-from starflow.io.hub import DEFAULT_HUB, HubOptions, explain, hub_errors, size_to_fetch, snapshot, split_revision
+from starflow.io.hub import (
+    DEFAULT_HUB,
+    HubOptions,
+    download_size,
+    explain_hub_error,
+    hub_errors,
+    snapshot,
+    split_revision,
+)
 from starflow.pipeline.from_published import convert
 from starflow.published.convert import RELEASES, ByteProgress, PublishedRelease
 
@@ -68,7 +76,7 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
     wrong = [one for one in found if one.state == "damaged"]
     if wrong:
         named = ", ".join(f"{one.path} (by {one.by})" for one in wrong)
-        raise UserError(f"{len(wrong)} of {len(found)} files are damaged: {named}; {weights.AGAIN}")
+        raise UserError(f"{len(wrong)} of {len(found)} files are damaged: {named}; {weights.FETCH_AGAIN}")
     for inner in {path.parent for place in folders for path in _files(place)}:
         weights.check_sizes(inner)  # of what has no digest, and for what is missing
     return found
@@ -76,7 +84,7 @@ def verify(folder: Path, config: PipelineConfig, read: Callable[[int], None] = l
 
 def places(folder: Path, config: PipelineConfig) -> list[Path]:
     """The pipeline's folder, and those of the parts that it names elsewhere, as far as they are here."""
-    from starflow.conditioning.text import resolve
+    from starflow.conditioning.text import DamagedPackageError, find_text_encoder
     from starflow.io.hub import HubOptions, local_or_hub
     from starflow.pipeline.folder import place_of
 
@@ -87,10 +95,14 @@ def places(folder: Path, config: PipelineConfig) -> list[Path]:
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
-            found.append(resolve(source, here) if spec is config.conditioner else local_or_hub(source, (), fetch=here))
-        except UserError as error:
-            if "sha256" in str(error):  # the packaged encoder, which is compared whenever it is found
-                raise
+            if spec is config.conditioner:
+                found.append(find_text_encoder(source, here))
+            else:
+                found.append(local_or_hub(source, (), hub=here))
+        except DamagedPackageError:  # the packaged encoder is compared with its digest whenever it is found
+            raise
+        except UserError:
+            continue
     return found
 
 
@@ -131,13 +143,13 @@ FILES = ("*.json", "*.safetensors", "*.md", "NOTICE", "LICENSE*", "*/*.model", "
 """What is fetched of a pipeline's repository: its folders' configs, weights and tokenizers, and who made it."""
 
 
-def find_model(name: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
+def find_model(name: str, hub: HubOptions = DEFAULT_HUB) -> Path:
     """The folder of a pipeline, which holds its config.json.
 
     Args:
         name: a bundled name, a folder (a pipeline's, or a training run's with model/ in it), or a hub repository,
             "owner/name" or "owner/name@revision", which is downloaded once.
-        fetch: the hub's revision, cache and whether to ask the network.
+        hub: the hub's revision, cache and whether to ask the network.
 
     Raises:
         UserError: none of these, or the hub has it not or cannot be reached.
@@ -148,10 +160,10 @@ def find_model(name: str, fetch: HubOptions = DEFAULT_HUB) -> Path:
     if folder.is_dir():
         run = folder / "model"
         return run if not (folder / "config.json").exists() and (run / "config.json").is_file() else folder
-    repository, _ = split_revision(name, fetch)
+    repository, _ = split_revision(name, hub)
     if repository.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         raise UserError(f"no model '{name}': expected a folder, a hub repository (owner/name) or {', '.join(BUNDLED)}")
-    folder = snapshot(name, FILES, needed=["config.json"], fetch=fetch)
+    folder = snapshot(name, FILES, required=["config.json"], hub=hub)
     if not (folder / "config.json").is_file():
         raise UserError(f"the hub's '{name}' holds no model of ours: it has no config.json, as push_to_hub writes it")
     return folder
@@ -180,7 +192,7 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by starflow")
     except expected as error:
-        reason, better = explain(error, repository)
+        reason, better = explain_hub_error(error, repository)
         raise UserError(
             f"cannot push to '{repository}' ({reason}): {better or 'log in with `hf auth login`'}"
         ) from None
@@ -208,13 +220,13 @@ def is_release(name: str) -> bool:
 
 
 def find_pipeline(
-    name: str, fetch: HubOptions = DEFAULT_HUB, precision: Precision = "bfloat16", note: Callable[[str], None] = say
+    name: str, hub: HubOptions = DEFAULT_HUB, precision: Precision = "bfloat16", note: Callable[[str], None] = say
 ) -> Path:
     """As `find_model`, and of a published repository the converted folder; fetches and converts it the first time.
 
     Args:
         name: bundled name, folder, or hub repository, perhaps with a revision after "@".
-        fetch: the hub's revision, cache and whether to ask the network.
+        hub: the hub's revision, cache and whether to ask the network.
         precision: of converted weights.
         note: told the terms of the weights, once.
 
@@ -222,28 +234,28 @@ def find_pipeline(
         UserError: as `find_model`; a damaged checkpoint; no room on the disk.
     """
     if not is_release(name):
-        return find_model(name, fetch)
-    repository, revision = split_revision(name, fetch)
-    root = _root(fetch) / "converted" / repository.replace("/", "--")
+        return find_model(name, hub)
+    repository, revision = split_revision(name, hub)
+    root = _root(hub) / "converted" / repository.replace("/", "--")
     revision = revision or "main"
     known = _refs(root).get(revision)
     if known and (folder := root / f"{known}-{precision}") and (folder / "config.json").is_file():
         return folder
-    return _fetch_and_convert(repository, revision, root, fetch, precision, note)
+    return _fetch_and_convert(repository, revision, root, hub, precision, note)
 
 
 def _fetch_and_convert(
-    repository: str, revision: str, root: Path, fetch: HubOptions, precision: Precision, note: Callable[[str], None]
+    repository: str, revision: str, root: Path, hub: HubOptions, precision: Precision, note: Callable[[str], None]
 ) -> Path:
     release = RELEASES[repository]
     named = f"{repository}@{revision}"
-    to_fetch = size_to_fetch(named, release.file, fetch)
+    to_fetch = download_size(named, release.file, hub)
     if to_fetch:  # a checkpoint is in float32, as far as is known before it is there
         written = to_fetch // 4 * BYTES[precision]
-        files.check_room(
+        files.check_disk_space(
             root, to_fetch + written, f"'{repository}', to fetch ({to_fetch / 1e9:.1f} GB) and to convert,"
         )
-    came = snapshot(named, [release.file, *ALONG], needed=[release.file], fetch=fetch.elsewhere)
+    came = snapshot(named, [release.file, *ALONG], required=[release.file], hub=hub.without_revision)
     file = came / release.file
     if not file.is_file():
         raise UserError(f"the hub's '{named}' has no {release.file}: name a revision that has it")
@@ -300,8 +312,8 @@ def _refs(root: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _root(fetch: HubOptions) -> Path:
-    return Path(fetch.cache).expanduser() if fetch.cache else files.cache_folder()
+def _root(hub: HubOptions) -> Path:
+    return Path(hub.cache).expanduser() if hub.cache else files.cache_folder()
 
 
 @contextmanager

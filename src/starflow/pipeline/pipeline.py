@@ -29,9 +29,9 @@ from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
 from starflow.config import from_dict, to_dict
 from starflow.data.images import dequantise, from_pil, to_pil
 from starflow.errors import UserError
-from starflow.flow.memory import parameters
+from starflow.flow.memory import parameter_count
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
-from starflow.flow.quantize import is_quantised, quantise
+from starflow.flow.quantize import is_quantized, quantize_int8
 from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
@@ -143,8 +143,8 @@ class StarFlowPipeline:
         Raises:
             UserError: nothing there, or its files are damaged or do not fit each other.
         """
-        fetch = HubOptions(revision, cache, offline)
-        folder = find_pipeline(str(model), fetch, "float32" if dtype == torch.float32 else "bfloat16")
+        hub = HubOptions(revision, cache, offline)
+        folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
         values = files.read_json(folder / "config.json")
         if not isinstance(values, dict) or "autoencoder" not in values:
             raise UserError(
@@ -154,14 +154,14 @@ class StarFlowPipeline:
         flow = components.open_flow(folder).requires_grad_(False)
         conditioner = None
         if config.conditioner:
-            conditioner = components.open_conditioner(config.conditioner, folder, fetch, keep_text_encoder)
-        autoencoder = components.open_autoencoder(config.autoencoder, folder, fetch)
+            conditioner = components.open_conditioner(config.conditioner, folder, hub, keep_text_encoder)
+        autoencoder = components.open_autoencoder(config.autoencoder, folder, hub)
         pipeline = cls(flow, autoencoder, conditioner, config)
         if decoder is not None:
-            pipeline.decoder = components.open_decoder(decoder, config.autoencoder, fetch)
+            pipeline.decoder = components.open_decoder(decoder, config.autoencoder, hub)
         dtype = dtype or _usual_dtype(flow)
         if int8:
-            quantise(flow.to(dtype))  # where the weights are: whole, they may not fit the device
+            quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
             flow.to(dtype).offload(device)
         pipeline.to(device, dtype)
@@ -188,7 +188,7 @@ class StarFlowPipeline:
         Raises:
             UserError: the folder cannot be written, or the disk is full.
         """
-        if is_quantised(self.flow):
+        if is_quantized(self.flow):
             raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
         folder = files.check_output_folder(Path(folder))
         self.flow.save_pretrained(folder / components.FLOW, dtype, shard_bytes=shard_bytes)
@@ -347,12 +347,12 @@ class StarFlowPipeline:
         repeats: int = 3,
         note: Callable[[str], None] = lambda _: None,
     ) -> Policy:
-        """Measure how each block is best solved on this device; `solver="auto"` and `save_pretrained` use it after.
+        """Choose by measuring how each block is solved here; `solver="auto"` and `save_pretrained` use it then.
 
         Args:
             prompts: of the kind that will be drawn; None is some of our own, or the model's classes.
             guidance: weight to measure with; by default the model's own.
-            batches: sizes to time.
+            batches: sizes to time; each block gets one choice for all of them.
             tolerance: bound on the residual of every block and picture.
             repeats: timed runs, of which the fastest counts.
             note: told what is being measured.
@@ -360,12 +360,12 @@ class StarFlowPipeline:
         Raises:
             UserError: a prompt that the model cannot take.
         """
-        material = self.material(prompts, guidance=guidance, tolerance=tolerance)
-        policy = calibrate(self.flow, material, batches, repeats, note)
+        data = self.calibration_data(prompts, guidance=guidance, tolerance=tolerance)
+        policy = calibrate(self.flow, data, batches, repeats, note)
         keep_policy(self.flow, policy)
         return policy
 
-    def material(
+    def calibration_data(
         self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
     ) -> CalibrationData:
         """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
@@ -493,7 +493,7 @@ class StarFlowPipeline:
 
     def _prepare(self, prompts: Sequence[str], shape: Sequence[int]) -> None:
         if isinstance(self.conditioner, OnDemandTextEncoder):
-            self.conditioner.remember(sizes.told(self.config, prompts, shape))
+            self.conditioner.encode_ahead(sizes.told(self.config, prompts, shape))
 
     def _drawn_as(self, temperature: float | None, candidates: int | None) -> PipelineConfig:
         """The configuration with what is asked for in place of its defaults; it refuses what no model may have."""
@@ -530,7 +530,7 @@ class StarFlowPipeline:
 
 def _usual_dtype(flow: STARFlow | TarFlow) -> torch.dtype:
     """Of the network where nobody says: float32, or what is stored where that is half of something large."""
-    large = parameters(flow.config) > LARGE
+    large = parameter_count(flow.config) > LARGE
     return flow.network_dtype if large and flow.network_dtype == torch.bfloat16 else torch.float32
 
 

@@ -1,3 +1,1 @@
-"""Weights of others: the published layouts."""
-
-from __future__ import annotations
+"""Other people's weights: published checkpoints and their options, their conversion, and Gemma's layers."""

@@ -1,12 +1,11 @@
-"""A published checkpoint's flow into our layout, one tensor after the other.
+"""Conversion of a published checkpoint's flow to our layout, and the published releases that are known by name.
 
 Contract: the checkpoint is mapped and never read as a whole, and what is written goes to the disk a shard at a time:
 the memory needed is that of a shard and a tensor. Keys, shapes and options are compared, and room on the disk is looked
 for, before anything is written.
 
-Repositories of the hub that hold published checkpoints in their authors' layout, and what is known of them.
-
-The options are the released configuration's (STARFlow, arXiv 2506.06276), which the repository itself does not hold.
+The options of a release are its published configuration's (STARFlow, arXiv 2506.06276); the repository itself does not
+hold them.
 """
 
 from __future__ import annotations
@@ -21,31 +20,32 @@ from torch import Tensor
 
 from starflow.flow import checkpoint
 from starflow.io import files
+from starflow.nn.cpu import drop_file_pages
 from starflow.published.checkpoint import OpenCheckpoint
 
 SHARD_BYTES = 2**30
-"""Size that a shard stays under: it waits in memory until it is full."""
+"""Bytes that a shard stays under; it waits in memory until it is full."""
 
 ByteProgress = Callable[[int, int], None]
-"""Told the bytes written so far and in all."""
+"""A callback that is told the bytes written so far and in all."""
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Progress that nobody looks at."""
+    """Take no notice of the progress."""
 
 
 def convert_flow(
-    found: OpenCheckpoint,
+    opened: OpenCheckpoint,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: ByteProgress = no_progress,
 ) -> int:
-    """Write a checkpoint's flow as `from_pretrained` reads it; returns the bytes of its weights.
+    """Write a checkpoint's flow to a folder that `from_pretrained` reads; returns the bytes of its weights.
 
     Args:
-        found: the checkpoint, from `open_published`.
+        opened: the checkpoint, from `open_published`.
         folder: made where it is missing.
         dtype: of the written weights.
         shard_bytes: size that a file stays under.
@@ -54,38 +54,40 @@ def convert_flow(
     Raises:
         UserError: the folder cannot be written, or the disk has no room.
     """
-    total = sum(tensor.numel() * dtype.itemsize for tensor in found.tensors.values())
-    files.check_room(folder, total + total // 100, f"{found.name} in {str(dtype).removeprefix('torch.')}")
-    checkpoint.save(folder, found.config, _cast(found, dtype, total, progress), shard_bytes)
+    total = sum(tensor.numel() * dtype.itemsize for tensor in opened.tensors.values())
+    files.check_disk_space(folder, total + total // 100, f"{opened.name} in {str(dtype).removeprefix('torch.')}")
+    checkpoint.save(folder, opened.config, _cast(opened, dtype, total, progress), shard_bytes)
     return total
 
 
 def _cast(
-    found: OpenCheckpoint, dtype: torch.dtype, total: int, progress: ByteProgress
+    opened: OpenCheckpoint, dtype: torch.dtype, total: int, progress: ByteProgress
 ) -> Iterator[tuple[str, Tensor]]:
     done = 0
-    for name, tensor in found.tensors.items():
+    for name, tensor in opened.tensors.items():
         yield name, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        if found.mapped and name not in found.added:
-            files.drop_pages(tensor)
+        if opened.mapped and name not in opened.filled:
+            drop_file_pages(tensor)
         done += tensor.numel() * dtype.itemsize
         progress(done, total)
 
 
 @dataclass(frozen=True)
 class PublishedRelease:
-    """One checkpoint of a repository."""
+    """A published checkpoint in a repository of the hub, in its authors' layout."""
 
     file: str
+    """Its name in the repository."""
     options: Mapping[str, Any]
-    """As `load_published` takes them."""
+    """The options that `load_published` takes."""
     terms: str
-    """What its licence allows, in words."""
+    """A phrase that says what its licence allows."""
     preset: str = ""
-    """Its architecture's name in `starflow.flow.config`."""
+    """Name of its architecture among `starflow.flow.config.PRESETS`."""
 
 
 def _arguments(**values: Any) -> dict[str, Any]:
+    """Options in the YAML dialect."""
     return {"arguments": [{key: value} for key, value in values.items()]}
 
 
@@ -118,4 +120,8 @@ RELEASES: dict[str, PublishedRelease] = {
         "starflow-t2i-3b",
     ),
 }
-"""By repository."""
+"""The known releases by repository.
+
+>>> RELEASES["apple/starflow"].preset
+'starflow-t2i-3b'
+"""

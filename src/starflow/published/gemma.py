@@ -23,28 +23,34 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.io import files
 
-KINDS = ("gemma", "gemma2", "gemma3_text", "gemma3")
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+"""Values of `model_type` in the config.json of the models that can be read."""
 
 GEMMA_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
+"""Files to download of such a model, besides config.json."""
 
-SHALLOW = (2, 2, 2, 2, 2)
-"""Layers of the blocks before the deep one, which start anew."""
+SHALLOW_LAYERS = (2, 2, 2, 2, 2)
+"""Layers of the blocks before the deep one, whose weights start at random."""
 
 
 def is_gemma(folder: Path) -> bool:
-    """Whether a folder holds such a model."""
+    """Whether a folder holds a Gemma-style language model, by its config.json."""
     path = folder / "config.json"
-    return path.is_file() and files.read_json(path).get("model_type") in KINDS
+    return path.is_file() and files.read_json(path).get("model_type") in MODEL_TYPES
 
 
 def gemma_options(folder: Path, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """Options of a flow whose deep block is the model's; `layers` of each block, if not the usual ones.
+    """The options of a flow whose deep block is the language model.
+
+    Args:
+        folder: of the language model, as the hub has it.
+        layers: of each block, the deep one last; None is `SHALLOW_LAYERS` and all layers of the language model.
 
     Raises:
         UserError: a model of another kind, or fewer layers than asked for.
     """
     config = _config(folder)
-    layers = layers or (*SHALLOW, int(config["num_hidden_layers"]))
+    layers = layers or (*SHALLOW_LAYERS, int(config["num_hidden_layers"]))
     if layers[-1] > config["num_hidden_layers"]:
         raise UserError(
             f"flow.layers_per_block asks for {layers[-1]} deep layers, but {folder} has {config['num_hidden_layers']}"
@@ -69,7 +75,7 @@ def gemma_options(folder: Path, layers: tuple[int, ...] | None = None) -> dict[s
 
 
 def gemma_tensors(folder: Path, block: int, layers: int) -> dict[str, Tensor]:
-    """The first `layers` layers and the final norm under the names of block `block`, and an identity for the text.
+    """The weights of block `block` of a flow: the first `layers` layers, the final norm, an identity for the text.
 
     Raises:
         UserError: missing or damaged files, or weights that are missing.
@@ -79,17 +85,17 @@ def gemma_tensors(folder: Path, block: int, layers: int) -> dict[str, Tensor]:
     for layer in range(layers):
         for name, tensor in _layer(config, tensors, layer, folder).items():
             mapped[f"attn_blocks.{layer}.{name}"] = tensor
-    mapped["proj_txt.weight"] = torch.eye(config["hidden_size"])  # the block then reads text as the model does
+    mapped["proj_txt.weight"] = torch.eye(config["hidden_size"])  # the block then reads text as the language model does
     mapped["proj_txt.bias"] = torch.zeros(config["hidden_size"])
     return {f"blocks.{block}.{name}": tensor for name, tensor in mapped.items()}
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The text model's config, with what it leaves to defaults."""
+    """The config of the text model, completed by its defaults."""
     values: dict[str, Any] = files.read_json(folder / "config.json")
     kind = values.get("model_type")
-    if kind not in KINDS:
-        raise UserError(f"{folder} holds a '{kind}', expected a Gemma-style language model ({', '.join(KINDS)})")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder} holds a '{kind}', expected a Gemma-style language model ({', '.join(MODEL_TYPES)})")
     values = {**values, **values.get("text_config", {}), "model_type": kind}
     values.setdefault("head_dim", 256)
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -99,6 +105,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _layer(config: Mapping[str, Any], tensors: Mapping[str, Tensor], layer: int, folder: Path) -> dict[str, Tensor]:
+    """The weights of one layer under the names of a flow's."""
+
     def take(name: str) -> Tensor:
         return _take(tensors, f"layers.{layer}.{name}", folder)
 
@@ -130,7 +138,7 @@ def _take(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
 
 
 def _layer_tensors(folder: Path) -> dict[str, Tensor]:
-    """Weights of layers and final norm, by their names within the text model."""
+    """The weights of the layers and the final norm, by their names within the text model."""
     found = {}
     for name, tensor in _tensors(folder, re.compile(r"(?!.*vision).*\b(layers\.\d+\..+|norm\.weight)")):
         inside = re.search(r"(?:^|\.)(layers\.\d+\..+|norm\.weight)$", name)
@@ -140,7 +148,7 @@ def _layer_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of all safetensors files whose whole name matches."""
+    """The tensors of all safetensors files of a folder whose whole name matches."""
     from safetensors import SafetensorError, safe_open
 
     paths = sorted(folder.glob("*.safetensors"))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from starflow.conditioning.base import ConditionerSpec
-from starflow.conditioning.text import MINILM, width_of
+from starflow.conditioning.text import MINILM, encoder_width
 from starflow.errors import UserError
 from starflow.flow import checkpoint
 from starflow.flow.config import (
@@ -140,7 +140,7 @@ def _encoder_width(encoder: str) -> int:
     if encoder in ENCODER_WIDTHS:
         return ENCODER_WIDTHS[encoder]
     if (folder / "config.json").is_file():
-        return width_of(folder)
+        return encoder_width(folder)
     raise UserError(
         f"the width of '{encoder}' is not known before it is here: give its folder, or flow.txt_dim in the recipe"
     )
@@ -235,7 +235,7 @@ def _flow_folder(source: str) -> Path:
     if source not in BUNDLED and not folder.is_dir():
         if source.count("/") != 1 or folder.is_absolute() or source.startswith("."):
             find_pipeline(source)  # says what is expected
-        folder = local_or_hub(source, needed=("config.json",), also=(*GEMMA_FILES, "flow/*", "flow/config.json"))
+        folder = local_or_hub(source, required=("config.json",), optional=(*GEMMA_FILES, "flow/*", "flow/config.json"))
     elif source in BUNDLED:
         folder = find_pipeline(source)
     for inner in (folder, folder / "model"):

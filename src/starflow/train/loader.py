@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from starflow.data.images import ImageError
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.index import ImageDataset, split_indices
 from starflow.errors import UserError
 from starflow.train.distributed.world import World
 from starflow.train.settings import TrainSettings
@@ -236,7 +236,7 @@ def batch_order(dataset: ImageDataset, batch: int, seed: int, window: int) -> Ba
     Raises:
         UserError: there are none, or none are held out.
     """
-    train, heldout = (all_numbers(dataset, heldout=held) for held in (False, True))
+    train, heldout = (split_indices(dataset, heldout=held) for held in (False, True))
     check_splits(train, heldout)
     return BatchOrder(train, batch, seed, window)
 
@@ -294,7 +294,7 @@ class BatchReader(Dataset[ImageBatch]):
             return self.dataset.read(number), number
         except ImageError as error:
             skipped.append((self.dataset.entry(number).name, error.reason))
-        for other in self.dataset.like(number) if self.replace else ():
+        for other in self.dataset.substitutes(number) if self.replace else ():
             try:
                 return self.dataset.read(other), other
             except ImageError:

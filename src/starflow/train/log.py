@@ -196,7 +196,7 @@ def training_flops(flow: Flow) -> float:
         '9.79e+06'
     """
     tokens = flow.config.grid_side**2
-    forward = sum(_forward_flops(block, tokens, flow.condition_length) for block in flow.stack())
+    forward = sum(_forward_flops(block, tokens, flow.condition_length) for block in flow.iter_blocks())
     return (1 + BACKWARD_COST) * float(forward)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from starflow.config import from_dict, read_mapping, unknown_key
+from starflow.config import from_dict, read_mapping, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
@@ -203,7 +203,7 @@ class FlowRecipe:
         known = ["kind", *(option.name for option in fields(KINDS[self.kind or "starflow"]))]
         for key in self.given():
             if key not in known:
-                raise UserError(unknown_key(f"flow.{key}", key, known))
+                raise UserError(unknown_key_message(f"flow.{key}", key, known))
 
     def given(self) -> dict[str, Any]:
         """The options that the recipe does not leave open."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from starflow.errors import UserError
+from starflow.nn.cpu import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def network_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
         >>> network_dtype(TrainSettings(steps=1), torch.device("cpu"))
         torch.float32
     """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    native = device.type == "cuda" and has_bfloat16(device)
     low = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
     return torch.bfloat16 if low else torch.float32
 

@@ -25,7 +25,7 @@ from starflow.data import index, latent_cache
 from starflow.data.buckets import Buckets
 from starflow.data.images import from_pil, save_grid
 from starflow.data.index import ImageDataset, ViewDataset, open_source
-from starflow.data.latent_cache import read_cache
+from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.sets.shapes import draw_shapes
 from starflow.data.sources.base import SourceKind
@@ -94,7 +94,7 @@ class Stages:
             return ViewDataset(_views(run))
         buckets = Buckets(data.views.size, self._size_multiple(), data.aspects)
         source, folder = open_source(_source_kind(data), data.path), run.folder / "index"
-        if not index.is_whole(folder):
+        if not index.is_complete(folder):
             settings = index.IndexSettings(data.aspects, data.heldout)
             missing = index.missing_parts(source, folder)
             run.world.barrier()  # until all have seen the same
@@ -164,7 +164,7 @@ class Stages:
     def cache_latents(self) -> None:
         """Fill the latent cache unless it is whole; the processes share the work."""
         run, folder = self.run, self.run.folder / "latents"
-        if latent_cache.is_whole(folder):
+        if latent_cache.is_complete(folder):
             return
         # The conditioner comes before the autoencoder, which may be trained for hours: what is missing shows at once.
         dataset, conditioner, autoencoder = self.dataset, self.conditioner, self.autoencoder
@@ -199,7 +199,7 @@ class Stages:
     def _cached_task(self) -> FlowTask:
         run = self.run
         self.cache_latents()
-        cache = read_cache(run.folder / "latents")
+        cache = CachedLatents(run.folder / "latents")
         draw, save = self._outputs(int(cache.info["image_size"]))
         flow = self._first_flow(self.autoencoder.spec, cache.side)
         recipe = run.recipe

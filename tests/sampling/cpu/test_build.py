@@ -33,7 +33,7 @@ def sampled(model: Flow | None = None, engine: CpuEngine | None = None) -> Tenso
     case = text_case()
     model = model or case.model
     if engine is not None:
-        model.kept["engine"] = engine
+        model.runtime_cache["engine"] = engine
     return run(model, case.x, case.condition, case.null_condition, SampleSettings(1.0)).x
 
 
@@ -63,7 +63,7 @@ def test_without_a_working_compiler_it_samples_eagerly_with_one_note(
     if script is not None:
         compiler(tmp_path, f'[ "$1" = --version ] && exit 0\n{script}', monkeypatch)
     case = text_case()
-    case.model.kept["engine"] = CpuEngine(2 * BUILD_SECONDS)
+    case.model.runtime_cache["engine"] = CpuEngine(2 * BUILD_SECONDS)
     with pytest.warns(UserWarning, match=f"without its compiled loop, several times slower: .*{reason}") as notes:
         first = sampled(case.model)
     assert len(notes) == 1
@@ -84,10 +84,10 @@ def test_a_small_model_is_not_worth_a_build(empty_cache: Path, recipe: BuildComm
     model = text_case().model
     sampled(model)
     assert list(empty_cache.iterdir()) == []
-    engine = model.kept["engine"]
+    engine = model.runtime_cache["engine"]
     assert isinstance(engine, CpuEngine)
     assert engine.library is None
-    assert not engine.closed
+    assert not engine.disabled
 
 
 def test_it_is_built_when_as_much_was_spent_without_it(
@@ -99,7 +99,7 @@ def test_it_is_built_when_as_much_was_spent_without_it(
     model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
     assert engine.library is None
-    assert 0.5 * BUILD_SECONDS < engine._spent < BUILD_SECONDS
+    assert 0.5 * BUILD_SECONDS < engine._eager_seconds_spent < BUILD_SECONDS
     assert_close(sampled(model), eager)
     assert engine.library is not None
     assert_close(sampled(model), eager)
@@ -199,9 +199,9 @@ def test_a_model_that_has_sampled_is_saved_copied_and_sent_as_any_other(library:
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
     for other in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
-        engine = other.kept["engine"]
+        engine = other.runtime_cache["engine"]
         assert isinstance(engine, CpuEngine)
-        assert engine is not case.model.kept["engine"]
+        assert engine is not case.model.runtime_cache["engine"]
         assert engine.bytes == 0
         engine.library = library
         assert torch.equal(sampled(other), x)
@@ -221,7 +221,7 @@ def test_other_processors_compute_the_same(recipe: BuildCommand, library: Librar
     """Vectors of 4 and 8 numbers instead of 16, and what compilers make of them."""
     other = dataclasses.replace(recipe, target=target, path=tmp_path / "other.so")
     other._compile()
-    made = Library(build._typed(ctypes.CDLL(str(other.path))))
+    made = Library(build._declare_functions(ctypes.CDLL(str(other.path))))
     assert_close(sampled(engine=engine_for(made)), sampled(engine=engine_for(library)))
 
 

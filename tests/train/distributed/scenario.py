@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.data.latent_cache import CachedLatent, LatentCache
+from starflow.data.latent_cache import InMemoryLatents, LatentEntry
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow, STARFlow
 from starflow.train.checkpoint import TrainProgress
@@ -63,13 +63,11 @@ class FlakyTask(FlowTask):
         return x, condition
 
 
-def make_cache() -> LatentCache:
+def make_cache() -> InMemoryLatents:
     draw = torch.Generator().manual_seed(1)
     mean = torch.randn(80, 2, 4, 4, generator=draw).half()
-    pictures = [
-        CachedLatent(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)
-    ]
-    return LatentCache(
+    pictures = [LatentEntry(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)]
+    return InMemoryLatents(
         mean, torch.full_like(mean, 0.3), torch.eye(4)[:3, None].half(), torch.eye(4)[3:].half(), pictures, {}
     )
 

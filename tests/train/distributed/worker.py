@@ -109,7 +109,7 @@ def reduced(world: World) -> dict[str, object]:
     told = replace(settings(layout="sharded"), precision="bfloat16")
     state = TrainState(FlowLoss(flow, 0.0), told, world)
     with torch.no_grad():
-        for block in flow.stack():  # a new model is the identity, which has few gradients
+        for block in flow.iter_blocks():  # a new model is the identity, which has few gradients
             local_shard(block.proj_out.weight).normal_(std=0.1)
     draw = torch.Generator().manual_seed(world.rank)
     with network_precision(told, world.device):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.errors import UserError
 from starflow.evaluate import kernel_distance
 from starflow.evaluate.features import Extractor
@@ -95,10 +95,10 @@ class Means(nn.Module):
 
 def test_the_report_has_a_kernel_distance_where_features_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    moved = [0.5 * to_unit(batch) for batch in images.split(16)]
+    moved = [0.5 * to_float(batch) for batch in images.split(16)]
     monkeypatch.setattr(decoder_run, "load_extractor", lambda: Extractor("means", Means()))
     found = decoder_run._kernel_distance(moved, images, 0.3, CPU)
-    expected = kernel_distance(Means()(torch.cat(moved)), Means()(to_unit(images))).value
+    expected = kernel_distance(Means()(torch.cat(moved)), Means()(to_float(images))).value
     assert found == {"kid_mobilenetv2 x 1000 at noise 0.3": pytest.approx(1000 * expected)}
 
     def missing() -> Extractor:

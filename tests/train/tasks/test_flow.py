@@ -15,7 +15,7 @@ from PIL import Image
 
 from starflow.conditioning import ClassLabels
 from starflow.data.index import IndexedDataset
-from starflow.data.latent_cache import CachedLatent, LatentCache, read_cache
+from starflow.data.latent_cache import CachedLatents, InMemoryLatents, LatentEntry
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow, STARFlow, TarFlow
@@ -48,18 +48,18 @@ CONFIG = STARFlowConfig(
 )
 
 
-def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> LatentCache:
+def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> InMemoryLatents:
     torch.manual_seed(1)
     mean = torch.randn(count, 2, 4, 4).half()
     pictures = [
-        CachedLatent(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
+        LatentEntry(f"p{i}", f"caption {i % 3}", "heldout" if i < heldout else "train", i % 3) for i in range(count)
     ]
     states = torch.eye(4)[:3, None].half()
     spread = None if std is None else torch.full_like(mean, std)
-    return LatentCache(mean, spread, states, torch.eye(4)[3:].half(), pictures, {})
+    return InMemoryLatents(mean, spread, states, torch.eye(4)[3:].half(), pictures, {})
 
 
-def make_task(cache: LatentCache, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
+def make_task(cache: InMemoryLatents, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
     settings = TrainSettings(steps=3, batch=8)
     return FlowTask(flow or random_flow(), cache, objective, settings, draw=do_nothing, save=do_nothing)
@@ -133,7 +133,7 @@ def test_dropped_conditions_are_the_null_condition(share: float) -> None:
     rows = task._indices(0, range(8))
     noised = task._noised(rows, 0, 0, range(8))
     null = torch.eye(4)[3].expand(8, 1, 4)
-    own = torch.eye(4)[[cache.pictures[i].condition for i in rows.tolist()]][:, None]
+    own = torch.eye(4)[[cache.entries[i].condition for i in rows.tolist()]][:, None]
     _, squares, _, _ = task.model(noised, null if share else own)
     assert float(terms["squares"]) == pytest.approx(float(squares), rel=1e-6)
 
@@ -210,7 +210,7 @@ def test_it_sees_what_the_cached_training_sees(pictures: IndexedDataset, tmp_pat
     broken = tmp_path / "set" / "class 1" / "05.png"
     Image.new("RGB", (16, 16)).save(broken)  # a cache leaves out what a live batch replaces
     fill(pictures, tmp_path / "cache", Means())
-    live, cache = live_task(pictures), read_cache(tmp_path / "cache")
+    live, cache = live_task(pictures), CachedLatents(tmp_path / "cache")
     cached = FlowTask(STARFlow(LIVE_CONFIG), cache, Objective(), LIVE_SETTINGS, do_nothing, do_nothing)
     for step in range(12):
         for mine, other in zip(live.batch(step, range(4)), cached.batch(step, range(4)), strict=True):

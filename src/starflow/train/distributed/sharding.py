@@ -138,7 +138,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 def _initialise_flow(flow: Flow, seed: int) -> None:
     for buffer in flow.buffers(recurse=False):
         buffer.fill_(1.0)  # TarFlow's variances, the only ones: a new model has the standard normal for a prior
-    for number, block in enumerate(flow.stack()):
+    for number, block in enumerate(flow.iter_blocks()):
         with _seeded(seed, f"initial/{number}"):
             _copy(AutoregressiveBlock(replace(block.spec, layers=0)), block)
         for depth, layer in enumerate(block.attn_blocks):

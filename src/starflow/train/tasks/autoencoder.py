@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from starflow.data.images import save_grid, to_unit
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.images import save_grid, to_float
+from starflow.data.index import ImageDataset, split_indices
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
 from starflow.train.loader import BatchReader, TrainingLoader, generator, random_flip
@@ -101,7 +101,7 @@ class AutoencoderTask:
             images = random_flip(images, self.settings.seed, step, rows)
         whole = images[:1].expand(self.settings.batch, -1, -1, -1)  # the draws are those of the whole batch
         noise = self._latent_noise(whole, generator(self.settings.seed, "autoencoder", step))
-        return to_unit(images.to(self._device)), noise[rows.start : rows.stop]
+        return to_float(images.to(self._device)), noise[rows.start : rows.stop]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images, noise = batch
@@ -121,7 +121,7 @@ class AutoencoderTask:
     def _psnr(self, sigma: float) -> float:
         total = 0.0
         for start in range(0, len(self.heldout), EVALUATION_BATCH):
-            images = to_unit(self.heldout[start : start + EVALUATION_BATCH].to(self._device))
+            images = to_float(self.heldout[start : start + EVALUATION_BATCH].to(self._device))
             latents = self.autoencoder.encode(images)
             noise = torch.randn(latents.shape, generator=generator(0, "heldout", start)).to(self._device)
             total += float(psnr(self.autoencoder.decode(latents + sigma * noise), images).sum())
@@ -131,7 +131,7 @@ class AutoencoderTask:
     def draw(self, model: nn.Module, path: Path) -> None:
         """Rows: held-out images, their reconstructions, and those with latent noise 0.2 and 0.3."""
         stride = max(1, len(self.heldout) // 16)
-        images = to_unit(self.heldout[::stride][:16].to(self._device))
+        images = to_float(self.heldout[::stride][:16].to(self._device))
         latents = self.autoencoder.encode(images)
         noise = torch.randn(latents.shape, generator=generator(0, "draw", 0)).to(self._device)
         rows = [images] + [self.autoencoder.decode(latents + sigma * noise) for sigma in (0.0, 0.2, 0.3)]
@@ -147,6 +147,6 @@ class AutoencoderTask:
 
 def heldout_images(dataset: ImageDataset) -> Tensor:
     """Held-out images of the fullest bucket, uint8 (N, 3, H, W), at most `MAX_HELDOUT` of them."""
-    numbers = max(all_numbers(dataset, heldout=True), key=len)
+    numbers = max(split_indices(dataset, heldout=True), key=len)
     chosen = numbers[:: max(1, -(-len(numbers) // MAX_HELDOUT))].tolist()
     return BatchReader(dataset, replace=True)[chosen].images

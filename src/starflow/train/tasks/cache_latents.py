@@ -17,17 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from starflow.conditioning.base import Conditioner
-from starflow.data.images import to_unit
-from starflow.data.index import ImageDataset, ImageInfo, all_numbers
+from starflow.data.images import to_float
+from starflow.data.index import ImageDataset, ImageEntry, split_indices
 from starflow.data.latent_cache import (
-    PART,
-    CachedLatent,
+    PART_SIZE,
+    LatentEntry,
     finish_cache,
-    part_path,
-    read_part_head,
+    latents_path,
+    read_latents_header,
     states_path,
+    write_latents,
     write_null,
-    write_part,
     write_states,
 )
 from starflow.errors import UserError
@@ -70,8 +70,8 @@ def cache_parts(job: CacheJob) -> list[CachePart]:
     for flipped, heldout in ((False, False), (False, True), (True, False)):
         if flipped and not job.flipped:
             continue
-        for numbers in all_numbers(job.dataset, heldout=heldout):
-            parts += [CachePart(part, flipped) for part in numbers.split(PART) if len(part)]
+        for numbers in split_indices(job.dataset, heldout=heldout):
+            parts += [CachePart(part, flipped) for part in numbers.split(PART_SIZE) if len(part)]
     return parts
 
 
@@ -99,8 +99,8 @@ def cache_latents(
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    latents = [n for n in range(len(parts)) if not part_path(folder, n).is_file()]
-    states = [n for n in range(-(-len(texts) // PART)) if not states_path(folder, n).is_file()]
+    latents = [n for n in range(len(parts)) if not latents_path(folder, n).is_file()]
+    states = [n for n in range(-(-len(texts) // PART_SIZE)) if not states_path(folder, n).is_file()]
     world.barrier()  # until all have seen the same
     started = time.perf_counter()
     count = _encode_parts(job, parts, latents[world.rank :: world.size], show_progress)
@@ -123,7 +123,7 @@ def distinct_texts(job: CacheJob) -> dict[str, int]:
     return {text: row for row, text in enumerate(texts)}
 
 
-def condition_text(entry: ImageInfo, conditioner: Conditioner) -> str:
+def condition_text(entry: ImageEntry, conditioner: Conditioner) -> str:
     """What a conditioner reads of an image: its class name or its caption."""
     return (entry.label or "") if conditioner.spec.kind == "class" else entry.caption
 
@@ -149,10 +149,10 @@ def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int],
                 bar.update(len(asked))
             if numbers:
                 std = torch.cat(stds) if stds else None
-                write_part(job.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
+                write_latents(job.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
             else:
                 nothing = torch.empty(0, dtype=torch.long)
-                write_part(job.folder, n, torch.empty(0), None, nothing, skipped)
+                write_latents(job.folder, n, torch.empty(0), None, nothing, skipped)
             done += sum(map(len, numbers))
     return done
 
@@ -160,7 +160,7 @@ def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int],
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) uint8 -> mean and deviation of their latents, on the CPU; None without a posterior."""
     parameter = next(autoencoder.network.parameters(), None)
-    batch = to_unit(images.to(parameter.device if parameter is not None else "cpu", non_blocking=True))
+    batch = to_float(images.to(parameter.device if parameter is not None else "cpu", non_blocking=True))
     posterior = getattr(autoencoder, "posterior", None)
     if posterior is None:
         return autoencoder.encode(batch).cpu(), None
@@ -173,7 +173,7 @@ def _encode_texts(
     conditioner: Conditioner, texts: Sequence[str], own: Sequence[int], folder: Path, show_progress: bool
 ) -> None:
     for n in tqdm(own, desc="captions", unit="part", disable=not show_progress or not own):
-        part = texts[n * PART : (n + 1) * PART]
+        part = texts[n * PART_SIZE : (n + 1) * PART_SIZE]
         states = [conditioner.encode(part[i : i + BATCH]).cpu() for i in range(0, len(part), BATCH)]
         write_states(folder, n, torch.cat(states))
 
@@ -197,13 +197,13 @@ def _finish(
         write_null(job.folder, job.conditioner.null(1)[0].cpu())
     pictures, places, skipped = [], [], dict[str, str]()
     for n in range(len(parts)):
-        numbers, unread = read_part_head(job.folder, n)
+        numbers, unread = read_latents_header(job.folder, n)
         skipped |= dict(unread)
         for row, number in enumerate(numbers.tolist()):
             entry = job.dataset.entry(number)
             condition = texts[condition_text(entry, job.conditioner)] if job.conditioner else 0
             split = "heldout" if entry.heldout else "train"
-            pictures.append(CachedLatent(entry.name, entry.caption, split, condition, entry.bucket))
+            pictures.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
         notify(f"skipped {name}: {reason}")

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.data.images import save_grid, to_unit
+from starflow.data.images import save_grid, to_float
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
 from starflow.evaluate.features import MEAN, STD
@@ -250,7 +250,7 @@ class DecoderTask:
         indices = self._indices(step, rows).tolist()
         crops = [self._crop(index, row, step) for index, row in zip(indices, rows, strict=True)]
         latents, images = zip(*crops, strict=True)
-        pair = torch.stack(latents).to(self._device), to_unit(torch.stack(images).to(self._device))
+        pair = torch.stack(latents).to(self._device), to_float(torch.stack(images).to(self._device))
         return *pair, step >= self.weights.adversarial_from
 
     def _crop(self, index: int, row: int, step: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ class DecoderTask:
         total = 0.0
         for start in range(0, len(self.heldout.images), EVALUATION_BATCH):
             rows = torch.arange(start, min(start + EVALUATION_BATCH, len(self.heldout.images)))
-            images = to_unit(self.heldout.images[rows].to(self._device))
+            images = to_float(self.heldout.images[rows].to(self._device))
             total += float(psnr(self._decoded(model, rows, sigma), images).sum())
         return total / len(self.heldout.images)
 
@@ -293,7 +293,7 @@ class DecoderTask:
     def draw(self, model: nn.Module, path: Path) -> None:
         """Rows: held-out images, their reconstructions, and those with the noise."""
         rows = torch.arange(0, len(self.heldout.images), max(1, len(self.heldout.images) // 8))[:8]
-        images = to_unit(self.heldout.images[rows].to(self._device))
+        images = to_float(self.heldout.images[rows].to(self._device))
         grid = [images, *(self._decoded(model, rows, sigma) for sigma in (0.0, self.noise_std))]
         save_grid(torch.cat(grid), path, columns=len(rows))
 
@@ -324,7 +324,7 @@ def encode_latents(
     parts: dict[str, list[Tensor]] = {"mean": []}
     layout = memory_layout(autoencoder)
     for batch in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
-        unit = to_unit(batch.to(device)).contiguous(memory_format=layout)
+        unit = to_float(batch.to(device)).contiguous(memory_format=layout)
         posterior = getattr(autoencoder, "posterior", None)
         mean, std = posterior(unit) if posterior else (autoencoder.encode(unit), None)
         parts["mean"].append(mean.to("cpu", torch.float16))

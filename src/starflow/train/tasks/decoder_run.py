@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from starflow.config import to_dict
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
@@ -229,7 +229,7 @@ def _measure(
     reconstructions: list[Tensor] = []
     starts = range(0, len(heldout.images), EVALUATION_BATCH)
     for start in tqdm(starts, desc=path.stem, unit="batch", disable=not show_progress):
-        images = to_unit(heldout.images[start : start + EVALUATION_BATCH].to(device))
+        images = to_float(heldout.images[start : start + EVALUATION_BATCH].to(device))
         latents = heldout.mean[start : start + EVALUATION_BATCH].float()
         draws = [_noise(row, latents) for row in range(start, start + len(latents))]
         with network_precision(settings, device):
@@ -261,7 +261,7 @@ def _kernel_distance(
         return {}
     extractor.network.to(device)
     ours = extract(extractor, reconstructions).features
-    theirs = extract(extractor, (to_unit(batch) for batch in images.split(EVALUATION_BATCH))).features
+    theirs = extract(extractor, (to_float(batch) for batch in images.split(EVALUATION_BATCH))).features
     if len(ours) < 2:
         return {}
     return {f"kid_mobilenetv2 x 1000 at noise {noise:g}": 1000 * kernel_distance(ours, theirs).value}

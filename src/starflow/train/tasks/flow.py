@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import dequantise
-from starflow.data.index import ImageDataset, all_numbers
+from starflow.data.index import ImageDataset, split_indices
 from starflow.data.latent_cache import LatentDataset
 from starflow.flow.model import Flow, TarFlow, Trace
 from starflow.latents.base import Autoencoder
@@ -126,7 +126,7 @@ class FlowTask:
         self.model: nn.Module = FlowLoss(flow, objective.latent_penalty)
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
-        self.train, self.heldout = cache.numbers("train"), cache.numbers("heldout")
+        self.train, self.heldout = cache.indices("train"), cache.indices("heldout")
         check_splits(self.train, self.heldout)
         if 0 < settings.evaluate_pictures < sum(map(len, self.heldout)):
             self.heldout = random_subset(self.heldout, settings.evaluate_pictures)
@@ -260,8 +260,8 @@ class LiveLatents:
     def side(self) -> int:
         return self.dataset.buckets.side // self.autoencoder.spec.factor
 
-    def numbers(self, split: str) -> list[Tensor]:
-        return all_numbers(self.dataset, heldout=split == "heldout")
+    def indices(self, split: str) -> list[Tensor]:
+        return split_indices(self.dataset, heldout=split == "heldout")
 
     def images(self, numbers: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8, read when asked for."""

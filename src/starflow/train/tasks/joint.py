@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow.conditioning.base import Conditioner
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.index import ImageDataset
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents
@@ -93,7 +93,7 @@ class JointTask(LiveFlowTask):
         images, numbers = self._images(step, rows)
         noise = self._latent_noise(images, self.settings.seed, step, rows)
         condition = self._conditions(numbers, self._dropped(step, rows))
-        return to_unit(images.to(self._device, non_blocking=True)), noise, condition
+        return to_float(images.to(self._device, non_blocking=True)), noise, condition
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
@@ -108,7 +108,7 @@ class JointTask(LiveFlowTask):
             noise = self._latent_noise(images, 0, 0, range(start, start + len(numbers)))
             condition = self._conditions(numbers, None)
             with network_precision(self.settings, self._device):
-                loss, terms = model(to_unit(images.to(self._device)), noise, condition)
+                loss, terms = model(to_float(images.to(self._device)), noise, condition)
             total += weight * torch.stack([loss, terms["squares"] - terms["logdet"], terms["squared"]]).float()
         count = sum(map(len, self.heldout))
         loss, nats, squared = (value / count for value in self.world.all_reduce(total))
