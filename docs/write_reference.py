@@ -51,7 +51,7 @@ class Key:
 
 def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0]) if arguments else FOLDER
-    os.environ["COLUMNS"] = "100"  # the width that argparse wraps its help to
+    os.environ["COLUMNS"] = "90"  # argparse wraps its help to what a page shows without scrolling
     pages = {**room_pages(), "recipe.md": recipe_page(), "commands.md": commands_page()}
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.md"):
@@ -94,7 +94,9 @@ def room_pages() -> dict[str, str]:
 
 
 def _room_page(name: str) -> str:
-    parts = [f"# {name}", "", f"The room `{name}`: {ABOUT[name]}.", ""]
+    package = PACKAGE / name / "__init__.py"
+    about = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) if package.is_file() else None
+    parts = [f"# {name}", "", about or f"The module `{name}`: {ABOUT[name]}.", ""]
     for module in modules(name):
         parts += [f"## `{module.removeprefix('starflow.')}`", "", "```{eval-rst}", f".. automodule:: {module}"]
         parts += ["   :members:", "   :undoc-members:", "   :ignore-module-all:", "```", ""]

@@ -49,6 +49,7 @@ def test_start(empty: Path) -> None:
     assert (empty / "apple.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("glyphs")
 def test_draw(empty: Path) -> None:
     for line in commands("tutorials/draw.md"):
@@ -59,6 +60,7 @@ def test_draw(empty: Path) -> None:
     assert len(names["drawn"].images) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("glyphs")
 def test_likelihood(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, *others = commands("tutorials/likelihood.md")
