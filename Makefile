@@ -1,5 +1,6 @@
 # make generate PROMPT="a red apple"   pictures from the bundled model, in out/
 # make test                            the quick tests
+# make docs                            the documentation, in build/docs/index.html
 # Both make .venv when it is missing; a second call installs nothing. Another Python: make PYTHON=python3.12 test
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
 
-.PHONY: generate test test-all lint format lock clean $(RESULTS)
+.PHONY: generate test test-all docs lint format lock clean $(RESULTS)
 .DELETE_ON_ERROR:
 
 generate: $(STAMP)
@@ -23,6 +24,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+# Offline. A warning is an error, and so is a name of ours that is not found (-n).
+docs: $(STAMP)
+	@$(VENV)/bin/python -m sphinx -W --keep-going -n -q -j auto -b html docs build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 # The paper's claims on small models, from nothing; each resumes, and writes its section of docs/results.md.
 # deep-shallow, guidance and fashion-mnist need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".

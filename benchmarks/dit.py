@@ -1,4 +1,4 @@
-"""A diffusion Transformer of as many parameters, which a user might pick instead: time of its 50 and 250 steps.
+"""Time 50 and 250 steps of a diffusion Transformer of as many parameters, which a user might pick instead.
 
 The architecture is diffusers' DiTTransformer2DModel as DiT/2 has it (arXiv 2212.09748): patches of 2 latents, adaptive
 norms, class and timestep, guidance by a second half of the batch, predicted variance. It is as wide as our model, and

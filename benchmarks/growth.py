@@ -1,4 +1,4 @@
-"""How the cost of sampling grows with tokens, batch and width, measured and drawn.
+"""Measure and draw how the cost of sampling grows with tokens, batch and width.
 
     python benchmarks/growth.py
     python benchmarks/document.py benchmarks/results/growth.json
@@ -32,11 +32,10 @@ from starflow.flow.memory import BYTES, cache_bytes
 from starflow.flow.model import build
 from starflow.io.files import write_bytes, write_json
 from starflow.nn.kv_cache import CachePool
+from starflow.sampling.calibrate import machine_of, synchronize
 from starflow.sampling.cpu.engine import cpu_engine_of
-from starflow.sampling.jacobi import Span, step
-from starflow.sampling.planner import wait
-from starflow.sampling.policy import machine_of
-from starflow.sampling.predictor import IterationLimits, Predictor
+from starflow.sampling.jacobi import Span, fixed_point_step
+from starflow.sampling.predictor import Predictor, SolverOptions
 from starflow.sampling.sequential import solve_sequential
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +100,9 @@ def measure(sizes: dict[str, int], device: torch.device, ceilings: MachineLimits
     predictor = Predictor.of(block, batch, side * side, [None], table, None, CachePool(), engine)
     with torch.no_grad():
         one_by_one = fastest(
-            lambda: solve_sequential(predictor, noise, IterationLimits(), lambda _: None), device, repeats
+            lambda: solve_sequential(predictor, noise, SolverOptions(), lambda _: None), device, repeats
         )
-        whole = fastest(lambda: step(predictor, noise, noise, Span(0, side * side)), device, repeats)
+        whole = fastest(lambda: fixed_point_step(predictor, noise, noise, Span(0, side * side)), device, repeats)
     work = sampling_work(model, batch, side * side, guided=False)
     cache = cache_bytes(config, batch, side * side, "float32", guided=False) * (side * side + 1) / 2  # the mean is read
     needs = {
@@ -128,10 +127,10 @@ def fastest(action: Callable[[], object], device: torch.device, repeats: int) ->
     """Seconds, after one run that does not count."""
     found = []
     for _ in range(repeats + 1):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         action()
-        wait(device)
+        synchronize(device)
         found.append(time.perf_counter() - started)
     return min(found[1:])
 

@@ -1,4 +1,4 @@
-"""What rounding the weights next to the noise to 8 bits costs: nats a dimension, and the pictures.
+"""Measure what 8-bit weights in the block next to the noise cost: nats a dimension, and changes of the pictures.
 
     python benchmarks/int8.py glyphs data/glyphs --output benchmarks/results/int8.json
     python benchmarks/document.py benchmarks/results/int8.json

@@ -1,4 +1,4 @@
-"""A textbook decoder of our own models: eager PyTorch, one token at a time.
+"""Time a textbook decoder of our own models: eager PyTorch, one token at a time.
 
 What one writes from the paper: a cache of keys and values, allocated once, that every token extends; keys as the linear
 layer gives them, so that the whole cache is rotated at each token; the condition first, in one pass; condition and null
@@ -148,9 +148,9 @@ class Decoder:
 
 
 def main() -> None:
-    from starflow.bench.sample import subject
+    from starflow.bench.sample import load_model
 
-    task = subject("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
+    task = load_model("57m", torch.device("cpu"), torch.float32).task(4, 3.0)
     for _ in range(2):
         started = time.perf_counter()
         decode(task)

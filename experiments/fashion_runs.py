@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.views import load_views, save_views
 from starflow.evaluate import FeatureExtractor, extract_features
@@ -16,10 +16,10 @@ from starflow.evaluate.dataset import select_rows
 from starflow.io import files
 from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
+from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
 from starflow.train.run import start_run
-from starflow.train.stages import prepare_latents, train_flow
+from starflow.train.stages import Stages, train_flow
 
 
 def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: int, device: torch.device) -> Path:
@@ -31,7 +31,7 @@ def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: 
         rows = [row * first // train for row in range(train)]
         rows += [first + row * (len(views) - first) // heldout for row in range(heldout)]
         save_views(shared / "views.safetensors", select_rows(views, rows))
-    prepare_latents(start_run(load_recipe(recipe), shared, device, progress=False))
+    Stages(start_run(load_recipe(recipe), shared, device, progress=False)).cache_latents()
     return shared
 
 
@@ -78,6 +78,6 @@ def reference_features(shared: Path, extractor: FeatureExtractor, count: int) ->
     if not path.is_file():
         views = load_views(shared / "views.safetensors")
         images = views.images[views.splits.index("heldout") :][:count]
-        features = extract_features(extractor, (to_unit(some) for some in images.split(64))).features
+        features = extract_features(extractor, (to_float(some) for some in images.split(64))).features
         files.write_tensors(path, {"features": features})
     return files.read_tensors(path)["features"]

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from starflow.cli.main import main
-from starflow.config import from_dict
 from starflow.pipeline.locate import BUNDLED
-from starflow.train.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +52,7 @@ def run(line: str) -> None:
 
 @pytest.mark.usefixtures("glyphs")
 def test_make_generate(tmp_path: Path) -> None:
-    (line,) = commands("Two commands")
+    line = commands("Two commands")[0]
     up_to_date = ["make", "--question", ".venv/.installed"]
     if subprocess.run(up_to_date, cwd=ROOT, capture_output=True, check=False).returncode != 0:
         pytest.skip("the tests run in another environment than make's")
@@ -66,20 +63,32 @@ def test_make_generate(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("glyphs")
 def test_shell(empty: Path) -> None:
-    for line in commands("From a shell"):
+    for line in commands("Two commands")[1:]:
         run(line)
-    assert len(list((empty / "out").glob("a-red-apple-*.png"))) == 4
+    assert len(list((empty / "out").glob("a-blue-car-*.png"))) == 4
     assert (empty / "out" / "grid.png").is_file()
     assert (empty / "car.png").is_file()
 
 
 @pytest.mark.usefixtures("glyphs")
-def test_python(empty: Path) -> None:
-    (program,) = blocks("In Python", "python")
+def test_python(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks("Five lines of Python", "python")
+    assert len([line for line in program.splitlines() if line]) == 5
     names: dict[str, Any] = {}
     exec(compile(program, "README.md", "exec"), names)
     assert (empty / "apple.png").is_file()
-    assert names["again"].size == names["image"].size
+    assert 0 < float(capsys.readouterr().out) < 8
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_install(empty: Path) -> None:
+    """pip's lines are read: the extra and the package that they name exist, with the lock's version."""
+    *pip, last = commands("Install")
+    assert [line.split()[:2] for line in pip] == [["pip", "install"]] * 2
+    (pinned,) = re.findall(r"[a-z0-9-]+==[0-9.]+", pip[1])
+    assert pinned in (ROOT / "requirements" / "lock-data.txt").read_text()
+    run(last)
+    assert (empty / "out" / "a-red-apple-0000.png").is_file()
 
 
 @pytest.mark.slow
@@ -89,19 +98,18 @@ def test_training(empty: Path) -> None:
     assert len(list((empty / "out").glob("*.png"))) == 9
 
 
-def test_recipes_are_read() -> None:
-    (text,) = blocks("Train your own", "yaml")
-    recipe = from_dict(Recipe, yaml.safe_load(text))
-    assert recipe.data.source == "folder"
-
-
 def test_every_block_is_of_a_tested_section() -> None:
-    """That of the published weights is run by tests/components/test_releases.py, against a local hub."""
-    shells = ("Two commands", "From a shell", "Train your own", "The published weights")
-    tested = {"sh": shells, "python": ("In Python",)}
+    """The command of the published weights is run by tests/pipeline/test_locate.py, against a local hub."""
+    shells = ("Two commands", "Install", "Train your own", "The published weights")
+    tested = {"sh": shells, "python": ("Five lines of Python",)}
     for language, sections in tested.items():
         found = re.findall(rf"^```{language}$", TEXT, re.MULTILINE)
         assert len(found) == sum(len(blocks(section, language)) for section in sections)
+
+
+def test_it_is_short_and_says_what_was_never_checked() -> None:
+    assert len(TEXT.splitlines()) < 110
+    assert "never checked against the live hub" in " ".join(TEXT.split())
 
 
 def test_commands_that_are_only_named_exist() -> None:

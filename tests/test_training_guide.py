@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run as they stand, but for the number of updates and of processes."""
+"""The commands of docs/training.md and docs/many-gpus.md run as they stand, with fewer updates and processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image
 from starflow.cli.main import COMMANDS, main
 from starflow.cli.options import parse, split_overrides
 from starflow.cli.train import TrainOptions
-from starflow.conditioning.text import MINILM, resolve
+from starflow.conditioning.text import MINILM, find_text_encoder
 from starflow.data.sets.shapes import draw_shapes
 from starflow.errors import UserError
 from starflow.train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+TEXT = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "many-gpus.md"))
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 HERE = [line for line in LINES if line.startswith("starflow ") and "recipes/starflow-" not in line]
@@ -38,7 +38,7 @@ SHORT_AUTOENCODER = ["--autoencoder.train.steps", "2", "--autoencoder.train.batc
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with my-pictures/ (eight, with captions), my-classes/, mine.yaml and the recipes."""
     try:
-        resolve(MINILM)
+        find_text_encoder(MINILM)
     except UserError:
         pytest.skip("the text encoder is not installed")
     folder = tmp_path_factory.mktemp("guide")

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from starflow.bench.limits import measure_footprint, rise
+from starflow.bench.limits import measure_footprint, track_memory
 from starflow.flow import memory
 from starflow.flow.config import STARFlowConfig
 from starflow.latents import PixelLatents
 from starflow.nn.kv_cache import CachePool
-from starflow.sampling.cpu.pack import Panels, pack
+from starflow.sampling.cpu.pack import PanelLayout, pack
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
 from tests.registry import randomised
@@ -44,7 +44,7 @@ def test_weights_and_caches_are_those_predicted(monkeypatch: pytest.MonkeyPatch)
 def test_packed_copies_are_those_predicted() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         model = randomised(CONFIG, 0).to(dtype)
-        packed = sum(pack(block, Panels(16, 8)).bytes for block in model.iter_blocks())
+        packed = sum(pack(block, PanelLayout(16, 8)).bytes for block in model.iter_blocks())
         predicted = memory.packed_bytes(CONFIG, name)  # type: ignore[arg-type]
         assert predicted <= packed <= 1.01 * predicted, "more than panels filled up"
     assert memory.packed_bytes(CONFIG, "float32", int8=True) < memory.packed_bytes(CONFIG, "float32") / 2
@@ -52,7 +52,7 @@ def test_packed_copies_are_those_predicted() -> None:
 
 @LINUX
 def test_a_rise_is_seen_even_where_it_has_passed() -> None:
-    with rise(torch.device("cpu")) as found:
+    with track_memory(torch.device("cpu")) as found:
         torch.ones(2**25).sum()  # 128 MiB
     assert found.bytes is not None
     assert 0.9 * 2**27 < found.bytes < 1.3 * 2**27

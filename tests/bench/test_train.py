@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,12 +21,18 @@ SMALL = STARFlowConfig(
 
 
 @pytest.mark.parametrize("config", [SMALL, TarFlowConfig(3, 8, 2, 64, 2, 1, num_classes=5)])
-def test_the_figures_fit_each_other(config: STARFlowConfig | TarFlowConfig) -> None:
+def test_the_figures_fit_each_other(config: STARFlowConfig | TarFlowConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that every look moves on by a second, and a product of a known rate."""
+    ticks = itertools.count()
+    monkeypatch.setattr("starflow.bench.train.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr("starflow.bench.train.MatrixProduct.rate", lambda _: 1e12)
     speed = measure(config, TrainSettings(steps=3, batch=4), World())
-    assert speed.update == pytest.approx(speed.forward + speed.backward + speed.optimiser, rel=0.5)
+    assert (speed.first_update, speed.update) == (3.0, 3.0)
+    assert speed.forward == speed.backward == speed.optimiser == 1.0
+    assert speed.product_flops_per_second == 1e12
+    assert speed.share == speed.best_share == pytest.approx(speed.flops_per_second / 1e12)
     assert speed.pictures_per_second == pytest.approx(4 / speed.update)
     assert speed.flops_per_second == pytest.approx(speed.pictures_per_second * speed.flops_per_picture)
-    assert 0 < speed.share <= speed.best_share < 1
     assert speed.precision == "float32"
     assert train_table(speed).splitlines()[-1].startswith("share")
 

@@ -10,7 +10,7 @@ import torch
 
 from starflow.bench import sample as bench
 from starflow.bench.limits import MachineLimits
-from starflow.bench.sample import SamplingBenchmark, measure, subject
+from starflow.bench.sample import SamplingBenchmark, load_model, measure
 from starflow.config import to_dict
 from starflow.flow.config import STARFlowConfig
 from tests.compilers import set_compiler
@@ -33,7 +33,9 @@ def test_a_report_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "from starflow.bench.limits import Baseline\n"
         "def baselines(task): return [Baseline('textbook', lambda: None, 1.0, 'a note')]\n"
     )
-    report = measure(subject("57m", torch.device("cpu"), torch.float32), SamplingBenchmark((2,), 0.0, 2, 1, tmp_path))
+    report = measure(
+        load_model("57m", torch.device("cpu"), torch.float32), SamplingBenchmark((2,), 0.0, 2, 1, tmp_path)
+    )
     text = document.section({"command": "starflow bench sample 57m", **to_dict(report)})
     assert "random weights, token by token only" in text
     assert "Ceilings of the run: 2.0 GB/s, 3 GFLOP/s." in text

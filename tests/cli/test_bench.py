@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.planner import planner_of
+from starflow.sampling.policy import read_policy
 from tests.cli.conftest import Run, fails
 
 
@@ -16,14 +16,10 @@ def test_a_policy_is_written_beside_the_weights_and_found_there(run: Run, classe
     assert "blocks by how hard they are to iterate" in result.out
     assert str(classes / "flow" / "policy.json") in result.out
     pipeline = StarFlowPipeline.from_pretrained(classes)
-    known = planner_of(pipeline.flow).policy
+    known = read_policy(pipeline.flow)
     assert known is not None
-    assert [(plan.situation.batch, plan.situation.guided) for plan in known.plans] == [
-        (1, True),
-        (1, False),
-        (2, True),
-        (2, False),
-    ]
+    assert [[timing.batch for timing in choice.timings] for choice in known.choices] == [[1, 2]] * len(known.choices)
+    assert f"choices for cpu, {known.tokens} tokens, guided, float32" in result.out
     assert known.tolerance == 0.01
     assert len(known.convergence) == pipeline.flow.config.num_blocks
     (classes / "flow" / "policy.json").unlink()

@@ -159,17 +159,17 @@ def test_a_size_that_was_not_trained_is_one_warning(run: Run, classes: Path, tmp
 def test_cleaning_is_the_pipelines(run: Run, classes: Path, text: Path, tmp_path: Path, way: Cleaning) -> None:
     for name, model in (("classes", classes), ("text", text)):
         file = tmp_path / f"{name}.png"
-        words = ["--cleaning", way, "--solver", "sequential", "--seed", 4, "--model", model, "--output", file]
+        words = ["--cleaning", way, "--seed", 4, "--model", model, "--output", file]
         assert run("generate", *words).code == 0
         pipeline = StarFlowPipeline.from_pretrained(model)
-        assert pixels(file) == pipeline(seed=4, cleaning=way, solver="sequential").images[0].tobytes()
+        assert pixels(file) == pipeline(seed=4, cleaning=way).images[0].tobytes()
     fails(run("generate", "--cleaning", "soap"), "--cleaning is 'soap'", "one of decoder, tweedie, none")
 
 
 def test_another_decoder(run: Run, text: Path, tmp_path: Path) -> None:
     """The model's own under another name gives the same picture, another's another."""
     shutil.copytree(text / "autoencoder", tmp_path / "other")
-    words = ["a red apple", "--solver", "sequential", "--model", text]
+    words = ["a red apple", "--model", text]
     assert run("generate", *words, "--output", tmp_path / "own.png").code == 0
     assert run("generate", *words, "--decoder", tmp_path / "other", "--output", tmp_path / "same.png").code == 0
     assert pixels(tmp_path / "own.png") == pixels(tmp_path / "same.png")
@@ -181,7 +181,7 @@ def test_another_decoder(run: Run, text: Path, tmp_path: Path) -> None:
 def test_solvers_agree(run: Run, classes: Path, tmp_path: Path, solver: str) -> None:
     path = tmp_path / "one.png"
     assert run("generate", "star", "--solver", solver, "--model", classes, "--output", path).code == 0
-    expected = StarFlowPipeline.from_pretrained(classes)("star", solver="sequential").images[0].tobytes()
+    expected = StarFlowPipeline.from_pretrained(classes)("star").images[0].tobytes()
     assert max(abs(x - y) for x, y in zip(pixels(path), expected, strict=True)) <= 2
 
 

@@ -64,10 +64,10 @@ def test_a_recipe_to_a_model_that_generates(
         "step_00000002.png",
         "step_00000003.png",
     ]
-    assert run("generate", "star", "--solver", "sequential", "--model", folder / "model").code == 0
+    assert run("generate", "star", "--model", folder / "model").code == 0
     assert (tmp_path / "out" / "star-0000.png").is_file()
     # Whatever reads models reads the run too, and the flow alone.
-    assert run("generate", "star", "--solver", "sequential", "--model", folder, "--output", "again").code == 0
+    assert run("generate", "star", "--model", folder, "--output", "again").code == 0
     with Image.open("again/star-0000.png") as one, Image.open("out/star-0000.png") as two:
         assert one.tobytes() == two.tobytes()
     facts = json.loads(run("info", folder, "--verify", "--json").out)

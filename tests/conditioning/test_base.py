@@ -58,6 +58,12 @@ def test_the_spec_survives_json_and_builds_it_again(labels: ClassLabels) -> None
     assert torch.equal(again.encode(["7"]), labels.encode(["7"]))
 
 
+@pytest.mark.parametrize(("size", "dim"), [(0, 4), (4, 0), (-1, 4)])
+def test_a_condition_has_tokens_and_width(size: int, dim: int) -> None:
+    with pytest.raises(UserError, match=f"{size} tokens of width {dim}: both must be at least 1"):
+        ConditionerSpec("text", size, dim)
+
+
 def test_results_follow_the_network(labels: ClassLabels) -> None:
     labels.network.double()
     assert labels.encode(["7"]).dtype == torch.float64

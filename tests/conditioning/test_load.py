@@ -1,5 +1,5 @@
-"""A text encoder in the layout of google/flan-t5-xl: several shards, a trained subword tokenizer, 128 tokens; and one
-that is released after use."""
+"""A text encoder in the layout of google/flan-t5-xl (several shards, a trained subword tokenizer, 128 tokens), kept in
+memory or loaded on demand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, load, load_conditioner
+from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, load_conditioner
 from starflow.conditioning import load as loading
+from starflow.conditioning.load import _free_memory
 from starflow.errors import UserError
 
 WIDTH, SIZE = 16, 128
@@ -83,7 +84,7 @@ def test_the_layout_is_that_of_flan_t5_xl(flan: Path) -> None:
 
 @torch.no_grad()
 def test_states_are_those_of_128_padded_tokens_times_the_mask(flan: Path) -> None:
-    """Against transformers' own encoder on the padded batch, as the released model was trained."""
+    """Against transformers' own encoder on the padded batch, as the published model was trained."""
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokens = AutoTokenizer.from_pretrained(flan)(
@@ -155,7 +156,7 @@ class Loads:
         return sum(network() is not None for network in self.networks)
 
 
-def test_a_released_encoder_gives_the_same_and_is_gone_after(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_on_demand_gives_the_same_and_is_gone_after(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load_conditioner(spec(flan))
     loads = Loads(monkeypatch)
     lazy = OnDemandTextEncoder(spec(flan))
@@ -164,7 +165,7 @@ def test_a_released_encoder_gives_the_same_and_is_gone_after(flan: Path, monkeyp
     torch.testing.assert_close(lazy.encode(prompts), kept.encode(prompts), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lazy.null(3), kept.null(3), rtol=1e-5, atol=1e-5)
     assert (len(loads.networks), loads.alive) == (1, 0)
-    lazy.encode(CAPTIONS[1:])  # remembered
+    lazy.encode(CAPTIONS[1:])  # cached
     assert len(loads.networks) == 1
     lazy.encode(["a green apple"])
     assert (len(loads.networks), loads.alive) == (2, 0)
@@ -176,25 +177,25 @@ def test_prompts_of_many_calls_are_encoded_together(flan: Path, monkeypatch: pyt
     loads = Loads(monkeypatch)
     lazy = OnDemandTextEncoder(spec(flan))
     texts = [f"{number} apples" for number in range(40)]  # over two passes
-    lazy.remember(texts)
+    lazy.encode_ahead(texts)
     together = torch.cat([lazy.encode([text]) for text in texts])
     assert len(loads.networks) == 1
     torch.testing.assert_close(together, TextEncoder.from_pretrained(str(flan)).encode(texts), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_remembered_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "REMEMBERED", 3)
+def test_the_cache_of_prompts_is_bounded(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "CACHED_PROMPTS", 3)
     loads = Loads(monkeypatch)
     lazy = OnDemandTextEncoder(spec(flan))
     found = lazy.encode(CAPTIONS)
-    torch.testing.assert_close(lazy.encode(CAPTIONS), found)  # more than are remembered is no fault
-    assert len(lazy._known) <= 3
+    torch.testing.assert_close(lazy.encode(CAPTIONS), found)  # more than are cached is no fault
+    assert len(lazy._cache) <= 3
     assert loads.alive == 0
 
 
-def test_large_encoders_are_released_unless_kept_by_request(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_encoders_are_loaded_on_demand_unless_kept(flan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load_conditioner(spec(flan), keep=None), TextEncoder)
-    monkeypatch.setattr(loading, "LARGE", 1000)
+    monkeypatch.setattr(loading, "LARGE_BYTES", 1000)
     assert isinstance(load_conditioner(spec(flan), keep=None), OnDemandTextEncoder)
     assert isinstance(load_conditioner(spec(flan), keep=True), TextEncoder)
     assert isinstance(load_conditioner(spec(flan), keep=False), OnDemandTextEncoder)
@@ -213,7 +214,7 @@ def test_faults_show_before_anything_is_loaded(flan: Path, tmp_path: Path, monke
     assert not loads.networks
 
 
-def test_saving_a_released_encoder_leaves_nothing_in_memory(
+def test_saving_an_encoder_on_demand_leaves_nothing_in_memory(
     flan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = Loads(monkeypatch)
@@ -221,3 +222,18 @@ def test_saving_a_released_encoder_leaves_nothing_in_memory(
     gc.collect()
     assert loads.alive == 0
     assert TextEncoder.from_pretrained(str(tmp_path / "encoder")).spec.dim == WIDTH
+
+
+def test_memory_in_a_circle_is_returned() -> None:
+    """As transformers' models have it; without the garbage collector a circle of references stays."""
+    network = torch.nn.Linear(1, 1)
+    object.__setattr__(network, "own", network)
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        del network
+        assert gone() is not None
+        _free_memory(torch.device("cpu"))
+        assert gone() is None
+    finally:
+        gc.enable()

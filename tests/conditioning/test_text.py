@@ -1,7 +1,4 @@
-"""Text encoders: the contract on tiny random ones, and the real MiniLM where its package is installed.
-
-Emoji are read by their names, anywhere in a prompt.
-"""
+"""Text encoders: the contract on tiny random ones, the real MiniLM where its package is installed, and emoji."""
 
 from __future__ import annotations
 
@@ -127,6 +124,10 @@ def test_transformers_logging_is_left_as_it_was(bert: Path) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     TextEncoder.from_pretrained(str(bert), size=SIZE)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    with pytest.raises(KeyboardInterrupt), text._only_errors():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        raise KeyboardInterrupt
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def pretend_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
@@ -152,7 +153,7 @@ def test_minilm_without_package_or_network_names_the_command(monkeypatch: pytest
 def test_minilm_comes_from_the_hub_without_the_package(monkeypatch: pytest.MonkeyPatch, bert: Path) -> None:
     pretend_package(monkeypatch, None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **settings: {MINILM: str(bert)}[repo])
-    assert text.resolve("all-MiniLM-L6-v2") == bert
+    assert text.find_text_encoder("all-MiniLM-L6-v2") == bert
 
 
 def test_the_package_is_checked_by_hash(monkeypatch: pytest.MonkeyPatch, bert: Path, tmp_path: Path) -> None:
@@ -162,13 +163,13 @@ def test_the_package_is_checked_by_hash(monkeypatch: pytest.MonkeyPatch, bert: P
         TextEncoder.from_pretrained(MINILM)
     digest = hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.setattr(text, "MINILM_SHA256", digest)
-    assert text.resolve(MINILM) == tmp_path / "model"
+    assert text.find_text_encoder(MINILM) == tmp_path / "model"
 
 
 def test_a_folder_goes_before_the_package(monkeypatch: pytest.MonkeyPatch, bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / MINILM)
     monkeypatch.chdir(tmp_path)
-    assert text.resolve(MINILM) == Path(MINILM)
+    assert text.find_text_encoder(MINILM) == Path(MINILM)
 
 
 @with_minilm
@@ -186,7 +187,7 @@ def test_the_real_minilm() -> None:
 
 @with_minilm
 def test_the_packaged_config_is_minilms() -> None:
-    config = json.loads((text.resolve(MINILM) / "config.json").read_text())
+    config = json.loads((text.find_text_encoder(MINILM) / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (384, 6)
 
 

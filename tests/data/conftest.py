@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, Package, Sources
+from starflow.data.sets.glyphs.packages import GLYPH_PACKAGES, GlyphPackages, Package
 
 SIZE = 32
 
@@ -95,7 +95,7 @@ class FakeRegistry:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.sources: Sources = GLYPH_SOURCES
+        self.sources: GlyphPackages = GLYPH_PACKAGES
         icons, chars = icon_set()
         emoji = {"".join(chr(int(p, 16)) for p in str(e["hexcode"]).split("-")): {"name": e["label"]} for e in LABELS}
         self.put("render", {"assets/1f34e.webp": webp(), "assets/1f3ce-fe0f.webp": webp("blue")})

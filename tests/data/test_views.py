@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from starflow.config import from_dict, to_dict
-from starflow.data.images import on_background, resize_crop
 from starflow.data.sets.glyphs.colours import BACKGROUNDS
 from starflow.data.sources.base import ImageRecord, Split
-from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
+from starflow.data.views import (
+    TrainingViews,
+    ViewConfig,
+    _leave_interrupts_to_the_parent,
+    _window_start,
+    load_views,
+    make_views,
+    save_views,
+)
 from starflow.errors import UserError
 
 MANY = ViewConfig(size=32, views=40, colour_backgrounds=0.5, hue=0.5)
@@ -221,14 +231,38 @@ def test_config_round_trip() -> None:
     assert from_dict(ViewConfig, to_dict(MANY)) == MANY
 
 
-def test_resize_crop_takes_the_centre_and_averages() -> None:
-    stripes = np.zeros((40, 80, 3), dtype=np.uint8)
-    stripes[:, 20:60:2] = 255
-    small = np.asarray(resize_crop(Image.fromarray(stripes), 10))
-    assert small.shape == (10, 10, 3)
-    assert np.abs(small[:, 2:-2].astype(int) - 128).max() < 12, "antialiased, not picked"
+@pytest.mark.parametrize(("group", "subgroup"), [("people-body", "hands"), ("objects", "game"), ("flags", "flag")])
+def test_what_has_a_colour_of_its_own_is_not_tinted(tmp_path: Path, group: str, subgroup: str) -> None:
+    record = glyph(tmp_path, "a")
+    record.meta.update(group=group, subgroup=subgroup)
+    views = draw([record], ViewConfig(size=32, views=20, hue=1.0, colour_backgrounds=0.0))
+    assert all("a red ball" in caption for caption in views.captions)
+    assert all(image[:, 16, 16].tolist() == [220, 30, 40] for image in views.images)
 
 
-def test_transparency_is_laid_on_the_colour() -> None:
-    image = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
-    assert on_background(image, (0, 0, 255)).getpixel((0, 0)) == pytest.approx((128, 0, 127), abs=1)
+@given(
+    window=st.floats(0.5, 2.0),
+    shift=st.floats(-0.25, 0.25),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_window_covers_the_thing_and_moves_as_far_as_it_may(window: float, shift: float, ends: list[float]) -> None:
+    low, high = ends
+    start = _window_start(1.0, window, shift, low, high)
+    if window < high - low:
+        assert start == pytest.approx((1 - window) / 2), "it cannot cover it, so it stays in the middle"
+        return
+    assert start <= low + 1e-9
+    assert start + window >= high - 1e-9
+    asked = (1 - window) / 2 - shift
+    if asked <= low and asked + window >= high:
+        assert start == pytest.approx(asked)
+
+
+def test_workers_leave_interrupts_to_the_parent() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _leave_interrupts_to_the_parent()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from starflow.conditioning import ClassLabels
-from starflow.data.images import to_pil, to_unit
+from starflow.data.images import to_float, to_pil
 from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
 from starflow.evaluate import FeatureExtractor
@@ -91,7 +91,7 @@ def test_likelihoods_are_the_pipelines(pictures: EvaluationSet) -> None:
     each = [
         made.log_prob(one, str(label), seed=2 * row, draws=2).nats
         for row, (one, label) in enumerate(
-            zip(to_pil(to_unit(pictures.heldout.images)), pictures.heldout.labels, strict=True)
+            zip(to_pil(to_float(pictures.heldout.images)), pictures.heldout.labels, strict=True)
         )
     ]
     assert report.likelihood["heldout"].nats_per_dim == pytest.approx(-sum(each) / 6 / 192, rel=1e-5)

@@ -57,7 +57,7 @@ DRAWN: dict[str, dict[str, Any]] = {
         )
     )
 }
-"""Arguments of calls of the small model. The solver is named: what "auto" takes depends on the clock."""
+"""Arguments of calls of the small model. The solver is named: what "auto" takes is policy.json's to say."""
 BUNDLED: dict[str, dict[str, Any]] = {
     "glyphs_one": {
         "prompt": ["a red apple", "an evergreen tree"],

@@ -1,6 +1,6 @@
-"""stabilityai/sd-vae-ft-ema's layout: four levels, no scaling factor in its config, attention under its old names.
+"""Autoencoders of diffusers in their published layouts: sd-vae-ft-ema's, and the real TAESD where its files are.
 
-The real TAESD, where its two files are at hand: it reconstructs, and its latents are of the documented scale.
+sd-vae-ft-ema has four levels, no scaling factor in its config, and attention under its old names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
 from starflow.latents import KLLatents
-from starflow.latents.diffusers import TAESD_FILES, TinyLatents
+from starflow.latents.diffusers import TAESD_FILES, TinyLatents, only_diffusers_errors
 from starflow.latents.load import load_autoencoder
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -154,3 +154,14 @@ def test_it_can_be_saved_for_diffusers_and_read_again(taesd: Path, tmp_path: Pat
     autoencoder.network.save_pretrained(tmp_path)  # type: ignore[operator]
     again = TinyLatents.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert torch.equal(again.encode(drawing(64)), autoencoder.encode(drawing(64)))
+
+
+def test_remarks_of_diffusers_are_silenced_while_it_loads_alone() -> None:
+    import diffusers
+
+    logging = diffusers.utils.logging
+    before = logging.get_verbosity()
+    with pytest.raises(KeyboardInterrupt), only_diffusers_errors(diffusers):
+        assert logging.get_verbosity() == logging.ERROR
+        raise KeyboardInterrupt
+    assert logging.get_verbosity() == before != logging.ERROR

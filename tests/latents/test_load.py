@@ -10,7 +10,15 @@ import torch
 
 from starflow.errors import UserError
 from starflow.io.files import write_json
-from starflow.latents.load import DecoderModule, TrainableAutoencoder, decoder_noise, load_trainable, save_trainable
+from starflow.latents.diffusers import TinyLatents
+from starflow.latents.load import (
+    DecoderModule,
+    TrainableAutoencoder,
+    decoder_noise,
+    load_trainable,
+    memory_layout,
+    save_trainable,
+)
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from tests.latents.test_base import save_kl, save_tiny
 
@@ -66,3 +74,12 @@ def test_what_has_no_decoder_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"_class_name": "UNet2DModel"})
     with pytest.raises(UserError, match="UNet2DModel"):
         load_trainable(str(tmp_path))
+
+
+def test_the_decoder_is_in_the_layout_that_is_fastest_to_train(autoencoder: TrainableAutoencoder) -> None:
+    tiny = isinstance(autoencoder, TinyLatents)  # on a CPU, as here
+    assert memory_layout(autoencoder) == (torch.contiguous_format if tiny else torch.channels_last)
+    weights = [weight for weight in DecoderModule(autoencoder).parameters() if weight.ndim == 4 and weight.shape[1] > 1]
+    wide = [weight for weight in weights if weight.shape[-1] > 1]
+    assert wide
+    assert all(weight.is_contiguous(memory_format=memory_layout(autoencoder)) for weight in wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,17 @@ def test_damaged_files_are_named(network: SmallAutoencoder, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(config.replace('"small"', '"large"'))
     with pytest.raises(UserError, match="describes a 'large'"):
         load_small(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channels": 0}, "channels 0"),
+        ({"widths": ()}, r"widths \(\)"),
+        ({"widths": (8, 0)}, r"widths \(8, 0\)"),
+        ({"decoder_pairs": -1}, "decoder_pairs cannot be negative"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SmallAutoencoderConfig(**values)

@@ -12,7 +12,7 @@ from starflow.errors import UserError
 from starflow.latents import PixelLatents
 from starflow.latents.base import Autoencoder
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
-from starflow.latents.tiled import decode_in_tiles, reach_of
+from starflow.latents.tiled import decode_in_tiles
 
 
 def latents(channels: int, height: int, width: int) -> Tensor:
@@ -37,7 +37,7 @@ def test_tiles_of_convolutions_are_the_whole(pairs: int, shape: tuple[int, int])
 def test_the_reach_is_no_larger_than_it_must_be() -> None:
     """A latent pixel just within it changes the answer, one beyond does not."""
     coder, z = small(1), latents(4, 41, 41)[:1] * 0.1
-    network, reach, centre = coder.network, reach_of(coder), slice(20 * 8, 21 * 8)
+    network, reach, centre = coder.network, coder.receptive_radius, slice(20 * 8, 21 * 8)
     before = network.decode(z)[:, :, centre, centre]
     for distance, touched in ((reach - 1, True), (reach + 1, False)):
         other = z.clone()

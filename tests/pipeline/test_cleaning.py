@@ -33,7 +33,7 @@ def pixels() -> StarFlowPipeline:
 def test_each_way_is_what_it_says(make: object) -> None:
     pipe: StarFlowPipeline = make()  # type: ignore[operator]
     ways: tuple[Cleaning, ...] = ("decoder", "tweedie", "none")
-    made = {way: pipe("star", seed=1, cleaning=way, solver="sequential") for way in ways}
+    made = {way: pipe("star", seed=1, cleaning=way) for way in ways}
     latents = made["none"].latents
     condition = pipe.conditioner.encode(["star"]) if pipe.conditioner else None
     cleaned = denoise(pipe.flow, latents, condition, sigma=pipe.config.noise_std)
@@ -48,7 +48,7 @@ def test_each_way_is_what_it_says(make: object) -> None:
 def test_the_models_own_way_is_the_default(make: object, own: Cleaning) -> None:
     pipe: StarFlowPipeline = make()  # type: ignore[operator]
     assert pipe.config.cleaning == own
-    default, named = (pipe("star", seed=1, cleaning=way, solver="sequential").images[0] for way in (None, own))
+    default, named = (pipe("star", seed=1, cleaning=way).images[0] for way in (None, own))
     assert torch.equal(from_pil(default), from_pil(named))
 
 

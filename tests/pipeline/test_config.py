@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.conditioning import ClassLabels
-from starflow.data.buckets import ASPECTS, Aspect, aspect_size, ratio_of
+from starflow.data.buckets import ASPECTS, Aspect, aspect_ratio, aspect_size
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.latents import AutoencoderSpec, PixelLatents
@@ -58,7 +58,7 @@ def test_the_nine_ratios_have_one_area_and_are_trained(aspect: Aspect) -> None:
     width, height = aspect_size(aspect, 256, 8)
     assert (width % 8, height % 8) == (0, 0)
     assert width * height == pytest.approx(256**2, rel=0.06)
-    assert math.log(width / height) == pytest.approx(math.log(ratio_of(aspect)), abs=0.06)
+    assert math.log(width / height) == pytest.approx(math.log(aspect_ratio(aspect)), abs=0.06)
     assert config.untrained_size_warning(NINE, FLOW, (width, height)) == ""
     assert bool(config.untrained_size_warning(SQUARE, FLOW, (width, height))) is (aspect != "1:1")
     shape = (4, height // 8, width // 8)

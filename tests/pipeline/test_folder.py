@@ -59,7 +59,7 @@ def reading(vae: Path, bert: Path) -> StarFlowPipeline:  # noqa: F811
 
 
 def picture(pipeline: StarFlowPipeline, prompt: str = "a red apple") -> bytes:
-    return pipeline(prompt, seed=3, solver="sequential").images[0].tobytes()
+    return pipeline(prompt, seed=3).images[0].tobytes()
 
 
 @pytest.mark.parametrize(("parts", "inside"), [("own", False), ("local", True), ("all", True)])
@@ -102,7 +102,7 @@ def test_the_text_encoder_is_released_unless_kept(
 ) -> None:
     reading.save_pretrained(tmp_path, parts="all")
     prompts = ["a red apple", "a blue car", ""]
-    expected = reading(prompts, num_images=2, solver="sequential").latents
+    expected = reading(prompts, num_images=2).latents
     lazy = StarFlowPipeline.from_pretrained(tmp_path, keep_text_encoder=False)
     assert isinstance(lazy.conditioner, OnDemandTextEncoder)
     loads = []
@@ -113,16 +113,16 @@ def test_the_text_encoder_is_released_unless_kept(
         return original(released)
 
     monkeypatch.setattr(OnDemandTextEncoder, "load", counting)
-    found = lazy(prompts, num_images=2, batch_size=1, solver="sequential").latents
+    found = lazy(prompts, num_images=2, batch_size=1).latents
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert len(loads) == 1  # for six batches
     lazy.remember_prompts(["a tree", "a car"])
-    lazy("a tree", solver="sequential")
-    lazy.log_prob(lazy("a car", solver="sequential").images[0], "a car")
+    lazy("a tree")
+    lazy.log_prob(lazy("a car").images[0], "a car")
     assert len(loads) == 2
     kept = StarFlowPipeline.from_pretrained(tmp_path)
     assert isinstance(kept.conditioner, TextEncoder)  # a small one
-    monkeypatch.setattr(loading, "LARGE", 100)
+    monkeypatch.setattr(loading, "LARGE_BYTES", 100)
     assert isinstance(StarFlowPipeline.from_pretrained(tmp_path).conditioner, OnDemandTextEncoder)
     assert isinstance(StarFlowPipeline.from_pretrained(tmp_path, keep_text_encoder=True).conditioner, TextEncoder)
     lazy.save_pretrained(tmp_path / "again")
@@ -135,10 +135,10 @@ def test_another_decoder_decodes(vae: Path, tmp_path: Path) -> None:
     main.save_pretrained(tmp_path / "model")
     other = KLLatents.from_pretrained(str(save_sd_vae(tmp_path / "other", seed=5)))
     pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "other"))
-    made = pipeline(seed=3, cleaning="none", solver="sequential")
-    assert torch.equal(made.latents, main(seed=3, cleaning="none", solver="sequential").latents)
+    made = pipeline(seed=3, cleaning="none")
+    assert torch.equal(made.latents, main(seed=3, cleaning="none").latents)
     assert made.images[0].tobytes() == to_pil(other.decode(made.latents).detach())[0].tobytes()
-    assert made.images[0].tobytes() != main(seed=3, cleaning="none", solver="sequential").images[0].tobytes()
+    assert made.images[0].tobytes() != main(seed=3, cleaning="none").images[0].tobytes()
     pipeline.save_pretrained(tmp_path / "again")  # keeps the model's own
     assert picture(StarFlowPipeline.from_pretrained(tmp_path / "again"), "") == picture(main, "")
 
@@ -157,8 +157,8 @@ def test_the_way_out_of_the_noise_is_the_decoders(vae: Path, tmp_path: Path) -> 
     )
     for model, decoder, way in cases:
         pipeline = StarFlowPipeline.from_pretrained(tmp_path / model, decoder=decoder)
-        default = pipeline(seed=1, solver="sequential").images[0]
-        named = pipeline(seed=1, solver="sequential", cleaning=way).images[0]
+        default = pipeline(seed=1).images[0]
+        named = pipeline(seed=1, cleaning=way).images[0]
         assert default.tobytes() == named.tobytes(), (model, decoder)
 
 

@@ -126,7 +126,7 @@ def test_tarflow_is_a_pipeline_of_pixels(tmp_path: Path, classes: int) -> None:
     assert pipeline.flow.config == config
     assert same(pipeline.flow, built, torch.float32)
     prompt = "2" if classes else ""
-    image = pipeline(prompt, solver="sequential", guidance=0.0).images[0]
+    image = pipeline(prompt, guidance=0.0).images[0]
     assert image.size == (8, 8)
     assert pipeline.config.noise_std == 0.07
 

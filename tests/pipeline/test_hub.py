@@ -46,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 def picture(model: str | Path, **settings: object) -> bytes:
     loaded = StarFlowPipeline.from_pretrained(model, **settings)  # type: ignore[arg-type]
-    return loaded("star", solver="sequential").images[0].tobytes()
+    return loaded("star").images[0].tobytes()
 
 
 def test_a_repository_is_its_folder(hub: Hub, model: Path) -> None:

@@ -49,22 +49,22 @@ def tarflow() -> StarFlowPipeline:
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(pixels: StarFlowPipeline) -> None:
     prompts = ["circle", "square", "star", ""]
-    together = pixels(prompts, num_images=2, seed=5, solver="sequential").latents
-    in_threes = pixels(prompts, num_images=2, seed=5, solver="sequential", batch_size=3).latents
+    together = pixels(prompts, num_images=2, seed=5).latents
+    in_threes = pixels(prompts, num_images=2, seed=5, batch_size=3).latents
     torch.testing.assert_close(together, in_threes, rtol=0, atol=1e-4 * float(together.abs().max()))
-    alone = pixels("star", seed=5 + 5, solver="sequential").latents
+    alone = pixels("star", seed=5 + 5).latents
     torch.testing.assert_close(together[5:6], alone, rtol=0, atol=1e-4 * float(together.abs().max()))
 
 
 def test_a_batch_may_hold_different_prompts_weights_and_seeds(pixels: StarFlowPipeline) -> None:
     prompts, weights = ["circle", "square", "star", "circle"], [0.0, 1.0, 3.0, 2.5]
-    together = pixels(prompts, guidance=weights, seed=3, solver="sequential")
-    in_threes = pixels(prompts, guidance=torch.tensor(weights), seed=3, solver="sequential", batch_size=3)
+    together = pixels(prompts, guidance=weights, seed=3)
+    in_threes = pixels(prompts, guidance=torch.tensor(weights), seed=3, batch_size=3)
     for index, (prompt, weight) in enumerate(zip(prompts, weights, strict=True)):
-        alone = pixels(prompt, guidance=weight, seed=3 + index, solver="sequential").latents[0]
+        alone = pixels(prompt, guidance=weight, seed=3 + index).latents[0]
         for batch in (together, in_threes):
             torch.testing.assert_close(batch.latents[index], alone, rtol=1e-4, atol=1e-4)
-    other = pixels(prompts, guidance=weights[::-1], seed=3, solver="sequential").latents
+    other = pixels(prompts, guidance=weights[::-1], seed=3).latents
     assert all(not torch.allclose(one, two, atol=1e-3) for one, two in zip(together.latents, other, strict=True))
 
 
@@ -78,18 +78,18 @@ def test_seeds_and_prompts_are_reported_in_order(pixels: StarFlowPipeline) -> No
 def test_temperature_scales_the_noise(pixels: StarFlowPipeline) -> None:
     z = 0.5 * noise_from_seeds([3], pixels._latent_shape(None))
     condition, _ = pixels._condition(["star"])
-    cool = pixels("star", guidance=0.0, temperature=0.5, seed=3, solver="sequential").latents
+    cool = pixels("star", guidance=0.0, temperature=0.5, seed=3).latents
     assert torch.equal(cool, sample(pixels.flow, z, condition))
     own = dataclasses.replace(pixels.config, temperature=0.5)
     default = StarFlowPipeline(pixels.flow, pixels.autoencoder, pixels.conditioner, own)
-    assert torch.equal(cool, default("star", guidance=0.0, seed=3, solver="sequential").latents)
+    assert torch.equal(cool, default("star", guidance=0.0, seed=3).latents)
     with pytest.raises(UserError, match="temperature is -1.0, expected above 0"):
         pixels("star", temperature=-1.0)
 
 
 def test_of_several_candidates_the_likeliest_is_kept(pixels: StarFlowPipeline) -> None:
     prompts = ["circle", "star", ""]
-    kept = pixels(prompts, candidates=4, seed=3, solver="sequential", batch_size=5).latents
+    kept = pixels(prompts, candidates=4, seed=3, batch_size=5).latents
     condition, null = pixels._condition(prompts)
     assert condition is not None
     assert null is not None
@@ -100,15 +100,15 @@ def test_of_several_candidates_the_likeliest_is_kept(pixels: StarFlowPipeline) -
         torch.testing.assert_close(kept[index], drawn[best], rtol=0, atol=1e-4)
     own = dataclasses.replace(pixels.config, candidates=4)
     default = StarFlowPipeline(pixels.flow, pixels.autoencoder, pixels.conditioner, own)
-    again = default(prompts, seed=3, solver="sequential").latents
+    again = default(prompts, seed=3).latents
     torch.testing.assert_close(kept, again, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="candidates is 0, expected at least 1"):
         pixels("star", candidates=0)
 
 
 def test_guidance_and_prompt_change_the_picture_and_the_seed_fixes_it(pixels: StarFlowPipeline) -> None:
-    plain = pixels("circle", guidance=0.0, seed=1, solver="sequential").latents
-    assert torch.equal(plain, pixels("circle", guidance=0.0, seed=1, solver="sequential").latents)
+    plain = pixels("circle", guidance=0.0, seed=1).latents
+    assert torch.equal(plain, pixels("circle", guidance=0.0, seed=1).latents)
     for other in (pixels("circle", guidance=2.0, seed=1), pixels("star", guidance=0.0, seed=1)):
         assert not torch.allclose(plain, other.latents, atol=1e-3)
 
@@ -119,8 +119,7 @@ def test_disk_there_and_back(name: str, tmp_path: Path, request: pytest.FixtureR
     pipeline.save_pretrained(tmp_path / "model")
     loaded = StarFlowPipeline.from_pretrained(tmp_path / "model")
     assert type(loaded.flow) is type(pipeline.flow)
-    # "auto" chooses by timing, anew for every model that is loaded: a solver that is named gives the same bits.
-    before, after = (one("star", seed=2, solver="sequential") for one in (pipeline, loaded))
+    before, after = (one("star", seed=2) for one in (pipeline, loaded))
     torch.testing.assert_close(after.latents, before.latents, rtol=0, atol=1e-5)  # products round by where tensors lie
     assert (from_pil(before.images[0]) - from_pil(after.images[0])).abs().max() <= 2 / 127.5
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()

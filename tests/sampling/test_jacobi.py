@@ -13,9 +13,9 @@ from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.guidance import Guidance
-from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
+from starflow.sampling.jacobi import Span, fixed_point_step, relative_change, solve_jacobi
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.predictor import IterationLimits, Predictor, draft_of, select_pictures
+from starflow.sampling.predictor import Predictor, SolverOptions, make_draft, select_pictures
 from starflow.sampling.sampler import run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
@@ -54,15 +54,15 @@ def test_the_reported_residual_is_that_of_the_returned_values(
     case: Case, policy: BlockPolicy, tolerance: float
 ) -> None:
     """F evaluated anew on what came back, segment by segment: no more than reported, and that within the bound."""
-    effort = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    options = SolverOptions(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
     for predictor, noise in predictors(case):
-        solution = solve_jacobi(predictor, noise, effort, lambda _: None)
+        solution = solve_jacobi(predictor, noise, options, lambda _: None)
         assert (solution.residual_B <= tolerance).all()
         predictor.prefill()
         length, worst = policy.segment or predictor.tokens, torch.zeros(len(noise))
         for start in range(predictor.first, predictor.tokens, length):
             span = Span(start, min(start + length, predictor.tokens))
-            again = step(predictor, solution.x_BNC, noise, span)
+            again = fixed_point_step(predictor, solution.x_BNC, noise, span)
             worst = torch.maximum(worst, relative_change(again, solution.x_BNC[:, span.start : span.stop]))
         torch.testing.assert_close(worst, torch.maximum(worst, solution.residual_B), rtol=1e-3, atol=1e-5)
         assert (worst <= solution.residual_B * 1.001 + 1e-5).all()
@@ -139,10 +139,10 @@ def test_a_narrowed_predictor_predicts_what_the_whole_one_does(model: Flow) -> N
     table = model.block_rotary(block, model.rotary(grid))
     whole = Predictor.of(block, 4, 16, [condition, null], table, guidance, CachePool())
     whole.prefill()
-    whole.predict(whole.before(tokens, 0, 6), 0)
+    whole.predict(whole.inputs(tokens, 0, 6), 0)
     rows = torch.tensor([3, 1])
     some = select_pictures(whole, rows, 3 + 6)
-    before = whole.before(tokens, 6, 16)
+    before = whole.inputs(tokens, 6, 16)
     for ours, theirs in zip(some.predict(before[rows], 6), whole.predict(before, 6), strict=True):
         torch.testing.assert_close(ours, theirs[rows], rtol=1e-4, atol=2e-5)
 
@@ -153,7 +153,7 @@ def test_a_draft_is_near_its_block_and_leaves_it_alone(model: Flow) -> None:
     block = next(model.iter_blocks())
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     predictor = Predictor.of(block, 2, 16, [None], model.block_rotary(block, model.rotary(grid)), None, CachePool())
-    exact, rounded = (step(one, tokens, tokens, Span(0, 16)) for one in (predictor, draft_of(predictor)))
+    exact, rounded = (fixed_point_step(one, tokens, tokens, Span(0, 16)) for one in (predictor, make_draft(predictor)))
     assert 0 < relative_change(rounded, exact).max() < 2e-2
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
 
@@ -166,9 +166,9 @@ def test_drafts_replace_passes(model: Flow) -> None:
     found = []
     for draft in (False, True):
         predictor = Predictor.of(block, 2, 16, [None], table, None, CachePool())
-        found.append(solve_jacobi(predictor, tokens, IterationLimits(1e-2, draft=draft), lambda _: None))
+        found.append(solve_jacobi(predictor, tokens, SolverOptions(1e-2, draft=draft), lambda _: None))
     plain, drafted = found
     assert plain.drafts == 0 < drafted.drafts
     assert drafted.iterations < plain.iterations
-    exact = solve_sequential(predictor, tokens, IterationLimits(), lambda _: None).x_BNC
+    exact = solve_sequential(predictor, tokens, SolverOptions(), lambda _: None).x_BNC
     assert relative_change(drafted.x_BNC, exact).max() < 5e-2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starflow.sampling import sequential
 from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.sequential import advance_at, solve_in_spans, spans
+from starflow.sampling.sequential import solve_in_spans, solve_token_at, spans
 from tests.registry import Case, cases
 from tests.sampling.cpu.common import assert_close, drawn, guided, solving
 
@@ -35,7 +35,7 @@ def test_a_token_at_a_tensors_index_is_that_token(case: Case, number: int, span:
 
     x_BNC, told = ours.noise_BNC.clone(), [ours.predictor.first]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequential, "SPAN", span)
+        patch.setattr(sequential, "TOKENS_PER_GRAPH", span)
         ours.predictor.prefill()
         solve_in_spans(ours.predictor, x_BNC, ours.noise_BNC, told.append, record)
     assert_close(x_BNC, eager.eager())
@@ -61,7 +61,7 @@ def test_the_work_is_the_same_for_every_token() -> None:
         graphs_seen += 1
         return module.forward
 
-    step = torch.compile(advance_at, fullgraph=True, backend=backend)
+    step = torch.compile(solve_token_at, fullgraph=True, backend=backend)
     x_BNC = ours.noise_BNC.clone()
     with torch.no_grad():
         ours.predictor.prefill()
@@ -78,7 +78,7 @@ def test_recorded_equals_eager(case: Case, rule: str, span: int) -> None:
     chosen = SampleSettings(1.5 if guided(case) else 0.0, guidance_rule=rule)  # type: ignore[arg-type]
     exact = drawn(case, chosen, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequential, "SPAN", span)
+        patch.setattr(sequential, "TOKENS_PER_GRAPH", span)
         torch.testing.assert_close(
             drawn(case.to(torch.device("cuda")), chosen, None).cpu(), exact, rtol=1e-3, atol=1e-3
         )

@@ -16,7 +16,7 @@ from starflow.flow.tokens import in_order
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.jacobi import solve_jacobi
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.predictor import IterationLimits, Predictor
+from starflow.sampling.predictor import Predictor, SolverOptions
 from starflow.sampling.sampler import SamplingResult, run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
@@ -46,7 +46,7 @@ def test_cached_predictions_equal_the_uncached_ones(device: torch.device, case: 
             predictor.prefill()
             for start in range(predictor.first, tokens, piece):
                 stop = min(start + piece, tokens)
-                mu, log_sigma = predictor.predict(predictor.before(x, start, stop), start)
+                mu, log_sigma = predictor.predict(predictor.inputs(x, start, stop), start)
                 assert_close(log_sigma, trace.log_sigmas[number][:, start:stop])
                 assert_close(mu + log_sigma.exp() * z[:, start:stop], x[:, start:stop])
 
@@ -160,9 +160,9 @@ def test_later_segments_see_the_final_tokens_however_loose_the_tolerance(
     rotary = conditional.block_rotary(block, conditional.rotary(grid))
     with torch.no_grad():
         used, fresh = (Predictor.of(block, 4, 16, [condition], rotary, None, CachePool()) for _ in range(2))
-        x = solve_jacobi(used, tokens, IterationLimits(tolerance=10.0, segment=5), lambda _: None).x_BNC
+        x = solve_jacobi(used, tokens, SolverOptions(tolerance=10.0, segment=5), lambda _: None).x_BNC
         fresh.prefill()
-        fresh.write(fresh.before(x, 0, 15), 0)
+        fresh.hidden_states(fresh.inputs(x, 0, 15), 0)
     left, right = used.cache.layers[-1], fresh.cache.layers[-1]
     seen = slice(0, condition.shape[1] + 15)
     assert_close(left.keys_BNLH[:, :, seen], right.keys_BNLH[:, :, seen])
@@ -183,17 +183,17 @@ class Explosive:
     def prefill(self) -> None:
         pass
 
-    def before(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
+    def inputs(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
         return torch.nn.functional.pad(x_BNC, (0, 0, 1, 0))[:, start:stop]
 
-    def predict(self, before_BTC: Tensor, _start: int) -> tuple[Tensor, Tensor]:
-        spoilt = 0 * before_BTC.sum(dim=1, keepdim=True)
-        return spoilt - 1.7 + 0 * before_BTC, 200 * (before_BTC - 1).relu()
+    def predict(self, inputs_BTC: Tensor, _start: int) -> tuple[Tensor, Tensor]:
+        spoilt = 0 * inputs_BTC.sum(dim=1, keepdim=True)
+        return spoilt - 1.7 + 0 * inputs_BTC, 200 * (inputs_BTC - 1).relu()
 
 
 def test_guesses_that_overflow_do_not_spoil_the_answer() -> None:
     predictor, noise = cast(Predictor, Explosive()), torch.full((1, 6, 1), 2.0)
-    solution = solve_jacobi(predictor, noise, IterationLimits(tolerance=0.0), lambda _: None)
+    solution = solve_jacobi(predictor, noise, SolverOptions(tolerance=0.0), lambda _: None)
     torch.testing.assert_close(solution.x_BNC, torch.full((1, 6, 1), 0.3))
 
 
@@ -202,6 +202,6 @@ def test_what_is_no_number_stays_none() -> None:
     predictor, noise = cast(Predictor, Explosive()), torch.full((1, 6, 1), 2.0)
     noise[:, 2] = 4.0
     for solve in (solve_jacobi, solve_sequential):
-        x = solve(predictor, noise, IterationLimits(tolerance=0.0), lambda _: None).x_BNC.flatten()
+        x = solve(predictor, noise, SolverOptions(tolerance=0.0), lambda _: None).x_BNC.flatten()
         assert x[:3].isfinite().all()
         assert not x[3:].isfinite().any()

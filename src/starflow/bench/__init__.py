@@ -1,1 +1,1 @@
-"""Measurements of speed against what the machine can do."""
+"""Benchmarks: the speed of sampling and training against what the machine can do."""

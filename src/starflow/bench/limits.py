@@ -1,25 +1,19 @@
-"""Other ways to draw a picture, kept outside of the package: files of a folder, each with a function `baselines`.
+"""What sampling is measured against: this machine's limits, the work that is needed, memory, and other decoders.
 
-Contract: `baselines(task)` returns what can be timed beside our own sampling, in the same run: the same pictures by
-other code, or as many pictures of another model. What it loads, it loads before it returns.
-
-What this machine can do at most, measured now: bytes a second of a large read, operations a second of a product.
-
-Contract: the read is of far more memory than any cache holds, the product large enough to run at its best; both run in
-torch on the threads that everything else has. They are ceilings of a kind of work, not of the hardware: weights that
-stay in a processor's cache are read faster than any large read, and a kernel may beat torch's own product.
-
-Memory of sampling a batch: what is held, the most that was in use at once, and what `starflow.flow.memory` predicts.
-
-Contract: weights, packed copies, caches and autoencoder are counted tensor by tensor. The peak is what is held before a
-batch is sampled and decoded, and the most that the memory of the process rose by meanwhile: the system's own record on
-Linux, the allocator's on a CUDA device. Nothing else may run in the process.
-
-What sampling token by token has to read and to compute, counted.
-
-Counted are, for every token of every block, one read of the block's weights and of the keys and values before it, and
-the matrix products: 2 operations per weight and row, 4 per query, key and channel of the heads. The condition is one
-pass more. Norms, activations, and what is written count nothing.
+- `measure_limits`: bytes a second of a large read and operations a second of a large product, both by torch on the
+  threads that everything else has. The read is of more memory than any cache holds. They are limits of a kind of work,
+  not of the hardware: weights that stay in a processor's cache are read faster, and a kernel may beat torch's product.
+- `sampling_work`: what going token by token has to read and to compute. Counted are, for every token of every block,
+  one read of the block's weights and of the keys and values before it, and the matrix products: 2 operations per weight
+  and row, 4 per query, key and channel of the heads. The condition is one pass more. Norms, activations and writes do
+  not count.
+- `measure_footprint`: memory of sampling a batch beside what `starflow.flow.memory` predicts. Weights, packed copies,
+  caches and autoencoder are counted tensor by tensor. The peak is what is held before a batch is sampled and decoded,
+  and the most that the memory of the process rose by meanwhile: the system's record on Linux, the allocator's on a CUDA
+  device. Nothing else may run in the process.
+- `load_baselines`: other ways to draw a picture, kept outside of the package: files of a folder, each with a function
+  `baselines(task)` that returns what can be timed beside our own sampling in the same run. What it loads, it loads
+  before it returns.
 
 Shapes: R rows (the batch, twice with guidance), S condition tokens.
 """
@@ -46,97 +40,64 @@ from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.cpu import return_freed_memory
 from starflow.nn.kv_cache import CachePool
+from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
-from starflow.sampling.planner import wait
 from starflow.train.log import MatrixProduct
 
-NAMES = ("textbook", "dit")
-
-
-@dataclass(frozen=True)
-class DrawTask:
-    """What is to be drawn."""
-
-    model: Flow
-    noise: Tensor
-    """(B, C, H, W)"""
-    condition: Tensor | None
-    null_condition: Tensor | None
-    guidance: float
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """One other way."""
-
-    name: str
-    action: Callable[[], object]
-    """Draws the batch, or a part of the way."""
-    scale: float
-    """The whole over that part; 1 is the batch itself."""
-    note: str
-
-
-def tree_folder() -> Path | None:
-    """benchmarks/ of the source tree that this package runs from, if it does."""
-    folder = Path(__file__).parents[3] / "benchmarks"
-    return folder if (folder / f"{NAMES[0]}.py").is_file() else None
-
-
-def load_baselines(folder: Path, task: DrawTask) -> list[Baseline]:
-    """Those of the files `NAMES`.py that are in the folder.
-
-    Raises:
-        UserError: none of them is.
-    """
-    paths = [folder / f"{name}.py" for name in NAMES]
-    found = [path for path in paths if path.is_file()]
-    if not found:
-        raise UserError(f"{folder} has none of {', '.join(path.name for path in paths)}: name a folder of baselines")
-    return [one for path in found for one in _load(path, task)]
-
-
-def _load(path: Path, task: DrawTask) -> list[Baseline]:
-    spec = importlib.util.spec_from_file_location(f"starflow_baseline_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look themselves up
-    spec.loader.exec_module(module)
-    found: list[Baseline] = module.baselines(task)
-    return found
-
-
 READ_BYTES = {"cpu": 2**30}
-"""Of the large read; elsewhere `READ_ELSEWHERE`."""
+"""Size of the large read by type of device; on others it is `DEFAULT_READ_BYTES`."""
 
-READ_ELSEWHERE = 2**32
+DEFAULT_READ_BYTES = 2**32
 
 RUNS = 5
+"""Of each measurement, of which the fastest counts."""
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+RESET_PEAK = "5"
+"""What Linux takes, written to `CLEAR`, as the wish to record the peak of memory anew."""
+
+
+BASELINE_FILES = ("textbook", "dit")
 
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """The two rates that no sampling in this precision is expected to pass."""
+    """The two rates that no sampling in this precision is expected to pass.
+
+    >>> slow, fast = MachineLimits(10e9, 100e9), MachineLimits(20e9, 90e9)
+    >>> slow.better(fast)
+    MachineLimits(bytes_per_second=20000000000.0, flops_per_second=100000000000.0)
+    >>> slow.seconds(moved=20e9, operations=50e9)
+    (2.0, 0.5)
+    """
 
     bytes_per_second: float
     flops_per_second: float
 
     def better(self, other: MachineLimits) -> MachineLimits:
-        """The higher of each: whatever else the machine does can only lower them."""
+        """The higher of each rate: other work on the machine can only lower them."""
         return MachineLimits(
             max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
         )
 
     def seconds(self, moved: float, operations: float) -> tuple[float, float]:
-        """What reading so many bytes and computing so many operations take at least."""
+        """The least time of reading so many bytes, and of computing so many operations."""
         return moved / self.bytes_per_second, operations / self.flops_per_second
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, read_bytes: int = 0) -> MachineLimits:
-    """The best of a few runs each; `read_bytes` 0 is as much as no cache holds."""
+    """The limits of a device, each the best of a few runs.
+
+    Args:
+        device: to measure.
+        dtype: of the product.
+        read_bytes: size of the large read; 0 is more than any cache holds.
+    """
     product = MatrixProduct(device, dtype, 2048 if device.type == "cpu" else 0)
-    size = read_bytes or READ_BYTES.get(device.type, READ_ELSEWHERE)
+    size = read_bytes or READ_BYTES.get(device.type, DEFAULT_READ_BYTES)
     flops = max(product.rate() for _ in range(RUNS))
     return MachineLimits(_read_rate(device, size), flops)
 
@@ -145,27 +106,61 @@ def _read_rate(device: torch.device, size: int) -> float:
     large = torch.ones(size // 4, device=device)
     best = 0.0
     for _ in range(RUNS + 1):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         large.sum()
-        wait(device)
+        synchronize(device)
         best = max(best, size / (time.perf_counter() - started))
     return best
 
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+@dataclass(frozen=True)
+class SamplingWork:
+    """What one batch has to read and to compute."""
 
-RESET_PEAK = "5"
+    bytes: float
+    flops: float
+
+
+def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> SamplingWork:
+    """The work of one batch of pictures of so many tokens, whatever computes it token by token."""
+    parts = [
+        _block_work(block, batch * (2 if guided and model.guided_blocks[number] else 1), tokens, model.condition_length)
+        for number, block in enumerate(model.iter_blocks())
+    ]
+    return SamplingWork(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+
+
+def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: int) -> SamplingWork:
+    inputs, prefix = tokens - block.first_predicted, condition if block.proj_txt is not None else 0
+    layer, layers = block.spec.layer, block.spec.layers
+    seen = inputs * prefix + inputs * (inputs + 1) // 2  # keys that all tokens together attend to
+    seen_before = prefix * (prefix + 1) // 2
+    stack, ends = _matrix_entries(block.attn_blocks), _matrix_entries(block.proj_in) + _matrix_entries(block.proj_out)
+    size = block.proj_in.weight.element_size()
+    cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
+    read = (inputs + bool(prefix)) * _parameter_bytes(block.attn_blocks) + inputs * ends * size + seen * cache
+    attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
+    return SamplingWork(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
+
+
+def _matrix_entries(module: nn.Module) -> int:
+    """Numbers in the weight matrices of a module."""
+    return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(one.numel() * one.element_size() for one in module.parameters())
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one batch."""
+    """Bytes of memory that sampling one batch takes, measured and predicted."""
 
     batch: int
     weights: int
     packed: int
-    """Copies that the compiled loop of a CPU reads."""
+    """Packed copies that the compiled loop of a CPU reads."""
     cache: int
     autoencoder: int
     peak: int | None
@@ -179,7 +174,7 @@ class Footprint:
 
 @dataclass
 class MemoryRise:
-    """How far above its start the memory in use went; None where nobody knows."""
+    """How far the memory in use rose above its start; None until it is known, or where the system does not tell."""
 
     bytes: int | None = None
 
@@ -192,7 +187,7 @@ def measure_footprint(
     *,
     guided: bool,
 ) -> Footprint:
-    """Of a batch, after another that does not count.
+    """The memory of sampling a batch, measured on the second of two.
 
     Args:
         model: what is sampled from.
@@ -212,7 +207,7 @@ def measure_footprint(
         model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
-    with rise(parameter.device) as found:
+    with track_memory(parameter.device) as found:
         picture(caches)
     weights, packed = sum(map(bytes_of, model.parameters())), cpu_engine_of(model).bytes
     coder = 0 if autoencoder is None else sum(map(bytes_of, autoencoder.network.parameters()))
@@ -229,8 +224,8 @@ def measure_footprint(
 
 
 @contextmanager
-def rise(device: torch.device) -> Iterator[MemoryRise]:
-    """What is filled in once it is over."""
+def track_memory(device: torch.device) -> Iterator[MemoryRise]:
+    """Record the peak of memory inside a `with` block; the result is filled in at its end."""
     found = MemoryRise()
     gc.collect()
     if device.type == "cuda":
@@ -258,39 +253,54 @@ def _status(name: str) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingWork:
-    """Of one batch."""
+class DrawTask:
+    """The pictures that a baseline is to draw, and the model that draws them."""
 
-    bytes: float
-    flops: float
-
-
-def sampling_work(model: Flow, batch: int, tokens: int, *, guided: bool) -> SamplingWork:
-    """What one batch of pictures needs, whoever computes it token by token."""
-    parts = [
-        _block_work(block, batch * (2 if guided and model.guided_blocks[number] else 1), tokens, model.condition_length)
-        for number, block in enumerate(model.iter_blocks())
-    ]
-    return SamplingWork(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    model: Flow
+    noise: Tensor
+    """(B, C, H, W)"""
+    condition: Tensor | None
+    null_condition: Tensor | None
+    guidance: float
 
 
-def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: int) -> SamplingWork:
-    inputs, prefix = tokens - block.first_predicted, condition if block.proj_txt is not None else 0
-    layer, layers = block.spec.layer, block.spec.layers
-    seen = inputs * prefix + inputs * (inputs + 1) // 2  # keys that all tokens together attend to
-    seen_before = prefix * (prefix + 1) // 2
-    stack, ends = _entries(block.attn_blocks), _entries(block.proj_in) + _entries(block.proj_out)
-    size = block.proj_in.weight.element_size()
-    cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
-    read = (inputs + bool(prefix)) * _bytes(block.attn_blocks) + inputs * ends * size + seen * cache
-    attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
-    return SamplingWork(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to draw a batch, ready to be timed."""
+
+    name: str
+    action: Callable[[], object]
+    """Draws the batch, or does a part of that work."""
+    scale: float
+    """Time of the whole batch over that of the action; 1 where the action draws all of it."""
+    note: str
+    """What a reader must know of it."""
 
 
-def _entries(module: nn.Module) -> int:
-    """Of the matrices inside."""
-    return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
+def find_baselines_folder() -> Path | None:
+    """The folder benchmarks/ of the source tree that this package runs from; None where it is installed."""
+    folder = Path(__file__).parents[3] / "benchmarks"
+    return folder if (folder / f"{BASELINE_FILES[0]}.py").is_file() else None
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(one.numel() * one.element_size() for one in module.parameters())
+def load_baselines(folder: Path, task: DrawTask) -> list[Baseline]:
+    """The baselines of those files of `BASELINE_FILES` that are in the folder.
+
+    Raises:
+        UserError: none of them is.
+    """
+    paths = [folder / f"{name}.py" for name in BASELINE_FILES]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise UserError(f"{folder} has none of {', '.join(path.name for path in paths)}: name a folder of baselines")
+    return [one for path in found for one in _load(path, task)]
+
+
+def _load(path: Path, task: DrawTask) -> list[Baseline]:
+    spec = importlib.util.spec_from_file_location(f"starflow_baseline_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    found: list[Baseline] = module.baselines(task)
+    return found

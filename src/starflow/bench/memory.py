@@ -24,7 +24,7 @@ from starflow.io.hub import HubError, HubOptions, snapshot
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.pipeline.locate import find_model, is_release
 from starflow.published.convert import RELEASES
-from starflow.train.init_from import flow_config_of
+from starflow.train.init_from import expected_flow
 from starflow.train.recipe import load_recipe
 
 BATCHES = (1, 4, 16, 64)
@@ -115,7 +115,7 @@ def model_shape(model: str) -> ModelShape:
     """
     if model.endswith((".yaml", ".yml")):
         recipe = load_recipe(Path(model))
-        config, kind = flow_config_of(recipe)
+        config, kind = expected_flow(recipe)
         condition = recipe.conditioning
         return ModelShape(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model

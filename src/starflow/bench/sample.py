@@ -1,10 +1,10 @@
-"""Speed of sampling: ours, the machine's limits, and other ways to draw a picture, all in one run.
+"""Benchmark of sampling: our speed, the machine's limits, and other ways to draw a picture, all in one run.
 
 What is timed is the flow: from noise and an encoded condition to latents, without text encoder and autoencoder. The
-limit is the larger of two times, at the ceilings of the same run: that of reading weights and cache once a token, and
-that of the arithmetic. A time is the fastest of a few runs. Those that are compared take turns, so that what else the
-machine does slows all of them. Going token by token costs the same whatever the weights; how fast iterating is hangs on
-them, so that solver "auto" is timed for trained ones only.
+limit is the larger of two times, at the rates of the same run: that of reading weights and cache once a token, and that
+of the arithmetic. A time is the fastest of a few runs. Those that are compared take turns, so that other work on the
+machine slows all of them. Going token by token costs the same whatever the weights; how fast iterating is depends on
+them, so that solver "auto" is timed for trained models only.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.calibrate import in_turn, machine_of, seconds_of
 from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
 from starflow.sampling.jacobi import relative_change
-from starflow.sampling.planner import in_turn, seconds_of
-from starflow.sampling.policy import SampleSettings, SolverName, machine_of
+from starflow.sampling.policy import SampleSettings, SolverName
 from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 
-RANDOM = "57m"
-"""What is sampled without a name: 57 M random parameters."""
+RANDOM_MODEL = "57m"
+"""The model that is sampled by default: 57 M random parameters."""
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BenchmarkedModel:
-    """The model that is timed, and what it is given."""
+    """The model that is timed, and the conditions that it is given."""
 
     name: str
     model: Flow
     trained: bool
     condition: Tensor | None
-    """Of as many pictures as there are prompts; batches repeat them."""
+    """Of some pictures; larger batches repeat them."""
     null_condition: Tensor | None
     autoencoder: Autoencoder | None = None
 
     def task(self, batch: int, guidance: float) -> DrawTask:
-        """`batch` pictures with seeds 0, 1, .."""
+        """A batch of pictures of the seeds 0, 1, .."""
         config, device = self.model.config, next(self.model.parameters()).device
         noise = noise_from_seeds(range(batch), (config.in_channels, config.img_size, config.img_size)).to(device)
         if self.condition is None:
@@ -75,17 +75,18 @@ class BenchmarkedModel:
 
     @property
     def can_guide(self) -> bool:
+        """Whether there is a condition to guide with."""
         return self.condition is not None
 
 
 @dataclass(frozen=True)
 class SamplingBenchmark:
-    """What to measure."""
+    """What to measure: batches, guidance, baselines, and how often."""
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     guidance: float = 3.0
     compare_at: int = 4
-    """The batch at which others are timed too."""
+    """The batch size at which the baselines are timed."""
     repeats: int = 3
     """Runs of which the fastest counts."""
     baselines: Path | None = None
@@ -94,13 +95,13 @@ class SamplingBenchmark:
 
 @dataclass(frozen=True)
 class Speed:
-    """One way to sample, at one batch size."""
+    """The speed of one solver at one batch size."""
 
     solver: SolverName
     batch: int
     guidance: float
     seconds: float
-    """Of the batch, as all times are."""
+    """Of the whole batch."""
     seconds_per_picture: float
     pictures_per_second: float
     tokens_per_second: float
@@ -115,27 +116,27 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Other:
-    """A baseline, at `SamplingBenchmark.compare_at`."""
+class BaselineSpeed:
+    """The speed of a baseline at `SamplingBenchmark.compare_at`."""
 
     name: str
     seconds: float
     """Of the whole batch, scaled up where a part of the way was timed."""
     limits: float
-    """Of our model's limit."""
+    """Its time over our model's limit."""
     speedup: dict[str, float]
-    """Of each of our solvers over it, from runs that took turns with it."""
+    """Its time over that of each of our solvers, from runs that took turns."""
     note: str
 
 
 @dataclass(frozen=True)
 class OneTimeCosts:
-    """What is paid once."""
+    """Seconds and memory that are spent once a process."""
 
     first_picture_seconds: float
-    """The first picture of the process, the model in memory, with all that is built, packed and measured for it."""
+    """The first picture of the process, with the model in memory, and all that is built and packed for it."""
     build_seconds: float
-    """Of the compiled loop: compiling where it was not there, else loading. 0 where there is none."""
+    """Of the compiled loop: compiling it, or loading it where it was there already. 0 where there is none."""
     compiled: bool
     """Whether it was compiled in this run."""
     pack_seconds: float
@@ -144,7 +145,7 @@ class OneTimeCosts:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """All of one run."""
+    """All that one run measured; `starflow bench sample --json` prints it by these names."""
 
     model: str
     trained: bool
@@ -155,36 +156,34 @@ class SpeedReport:
     torch: str
     date: str
     load: tuple[tuple[float, ...], tuple[float, ...]]
-    """Averages over 1, 5 and 15 minutes, before and after."""
+    """Of the machine, averaged over 1, 5 and 15 minutes, before and after the run."""
     ceilings: MachineLimits
     once: OneTimeCosts
     speeds: tuple[Speed, ...]
     compare_at: int
     guidance: float
-    others: tuple[Other, ...]
+    others: tuple[BaselineSpeed, ...]
     memory: Footprint
     """Of the largest batch, with guidance, token by token."""
 
 
-def subject(name: str, device: torch.device, dtype: torch.dtype) -> BenchmarkedModel:
-    """A trained model by its folder, bundled name or hub id, or random weights of "57m" or a preset.
+def load_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchmarkedModel:
+    """Load a trained model by its folder, bundled name or hub id, or build "57m" or a preset with random weights.
 
     Raises:
         UserError: no such model.
     """
-    if name in (RANDOM, *PRESETS):
-        return _given_noise(name, _random_model(name).to(device, dtype), trained=False)
+    if name in (RANDOM_MODEL, *PRESETS):
+        return _with_random_conditions(name, _random_model(name).to(device, dtype), trained=False)
     folder = find_pipeline(name)
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
-        material = pipeline.material()
-        return BenchmarkedModel(
-            name, pipeline.flow, True, material.condition, material.null_condition, pipeline.autoencoder
-        )
+        data = pipeline.calibration_data()
+        return BenchmarkedModel(name, pipeline.flow, True, data.condition, data.null_condition, pipeline.autoencoder)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
-    return _given_noise(name, flow, trained=False)
+    return _with_random_conditions(name, flow, trained=False)
 
 
 def _random_model(name: str) -> STARFlow | TarFlow:
@@ -196,8 +195,8 @@ def _random_model(name: str) -> STARFlow | TarFlow:
     return model
 
 
-def _given_noise(name: str, model: STARFlow | TarFlow, *, trained: bool) -> BenchmarkedModel:
-    """A flow without its conditioner: random conditions, on which no trained model is itself."""
+def _with_random_conditions(name: str, model: STARFlow | TarFlow, *, trained: bool) -> BenchmarkedModel:
+    """A flow without its conditioner, with random conditions; a trained one does not behave as trained on them."""
     parameter, draw = next(model.parameters()), torch.Generator().manual_seed(0)
     if isinstance(model, TarFlow):
         classes = model.config.num_classes
@@ -210,32 +209,39 @@ def _given_noise(name: str, model: STARFlow | TarFlow, *, trained: bool) -> Benc
 
 
 @torch.no_grad()
-def measure(given: BenchmarkedModel, plan: SamplingBenchmark, note: Note = lambda _: None) -> SpeedReport:
-    """Time everything that the plan names.
+def measure(given: BenchmarkedModel, benchmark: SamplingBenchmark, note: Note = lambda _: None) -> SpeedReport:
+    """Time everything that the benchmark names.
+
+    Args:
+        given: the model and its conditions.
+        benchmark: batches, guidance and baselines.
+        note: told of every step.
 
     Raises:
         UserError: a folder without baselines.
     """
     model, parameter = given.model, next(given.model.parameters())
     load = os.getloadavg()
-    guidance = plan.guidance if given.can_guide else 0.0
+    guidance = benchmark.guidance if given.can_guide else 0.0
     solvers: tuple[SolverName, ...] = ("sequential", "auto") if given.trained else ("sequential",)
     note("the first picture")
-    once = _paid_once(model, seconds_of(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter.device))
+    once = _measure_one_time_costs(
+        model, seconds_of(lambda: _draw(given.task(1, guidance), solvers[-1]), parameter.device)
+    )
     note("ceilings")
     ceilings = measure_limits(parameter.device, parameter.dtype)
     times: list[_Timed] = []
     for weight in dict.fromkeys((guidance, 0.0)):
-        for batch in plan.batches:
+        for batch in benchmark.batches:
             note(f"batch {batch}, guidance {weight:g}")
-            times += _time(given.task(batch, weight), solvers, (), plan.repeats)[0]
-    task = given.task(plan.compare_at, guidance)
-    baselines = load_baselines(plan.baselines, task) if plan.baselines else []
-    note(f"batch {plan.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
-    compared, theirs = _time(task, solvers, baselines, plan.repeats)
+            times += _time(given.task(batch, weight), solvers, (), benchmark.repeats)[0]
+    task = given.task(benchmark.compare_at, guidance)
+    baselines = load_baselines(benchmark.baselines, task) if benchmark.baselines else []
+    note(f"batch {benchmark.compare_at} again, in turn with {', '.join(one.name for one in baselines) or 'nothing'}")
+    compared, theirs = _time(task, solvers, baselines, benchmark.repeats)
     ceilings = ceilings.better(measure_limits(parameter.device, parameter.dtype))
     note("memory")
-    footprint = _footprint(given, max(*plan.batches, plan.compare_at), guidance)
+    footprint = _footprint(given, max(*benchmark.batches, benchmark.compare_at), guidance)
     return SpeedReport(
         model=given.name,
         trained=given.trained,
@@ -249,7 +255,7 @@ def measure(given: BenchmarkedModel, plan: SamplingBenchmark, note: Note = lambd
         ceilings=ceilings,
         once=once,
         speeds=tuple(_speed(timed, model, ceilings) for timed in _best(times + compared)),
-        compare_at=plan.compare_at,
+        compare_at=benchmark.compare_at,
         guidance=guidance,
         others=tuple(
             _other(one, found, compared, model, ceilings) for one, found in zip(baselines, theirs, strict=True)
@@ -281,7 +287,7 @@ class _Timed:
 def _time(
     task: DrawTask, solvers: Sequence[SolverName], baselines: Sequence[Baseline], repeats: int
 ) -> tuple[list[_Timed], list[float]]:
-    """Ours, and seconds of the baselines, in turn; a run of each before does not count."""
+    """Time our solvers and the baselines in turn; a run of each before that does not count."""
     drawn = {solver: _draw(task, solver).x.flatten(2) for solver in solvers}
     for one in baselines:
         one.action()
@@ -296,7 +302,7 @@ def _time(
 
 
 def _best(times: Sequence[_Timed]) -> list[_Timed]:
-    """One of each kind, the fastest."""
+    """The fastest of each solver, batch and guidance."""
     found: dict[tuple[str, int, float], _Timed] = {}
     for one in times:
         key = (one.solver, one.batch, one.guidance)
@@ -331,10 +337,12 @@ def _limit(work: SamplingWork, ceilings: MachineLimits) -> tuple[float, str]:
     return max((reads, "reads"), (arithmetic, "arithmetic"))
 
 
-def _other(one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: MachineLimits) -> Other:
+def _other(
+    one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: MachineLimits
+) -> BaselineSpeed:
     work = sampling_work(model, ours[0].batch, _tokens(model), guided=ours[0].guidance > 0)
     speedup = {str(timed.solver): seconds / timed.seconds for timed in ours}
-    return Other(one.name, seconds, seconds / _limit(work, ceilings)[0], speedup, one.note)
+    return BaselineSpeed(one.name, seconds, seconds / _limit(work, ceilings)[0], speedup, one.note)
 
 
 def _tokens(model: Flow) -> int:
@@ -346,8 +354,8 @@ def _draw(task: DrawTask, solver: SolverName, caches: CachePool | None = None) -
     return run(task.model, task.noise, task.condition, task.null_condition, settings, caches=caches)
 
 
-def _paid_once(model: Flow, first: float) -> OneTimeCosts:
-    """Build, whether or not it pays for this model, and pack anew; each timed apart."""
+def _measure_one_time_costs(model: Flow, first: float) -> OneTimeCosts:
+    """Build the compiled loop, whether or not it pays for this model, and pack weights anew; each timed apart."""
     engine = cpu_engine_of(model)
     if next(model.parameters()).device.type == "cpu":
         engine.build()

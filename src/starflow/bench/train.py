@@ -1,4 +1,4 @@
-"""Speed of training: whole updates of a flow, beside a large matrix product of the same machine.
+"""Benchmark of training: whole updates of a flow, beside a large matrix product of the same machine.
 
 An update is what `starflow train` does, without waiting for pictures: forward, backward, gradient norm, clipping, AdamW
 and the averaged weights. A product is timed before and after every update, and the update's share is of the mean of the
@@ -18,13 +18,12 @@ from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
 from starflow.train.distributed.world import World
-from starflow.train.log import MatrixProduct, synchronise, training_flops
-from starflow.train.loop import peak_memory
+from starflow.train.log import MatrixProduct, peak_memory, synchronise, training_flops
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
 from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
 
-SMALL = STARFlowConfig(
+MODEL_57M = STARFlowConfig(
     in_channels=4,
     img_size=16,
     channels=512,
@@ -33,9 +32,9 @@ SMALL = STARFlowConfig(
     txt_size=32,
     txt_dim=384,
 )
-"""57 M parameters: width 512, 256 tokens, 32 condition tokens of width 384."""
+"""A model of 57 M parameters: width 512, 256 tokens, 32 condition tokens of width 384."""
 PRODUCT_SIDE = 2048
-"""Of the product on a CPU: long enough to reach its best, short enough to stand beside every update."""
+"""Side of the matrices on a CPU: large enough for the best rate, small enough to run beside every update."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,12 @@ def architecture(name: str) -> ModelConfig:
 
     Raises:
         UserError: no such name.
+
+    >>> architecture("57m").channels
+    512
     """
     if name == "57m":
-        return SMALL
+        return MODEL_57M
     if name not in PRESETS:
         raise UserError(f"no architecture '{name}': expected 57m or one of {', '.join(PRESETS)}")
     return preset(name).config
@@ -96,15 +98,15 @@ def measure(config: ModelConfig, settings: TrainSettings, world: World) -> Train
         flow = build(config)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     flops = training_flops(flow)
-    engine = TrainState(FlowLoss(flow, latent_penalty=1e-4), settings, world)
+    state = TrainState(FlowLoss(flow, latent_penalty=1e-4), settings, world)
     batch = _random_batch(flow, len(rows), world.device)
     precision = network_dtype(settings, world.device)
     product = MatrixProduct(world.device, precision, PRODUCT_SIDE if world.device.type == "cpu" else 0)
-    first = sum(_update(engine, batch, 0))
+    first = sum(_update(state, batch, 0))
     product.rate()
     times, products = [], [product.rate()]
     for step in range(1, settings.steps + 1):
-        times.append(_update(engine, batch, step))
+        times.append(_update(state, batch, step))
         products.append(product.rate())
     work = flops * len(rows)
     shares = [work / sum(t) / ((products[i] + products[i + 1]) / 2) for i, t in enumerate(times)]
@@ -133,21 +135,21 @@ def measure(config: ModelConfig, settings: TrainSettings, world: World) -> Train
     )
 
 
-def _update(engine: TrainState, batch: tuple[Tensor, Tensor | None], step: int) -> tuple[float, float, float]:
+def _update(state: TrainState, batch: tuple[Tensor, Tensor | None], step: int) -> tuple[float, float, float]:
     """Seconds of forward, backward, and all the rest of an update."""
-    device = engine.world.device
+    device = state.world.device
     synchronise(device)
     started = time.perf_counter()
-    engine.before_part(last=True)
-    with network_precision(engine.settings, device):
-        loss = engine.model(*batch)[0]
+    state.begin_micro_batch(last=True)
+    with network_precision(state.settings, device):
+        loss = state.model(*batch)[0]
     synchronise(device)
     forward = time.perf_counter()
     loss.backward()
     synchronise(device)
     backward = time.perf_counter()
-    engine.apply(float(engine.gradient_norm()), step)
-    engine.forget_gradients()
+    state.update(float(state.gradient_norm()), step)
+    state.zero_grad()
     synchronise(device)
     return forward - started, backward - forward, time.perf_counter() - backward
 

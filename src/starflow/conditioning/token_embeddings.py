@@ -20,49 +20,57 @@ from starflow.conditioning.base import ConditionerSpec
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 
-FILES = ("config.json", "*.safetensors")
+MODEL_FILES = ("config.json", "*.safetensors")
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.safetensors.index.json")
 
-_TABLE = re.compile(r"(.*\.)?embed_tokens\.weight")
+_TABLE_NAME = re.compile(r"(.*\.)?embed_tokens\.weight")
 
 
 class TokenEmbeddings:
-    """Reads prompts as a language model does; see `Conditioner` for the contract. A blank prompt is the null."""
+    """The `Conditioner` over a language model's token embeddings. A blank prompt is the null condition."""
 
     def __init__(self, table: Tensor, tokenizer: Any, size: int, source: str = "") -> None:
-        """`table` (vocabulary, width) is already scaled."""
+        """Wrap a table of embeddings and its tokenizer.
+
+        Args:
+            table: (vocabulary, width), already scaled.
+            tokenizer: the model's own, of transformers.
+            size: S, condition tokens.
+            source: where the two came from, for config.json.
+        """
         self._spec = ConditionerSpec("embeddings", size, table.shape[1], source)
         self._tokenizer = tokenizer
         self.network: nn.Module = nn.Embedding.from_pretrained(table)
 
     @classmethod
     def from_pretrained(cls, source: str, size: int = 128, hub: HubOptions = DEFAULT_HUB) -> TokenEmbeddings:
-        """Load from a folder or the hub.
+        """Load tokenizer and embeddings from a folder or the hub.
 
         Raises:
             UserError: nothing there, or no tokenizer or table in it.
         """
         from transformers import AutoTokenizer
 
-        folder = local_or_hub(source, FILES, TOKENIZER_FILES, hub=hub)
+        folder = local_or_hub(source, MODEL_FILES, TOKENIZER_FILES, hub=hub)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"'{source}' has no tokenizer that transformers can read: {reason}") from None
-        table = read_table(folder)
+        table = read_embedding_table(folder)
         if len(tokenizer) > len(table):
             raise UserError(f"'{source}' has {len(tokenizer)} tokens and {len(table)} embeddings: fetch it again")
         return cls(table, tokenizer, size, source)
 
     @property
     def spec(self) -> ConditionerSpec:
+        """See `Conditioner.spec`."""
         return self._spec
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to (B, S, width), float32, zeros where a prompt has ended."""
+        """Encode prompts to (B, S, width), float32, zeros where a prompt has ended."""
         rows = []
         device = next(self.network.parameters()).device
         for prompt in prompts:
@@ -72,12 +80,12 @@ class TokenEmbeddings:
         return torch.stack(rows)
 
     def null(self, batch: int) -> Tensor:
-        """The encoding of the empty prompt, (batch, S, width)."""
+        """Encode the empty prompt, (batch, S, width)."""
         return self.encode([""]).expand(batch, -1, -1)
 
 
-def read_table(folder: Path) -> Tensor:
-    """Token embeddings (vocabulary, width) as the model's layers read them, in the files' precision.
+def read_embedding_table(folder: Path) -> Tensor:
+    """Read token embeddings (vocabulary, width), scaled as the model's layers read them, in the files' precision.
 
     Raises:
         UserError: missing or damaged files.
@@ -88,7 +96,7 @@ def read_table(folder: Path) -> Tensor:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                    if _TABLE.fullmatch(name):
+                    if _TABLE_NAME.fullmatch(name):
                         table: Tensor = file.get_tensor(name)
                         # As Gemma does it: the factor is rounded to the table's precision first.
                         return table * torch.tensor(math.sqrt(table.shape[1]), dtype=table.dtype)

@@ -1,1 +1,1 @@
-"""Data: image folders, the glyph set, cached training views."""
+"""Data sets of captioned images: where they lie, how they are indexed, augmented, and cached as latents."""

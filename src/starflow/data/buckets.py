@@ -1,4 +1,4 @@
-"""Aspect ratios: nine shapes of one area, and the words that tell a model which (STARFlow, arXiv 2506.06276)."""
+"""Aspect buckets: nine shapes of one area, and the words that tell a model which (STARFlow, arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -17,35 +17,51 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 
-def ratio_of(aspect: Aspect) -> float:
-    """Width over height."""
+def aspect_ratio(aspect: Aspect) -> float:
+    """Width over height.
+
+    >>> aspect_ratio("3:2")
+    1.5
+    """
     across, down = map(int, aspect.split(":"))
     return across / down
 
 
 def aspect_size(aspect: Aspect, side: int, multiple: int) -> Size:
-    """(width, height) of about the area side x side, rounded to the multiple: sqrt(A R) and sqrt(A / R).
+    """Width and height in pixels of about the area A = side x side, sqrt(A R) and sqrt(A / R) for the ratio R.
 
-    Each side is at least one multiple.
+    Both are rounded to the multiple, and at least one multiple.
+
+    >>> aspect_size("1:1", 256, 16), aspect_size("16:9", 256, 16)
+    ((256, 256), (336, 192))
     """
-    root = math.sqrt(ratio_of(aspect))
+    root = math.sqrt(aspect_ratio(aspect))
     return max(1, round(side * root / multiple)) * multiple, max(1, round(side / root / multiple)) * multiple
 
 
 def nearest_aspect(width: int, height: int, aspects: Sequence[Aspect]) -> Aspect:
-    """The ratio nearest to that of a picture, in logarithms."""
+    """Find the ratio that is nearest to that of an image, in logarithms.
+
+    >>> nearest_aspect(1920, 1080, ASPECTS), nearest_aspect(1080, 1920, ASPECTS)
+    ('16:9', '9:16')
+    """
     wanted = math.log(width / height)
-    return min(aspects, key=lambda aspect: abs(math.log(ratio_of(aspect)) - wanted))
+    return min(aspects, key=lambda aspect: abs(math.log(aspect_ratio(aspect)) - wanted))
 
 
 def caption_with_ratio(caption: str, aspect: Aspect) -> str:
-    """A caption as a model of several ratios reads it."""
+    """Add the ratio to a caption, in the words that a model of several ratios reads."""
     return f"{caption}\n in a {aspect} aspect ratio.\n"
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The shapes that a run's pictures are cropped to, by number; one square is the case without ratios."""
+    """The shapes that a run's images are cropped to, by number; one square is the case without ratios.
+
+    >>> buckets = Buckets(side=256, multiple=16, aspects=ASPECTS)
+    >>> buckets.size(buckets.nearest(1920, 1080))
+    (336, 192)
+    """
 
     side: int
     """Square root of the area, pixels."""
@@ -66,13 +82,13 @@ class Buckets:
         return len(self.aspects) == 1
 
     def size(self, bucket: int) -> Size:
-        """Pixels of a bucket's pictures."""
+        """Width and height in pixels of a bucket's images."""
         return aspect_size(self.aspects[bucket], self.side, self.multiple)
 
-    def of(self, width: int, height: int) -> int:
-        """The bucket whose ratio is nearest to a picture's, in logarithms."""
+    def nearest(self, width: int, height: int) -> int:
+        """Number of the bucket whose ratio is nearest to an image's, in logarithms."""
         return self.aspects.index(nearest_aspect(width, height, self.aspects))
 
     def caption(self, caption: str, bucket: int) -> str:
-        """The caption, with its ratio where a model sees several; an empty one stays the null condition."""
+        """Add the bucket's ratio to a caption where a model sees several; an empty one stays the null condition."""
         return caption if self.single or not caption else caption_with_ratio(caption, self.aspects[bucket])

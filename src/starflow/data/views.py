@@ -1,13 +1,9 @@
-"""How one picture becomes one training view: augmentation that the caption speaks of.
+"""Training views: augmented copies of images, whose captions say what the augmentation did; drawn once a set.
 
-Contract: view `i` of a picture depends on (config.seed, record.name, i) alone. View 0 is plain: white background,
-no augmentation. A held-out picture's plain view carries its style in the caption, as that is what tells it
-from the same concept in training.
-
-Training views of a set: drawn once, kept in memory or in a file.
-
-Contract: what is drawn does not depend on the records' order or on the number of worker processes; the
-views of one picture lie side by side, in the records' order.
+Contract: view `i` of an image depends on (config.seed, record.name, i) alone, not on the records' order or the number
+of worker processes. View 0 is plain: white background, no augmentation. A held-out image's plain view carries its
+style in the caption, as that is what tells it from the same concept in training. The views of one image lie side by
+side, in the records' order; a set of views is kept in memory or in a file.
 """
 
 from __future__ import annotations
@@ -34,20 +30,26 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+__all__ = ["TrainingViews", "ViewConfig", "draw_views", "load_views", "make_views", "save_views", "view_count"]
 
 Pixels = NDArray[np.uint8]
 
 View = tuple[Pixels, str]
+"""Pixels (size, size, 3) and their caption."""
 
 STYLE_SHARE = 0.5
+"""Share of a glyph's views whose captions name its style."""
 
 TAGS_SHARE = 0.15
+"""Share of a glyph's views whose captions end in tags, `MAX_TAGS` at the most."""
 
 MAX_TAGS = 3
 
 TINT_TRIALS = 4
+"""Colours that are tried before a view keeps the colour of its glyph."""
 
 ANALYSIS_SIZE = 64
+"""Side in pixels of the copy in which colours are looked for."""
 
 _TINTED_GROUPS = frozenset({"animals-nature", "food-drink", "activities", "objects", "travel-places"})
 
@@ -56,18 +58,21 @@ _UNTINTED_SUBGROUPS = frozenset({"place-geographic", "place-other", "place-map",
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How pictures become training views.
+    """How images become training views.
 
     Attributes:
         size: side of a view, pixels.
-        views: views of a training picture, the plain one included.
-        heldout_views: views of a held-out picture.
-        colour_backgrounds: share of the views, where the picture has an outline, on a flat named colour.
-        hue: share of the views, where the picture is of one hue, whose colour is turned and named.
+        views: views of a training image, the plain one included.
+        heldout_views: views of a held-out image.
+        colour_backgrounds: share of the views, where the image has an outline, on a flat named colour.
+        hue: share of the views, where the image is of one hue, whose colour is turned and named.
         scale_min: smallest scale drawn; the largest is 1.
         shift: largest shift, as a share of the side; never so far that the thing leaves the frame.
         flip: mirror half of the views, except of what is text-like.
         seed: of all draws.
+
+    Raises:
+        UserError: a number is out of its range.
     """
 
     size: int = 64
@@ -93,141 +98,16 @@ class ViewConfig:
             raise UserError(f"colour_backgrounds {self.colour_backgrounds} and hue {self.hue} must be shares, 0 to 1")
 
 
-def view_count(record: ImageRecord, config: ViewConfig) -> int:
-    """How many views a picture gets."""
-    return config.views if record.split == "train" else config.heldout_views
-
-
-def draw_views(image: Image.Image, record: ImageRecord, config: ViewConfig) -> list[View]:
-    """All views of one picture, each (size, size, 3) with its caption.
-
-    Glyphs (records with a style) get every augmentation; other pictures are cropped to their central square
-    and mirrored at most, and keep their caption.
-    """
-    indices = range(view_count(record, config))
-    if "style" in record.meta:
-        artist = _Artist(image.convert("RGBA"), record, config)
-        return [artist.view(i) for i in indices]
-    square = resize_crop(on_background(image), config.size)
-    return [(_photo_view(square, record, config, i), record.caption) for i in indices]
-
-
-def _rng(config: ViewConfig, name: str, index: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{config.seed}:{name}:{index}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
-
-
-def _photo_view(square: Image.Image, record: ImageRecord, config: ViewConfig, index: int) -> Pixels:
-    from PIL import ImageOps
-
-    flips = config.flip and index > 0 and _rng(config, record.name, index).random() < 0.5
-    return np.asarray(ImageOps.mirror(square) if flips else square)
-
-
-class _Artist:
-    """Draws the views of one glyph; holds what they share: its colours and its extent."""
-
-    def __init__(self, image: Image.Image, record: ImageRecord, config: ViewConfig) -> None:
-        self.image, self.record, self.config = image, record, config
-        self.small = image.resize((ANALYSIS_SIZE, ANALYSIS_SIZE))
-        pixels = np.asarray(self.small)
-        self.backgrounds = fitting_backgrounds(pixels)
-        self.hue = main_hue(pixels) if self._may_be_tinted() else None
-        self.extent = image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox() or (0, 0, *image.size)
-
-    def _may_be_tinted(self) -> bool:
-        meta = self.record.meta
-        return meta["group"] in _TINTED_GROUPS and meta["subgroup"] not in _UNTINTED_SUBGROUPS
-
-    def view(self, index: int) -> View:
-        """Pixels (size, size, 3) and the caption of one view."""
-        style = self.record.meta["style"]
-        if index == 0:
-            named = style if self.record.split == "heldout" else None
-            pixels = self._place(self.image, WHITE, scale=1.0, shift=(0.0, 0.0), mirrored=False)
-            return pixels, captions.compose(self.record.caption, style=named)
-        rng = _rng(self.config, self.record.name, index)
-        styled, tagged, ground, tint, mirror, scale = rng.random(6)
-        shift = rng.uniform(-1, 1, size=2) * self.config.shift
-        image, colour = self._tint(rng) if tint < self.config.hue else (self.image, None)
-        background = self._background(rng, colour) if ground < self.config.colour_backgrounds else None
-        pixels = self._place(
-            image,
-            BACKGROUNDS[background] if background else WHITE,
-            scale=1 - (1 - self.config.scale_min) * scale,
-            shift=(shift[0], shift[1]),
-            mirrored=self.config.flip and mirror < 0.5 and self.record.meta["flip"] == "yes",
-        )
-        caption = captions.compose(
-            self.record.caption,
-            style=style if styled < STYLE_SHARE else None,
-            colour=colour,
-            background=background,
-            tags=self._tags(rng, colour) if tagged < TAGS_SHARE else (),
-        )
-        return pixels, caption
-
-    def _tint(self, rng: np.random.Generator) -> tuple[Image.Image, str | None]:
-        """The picture in a colour drawn at random, its own included; unchanged if none would show."""
-        if self.hue is None:
-            return self.image, None
-        for name in rng.permutation(list(HUES))[:TINT_TRIALS]:
-            shown = colour_name(np.asarray(turn_hue(self.small, self.hue, HUES[name])), HUES[name])
-            if shown is not None:
-                return turn_hue(self.image, self.hue, HUES[name]), shown
-        return self.image, None
-
-    def _background(self, rng: np.random.Generator, colour: str | None) -> str | None:
-        fitting = [name for name in self.backgrounds if colour is None or colour not in name]
-        return str(rng.choice(fitting)) if fitting else None
-
-    def _tags(self, rng: np.random.Generator, colour: str | None) -> tuple[str, ...]:
-        tags = [tag for tag in self.record.meta["tags"].split(",") if tag]
-        if colour is not None:
-            tags = [tag for tag in tags if captions.COLOUR_WORDS.isdisjoint(tag.split())]
-        chosen = sorted(rng.permutation(len(tags))[:MAX_TAGS])
-        return tuple(tags[i] for i in chosen)
-
-    def _place(
-        self,
-        image: Image.Image,
-        colour: tuple[int, int, int],
-        *,
-        scale: float,
-        shift: tuple[float, float],
-        mirrored: bool,
-    ) -> Pixels:
-        """Scale about the centre, shift (shares of the side, clamped to keep the thing inside), lay on `colour`."""
-        from PIL import Image, ImageOps
-
-        side = image.width
-        window = side / scale
-        left = _window_start(side, window, shift[0] * window, self.extent[0], self.extent[2])
-        top = _window_start(side, window, shift[1] * window, self.extent[1], self.extent[3])
-        pad = int(np.ceil(max(0.0, -left, -top, left + window - side, top + window - side))) + 1
-        canvas = Image.new("RGBA", (side + 2 * pad, side + 2 * pad))
-        canvas.paste(image, (pad, pad))
-        box = (left + pad, top + pad, left + pad + window, top + pad + window)
-        size = self.config.size
-        small = on_background(canvas.resize((size, size), Image.Resampling.LANCZOS, box=box), colour)
-        return np.asarray(ImageOps.mirror(small) if mirrored else small)
-
-
-def _window_start(side: float, window: float, shift: float, low: float, high: float) -> float:
-    """Where a window of that width starts so that it is shifted as asked and still covers low..high."""
-    centred = (side - window) / 2
-    first, last = high - window, low
-    if first > last:
-        return centred
-    return min(max(centred - shift, first), last)
-
-
-__all__ = ["TrainingViews", "ViewConfig", "load_views", "make_views", "save_views"]
-
-
 @dataclass(frozen=True)
 class TrainingViews:
-    """N views in memory: images (N, 3, H, W) uint8 in 0..255, and one entry a view in each list."""
+    """N views in memory: images (N, 3, H, W) uint8 in 0..255, and one item a view in each list.
+
+    >>> import torch
+    >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    >>> views = TrainingViews(images, ["a cat", "a dog"], [None, None], ["a", "b"], ["train", "heldout"])
+    >>> len(views)
+    2
+    """
 
     images: torch.Tensor
     captions: list[str]
@@ -242,10 +122,19 @@ class TrainingViews:
 def make_views(
     records: Sequence[ImageRecord], config: ViewConfig, *, progress: bool = True, workers: int = 1
 ) -> tuple[TrainingViews, list[SkippedImage]]:
-    """Draw all views, in the records' order; pictures that cannot be read are left out and returned by name.
+    """Draw the views of all images, in the records' order.
+
+    Args:
+        records: of the images.
+        config: see `ViewConfig`.
+        progress: show a progress bar.
+        workers: processes that draw; 1 is this one.
+
+    Returns:
+        The views, and by name the images that could not be read.
 
     Raises:
-        UserError: not one picture could be read.
+        UserError: not one image could be read.
     """
     import torch
     from tqdm import tqdm
@@ -276,7 +165,7 @@ def make_views(
 
 
 def save_views(path: Path, views: TrainingViews) -> None:
-    """Write `path` (safetensors) and, beside it, the same name with .jsonl: one line a view."""
+    """Write views to `path` (safetensors) and, beside it, to the same name with .jsonl: one line a view."""
     rows = zip(views.captions, views.labels, views.names, views.splits, strict=True)
     lines = (
         json.dumps({"caption": caption, "label": label, "name": name, "split": split}, ensure_ascii=False)
@@ -311,16 +200,160 @@ def load_views(path: Path) -> TrainingViews:
     )
 
 
+def draw_views(image: Image.Image, record: ImageRecord, config: ViewConfig) -> list[View]:
+    """Draw all views of one image, each (size, size, 3) uint8 with its caption.
+
+    Glyphs (records with a style) get every augmentation; other images are cropped to their central square
+    and mirrored at most, and keep their caption.
+
+    >>> from PIL import Image
+    >>> record = ImageRecord(Path("a.png"), "a cat", None, "train", "a.png")
+    >>> views = draw_views(Image.new("RGB", (90, 60)), record, ViewConfig(size=32, views=2))
+    >>> [(pixels.shape, caption) for pixels, caption in views]
+    [((32, 32, 3), 'a cat'), ((32, 32, 3), 'a cat')]
+    """
+    indices = range(view_count(record, config))
+    if "style" in record.meta:
+        glyph = _GlyphViews(image.convert("RGBA"), record, config)
+        return [glyph.view(i) for i in indices]
+    square = resize_crop(on_background(image), config.size)
+    return [(_photo_view(square, record, config, i), record.caption) for i in indices]
+
+
+def view_count(record: ImageRecord, config: ViewConfig) -> int:
+    """How many views an image gets."""
+    return config.views if record.split == "train" else config.heldout_views
+
+
+class _GlyphViews:
+    """The views of one glyph; holds what they share: its colours and its extent."""
+
+    def __init__(self, image: Image.Image, record: ImageRecord, config: ViewConfig) -> None:
+        self.image, self.record, self.config = image, record, config
+        self.small = image.resize((ANALYSIS_SIZE, ANALYSIS_SIZE))
+        pixels = np.asarray(self.small)
+        self.backgrounds = fitting_backgrounds(pixels)
+        self.hue = main_hue(pixels) if self._may_be_tinted() else None
+        self.extent = image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox() or (0, 0, *image.size)
+
+    def _may_be_tinted(self) -> bool:
+        meta = self.record.meta
+        return meta["group"] in _TINTED_GROUPS and meta["subgroup"] not in _UNTINTED_SUBGROUPS
+
+    def view(self, index: int) -> View:
+        """Pixels (size, size, 3) and the caption of one view."""
+        style = self.record.meta["style"]
+        if index == 0:
+            named = style if self.record.split == "heldout" else None
+            pixels = self._lay_out(self.image, WHITE, scale=1.0, shift=(0.0, 0.0), mirrored=False)
+            return pixels, captions.compose(self.record.caption, style=named)
+        rng = _rng(self.config, self.record.name, index)
+        styled, tagged, ground, tint, mirror, scale = rng.random(6)
+        shift = rng.uniform(-1, 1, size=2) * self.config.shift
+        image, colour = self._tint(rng) if tint < self.config.hue else (self.image, None)
+        background = self._background(rng, colour) if ground < self.config.colour_backgrounds else None
+        pixels = self._lay_out(
+            image,
+            BACKGROUNDS[background] if background else WHITE,
+            scale=1 - (1 - self.config.scale_min) * scale,
+            shift=(shift[0], shift[1]),
+            mirrored=self.config.flip and mirror < 0.5 and self.record.meta["flip"] == "yes",
+        )
+        caption = captions.compose(
+            self.record.caption,
+            style=style if styled < STYLE_SHARE else None,
+            colour=colour,
+            background=background,
+            tags=self._tags(rng, colour) if tagged < TAGS_SHARE else (),
+        )
+        return pixels, caption
+
+    def _tint(self, rng: np.random.Generator) -> tuple[Image.Image, str | None]:
+        """Turn the glyph to a colour drawn at random, its own included; unchanged if none would show."""
+        if self.hue is None:
+            return self.image, None
+        for name in rng.permutation(list(HUES))[:TINT_TRIALS]:
+            shown = colour_name(np.asarray(turn_hue(self.small, self.hue, HUES[name])), HUES[name])
+            if shown is not None:
+                return turn_hue(self.image, self.hue, HUES[name]), shown
+        return self.image, None
+
+    def _background(self, rng: np.random.Generator, colour: str | None) -> str | None:
+        fitting = [name for name in self.backgrounds if colour is None or colour not in name]
+        return str(rng.choice(fitting)) if fitting else None
+
+    def _tags(self, rng: np.random.Generator, colour: str | None) -> tuple[str, ...]:
+        tags = [tag for tag in self.record.meta["tags"].split(",") if tag]
+        if colour is not None:
+            tags = [tag for tag in tags if captions.COLOUR_WORDS.isdisjoint(tag.split())]
+        chosen = sorted(rng.permutation(len(tags))[:MAX_TAGS])
+        return tuple(tags[i] for i in chosen)
+
+    def _lay_out(
+        self,
+        image: Image.Image,
+        colour: tuple[int, int, int],
+        *,
+        scale: float,
+        shift: tuple[float, float],
+        mirrored: bool,
+    ) -> Pixels:
+        """Scale about the centre, shift (shares of the side, clamped to keep the thing inside), lay on `colour`."""
+        from PIL import Image, ImageOps
+
+        side = image.width
+        window = side / scale
+        left = _window_start(side, window, shift[0] * window, self.extent[0], self.extent[2])
+        top = _window_start(side, window, shift[1] * window, self.extent[1], self.extent[3])
+        pad = int(np.ceil(max(0.0, -left, -top, left + window - side, top + window - side))) + 1
+        canvas = Image.new("RGBA", (side + 2 * pad, side + 2 * pad))
+        canvas.paste(image, (pad, pad))
+        box = (left + pad, top + pad, left + pad + window, top + pad + window)
+        size = self.config.size
+        small = on_background(canvas.resize((size, size), Image.Resampling.LANCZOS, box=box), colour)
+        return np.asarray(ImageOps.mirror(small) if mirrored else small)
+
+
+def _window_start(side: float, window: float, shift: float, low: float, high: float) -> float:
+    """Start of a window of that width that is shifted as asked and still covers low..high, if it can."""
+    centred = (side - window) / 2
+    first, last = high - window, low
+    if first > last:
+        return centred
+    return min(max(centred - shift, first), last)
+
+
+def _photo_view(square: Image.Image, record: ImageRecord, config: ViewConfig, index: int) -> Pixels:
+    from PIL import ImageOps
+
+    flips = config.flip and index > 0 and _rng(config, record.name, index).random() < 0.5
+    return np.asarray(ImageOps.mirror(square) if flips else square)
+
+
+def _rng(config: ViewConfig, name: str, index: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{config.seed}:{name}:{index}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
 def _draw(records: Sequence[ImageRecord], config: ViewConfig, workers: int) -> Iterator[list[View] | SkippedImage]:
-    one = partial(_views_of, config=config)
+    views_of = partial(_views_or_reason, config=config)
     if workers <= 1:
-        yield from map(one, records)
+        yield from map(views_of, records)
         return
     import multiprocessing
 
     # Not fork: the parent may hold threads (torch's), and a forked copy of their locks hangs.
     with multiprocessing.get_context("spawn").Pool(workers, _leave_interrupts_to_the_parent) as pool:
-        yield from pool.imap(one, records, chunksize=16)
+        yield from pool.imap(views_of, records, chunksize=16)
+
+
+def _views_or_reason(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
+    """Draw all views of one image, or say why there are none; runs in a worker."""
+    try:
+        image = open_image(record.file)
+    except ImageError as error:
+        return SkippedImage(record.name, error.reason)
+    return draw_views(image, record, config)
 
 
 def _leave_interrupts_to_the_parent() -> None:
@@ -328,12 +361,3 @@ def _leave_interrupts_to_the_parent() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _views_of(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
-    """All views of one picture, or why there are none; runs in a worker."""
-    try:
-        image = open_image(record.file)
-    except ImageError as error:
-        return SkippedImage(record.name, error.reason)
-    return draw_views(image, record, config)

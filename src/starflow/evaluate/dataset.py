@@ -7,8 +7,6 @@ process. Without a process group there is one process.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
 from starflow.data.sources.base import ImageRecord
 from starflow.data.sources.folder import read_folder
@@ -128,7 +126,7 @@ def prompts_of(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[
 def image_batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Images (N, 3, H, W) uint8 as batches in [-1, 1] on `device`; the last batch may be shorter."""
     for start in range(0, len(images), BATCH):
-        yield to_unit(images[start : start + BATCH]).to(device)
+        yield to_float(images[start : start + BATCH]).to(device)
 
 
 def concept_of(prompt: str, known: set[str]) -> str:
@@ -139,24 +137,6 @@ def concept_of(prompt: str, known: set[str]) -> str:
     """
     words = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
     return max((concept for concept in known if f" {concept} " in words), key=len, default="")
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes that torchrun started, for the length of a block; alone, do nothing."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield
-        return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def is_first() -> bool:

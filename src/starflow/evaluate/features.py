@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starflow.data.images import to_bytes
+from starflow.data.images import to_uint8
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 
@@ -235,7 +235,7 @@ class _InceptionOfBytes(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] to pooled features (B, 2048) and logits (B, 1008) without their bias."""
-        features, logits = self.network(to_bytes(images).to(images.device))
+        features, logits = self.network(to_uint8(images).to(images.device))
         return features, logits
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, own_rows, prompts_of
@@ -175,7 +175,7 @@ def measure_outliers(pipeline: StarFlowPipeline, dataset: EvaluationSet, unknown
 def _nats(
     pipeline: StarFlowPipeline, images: Tensor, rows: Sequence[int], seeds: Sequence[int], prompts: Sequence[str]
 ) -> Tensor:
-    batch = to_unit(images[list(rows)]).to(pipeline.device)
+    batch = to_float(images[list(rows)]).to(pipeline.device)
     return pipeline.log_probs(batch, prompts, seeds)[0]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from starflow.data.images import to_pil, to_unit
+from starflow.data.images import to_float, to_pil
 from starflow.errors import UserError
 from starflow.evaluate.dataset import EvaluationSet, evenly_spaced, image_batches, is_first, open_outliers, prompts_of
 from starflow.evaluate.distances import moments, save_moments
@@ -245,4 +245,4 @@ def _sheets(
     grid = pipeline(list(prompts), guidance=best).images
     neighbours, retrieval = measured.nearest_training_images(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
-    return ContactSheets(prompts, grid, neighbours, to_pil(to_unit(views.images[rows])), to_pil(again)), retrieval
+    return ContactSheets(prompts, grid, neighbours, to_pil(to_float(views.images[rows])), to_pil(again)), retrieval

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from starflow.data.images import from_pil, to_pil, to_unit
+from starflow.data.images import from_pil, to_float, to_pil
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import (
@@ -128,7 +128,7 @@ def draw_samples(
 @torch.no_grad()
 def reconstruct(pipeline: StarFlowPipeline, images: Tensor, rows: Sequence[int], noise: float) -> Tensor:
     """Some rows of uint8 pictures through the autoencoder, with noise on their latents; row r has the seed r."""
-    latents = pipeline.autoencoder.encode(to_unit(images[list(rows)]).to(pipeline.device))
+    latents = pipeline.autoencoder.encode(to_float(images[list(rows)]).to(pipeline.device))
     return pipeline.autoencoder.decode(latents + noise * noise_from_seeds(rows, tuple(latents.shape[1:])).to(latents))
 
 
@@ -244,7 +244,7 @@ class SampleMeasurements:
         if any(prompts):
             wanted = [concept_of(prompt, known) for prompt in prompts]
             scores["grid"] = sum(concepts[row] == one for row, one in zip(rows, wanted, strict=True)) / len(grid)
-        return to_pil(to_unit(self.train_views.images[rows])), scores
+        return to_pil(to_float(self.train_views.images[rows])), scores
 
     def _samples(self, count: int, guidance: float, seed: int) -> ExtractedFeatures:
         return _gathered_features(

@@ -1,4 +1,4 @@
-"""Autoencoders: pictures to latents and back, one contract for all (`starflow.latents.base`)."""
+"""Autoencoders, which turn images to latents and back: one contract for all (`starflow.latents.base`)."""
 
 from starflow.latents.base import Autoencoder, AutoencoderSpec, PixelLatents, check_images, check_latents
 from starflow.latents.diffusers import KLLatents, TinyLatents

@@ -1,17 +1,19 @@
-"""The contract between the flow and whatever turns pictures into latents.
+"""The contract of an autoencoder, which turns images to the latents that a flow models, and the identity.
 
-Contract, held by every adapter of this room:
+Contract, held by every class `...Latents` of this room:
 
-- Pictures are float tensors (B, 3, H, W) in [-1, 1], red first; H and W are multiples of `spec.factor`.
+- Images are float tensors (B, 3, H, W) in [-1, 1], red first; H and W are multiples of `spec.factor`.
 - Latents are (B, `spec.channels`, H / factor, W / factor), already scaled, so that their standard deviation
   over a data set is about one: the flow adds its noise to them and models them as they are.
 - `decode` clamps to [-1, 1]; `decode(encode(x))` is close to x, no more; only the identity (`kind` "pixels") is exact.
 - Randomness enters by argument: with a `generator` an autoencoder that has a posterior draws from it, without
-  one it returns the posterior's mean. One generator serves the whole batch; one seed a picture is one call a picture.
+  one it returns the posterior's mean. One generator serves the whole batch; one seed an image is one call an image.
 - `network` holds the weights: move that to a device. Inputs are given on its device; results are float32 whatever
   the weights' precision. Neither call changes the weights or tracks gradients for them; gradients reach the inputs.
+- `receptive_radius` says how far a decoded pixel looks around itself in the latents, so that large latents can be
+  decoded in tiles (`starflow.latents.tiled`).
 
-The case of no autoencoder: the flow models pixels, as TarFlow does (arXiv 2412.06329).
+`PixelLatents` is the case of no autoencoder: the flow models pixels, as TarFlow does (arXiv 2412.06329).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class AutoencoderSpec:
     Attributes:
         kind: the adapter: "pixels", "diffusers_kl", "diffusers_tiny" or "small".
         channels: channels of a latent.
-        factor: picture pixels per latent pixel and side, e.g. 8.
+        factor: image pixels per latent pixel and side, e.g. 8.
         scaling: the factor that raw latents were multiplied by to become the latents of the contract.
         noise_std: standard deviation of the latent noise that the decoder was trained to undo; 0 for none.
         source: the folder, file or hub id that the weights came from; empty where there are none.
@@ -46,24 +48,33 @@ class AutoencoderSpec:
 
 
 class Autoencoder(Protocol):
-    """Anything that encodes pictures to latents and decodes them again, as the module's docstring says."""
+    """Anything that encodes images to latents and decodes them again, as the module's docstring says."""
 
     @property
-    def spec(self) -> AutoencoderSpec: ...
+    def spec(self) -> AutoencoderSpec:
+        """Its description, as config.json keeps it."""
+        ...
 
     @property
-    def network(self) -> nn.Module: ...
+    def network(self) -> nn.Module:
+        """The weights, frozen; move this to a device."""
+        ...
+
+    @property
+    def receptive_radius(self) -> int | None:
+        """Latent pixels around it, each way, that a decoded pixel depends on; None where it depends on all."""
+        ...
 
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / factor, W / factor).
+        """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / factor, W / factor).
 
         Raises:
-            UserError: the pictures' shape does not fit.
+            UserError: the images' shape does not fit.
         """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) to pictures (B, 3, h * factor, w * factor) in [-1, 1].
+        """Decode scaled latents (B, C, h, w) to images (B, 3, h * factor, w * factor) in [-1, 1].
 
         Raises:
             UserError: the latents' shape does not fit.
@@ -72,7 +83,7 @@ class Autoencoder(Protocol):
 
 
 def check_images(images: Tensor, spec: AutoencoderSpec) -> None:
-    """Refuse pictures that an autoencoder cannot encode.
+    """Refuse images that an autoencoder cannot encode.
 
     Raises:
         UserError: not (B, 3, H, W), or a side that is no multiple of the factor.
@@ -105,13 +116,26 @@ def _nearest(size: int, factor: int) -> int:
 
 
 class PixelLatents:
-    """Pictures are their own latents: factor 1, exact within [-1, 1].
+    """The `Autoencoder` whose latents are the pixels themselves: factor 1, exact within [-1, 1].
 
     With 3 channels they are red, green and blue; with 1 they are the mean of the three, and decode to grey.
+
+    >>> import torch
+    >>> images = torch.rand(2, 3, 8, 8) * 2 - 1
+    >>> torch.equal(PixelLatents().decode(PixelLatents().encode(images)), images)
+    True
+    >>> PixelLatents(channels=1).encode(images).shape
+    torch.Size([2, 1, 8, 8])
     """
 
+    receptive_radius = 0
+
     def __init__(self, channels: int = 3) -> None:
-        """Raises UserError: neither 3 channels nor 1."""
+        """Choose colour (3 channels) or grey (1).
+
+        Raises:
+            UserError: neither 3 channels nor 1.
+        """
         if channels not in (1, 3):
             raise UserError(f"pixels with {channels} channels: expected 3 (colour) or 1 (grey)")
         self._spec = AutoencoderSpec("pixels", channels=channels, factor=1)

@@ -1,14 +1,11 @@
-"""Networks that diffusers builds, read strictly from a folder or the hub; safetensors only.
+"""Autoencoders whose networks diffusers builds, read strictly from a folder or the hub; safetensors only.
 
-Stable Diffusion's autoencoder and its relatives, by diffusers' AutoencoderKL.
-
-The latent is (raw - shift) * scaling, with the network's own `scaling_factor` (0.18215 for sd-vae) and
-`shift_factor` (none for sd-vae), raw being a draw from the posterior N(mean, std^2), or its mean.
-
-Tiny distilled autoencoders, by diffusers' AutoencoderTiny: TAESD and its relatives.
-
-TAESD (madebyollin/taesd, MIT) encodes to the latents of sd-vae times 0.18215, so a flow on those latents
-decodes with it at a fraction of the cost. It has no posterior: encoding gives the mean.
+- `KLLatents` is Stable Diffusion's autoencoder and its relatives, by diffusers' AutoencoderKL. A latent is
+  (raw - shift) * scaling, with the network's own `scaling_factor` (0.18215 for sd-vae) and `shift_factor` (none for
+  sd-vae), raw being a draw from the posterior N(mean, std^2), or its mean.
+- `TinyLatents` is TAESD (madebyollin/taesd, MIT) and its relatives, by diffusers' AutoencoderTiny: distilled from
+  sd-vae, it encodes to the latents of sd-vae times 0.18215, so a flow on those latents decodes with it at a fraction of
+  the cost. It has no posterior: encoding gives the mean.
 """
 
 from __future__ import annotations
@@ -27,99 +24,46 @@ from starflow.io.files import read_json, read_tensors
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
-FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
+NETWORK_FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
 
-INDEX = "diffusion_pytorch_model*.safetensors.index.json"
+SHARD_INDEX_FILE = "diffusion_pytorch_model*.safetensors.index.json"
+
+TAESD_FILES = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 
 NetworkName = Literal["AutoencoderKL", "AutoencoderTiny"]
 
 
-def import_diffusers() -> Any:
-    """The diffusers package.
+class _DiffusersLatents:
+    """What the two autoencoders share: a frozen network, and latents that are (raw - shift) * scaling."""
 
-    Raises:
-        UserError: it is not installed; the message names the command.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError("this autoencoder needs diffusers: run pip install 'starflow[diffusers]'") from None
-    return diffusers
+    def __init__(self, network: nn.Module, spec: AutoencoderSpec, shift: float) -> None:
+        self.network = freeze(network)
+        self.shift = shift
+        self._spec = spec
 
+    @property
+    def spec(self) -> AutoencoderSpec:
+        """See `Autoencoder.spec`."""
+        return self._spec
 
-def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOptions = DEFAULT_HUB) -> nn.Module:
-    """Build the diffusers class `name` from `source`, a folder or a hub repository, frozen and in evaluation mode.
-
-    Raises:
-        UserError: diffusers is not installed, `source` is nowhere, another class, damaged (the file is named), or
-            lacks weights.
-    """
-    diffusers = import_diffusers()
-    folder = local_or_hub(source, FILES, (INDEX, weights.CHECKSUMS), hub=hub)
-    stored = read_json(folder / "config.json").get("_class_name", name)
-    if stored != name:
-        raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")
-    weights.check_sizes(folder)
-    from safetensors import SafetensorError
-
-    try:
-        with quiet(diffusers):
-            network, report = getattr(diffusers, name).from_pretrained(
-                folder,
-                torch_dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"'{source}' cannot be read as {name}: {' '.join(str(error).split())[:300]}") from None
-    check_keys(source, report["missing_keys"], report["unexpected_keys"])
-    return freeze(network)
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        check_latents(latents, self._spec)
+        network: Any = self.network
+        raw = latents.float() / self._spec.scaling + self.shift
+        images: Tensor = network.decode(raw.to(network.dtype)).sample.float()
+        return images.clamp(-1, 1)
 
 
-def check_keys(source: str, missing: list[str], unexpected: list[str]) -> None:
-    """Refuse weights that do not fit the network one to one.
+class KLLatents(_DiffusersLatents):
+    """The `Autoencoder` over an AutoencoderKL (Rombach et al., arXiv 2112.10752)."""
 
-    Raises:
-        UserError: with the first keys of each kind.
-    """
-    found = [
-        f"{len(keys)} {kind} weights ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    if found:
-        raise UserError(f"'{source}' has {' and '.join(found)}: fetch it again, or choose the adapter of its kind")
-
-
-def freeze(network: Any) -> nn.Module:
-    frozen: nn.Module = network.eval().requires_grad_(False)
-    return frozen
-
-
-@contextmanager
-def quiet(diffusers: Any) -> Iterator[None]:
-    """Without diffusers' and torchao's remarks: what matters of them, the loading report, is read."""
-    logging = diffusers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with only_errors_logged(*TORCHAO_LOGGERS, "diffusers"):
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
-class KLLatents:
-    """`starflow.latents.base.Autoencoder` over an AutoencoderKL."""
+    receptive_radius = None  # attention in its middle, and group norms, look at the whole image
 
     def __init__(self, network: nn.Module, source: str = "", noise_std: float = 0.0) -> None:
         """Wrap an AutoencoderKL; `noise_std` is the latent noise its decoder was fine-tuned for, 0 for none."""
-        self.network = freeze(network)
         config: Any = network.config
-        self.shift = float(config.shift_factor or 0.0)
-        self._spec = AutoencoderSpec(
+        spec = AutoencoderSpec(
             kind="diffusers_kl",
             channels=int(config.latent_channels),
             factor=int(2 ** (len(config.block_out_channels) - 1)),
@@ -127,6 +71,7 @@ class KLLatents:
             noise_std=noise_std,
             source=source,
         )
+        super().__init__(network, spec, shift=float(config.shift_factor or 0.0))
 
     @classmethod
     def from_pretrained(
@@ -139,15 +84,11 @@ class KLLatents:
         """
         return cls(load_network("AutoencoderKL", source, dtype, hub), source, noise_std)
 
-    @property
-    def spec(self) -> AutoencoderSpec:
-        return self._spec
-
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, each (B, C, H / factor, W / factor), float32.
 
         Raises:
-            UserError: the pictures' shape does not fit.
+            UserError: the images' shape does not fit.
         """
         check_images(images, self._spec)
         network: Any = self.network
@@ -159,33 +100,24 @@ class KLLatents:
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`: a draw from the posterior with `generator`, else its mean.
 
-        The draw is made on the generator's device, so that one on the CPU gives the same picture anywhere.
+        The draw is made on the generator's device, so that one on the CPU gives the same latent anywhere.
         """
         mean, std = self.posterior(images)
         if generator is None:
             return mean
         return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Autoencoder.decode`."""
-        check_latents(latents, self._spec)
-        network: Any = self.network
-        raw = latents.float() / self._spec.scaling + self.shift
-        images: Tensor = network.decode(raw.to(network.dtype)).sample.float()
-        return images.clamp(-1, 1)
 
+class TinyLatents(_DiffusersLatents):
+    """The `Autoencoder` over an AutoencoderTiny."""
 
-TAESD_FILES = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
-
-
-class TinyLatents:
-    """`starflow.latents.base.Autoencoder` over an AutoencoderTiny."""
+    receptive_radius = 20
+    """Of TAESD's decoder: 1 + 9 convolutions at 1/8 of the image's side, and 10 at each of 1/4 and 1/2."""
 
     def __init__(self, network: nn.Module, source: str = "", noise_std: float = 0.0) -> None:
         """Wrap an AutoencoderTiny; `noise_std` is the latent noise its decoder was fine-tuned for, 0 for none."""
-        self.network = freeze(network)
         config: Any = network.config
-        self._spec = AutoencoderSpec(
+        spec = AutoencoderSpec(
             kind="diffusers_tiny",
             channels=int(config.latent_channels),
             factor=int(2 ** (len(config.encoder_block_out_channels) - 1)),
@@ -193,6 +125,7 @@ class TinyLatents:
             noise_std=noise_std,
             source=source,
         )
+        super().__init__(network, spec, shift=0.0)
 
     @classmethod
     def from_pretrained(
@@ -210,10 +143,6 @@ class TinyLatents:
             return cls(_load_taesd(folder, dtype), source, noise_std)
         return cls(load_network("AutoencoderTiny", source, dtype, hub), source, noise_std)
 
-    @property
-    def spec(self) -> AutoencoderSpec:
-        return self._spec
-
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""
         check_images(images, self._spec)
@@ -221,19 +150,89 @@ class TinyLatents:
         latents: Tensor = network.encode(images.to(network.dtype)).latents.float()
         return latents * self._spec.scaling
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Autoencoder.decode`."""
-        check_latents(latents, self._spec)
-        network: Any = self.network
-        raw = latents.float() / self._spec.scaling
-        images: Tensor = network.decode(raw.to(network.dtype)).sample.float()
-        return images.clamp(-1, 1)
+
+def load_network(name: NetworkName, source: str, dtype: torch.dtype, hub: HubOptions = DEFAULT_HUB) -> nn.Module:
+    """Build the diffusers class `name` from `source`, a folder or a hub repository, frozen and in evaluation mode.
+
+    Raises:
+        UserError: diffusers is not installed, `source` is nowhere, another class, damaged (the file is named), or
+            lacks weights.
+    """
+    diffusers = import_diffusers()
+    folder = local_or_hub(source, NETWORK_FILES, (SHARD_INDEX_FILE, weights.CHECKSUMS), hub=hub)
+    stored = read_json(folder / "config.json").get("_class_name", name)
+    if stored != name:
+        raise UserError(f"'{source}' is a {stored}, expected a {name}: choose the adapter of that kind")
+    weights.check_sizes(folder)
+    from safetensors import SafetensorError
+
+    try:
+        with only_diffusers_errors(diffusers):
+            network, report = getattr(diffusers, name).from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"'{source}' cannot be read as {name}: {' '.join(str(error).split())[:300]}") from None
+    check_keys(source, report["missing_keys"], report["unexpected_keys"])
+    return freeze(network)
+
+
+def import_diffusers() -> Any:
+    """Import the diffusers package.
+
+    Raises:
+        UserError: it is not installed; the message names the command.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError("this autoencoder needs diffusers: run pip install 'starflow[diffusers]'") from None
+    return diffusers
+
+
+def check_keys(source: str, missing: list[str], unexpected: list[str]) -> None:
+    """Refuse weights that do not fit the network one to one.
+
+    Raises:
+        UserError: it lists the first keys of each kind.
+    """
+    found = [
+        f"{len(keys)} {kind} weights ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if found:
+        raise UserError(f"'{source}' has {' and '.join(found)}: fetch it again, or choose the adapter of its kind")
+
+
+def freeze(network: Any) -> nn.Module:
+    """Put a network in evaluation mode and stop gradients to its weights."""
+    frozen: nn.Module = network.eval().requires_grad_(False)
+    return frozen
+
+
+@contextmanager
+def only_diffusers_errors(diffusers: Any) -> Iterator[None]:
+    """Silence diffusers' and torchao's remarks; what matters of them, the loading report, is read."""
+    logging = diffusers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with only_errors_logged(*TORCHAO_LOGGERS, "diffusers"):
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _load_taesd(folder: Path, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderTiny from TAESD's own files, whose layers are numbered from the encoder's and decoder's start."""
     diffusers = import_diffusers()
-    with quiet(diffusers):
+    with only_diffusers_errors(diffusers):
         network: nn.Module = diffusers.AutoencoderTiny()
     state = {f"encoder.layers.{name}": tensor for name, tensor in read_tensors(folder / TAESD_FILES[0]).items()}
     for name, tensor in read_tensors(folder / TAESD_FILES[1]).items():

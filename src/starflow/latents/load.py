@@ -1,9 +1,7 @@
-"""An autoencoder from its description, as config.json keeps it.
+"""Autoencoders by their description, as config.json keeps it, and their decoders as modules to train.
 
-An autoencoder's decoder as something to train, and the autoencoder written back with what its decoder undoes.
-
-A folder written here is what the adapter of its kind reads, and `noise.json` beside the weights says which latent
-noise the decoder was fine-tuned for (diffusers' own configs have no place for it).
+A folder that is written here is what the class of its kind reads, and `noise.json` beside the weights says which
+latent noise the decoder was fine-tuned for (diffusers' own configs have no place for it).
 """
 
 from __future__ import annotations
@@ -25,15 +23,23 @@ from starflow.latents.small import SmallLatents, load_small, save_small
 
 KINDS = ("pixels", "diffusers_kl", "diffusers_tiny", "small")
 
+NOISE_FILE = "noise.json"
+
+TrainableAutoencoder = KLLatents | TinyLatents | SmallLatents
+"""The autoencoders that have a decoder of their own."""
+
 
 def load_autoencoder(spec: AutoencoderSpec, hub: HubOptions = DEFAULT_HUB) -> Autoencoder:
     """Build the autoencoder that `spec` describes, on the CPU in float32.
 
     Raises:
         UserError: an unknown kind, its files cannot be found or read, or what was found is another than described.
+
+    >>> load_autoencoder(AutoencoderSpec("pixels", channels=3, factor=1)).spec.factor
+    1
     """
     found = _load(spec, hub)
-    described, got = _shape(spec), _shape(found.spec)
+    described, got = _describe(spec), _describe(found.spec)
     if described != got:
         raise UserError(
             f"the autoencoder '{spec.source or spec.kind}' has {got}, the model expects {described}: "
@@ -54,17 +60,12 @@ def _load(spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
     raise UserError(f"unknown autoencoder kind '{spec.kind}', expected one of {', '.join(KINDS)}")
 
 
-def _shape(spec: AutoencoderSpec) -> str:
+def _describe(spec: AutoencoderSpec) -> str:
     return f"{spec.channels} channels, factor {spec.factor}, scaling {spec.scaling:g}"
 
 
-NOISE = "noise.json"
-
-TrainableAutoencoder = KLLatents | TinyLatents | SmallLatents
-
-
 def memory_layout(autoencoder: TrainableAutoencoder) -> torch.memory_format:
-    """The layout that an update takes least time in.
+    """Choose the memory layout in which an update takes least time.
 
     On a CPU, TAESD takes 0.14 s a 64-px crop in rows and 0.19 s in channels_last; ours takes a third of the time in
     channels_last, and GPUs prefer it.
@@ -74,9 +75,10 @@ def memory_layout(autoencoder: TrainableAutoencoder) -> torch.memory_format:
 
 
 class DecoderModule(nn.Module):
-    """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), unclamped, so that gradients reach what is too bright.
+    """A decoder to train: scaled latents (B, C, h, w) to images (B, 3, H, W).
 
-    It holds the weights that decoding uses, and no others, and shares them with the autoencoder.
+    Its results are not clamped, so that gradients reach what is too bright. It holds the weights that decoding uses,
+    and no others, and shares them with the autoencoder.
     """
 
     def __init__(self, autoencoder: TrainableAutoencoder) -> None:
@@ -86,27 +88,27 @@ class DecoderModule(nn.Module):
         self.post_quant_conv = getattr(network, "post_quant_conv", None)
         # A bound method is no module, so the encoder's weights stay out of this one's.
         self._decode, self._scaling = network.decode, autoencoder.spec.scaling
-        self._shift = autoencoder.shift if isinstance(autoencoder, KLLatents) else 0.0
+        self._shift = 0.0 if isinstance(autoencoder, SmallLatents) else autoencoder.shift
         self._wrapped = not isinstance(autoencoder, SmallLatents)
         self.requires_grad_(True)
         self._layout = memory_layout(autoencoder)
         self.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def forward(self, latents: Tensor) -> Tensor:
-        """See the class."""
+        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), unclamped."""
         raw = (latents / self._scaling + self._shift).contiguous(memory_format=self._layout)
         images: Tensor = self._decode(raw, return_dict=False)[0] if self._wrapped else self._decode(raw)
         return images
 
 
 def decoder_noise(source: str) -> float:
-    """The latent noise that the decoder in a folder was fine-tuned for; 0 where nothing says so."""
-    path = Path(source).expanduser() / NOISE
+    """Standard deviation of the latent noise that the decoder in a folder was fine-tuned for; 0 where none is named."""
+    path = Path(source).expanduser() / NOISE_FILE
     return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
 
 
 def load_trainable(source: str, hub: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:
-    """The autoencoder in a folder or hub repository, by what its config.json says it is.
+    """Load the autoencoder in a folder or hub repository, by what its config.json says it is.
 
     Raises:
         UserError: nothing there, or nothing with a decoder of its own.
@@ -129,7 +131,7 @@ def load_trainable(source: str, hub: HubOptions = DEFAULT_HUB) -> TrainableAutoe
 
 
 def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> None:
-    """Write the autoencoder and the noise that its decoder undoes; its config comes last.
+    """Write an autoencoder and the standard deviation of the noise that its decoder undoes; its config comes last.
 
     Raises:
         UserError: the folder cannot be written.
@@ -142,6 +144,6 @@ def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> 
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         network.save_pretrained(name, safe_serialization=True)
         write_checksums(Path(name))
-        write_json(Path(name) / NOISE, {"noise_std": noise_std})
+        write_json(Path(name) / NOISE_FILE, {"noise_std": noise_std})
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)

@@ -1,7 +1,7 @@
-"""Our own small convolutional autoencoder, trained with noisy latents.
+"""A small convolutional autoencoder that is trained here, with noise on its latents.
 
 It works from half resolution down: pixel-unshuffle in, residual pairs of 3x3 convolutions, pixel-shuffle out, which
-keeps almost all arithmetic where a picture is small. Latents are standardised per channel by a batch norm without
+keeps almost all arithmetic where an image is small. Latents are standardised per channel by a batch norm without
 affine parameters, so that "noise of 0.2" means 0.2 standard deviations in every channel; the decoder is trained on
 latents with noise added, as the flow's samples carry it (STARFlow, arXiv 2506.06276, section 3.3).
 
@@ -11,6 +11,7 @@ unless `standardise` is off.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,19 @@ from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 @dataclass(frozen=True)
 class SmallAutoencoderConfig:
-    """Sizes of the small autoencoder."""
+    """Sizes of the small autoencoder.
+
+    Raises:
+        UserError: a size that is not positive.
+
+    >>> SmallAutoencoderConfig(widths=(48, 96, 160)).factor
+    8
+    """
 
     channels: int = 16
     """Latent channels."""
     widths: tuple[int, ...] = (48, 96, 160)
-    """Convolution widths at 1/2, 1/4, 1/8 of the picture's side; the last is the latent's resolution."""
+    """Convolution widths at 1/2, 1/4, 1/8 of the image's side; the last is the latent's resolution."""
     encoder_pairs: int = 2
     """Residual pairs per resolution in the encoder."""
     decoder_pairs: int = 2
@@ -48,7 +56,7 @@ class SmallAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent cell along a side."""
+        """Image pixels per latent pixel and side."""
         return int(2 ** len(self.widths))
 
 
@@ -87,7 +95,13 @@ def _decoder(config: SmallAutoencoderConfig) -> nn.Sequential:
 
 
 class SmallAutoencoder(nn.Module):
-    """The network; see the module's docstring for shapes. `forward` is one training pass."""
+    """The network of the small autoencoder; the module's docstring has the shapes. `forward` is one training pass.
+
+    >>> network = SmallAutoencoder(SmallAutoencoderConfig(channels=4, widths=(8, 8))).eval()
+    >>> latents = network.encode(torch.zeros(1, 3, 32, 48))
+    >>> latents.shape, network.decode(latents).shape
+    (torch.Size([1, 4, 8, 12]), torch.Size([1, 3, 32, 48]))
+    """
 
     def __init__(self, config: SmallAutoencoderConfig) -> None:
         super().__init__()
@@ -100,12 +114,12 @@ class SmallAutoencoder(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w), standardised."""
+        """Encode (B, 3, H, W) in [-1, 1] to (B, C, h, w), standardised."""
         latents: Tensor = self.standardise(self.encoder(images.contiguous(memory_format=torch.channels_last)))
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W), unclamped."""
+        """Decode (B, C, h, w) to (B, 3, H, W), unclamped."""
         images: Tensor = self.decoder(latents.contiguous(memory_format=torch.channels_last))
         return images
 
@@ -115,15 +129,24 @@ class SmallAutoencoder(nn.Module):
 
 
 class SmallLatents:
-    """`starflow.latents.base.Autoencoder` over a trained `SmallAutoencoder`."""
+    """The `Autoencoder` over a trained `SmallAutoencoder`."""
 
     def __init__(self, network: SmallAutoencoder, noise_std: float, source: str = "") -> None:
+        """Wrap a network, which is frozen; `noise_std` is the latent noise that it was trained with."""
         self.network = network.eval().requires_grad_(False)
         self._spec = AutoencoderSpec("small", network.config.channels, network.config.factor, 1.0, noise_std, source)
 
     @property
     def spec(self) -> AutoencoderSpec:
+        """See `Autoencoder.spec`."""
         return self._spec
+
+    @property
+    def receptive_radius(self) -> int:
+        """See `Autoencoder.receptive_radius`: a pixel a 3x3 convolution, half of it at every doubling."""
+        config = self.network.config
+        convolutions = 2 * config.decoder_pairs + 1  # at each resolution
+        return 1 + math.ceil(sum(convolutions * 0.5**level for level in range(len(config.widths))))
 
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from starflow.conditioning import ClassLabels, ConditionerSpec
-from starflow.conditioning.text import width_of
+from starflow.conditioning.text import encoder_width
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
@@ -158,7 +158,7 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
             "name it, as 'text' there or by --text-encoder"
         )
     folder = Path(source).expanduser()
-    if folder.is_dir() and (width := width_of(folder)) != flow.txt_dim:
+    if folder.is_dir() and (width := encoder_width(folder)) != flow.txt_dim:
         raise UserError(
             f"the text encoder '{source}' has width {width}, the model expects {flow.txt_dim}: "
             "name the one that it was trained with"

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from starflow.conditioning.text import MINILM_MODULE, DamagedPackageError, resolve
+from starflow.conditioning.text import MINILM_MODULE, DamagedPackageError, find_text_encoder
 from starflow.errors import UserError
 from starflow.flow.memory import BYTES
 from starflow.io import files, weights
@@ -209,7 +209,9 @@ def part_folders(folder: Path, config: PipelineConfig) -> list[Path]:
         if not source or Path(source).is_relative_to(folder):
             continue
         try:
-            found.append(resolve(source, here) if spec is config.conditioner else local_or_hub(source, (), hub=here))
+            found.append(
+                find_text_encoder(source, here) if spec is config.conditioner else local_or_hub(source, (), hub=here)
+            )
         except DamagedPackageError:  # the packaged encoder is compared whenever it is found
             raise
         except UserError:

@@ -401,12 +401,12 @@ class StarFlowPipeline:
         repeats: int = 3,
         note: Callable[[str], None] = lambda _: None,
     ) -> Policy:
-        """Measure how each block is best solved on this device; `solver="auto"` and `save_pretrained` use it after.
+        """Choose by measuring how each block is solved here; `solver="auto"` and `save_pretrained` use it then.
 
         Args:
             prompts: of the kind that will be drawn; None is some of our own, or the model's classes.
             guidance: weight to measure with; by default the model's own.
-            batches: sizes to time.
+            batches: sizes to time; each block gets one choice for all of them.
             tolerance: bound on the residual of every block and picture.
             repeats: timed runs, of which the fastest counts.
             note: told what is being measured.
@@ -414,12 +414,12 @@ class StarFlowPipeline:
         Raises:
             UserError: a prompt that the model cannot take.
         """
-        material = self.material(prompts, guidance=guidance, tolerance=tolerance)
-        policy = calibrate(self.flow, material, batches, repeats, note)
+        data = self.calibration_data(prompts, guidance=guidance, tolerance=tolerance)
+        policy = calibrate(self.flow, data, batches, repeats, note)
         keep_policy(self.flow, policy)
         return policy
 
-    def material(
+    def calibration_data(
         self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
     ) -> CalibrationData:
         """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""

@@ -51,7 +51,7 @@ def remember_prompts(
 ) -> None:
     """Encode prompts ahead where the text encoder is loaded on demand, so that it is loaded once for all of them."""
     if isinstance(conditioner, OnDemandTextEncoder):
-        conditioner.remember(add_aspect_ratio(prompts, config, latent_shape))
+        conditioner.encode_ahead(add_aspect_ratio(prompts, config, latent_shape))
 
 
 def add_aspect_ratio(prompts: Sequence[str], config: PipelineConfig, latent_shape: Sequence[int]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Noise to data: free functions over a model's blocks. No I/O, no process groups, no global state."""
+"""Sampling: noise to data by free functions over a model's blocks, without I/O, process groups or global state."""

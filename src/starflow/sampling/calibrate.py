@@ -1,10 +1,11 @@
-"""Measure once how each block of a trained model converges, and which policy is the fastest here.
+"""Measure once how each block of a trained model converges, and choose one policy a block for this device.
 
-Contract: every candidate is judged on what the model itself makes of the given noise and conditions, against the exact
-sequential answer; a policy is a plan's choice only if it met the tolerance for every picture, without help token by
-token, in less time than going token by token: alone, and together with the other choices in whole samples, which are
-timed in turn. Where the whole is not clearly faster, the plan is token by token. (GS-Jacobi, arXiv 2505.12849; SeJD,
-arXiv 2505.24791.)
+Contract: every parallel policy is judged on what the model itself makes of the given noise and conditions, against the
+exact sequential answer. A policy is a block's choice only if at every batch size it met the tolerance for every
+picture, without help token by token, and was no slower than going token by token; of those the fastest on the mean.
+The choices of all blocks together are then timed in whole samples, in turn with token by token: where they are not
+clearly faster, every block goes token by token. Sampling itself measures nothing: it reads what was chosen here.
+(GS-Jacobi, arXiv 2505.12849; SeJD, arXiv 2505.24791.)
 
 Shapes: B batch, N tokens, C token channels.
 """
@@ -14,51 +15,39 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from starflow.flow import affine
-from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
-from starflow.flow.tokens import in_order
+from starflow.nn.cpu import cpu_name
 from starflow.nn.kv_cache import CachePool
+from starflow.sampling.convergence import SolvedBlock, converge
 from starflow.sampling.cpu.engine import cpu_engine_of
-from starflow.sampling.guidance import Guidance
-from starflow.sampling.jacobi import Span, relative_change, step
-from starflow.sampling.planner import MARGIN, SLACK, Clock, in_turn
-from starflow.sampling.policy import (
-    BlockPolicy,
-    Candidate,
-    Choice,
-    Convergence,
-    Plan,
-    Policy,
-    SampleSettings,
-    Situation,
-    SolverName,
-    machine_of,
-)
-from starflow.sampling.predictor import InitialGuess, Predictor, SolverResult, worth_drafting
-from starflow.sampling.sampler import conditions_of, run, solve
+from starflow.sampling.jacobi import relative_change
+from starflow.sampling.policy import BlockChoice, BlockPolicy, Policy, SampleSettings, SolverChoice, Timing
+from starflow.sampling.predictor import Predictor, SolverResult, ignore_progress
+from starflow.sampling.sampler import run, solve_blocks, solve_by_policy
 
-SEGMENTS = (4, 8, 16, 32, 64, 128)
-STARTS: tuple[InitialGuess, ...] = ("noise", "zero", "previous", "gaussian")
-"""Guesses that cost nothing."""
-HOPELESS = 0.6
-"""Contraction above which whole sequences are not tried: a residual of 1e-3 would take over 13 passes."""
-WHOLE_MARGIN = 1.05
-"""Whole samples as planned must be faster by this factor than token by token."""
+BLOCK_MARGIN, SAMPLE_MARGIN = 1.1, 1.05
+"""A block's policy, and whole samples, must be faster than token by token by these factors."""
+WORTH_TIMING = 1.5
+"""Policies whose first run takes more than this many times that of going token by token are not timed further."""
 ROUNDS = 3
-"""At least so many times in turn are the two timed: small gains are smaller than what else a machine does."""
-LONG = 1.5
-"""Candidates whose predicted time is above this many times that of going token by token are not run."""
+"""Times in turn that whole samples are drawn at least: small gains are smaller than what else a machine does."""
+
+T = TypeVar("T")
 
 Note = Callable[[str], None]
 """Told what is being done."""
+
+Timings = dict[BlockPolicy, tuple[Timing, ...]]
+"""Of the policies of a block that lost at no batch size so far; going token by token is always among them."""
 
 
 @dataclass(frozen=True)
@@ -85,230 +74,156 @@ class CalibrationData:
 
     @property
     def guided(self) -> bool:
+        """Whether any picture has a guidance weight above 0."""
         return self.settings.guidance_for(self.noise) is not None
 
-    def guided_and_not(self) -> tuple[CalibrationData, ...]:
-        """It, and where it is guided also without guidance."""
-        plain = dataclasses.replace(self, settings=dataclasses.replace(self.settings, guidance=0.0))
-        return (self, plain) if self.guided else (self,)
 
-
-@dataclass(frozen=True)
-class Solved:
-    """One block with its exact answer."""
-
-    number: int
-    predictor: Predictor
-    noise_BNC: Tensor
-    x_BNC: Tensor
-
-    @property
-    def span(self) -> Span:
-        return Span(self.predictor.first, self.predictor.tokens)
-
-
-@torch.no_grad()
 def calibrate(
-    model: Flow, material: CalibrationData, batches: Sequence[int], repeats: int = 3, note: Note = print
+    model: Flow, data: CalibrationData, batches: Sequence[int], repeats: int = 3, note: Note = print
 ) -> Policy:
     """The policy of a model on the device that it is on.
 
     Args:
         model: trained; random weights converge at once or never and say nothing.
-        material: pictures of the kind that will be sampled.
-        batches: sizes to time, each with the material's guidance and without any.
+        data: pictures of the kind that will be sampled, with the guidance that they will have.
+        batches: sizes to time; one choice a block must do for all of them.
         repeats: runs of which the fastest counts.
-        note: told of every block.
+        note: told of every step.
 
     Raises:
         UserError: noise or conditions that the model cannot take.
     """
-    if material.noise.device.type == "cpu":
+    device, tolerance = data.noise.device, data.settings.tolerance
+    if device.type == "cpu":
         cpu_engine_of(model).build()  # what is chosen must hold against the compiled loop too, whenever that comes
-    solved = solve_exactly(model, material)
-    convergence = []
-    for block in solved:
-        note(f"block {block.number}: how it converges")
-        convergence.append(converge(block, material.settings.tolerance))
-    plans = []
+    note("how each block converges")
+    convergence = visit_blocks(model, data, lambda _, block: converge(block, tolerance))
+    timings: list[Timings] = [
+        dict.fromkeys((BlockPolicy(), *(one.policy for one in known.converged)), ()) for known in convergence
+    ]
     for batch in batches:
-        for given in material.first(batch).guided_and_not():
-            note(f"batch {batch}{'' if given.guided else ', unguided'}: what is fastest")
-            plans.append(_plan(model, given, convergence, repeats))
-    tolerance = material.settings.tolerance
-    return Policy(config_to_dict(model.config), tolerance, tuple(convergence), tuple(plans))
+        note(f"batch {batch}: the fastest policy of each block")
+        timings = visit_blocks(model, data.first(batch), functools.partial(race, timings, tolerance, repeats))
+    choices = tuple(map(fastest, timings))
+    samples: tuple[Timing, ...] = ()
+    if any(choice.policy != BlockPolicy() for choice in choices):
+        note("whole samples")
+        samples = tuple(time_samples(model, data.first(batch), choices, max(ROUNDS, repeats)) for batch in batches)
+        if not clearly_faster(samples, SAMPLE_MARGIN):
+            choices = tuple(BlockChoice(BlockPolicy(), found[BlockPolicy()]) for found in timings)
+            samples = ()
+    return Policy(
+        model=config_to_dict(model.config),
+        device=device.type,
+        machine=machine_of(device),
+        dtype=str(model.network_dtype).removeprefix("torch."),
+        tokens=model.to_tokens(data.noise)[0].shape[1],
+        guided=data.guided,
+        tolerance=tolerance,
+        convergence=tuple(convergence),
+        choices=choices,
+        samples=samples,
+    )
 
 
-def solve_exactly(model: Flow, material: CalibrationData) -> list[Solved]:
-    """Every block with the noise that reaches it and its exact answer, from the data to the noise."""
-    tokens_BND, grid = model.to_tokens(material.noise)
-    guidance = material.settings.guidance_for(tokens_BND)
-    conditions = conditions_of(model, material.condition, material.null_condition, len(tokens_BND), guidance)
-    rotary, prior = model.rotary(grid), model.prior_log_std()
-    if prior is not None:
-        tokens_BND = tokens_BND * prior.exp()
-    found = []
-    for number, block in reversed(list(enumerate(model.iter_blocks()))):
-        guided = model.guided_blocks[number]
-        predictor = _predictor(model, block, tokens_BND, conditions, rotary, guidance if guided else None)
-        noise = in_order(tokens_BND, backwards=block.spec.backwards)
-        x = solve(predictor, noise, BlockPolicy(), 0.0, _silent).x_BNC
-        found.append(Solved(number, predictor, noise, x))
-        tokens_BND = in_order(x, backwards=block.spec.backwards)
+def visit_blocks(model: Flow, data: CalibrationData, visit: Callable[[int, SolvedBlock], T]) -> list[T]:
+    """Solve every block exactly, and call `visit` on each; what it returns, from the data to the noise."""
+    found: list[T] = []
+
+    def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+        solution = solve_by_policy(predictor, noise_BNC, BlockPolicy(), 0.0, ignore_progress)
+        found.append(visit(number, SolvedBlock(predictor, noise_BNC, solution.x_BNC)))
+        return solution
+
+    solve_blocks(model, data.noise, data.condition, data.null_condition, data.settings, solve_block)
     return found[::-1]
 
 
-def _predictor(
-    model: Flow,
-    block: AutoregressiveBlock,
-    tokens_BND: Tensor,
-    conditions: list[Tensor | None],
-    rotary: Tensor | None,
-    guidance: Guidance | None,
-) -> Predictor:
-    batch, tokens = tokens_BND.shape[:2]
-    rows = conditions if guidance is not None else conditions[:1]
-    block_rotary = model.block_rotary(block, rotary)
-    return Predictor.of(block, batch, tokens, rows, block_rotary, guidance, CachePool(), cpu_engine_of(model))
-
-
-def converge(block: Solved, tolerance: float) -> Convergence:
-    """How a block converges, and the parallel policies that meet the tolerance."""
-    starts: dict[str, float] = {guess: _distance(start(block, guess), block) for guess in STARTS}
-    whole: InitialGuess = "noise" if starts["noise"] <= starts["zero"] else "zero"
-    contraction = contraction_of(block, start(block, whole))
-    tried = [BlockPolicy("jacobi", None, None, whole)] if contraction < HOPELESS else []
-    within = min(STARTS, key=lambda guess: starts[guess])
-    length = block.predictor.tokens
-    tried += [BlockPolicy("jacobi", segment, None, within) for segment in SEGMENTS if segment < length]
-    tried += [BlockPolicy("jacobi", None, None, "rounded")] if block.predictor.can_round else []
-    found = []
-    for policy in tried:
-        drafts = worth_drafting(block.predictor) and policy.guess != "rounded"
-        for draft in (False, True) if drafts else (False,):
-            candidate = _try(block, dataclasses.replace(policy, draft=draft), tolerance)
-            found += [] if candidate is None else [candidate]
-    return Convergence(contraction, starts, tuple(sorted(found, key=lambda one: one.passes)))
-
-
-def start(block: Solved, guess: InitialGuess) -> Tensor:
-    """x_0 of a whole sequence; "previous" and "gaussian" as if every token were the first of a segment."""
-    if guess == "noise":
-        return block.noise_BNC
-    if guess == "zero":
-        return torch.zeros_like(block.x_BNC)
-    if guess == "gaussian":
-        predictor, first = block.predictor, block.span.start
-        predictor.prefill()
-        found = predictor.predict(predictor.before(block.x_BNC, first, predictor.tokens), first)
-        mu, log_sigma = (torch.nn.functional.pad(one, (0, 0, first + 1, 0))[:, :-1] for one in found)
-        return affine.inverse(block.noise_BNC, mu, log_sigma)
-    return torch.nn.functional.pad(block.x_BNC, (0, 0, 1, 0))[:, :-1]
-
-
-def contraction_of(block: Solved, guess_BNC: Tensor, steps: int = 4) -> float:
-    """Geometric mean of ||F(x_k) - x|| / ||x_k - x|| over the first steps, the worst picture's."""
-    block.predictor.prefill()
-    x_BNC, errors = guess_BNC.clone(), [relative_change(block.x_BNC, guess_BNC)]
-    for _ in range(steps):
-        x_BNC[:, block.span.start :] = step(block.predictor, x_BNC, block.noise_BNC, block.span)
-        errors.append(relative_change(block.x_BNC, x_BNC))
-    floor = torch.finfo(errors[0].dtype).eps
-    ratios = (errors[-1].clamp(min=floor) / errors[0].clamp(min=floor)) ** (1 / steps)
-    value = float(ratios.max())
-    return value if math.isfinite(value) else math.inf
-
-
-def _distance(guess_BNC: Tensor, block: Solved) -> float:
-    return float(relative_change(block.x_BNC, guess_BNC).max())
-
-
-def _try(block: Solved, policy: BlockPolicy, tolerance: float) -> Candidate | None:
-    """The policy with its passes, if it meets the tolerance in fewer passes than half its tokens."""
-    tokens = block.span.count
-    length = policy.segment or tokens
-    limit = max(1, length // 2)
-    found = solve(
-        block.predictor, block.noise_BNC, dataclasses.replace(policy, max_iterations=limit), tolerance, _silent
-    )
-    if found.single or found.iterations + found.drafts >= tokens:
-        return None
-    most = limit if policy.segment else max(found.iterations, found.drafts) + SLACK
-    return Candidate(dataclasses.replace(policy, max_iterations=most), found.iterations, found.drafts)
-
-
-def _plan(model: Flow, material: CalibrationData, convergence: Sequence[Convergence], repeats: int) -> Plan:
-    choices = tuple(
-        _choose(block, known.candidates, material.settings.tolerance, repeats)
-        for block, known in zip(solve_exactly(model, material), convergence, strict=True)
-    )
-    tokens_BND, _ = model.to_tokens(material.noise)
-    situation = situation_of(model, tokens_BND, material.settings)
-    if all(choice.policy == BlockPolicy() for choice in choices):
-        return Plan(situation, choices)
-    caches, inputs = CachePool(), (model, material.noise, material.condition, material.null_condition)
-
-    def draw(solver: SolverName | Sequence[BlockPolicy]) -> Tensor:
-        return run(*inputs, dataclasses.replace(material.settings, solver=solver), caches=caches).x.flatten(2)
-
-    policies = [choice.policy for choice in choices]
-    deviation = relative_change(draw("sequential"), draw(policies))  # and what is paid once is not timed
-    turns = [functools.partial(draw, "sequential"), functools.partial(draw, policies)]
-    before, after = in_turn(turns, material.noise.device, max(ROUNDS, repeats))
-    if after * WHOLE_MARGIN > before:
-        return Plan(situation, tuple(_token_by_token(choice) for choice in choices))
-    return Plan(situation, choices, float(deviation.max()), after, before)
-
-
-def _token_by_token(choice: Choice) -> Choice:
-    return Choice(BlockPolicy(), choice.sequential_seconds, choice.sequential_seconds)
-
-
-def situation_of(model: Flow, tokens_BND: Tensor, settings: SampleSettings) -> Situation:
-    """Where and how a batch of tokens is sampled."""
-    dtype = str(model.network_dtype).removeprefix("torch.")
-    guided = settings.guidance_for(tokens_BND) is not None
-    batch, tokens = tokens_BND.shape[:2]
-    return Situation(machine_of(tokens_BND.device), dtype, batch, tokens, guided)
-
-
-def _choose(block: Solved, candidates: Sequence[Candidate], tolerance: float, repeats: int) -> Choice:
-    """The fastest of the candidates that may win, or going token by token."""
+def race(timings: Sequence[Timings], tolerance: float, repeats: int, number: int, block: SolvedBlock) -> Timings:
+    """Time a block's policies at one more batch size; those that are slower there than token by token drop out."""
+    so_far, sequential = timings[number], BlockPolicy()
+    device, batch = block.noise_BNC.device, len(block.noise_BNC)
     solutions: dict[BlockPolicy, SolverResult] = {}
 
-    def action(policy: BlockPolicy) -> None:
-        solutions[policy] = solve(block.predictor, block.noise_BNC, policy, tolerance, _silent)
+    def solve_by(policy: BlockPolicy) -> None:
+        solutions[policy] = solve_by_policy(block.predictor, block.noise_BNC, policy, tolerance, ignore_progress)
 
-    def time(*policies: BlockPolicy) -> list[float]:
-        device = block.noise_BNC.device
-        return in_turn([functools.partial(action, policy) for policy in policies], device, repeats)
-
-    sequential = time(BlockPolicy())[0]
-    tried = {
-        candidate.policy: time(candidate.policy)[0]
-        for candidate in candidates
-        if _expected(block, candidate) < LONG * sequential
+    actions = {policy: functools.partial(solve_by, policy) for policy in so_far}
+    once = {policy: seconds_of(action, device) for policy, action in actions.items()}
+    limit = WORTH_TIMING * once[sequential]  # "rounded" may have packed weights in its first run
+    promising = [policy for policy in so_far if once[policy] <= limit or policy.guess == "rounded"]
+    left = [policy for policy in promising if not solutions[policy].sequential_tokens]
+    times = dict(zip(left, in_turn([actions[policy] for policy in left], device, repeats), strict=True))
+    return {
+        policy: (*so_far[policy], Timing(batch, seconds, times[sequential], float(solutions[policy].residual_B.max())))
+        for policy, seconds in times.items()
+        if seconds <= times[sequential]
     }
-    met = [policy for policy in tried if not solutions[policy].single]
-    best = min(met, key=lambda policy: tried[policy], default=BlockPolicy())
-    if best == BlockPolicy():
-        return Choice(best, sequential, sequential)
-    before, after = time(BlockPolicy(), best)
-    if after * MARGIN > before or solutions[best].single:
-        return Choice(BlockPolicy(), before, before)
-    return Choice(best, after, before, float(solutions[best].residual_B.max()))
 
 
-def _expected(block: Solved, candidate: Candidate) -> float:
-    """Seconds that a candidate will take."""
-    clock, segment = Clock(), candidate.policy.segment
-    seconds = candidate.passes * clock.step(block.predictor, block.noise_BNC, segment, draft=False)
-    if candidate.drafts:
-        seconds += candidate.drafts * clock.step(block.predictor, block.noise_BNC, segment, draft=True)
-    if candidate.policy.guess == "rounded":
-        seconds += clock.tokens(block.predictor, block.noise_BNC, rounded=True)
-    return seconds
+def fastest(timings: Timings) -> BlockChoice:
+    """The policy of the least time, if it is clearly less than that of going token by token."""
+    clear = {policy: found for policy, found in timings.items() if clearly_faster(found, BLOCK_MARGIN)}
+    best = min(clear, key=lambda policy: _mean_ratio(clear[policy]), default=BlockPolicy())
+    return BlockChoice(best, timings[best])
 
 
-def _silent(_: int) -> None:
-    pass
+def clearly_faster(timings: Sequence[Timing], margin: float) -> bool:
+    """Whether a policy is slower than token by token at no batch size, and faster by the margin on the mean.
+
+    >>> clearly_faster([Timing(1, 0.5, 1.0), Timing(4, 0.9, 1.0)], 1.1)
+    True
+    >>> clearly_faster([Timing(1, 0.1, 1.0), Timing(4, 1.01, 1.0)], 1.1)
+    False
+    """
+    return all(one.ratio <= 1 for one in timings) and _mean_ratio(timings) * margin <= 1
+
+
+def _mean_ratio(timings: Sequence[Timing]) -> float:
+    """Geometric mean of time over that of going token by token."""
+    return math.prod(one.ratio for one in timings) ** (1 / len(timings))
+
+
+def time_samples(model: Flow, data: CalibrationData, choices: Sequence[BlockChoice], rounds: int) -> Timing:
+    """Whole samples by the choices, in turn with token by token."""
+    caches = CachePool()
+
+    def draw(solver: SolverChoice) -> Tensor:
+        settings = dataclasses.replace(data.settings, solver=solver)
+        return run(model, data.noise, data.condition, data.null_condition, settings, caches=caches).x.flatten(2)
+
+    policies = [choice.policy for choice in choices]
+    error = float(relative_change(draw("sequential"), draw(policies)).max())  # and what is paid once is not timed
+    turns = [functools.partial(draw, "sequential"), functools.partial(draw, policies)]
+    before, after = in_turn(turns, data.noise.device, rounds)
+    return Timing(len(data.noise), after, before, error)
+
+
+def in_turn(actions: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
+    """Seconds of the fastest run of each, one after the other in every round: what else runs slows all of them."""
+    times = [[seconds_of(action, device) for action in actions] for _ in range(rounds)]
+    return [min(found) for found in zip(*times, strict=True)]
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, the device waited for."""
+    synchronize(device)
+    started = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def machine_of(device: torch.device) -> str:
+    """The name under which times of a device are kept."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

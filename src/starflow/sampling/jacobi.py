@@ -1,15 +1,15 @@
-"""Noise to data in parallel: block-wise fixed-point iteration (GS-Jacobi, arXiv 2505.12849; SeJD, arXiv 2505.24791).
+"""The parallel solver: noise to data by fixed-point iteration, one segment of tokens after the other.
 
 Contract: a segment of tokens starts from a guess and repeats x = F(x) = mu(x) + sigma(x) z against the cache of the
-segments before it. A sequence is done when its residual ||F(x) - x|| / ||F(x)|| over the segment is within the
-tolerance; what is returned is that x, the one that the residual was measured at, and the cache holds the keys and
-values of that x. So `residual_B` is verified and never an estimate: of the returned values, in their own scale, the
-largest over the segments. A sequence that is not done within its iterations is solved token by token, which is exact,
-and so are as many iterations as a segment has tokens: both report 0.
+segments before it. A sequence is solved when its residual ||F(x) - x|| / ||F(x)|| over the segment is within the
+tolerance; what is returned is that x, at which the residual was measured, and the cache holds the keys and values of
+that x. So `residual_B` is verified and never an estimate: of the returned values, in their own scale, the largest over
+the segments. A sequence that is not solved within its iterations is solved token by token, which is exact, and so are
+as many iterations as a segment has tokens: both report 0. (GS-Jacobi, arXiv 2505.12849; SeJD, arXiv 2505.24791.)
 
-Every sequence goes its own way: those that are done leave the batch, and a picture does not depend on the others.
+Every sequence is iterated until it is solved itself, whatever the others need: those that are solved leave the batch.
 
-Shapes: B batch, P pictures of it that are still iterated, N tokens, C token channels.
+Shapes: B batch, P pictures of it that are still iterated, N tokens, T those of a segment, C token channels.
 """
 
 from __future__ import annotations
@@ -22,58 +22,72 @@ from torch import Tensor
 from starflow.flow import affine
 from starflow.sampling.predictor import (
     InitialGuess,
-    IterationLimits,
     Predictor,
+    SolverOptions,
     SolverResult,
     TokenProgress,
     can_draft,
     copy_rows_back,
-    draft_of,
+    ignore_progress,
+    make_draft,
     select_pictures,
 )
-from starflow.sampling.sequential import advance, solve_sequential
+from starflow.sampling.sequential import solve_sequential, solve_token
 
 DRAFT_FLOOR = 1e-3
-"""Residual under which a draft's own rounding is all that is left of it."""
+"""Residual under which a draft is not iterated: its own rounding is as large."""
 DRAFT_GAIN = 2.0
-"""A draft need not be within the tolerance: its values are those after one more step, which brings them nearer, to less
-than a half of the distance wherever iterating pays."""
+"""A draft may miss the tolerance by this factor: one more step, which is taken unverified, at least halves the distance
+wherever iterating pays."""
 
 
 def solve_jacobi(
-    predictor: Predictor, noise_BNC: Tensor, effort: IterationLimits, report: TokenProgress
+    predictor: Predictor, noise_BNC: Tensor, options: SolverOptions, progress: TokenProgress
 ) -> SolverResult:
-    """Invert one block, segment by segment."""
-    if effort.guess == "rounded" and not predictor.can_round:
-        return solve_sequential(predictor, noise_BNC, effort, report)  # exact, where no cheaper guess is to be had
+    """Invert one block, segment by segment.
+
+    Args:
+        predictor: of the block, with an empty cache.
+        noise_BNC: in the block's own order.
+        options: tolerance, segments, iterations and initial guess.
+        progress: told of the tokens of each segment.
+    """
+    if options.guess == "rounded" and not predictor.can_solve_rounded:
+        return solve_sequential(predictor, noise_BNC, options, progress)  # exact, where no cheaper guess is to be had
     noise_BNC = noise_BNC.contiguous()
     x_BNC = noise_BNC.clone()
     predictor.prefill()
-    report(predictor.first)
-    draft = draft_of(predictor) if effort.draft and can_draft(predictor) else None
-    tally = _Tally(noise_BNC.new_zeros(len(noise_BNC)))
-    length = effort.segment or predictor.tokens
+    progress(predictor.first)
+    draft = make_draft(predictor) if options.draft and can_draft(predictor) else None
+    tally = _Totals(noise_BNC.new_zeros(len(noise_BNC)))
+    length = options.segment or predictor.tokens
     last = Gaussian.standard(noise_BNC)
     for start in range(predictor.first, predictor.tokens, length):
         span = Span(start, min(start + length, predictor.tokens))
-        _guess(predictor, x_BNC, noise_BNC, span, effort.guess, last)
+        _set_initial_guess(predictor, x_BNC, noise_BNC, span, options.guess, last)
         if draft is not None:
-            rule = StoppingRule(max(DRAFT_GAIN * effort.tolerance, DRAFT_FLOOR), _budget(span, effort), draft=True)
+            rule = StoppingRule(
+                max(DRAFT_GAIN * options.tolerance, DRAFT_FLOOR), _max_passes(span, options), draft=True
+            )
             tally.drafts += iterate(draft, x_BNC, noise_BNC, span, rule).passes
-        outcome = iterate(predictor, x_BNC, noise_BNC, span, StoppingRule(effort.tolerance, _budget(span, effort)))
+        outcome = iterate(
+            predictor, x_BNC, noise_BNC, span, StoppingRule(options.tolerance, _max_passes(span, options))
+        )
         tally.passes += outcome.passes
         tally.residual_B = torch.maximum(tally.residual_B, outcome.residual_B)
         last = outcome.last
-        if len(outcome.left_P):
-            _solve_the_rest(predictor, x_BNC, noise_BNC, span, outcome.left_P)
-            tally.single += span.count
-        report(span.count)
-    return SolverResult(x_BNC, tally.passes + tally.single, tally.residual_B, tally.drafts, tally.single)
+        if len(outcome.unsolved_P):
+            _solve_token_by_token(predictor, x_BNC, noise_BNC, span, outcome.unsolved_P)
+            tally.sequential_tokens += span.count
+        progress(span.count)
+    return SolverResult(
+        x_BNC, tally.passes + tally.sequential_tokens, tally.residual_B, tally.drafts, tally.sequential_tokens
+    )
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start..stop-1."""
+    """The tokens start..stop-1 of a sequence."""
 
     start: int
     stop: int
@@ -85,19 +99,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What a token is given those before it: mu and log sigma, (B, 1, C) each."""
+    """The distribution of a token given those before it: mu and log sigma, (B, 1, C) each."""
 
     mu_B1C: Tensor
     log_sigma_B1C: Tensor
 
     @staticmethod
     def standard(like_BNC: Tensor) -> Gaussian:
-        """Of which noise is a draw."""
+        """The one that noise is drawn from: mu and log sigma 0."""
         zero = like_BNC.new_zeros(len(like_BNC), 1, like_BNC.shape[2])
         return Gaussian(zero, zero.clone())
 
-    def take(self, rows_P: Tensor, mu_P1C: Tensor, log_sigma_P1C: Tensor) -> None:
-        """Those of some sequences."""
+    def update(self, rows_P: Tensor, mu_P1C: Tensor, log_sigma_P1C: Tensor) -> None:
+        """Replace those of some sequences, in place."""
         self.mu_B1C[rows_P] = mu_P1C
         self.log_sigma_B1C[rows_P] = log_sigma_P1C
 
@@ -108,42 +122,42 @@ class StoppingRule:
 
     tolerance: float
     limit: int
-    """Passes; as many as tokens are exact, whatever the residual."""
+    """Passes at most; as many as there are tokens are exact, whatever the residual."""
     draft: bool = False
-    """The result is a guess: take the last step unverified, and stop where steps no longer shrink."""
+    """Whether the result is a guess: the last step is taken unverified, and where steps no longer shrink it stops."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What iterating did."""
+class IterationResult:
+    """What iterating a segment did."""
 
     passes: int
     residual_B: Tensor
-    """Of the values that the sequences are left with; 0 for those in `left_P`."""
-    left_P: Tensor
-    """Sequences that are not done."""
+    """Of the values that were written; 0 for the sequences in `unsolved_P`."""
+    unsolved_P: Tensor
+    """Indices of the sequences that did not meet the tolerance."""
     last: Gaussian
-    """Of the span's last token; the standard one for those in `left_P`."""
+    """That of the segment's last token; the standard one for the sequences in `unsolved_P`."""
 
 
 @dataclass
-class _Tally:
+class _Totals:
     """Sums over the segments."""
 
     residual_B: Tensor
     passes: int = 0
     drafts: int = 0
-    single: int = 0
+    sequential_tokens: int = 0
 
 
-def _budget(span: Span, effort: IterationLimits) -> int:
-    return min(span.count, effort.max_iterations or span.count)
+def _max_passes(span: Span, options: SolverOptions) -> int:
+    return min(span.count, options.max_iterations or span.count)
 
 
-def _guess(
+def _set_initial_guess(
     predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, guess: InitialGuess, last: Gaussian
 ) -> None:
-    """Where a segment starts from, in place: it holds the noise, which is the block's before too."""
+    """Write a segment's initial guess in place; until then x holds the noise."""
     x_BTC, z_BTC = x_BNC[:, span.start : span.stop], noise_BNC[:, span.start : span.stop]
     if guess == "zero" or (guess == "previous" and span.start == 0):
         x_BTC.zero_()
@@ -153,89 +167,98 @@ def _guess(
         x_BTC.copy_(affine.inverse(z_BTC, last.mu_B1C, last.log_sigma_B1C))
     elif guess == "rounded":
         assert predictor.engine is not None
-        predictor.engine.draft(predictor, x_BNC, noise_BNC, range(span.start, span.stop))
+        predictor.engine.solve_rounded(predictor, x_BNC, noise_BNC, range(span.start, span.stop))
 
 
-def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: StoppingRule) -> Outcome:
-    """Iterate the span's tokens in place, each sequence until it is done; the cache gets their keys and values."""
-    left_P = torch.arange(len(x_BNC), device=x_BNC.device)
+def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: StoppingRule) -> IterationResult:
+    """Iterate the span's tokens in place, each sequence until it is solved; the cache takes their keys and values."""
+    unsolved_P = torch.arange(len(x_BNC), device=x_BNC.device)
     residual_B = x_BNC.new_zeros(len(x_BNC))
     before_P, last = x_BNC.new_full((len(x_BNC),), torch.inf), Gaussian.standard(x_BNC)
     some, passes = predictor, 0
-    while len(left_P) and passes < rule.limit:
-        x_PNC, z_PNC = x_BNC[left_P], noise_BNC[left_P]
-        new_PTC, mu_PTC, log_sigma_PTC = _step(some, x_PNC, z_PNC, span)
+    while len(unsolved_P) and passes < rule.limit:
+        x_PNC, z_PNC = x_BNC[unsolved_P], noise_BNC[unsolved_P]
+        new_PTC, mu_PTC, log_sigma_PTC = _evaluate(some, x_PNC, z_PNC, span)
         change_P = relative_change(new_PTC, x_PNC[:, span.start : span.stop])
         passes += 1
         exact = passes == span.count and not rule.draft
-        done_P = (change_P <= rule.tolerance) | exact
+        solved_P = (change_P <= rule.tolerance) | exact
         if rule.draft:
-            done_P |= change_P > 0.5 * before_P
-        settled = left_P[done_P]
-        last.take(settled, mu_PTC[done_P, -1:], log_sigma_PTC[done_P, -1:])
+            solved_P |= change_P > 0.5 * before_P
+        solved = unsolved_P[solved_P]
+        last.update(solved, mu_PTC[solved_P, -1:], log_sigma_PTC[solved_P, -1:])
         if not rule.draft and not exact:
-            residual_B[settled] = change_P[done_P]
-            new_PTC[done_P] = x_PNC[done_P, span.start : span.stop]  # the values that were verified
-        x_BNC[left_P, span.start : span.stop] = new_PTC
-        before_P = change_P[~done_P]
-        some, left_P = _leave(predictor, some, left_P, done_P, span)
-    return Outcome(passes, residual_B, left_P, last)
+            residual_B[solved] = change_P[solved_P]
+            new_PTC[solved_P] = x_PNC[solved_P, span.start : span.stop]  # the values that were verified
+        x_BNC[unsolved_P, span.start : span.stop] = new_PTC
+        before_P = change_P[~solved_P]
+        some, unsolved_P = _remove_solved(predictor, some, unsolved_P, solved_P, span)
+    return IterationResult(passes, residual_B, unsolved_P, last)
 
 
-def step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> Tensor:
-    """F(x) of the span's tokens, (B, T, C); the cache takes the keys and values of x."""
-    return _step(predictor, x_BNC, noise_BNC, span)[0]
+def fixed_point_step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> Tensor:
+    """F(x) = mu(x) + sigma(x) z of the span's tokens, (B, T, C); the cache takes the keys and values of x."""
+    return _evaluate(predictor, x_BNC, noise_BNC, span)[0]
 
 
-def _step(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
     """F(x), mu and log sigma of the span's tokens."""
-    # A guess may overflow before the tokens it hangs on are right; 0 * inf would then spoil the whole segment.
+    # A guess may overflow before the tokens that it depends on are right; 0 * inf would then spoil the whole segment.
     guess_BNC = torch.where(x_BNC.isfinite(), x_BNC, noise_BNC)
-    mu, log_sigma = predictor.predict(predictor.before(guess_BNC, span.start, span.stop), span.start)
+    mu, log_sigma = predictor.predict(predictor.inputs(guess_BNC, span.start, span.stop), span.start)
     return affine.inverse(noise_BNC[:, span.start : span.stop], mu, log_sigma), mu, log_sigma
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """||new - old|| / ||new|| of each sequence, (B,)."""
+    """||new - old|| / ||new|| of each sequence (B, T, C), (B,).
+
+    >>> new = torch.tensor([[[3.0], [4.0]]])
+    >>> relative_change(new, torch.tensor([[[3.0], [3.0]]])).item()
+    0.20000000298023224
+    """
     change_B: Tensor = torch.linalg.vector_norm(new - old, dim=(1, 2))
     size_B: Tensor = torch.linalg.vector_norm(new, dim=(1, 2))
     return change_B / size_B.clamp(min=torch.finfo(new.dtype).tiny)
 
 
-def _leave(whole: Predictor, some: Predictor, left_P: Tensor, done_P: Tensor, span: Span) -> tuple[Predictor, Tensor]:
-    """Take what is done out of the batch, with its keys and values; the predictor of the others, and who they are."""
-    count = int(done_P.sum())  # the one place of a pass that waits for the device
+def _remove_solved(
+    whole: Predictor, some: Predictor, unsolved_P: Tensor, solved_P: Tensor, span: Span
+) -> tuple[Predictor, Tensor]:
+    """Take the solved sequences out of the batch, with their keys and values; predictor and indices of the others."""
+    count = int(solved_P.sum())  # the one place of a pass that waits for the device
     if count == 0:
-        return some, left_P
+        return some, unsolved_P
     more = span.stop < whole.tokens  # what follows needs the keys and values
     if some is not whole and more:
-        places = done_P.nonzero().flatten()
-        copy_rows_back(some, places, whole, left_P[done_P], *_positions(whole, span))
-    if count == len(left_P):
-        return some, left_P[:0]
+        places = solved_P.nonzero().flatten()
+        copy_rows_back(some, places, whole, unsolved_P[solved_P], *_positions(whole, span))
+    if count == len(unsolved_P):
+        return some, unsolved_P[:0]
     filled = _positions(whole, span)[0]
-    return select_pictures(some, (~done_P).nonzero().flatten(), filled), left_P[~done_P]
+    return select_pictures(some, (~solved_P).nonzero().flatten(), filled), unsolved_P[~solved_P]
 
 
 def _positions(predictor: Predictor, span: Span) -> tuple[int, int]:
-    """Where the cache has the inputs that predict the span's tokens."""
-    prefixed = 0 if predictor.prefix_RSD is None else predictor.prefix_RSD.shape[1]
-    return prefixed + span.start - predictor.first, prefixed + span.stop - predictor.first
+    """First position and end, in the cache, of the inputs that predict the span's tokens."""
+    before = predictor.prefix_length - predictor.first
+    return before + span.start, before + span.stop
 
 
-def _solve_the_rest(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, left_P: Tensor) -> None:
-    """The span's tokens one by one, in place, for the sequences that are not done."""
-    everyone = len(left_P) == len(x_BNC)
+def _solve_token_by_token(
+    predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, unsolved_P: Tensor
+) -> None:
+    """Solve the span's tokens one by one, in place, for the sequences that did not converge."""
+    everyone = len(unsolved_P) == len(x_BNC)
     start, stop = _positions(predictor, span)
-    some = predictor if everyone else select_pictures(predictor, left_P, start)
-    z_PNC = noise_BNC[left_P]
+    some = predictor if everyone else select_pictures(predictor, unsolved_P, start)
+    z_PNC = noise_BNC[unsolved_P]
     if span == Span(predictor.first, predictor.tokens):
-        x_BNC[left_P] = solve_sequential(some, z_PNC, IterationLimits(), lambda _: None).x_BNC
+        x_BNC[unsolved_P] = solve_sequential(some, z_PNC, SolverOptions(), ignore_progress).x_BNC
         return
-    x_PNC = x_BNC[left_P]
+    x_PNC = x_BNC[unsolved_P]
     for index in range(span.start, span.stop):
-        advance(some, x_PNC, z_PNC, index)
-    x_BNC[left_P] = x_PNC
+        solve_token(some, x_PNC, z_PNC, index)
+    x_BNC[unsolved_P] = x_PNC
     if not everyone and span.stop < predictor.tokens:
-        everything = torch.arange(len(left_P), device=left_P.device)
-        copy_rows_back(some, everything, predictor, left_P, start, stop)
+        everything = torch.arange(len(unsolved_P), device=unsolved_P.device)
+        copy_rows_back(some, everything, predictor, unsolved_P, start, stop)

@@ -1,17 +1,17 @@
-"""How to sample: guidance, and a solver policy for every block; checked on construction.
+"""The options of sampling, the solver of every block, and policy.json, which holds what a calibration chose.
 
-What is known of how a model's blocks converge, and which policy won where it was timed: policy.json.
-
-Contract: how a block converges belongs to its weights and holds on every device; how long a pass or a token takes
-belongs to a machine, and is believed only on that machine. A policy of another model is refused, one of another
-machine gives its candidates and no more.
+Contract: how a block is solved depends on the model, the policy.json beside its weights, the type of device and the
+options of the call; never on the batch, on what was sampled before, or on a clock. With solver "auto" a model that was
+calibrated on this type of device (`starflow bench calibrate`) has one choice a block; every other model goes token by
+token in every block, which is exact. A policy of another model is not believed.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,20 +21,27 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
-from starflow.nn.cpu import cpu_name
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.predictor import InitialGuess
 
 BlockSolver = Literal["sequential", "jacobi"]
 
 CacheDtype = Literal["network", "bfloat16"]
+"""Precision of keys and values: the network's own, or bfloat16 to halve a float32 cache."""
 
 SolverName = Literal["sequential", "jacobi", "auto"]
 
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """How one block is inverted."""
+    """How one block is inverted: token by token, or by iterating segments of tokens.
+
+    >>> BlockPolicy("jacobi", segment=32, guess="gaussian")
+    BlockPolicy(solver='jacobi', segment=32, max_iterations=None, guess='gaussian', draft=False)
+
+    Raises:
+        UserError: a value that no solver can have.
+    """
 
     solver: BlockSolver = "sequential"
     segment: int | None = None
@@ -54,11 +61,12 @@ class BlockPolicy:
 
 
 SolverChoice = SolverName | Sequence[BlockPolicy]
+"""A solver for all blocks, what the model was calibrated for, or a policy for each block from the data to the noise."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The options of `starflow.sample`, by the same names.
+    """The options of `starflow.sample`, by the same names and with the same meaning.
 
     Raises:
         UserError: a value that no sampler can have.
@@ -102,21 +110,6 @@ class SampleSettings:
         rule, schedule = self.guidance_rule, self.guidance_schedule
         return Guidance(weight_B.expand(len(like)), rule, schedule, self.attention_temperature)
 
-    def policies(self, blocks: int) -> list[BlockPolicy] | None:
-        """The policy of each block, from the data to the noise; None where a planner is to choose ("auto").
-
-        Raises:
-            UserError: not one policy a block.
-        """
-        if not isinstance(self.solver, str):
-            policies = list(self.solver)
-            if len(policies) != blocks or not all(isinstance(policy, BlockPolicy) for policy in policies):
-                raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")
-            return policies
-        if self.solver == "auto":
-            return None
-        return [BlockPolicy(self.solver, self.segment if self.solver == "jacobi" else None)] * blocks
-
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -128,35 +121,13 @@ def _check_count(name: str, value: int | None) -> None:
         raise UserError(f"{name} is {value}, expected at least 1, or None")
 
 
-FORMAT = 1
-
-REACH = 2
-"""A plan holds for batches up to this factor from the one it was measured at."""
+FORMAT = 2
+"""Of policy.json. Format 1 had a choice a batch size."""
 
 
 @dataclass(frozen=True)
-class Situation:
-    """What a plan's times hold for."""
-
-    machine: str
-    """The device's name and, for a CPU, the threads."""
-    dtype: str
-    """Of the network."""
-    batch: int
-    tokens: int
-    guided: bool
-
-    def near(self, other: Situation) -> bool:
-        """Whether what was measured in the other holds here: all equal, and a batch not far from it."""
-        same = all(
-            getattr(self, field.name) == getattr(other, field.name) for field in fields(self) if field.name != "batch"
-        )
-        return same and max(self.batch, other.batch) <= REACH * min(self.batch, other.batch)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A parallel policy of a block, and the passes it took to meet the tolerance, all segments together."""
+class ConvergedPolicy:
+    """A parallel policy that met the tolerance on a block, and the passes that it took, all segments together."""
 
     policy: BlockPolicy
     passes: int
@@ -168,84 +139,123 @@ class Convergence:
     """How one block converges on data that its model makes, whatever the device.
 
     The figures follow the two metrics of GS-Jacobi (arXiv 2505.12849, sections 3 and 4): one that ranks the blocks by
-    how hard they are to iterate, one that ranks the starts. Here both are measured on the solved sequence x itself.
+    how hard they are to iterate, one that ranks the initial guesses. Here both are measured on the solved sequence x.
     """
 
     contraction: float
-    """Geometric mean, over the first iterations from the best start, of ||F(x_k) - x|| / ||x_k - x||."""
-    starts: dict[str, float]
-    """||x_0 - x|| / ||x|| of every start."""
-    candidates: tuple[Candidate, ...]
+    """Geometric mean, over the first iterations from the best guess, of ||F(x_k) - x|| / ||x_k - x||."""
+    distances: dict[str, float]
+    """||x_0 - x|| / ||x|| of every initial guess."""
+    converged: tuple[ConvergedPolicy, ...]
     """Those that met the tolerance in fewer passes than there are tokens, fewest first."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What won for one block in one situation, and the seconds it took against those of going token by token."""
+class Timing:
+    """Seconds of a policy at one batch size, and of going token by token, timed in turn."""
 
-    policy: BlockPolicy
+    batch: int
     seconds: float
     sequential_seconds: float
-    residual: float = 0.0
-    """The largest of any sequence, verified."""
+    error: float = 0.0
+    """The largest of the batch: of a block its verified residual, of whole samples ||x - x_seq|| / ||x_seq||."""
+
+    @property
+    def ratio(self) -> float:
+        """Time of the policy over that of going token by token."""
+        return self.seconds / self.sequential_seconds
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A choice for every block, from the data to the noise."""
+class BlockChoice:
+    """The policy that was chosen for one block, and what was measured of it."""
 
-    situation: Situation
-    choices: tuple[Choice, ...]
-    deviation: float = 0.0
-    """||x - x_sequential|| / ||x_sequential|| of the samples, the largest of the batch."""
-    seconds: float = 0.0
-    """Of whole samples as planned, timed in turn with the next; 0 for both where all blocks go token by token."""
-    sequential_seconds: float = 0.0
-    """Of whole samples token by token."""
+    policy: BlockPolicy
+    timings: tuple[Timing, ...]
+    """At every batch size that was calibrated."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What policy.json holds."""
+    """What policy.json holds: what a calibration measured and chose."""
 
     model: dict[str, Any]
-    """The config of the model it is of."""
+    """The config of the model."""
+    device: str
+    """Type of the device for which the choices are made: "cpu" or "cuda"."""
+    machine: str
+    """What the times were measured on."""
+    dtype: str
+    """Of the network."""
+    tokens: int
+    guided: bool
     tolerance: float
-    """The residual that every candidate met."""
+    """The residual that every choice met; a call that asks for less goes token by token."""
     convergence: tuple[Convergence, ...]
-    """Of each block, from the data to the noise."""
-    plans: tuple[Plan, ...]
+    """Of each block, from the data to the noise, as are the choices."""
+    choices: tuple[BlockChoice, ...]
+    samples: tuple[Timing, ...] = ()
+    """Of whole samples by the choices; none where every block goes token by token."""
     format: int = FORMAT
 
-    def plan(self, situation: Situation) -> Plan | None:
-        """The plan whose batch is nearest, if any holds here."""
-        near = [plan for plan in self.plans if plan.situation.near(situation)]
-        return min(near, key=lambda plan: abs(plan.situation.batch - situation.batch), default=None)
+
+def block_policies(model: Flow, settings: SampleSettings, device: torch.device) -> list[BlockPolicy]:
+    """The policy of each block, from the data to the noise.
+
+    Args:
+        model: the flow, with what was read from its policy.json.
+        settings: whose solver is resolved.
+        device: that the model is on.
+
+    Raises:
+        UserError: not one policy a block, or a policy.json that cannot be read.
+    """
+    solver, blocks = settings.solver, len(model.blocks)
+    if not isinstance(solver, str):
+        policies = list(solver)
+        if len(policies) == blocks and all(isinstance(policy, BlockPolicy) for policy in policies):
+            return policies
+        raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")
+    if solver == "jacobi":
+        return [BlockPolicy("jacobi", settings.segment)] * blocks
+    if settings.segment is not None:
+        warnings.warn(f"segment is {settings.segment}, but solver {solver!r} takes none: it is for 'jacobi'")
+    stored = read_policy(model) if solver == "auto" else None
+    if stored is None or stored.device != device.type or settings.tolerance < stored.tolerance:
+        return [BlockPolicy()] * blocks
+    return [choice.policy for choice in stored.choices]
 
 
 def read_policy(model: Flow) -> Policy | None:
-    """The policy that lies beside a model's weights, if it is of this model.
+    """The policy that lies beside a model's weights; None where there is none of this model, or one of format 1.
 
     Raises:
         UserError: the file holds something else.
     """
-    if model.policy is None or model.policy.get("model") != config_to_dict(model.config):
+    values, known = model.policy, model.runtime_cache.get("policy")
+    if isinstance(known, tuple) and known[0] is values:
+        policy: Policy | None = known[1]
+        return policy
+    policy = None if values is None else _parse(values, model)
+    model.runtime_cache["policy"] = values, policy
+    return policy
+
+
+def _parse(values: dict[str, Any], model: Flow) -> Policy | None:
+    if values.get("model") != config_to_dict(model.config):
         return None
-    if model.policy.get("format") != FORMAT:
-        raise UserError(f"policy.json has format {model.policy.get('format')}, expected {FORMAT}: calibrate again")
-    return from_dict(Policy, model.policy, "policy.json: ")
+    if values.get("format") == 1:
+        warnings.warn("policy.json has format 1, with a choice a batch size, and is not used: calibrate again")
+        return None
+    if values.get("format") != FORMAT:
+        raise UserError(f"policy.json has format {values.get('format')}, expected {FORMAT}: calibrate again")
+    policy = from_dict(Policy, values, "policy.json: ")
+    if len(policy.choices) != len(model.blocks):
+        counts = f"{len(policy.choices)} choices, expected one for each of {len(model.blocks)} blocks"
+        raise UserError(f"policy.json has {counts}: calibrate again")
+    return policy
 
 
 def keep_policy(model: Flow, policy: Policy) -> None:
-    """Put the policy where `model.save_pretrained` takes it from; what a planner had decided is forgotten."""
+    """Put the policy where solver "auto" and `model.save_pretrained` take it from."""
     model.policy = to_dict(policy)
-    model.runtime_cache.pop("planner", None)
-
-
-def machine_of(device: torch.device) -> str:
-    """The name under which times of a device are kept."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -1,26 +1,19 @@
-"""Noise that a seed names: picture b's is a function of its seed alone, the same on every device and in every batch.
+"""Noise to data through all blocks of a flow: `sample`, and `run`, which also says what the solvers did.
 
-Noise to data through all blocks: `sample`, and `run`, which also says what the solvers did.
+`noise_from_seeds` draws the noise: a picture's is a function of its seed alone, the same on every device and in every
+batch. `best_candidates` samples several candidates of each picture and keeps the one that the flow itself finds the
+likeliest, by its exact density log p(x | condition). A temperature under 1 moves every token towards its mode; this
+looks at the whole picture.
 
-Contract: deterministic; all randomness is in the noise that the caller drew. Every picture of a batch is
-what it would be alone. Needs no autograd.
+Contract: deterministic, as all randomness is in the noise that the caller drew. A picture, its candidates, and which of
+them is kept depend on nothing else in the batch. Needs no autograd.
 
-Shapes: B pictures, C x H x W data, N tokens, D token channels, R rows of a guided batch.
-
-Several candidates for a picture, and the likeliest of them kept: `best_candidates`.
-
-A flow knows the exact density of what it drew, log p(x | condition), and so which of several candidates its condition
-makes likeliest. A temperature under 1 goes the same way token by token; this looks at the whole.
-
-Contract: a picture's candidates and which of them is kept depend on nothing else in the batch.
-
-Shapes: B pictures, K candidates each, C x H x W data.
+Shapes: B pictures, K candidates of each, C x H x W data, N tokens, D token channels, R rows of a guided batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,39 +27,14 @@ from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.jacobi import solve_jacobi
-from starflow.sampling.planner import Planner, Question, planner_of, wait
-from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, Situation, SolverChoice, machine_of
-from starflow.sampling.predictor import IterationLimits, Predictor, Solver, SolverResult, TokenProgress
+from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
+from starflow.sampling.predictor import Predictor, Solver, SolverOptions, SolverResult, TokenProgress
 from starflow.sampling.sequential import solve_sequential
-
-
-def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (B, *shape), on the CPU in float32.
-
-    Raises:
-        UserError: a seed outside 0 .. 2^63 - 1.
-    """
-    return candidate_noise(seeds, shape, 1)[:, 0]
-
-
-def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> Tensor:
-    """`count` draws of each seed's generator, (B, count, *shape); the first is `noise_from_seeds`'s.
-
-    Raises:
-        UserError: a seed outside 0 .. 2^63 - 1.
-    """
-    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
-    if wrong:
-        raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = [torch.stack([torch.randn(shape, generator=one) for _ in range(count)]) for one in generators]
-    return torch.stack(draws)
-
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the tokens solved so far and in all, over every block."""
+"""Called with the tokens that are solved so far and in all, over every block."""
 
 
 def sample(
@@ -84,7 +52,7 @@ def sample(
     progress: ProgressCallback | None = None,
     cache_dtype: CacheDtype = "network",
 ) -> Tensor:
-    """Map noise to data; the inverse of `model(x, condition)` when unguided.
+    """Map noise to data; the inverse of `model(x, condition)` when unguided (STARFlow, arXiv 2506.06276, eq. 4).
 
     Args:
         model: STARFlow or TarFlow.
@@ -93,14 +61,14 @@ def sample(
         null_condition: what "no condition" is, as `condition` or one row for all; STARFlow needs it where
             guidance is above 0; TarFlow has its own and takes None.
         guidance: weight w >= 0, one for all or (B,); 0 is unguided.
-        solver: "sequential" (exact), "jacobi", "auto" (see `starflow.sampling.planner`), or a BlockPolicy for
-            each block from the data to the noise.
+        solver: "sequential" (exact), "jacobi", "auto" (what the model was calibrated for, and without that
+            "sequential"; see `starflow.sampling.policy`), or a BlockPolicy for each block from the data to the noise.
         guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
         guidance_schedule: "constant", or "linear": annealed, w n / (N - 1) for token n.
         attention_temperature: divides the null branch's attention logits; under 1 it guides TarFlow without a label.
         tolerance: bound on the residual ||x - F(x)|| / ||x|| that every block leaves of every sequence; 0 is the
             sequential answer.
-        segment: tokens that "jacobi" and "auto" solve at once; None is all of them.
+        segment: tokens that "jacobi" solves at once; None is all of them.
         progress: called with the tokens solved so far and in all.
         cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
 
@@ -109,6 +77,15 @@ def sample(
 
     Raises:
         UserError: shapes or values that the model or the solver cannot take.
+
+    >>> from starflow.flow.config import STARFlowConfig
+    >>> from starflow.flow.model import STARFlow
+    >>> model = STARFlow(STARFlowConfig(2, 4, 32, num_blocks=2, layers_per_block=1, head_dim=16))
+    >>> noise = noise_from_seeds([0, 1, 2], (2, 4, 4))
+    >>> x = sample(model, noise)
+    >>> z, logdet = model(x)
+    >>> torch.allclose(z, noise, atol=1e-5)
+    True
     """
     settings = SampleSettings(
         guidance, solver, guidance_rule, guidance_schedule, attention_temperature, tolerance, segment, cache_dtype
@@ -118,13 +95,89 @@ def sample(
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """Pictures, and what each block's solver did: `solutions[i]` is that of `blocks[i]`."""
+    """Pictures, and what the solver of each block did."""
 
     x: Tensor
+    """(B, C, H, W)"""
     solutions: list[SolverResult]
+    """`solutions[i]` is that of `model.blocks[i]`."""
+
+
+def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (B, *shape) of B seeds, on the CPU in float32.
+
+    Raises:
+        UserError: a seed outside 0 .. 2^63 - 1.
+
+    >>> noise = noise_from_seeds([0, 1, 7], (3, 8, 8))
+    >>> torch.equal(noise[2:], noise_from_seeds([7], (3, 8, 8)))
+    True
+    """
+    return candidate_noise(seeds, shape, 1)[:, 0]
+
+
+def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> Tensor:
+    """`count` draws of each seed's generator, (B, count, *shape); the first is what `noise_from_seeds` gives.
+
+    Raises:
+        UserError: a seed outside 0 .. 2^63 - 1.
+    """
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if wrong:
+        raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.stack([torch.randn(shape, generator=one) for _ in range(count)]) for one in generators]
+    return torch.stack(draws)
 
 
 @torch.no_grad()
+def best_candidates(
+    model: Flow,
+    noise: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    settings: SampleSettings,
+    batch_size: int,
+    progress: ProgressCallback | None = None,
+) -> Tensor:
+    """Map each picture's candidates of noise to data, and keep the one of the largest log p(x | condition).
+
+    Args:
+        model: STARFlow or TarFlow.
+        noise: (B, K, C, H, W).
+        condition: of each picture, as for `starflow.sample`.
+        null_condition: (B, ...), or None for a model that has its own, or without guidance.
+        settings: of the sampler.
+        batch_size: candidates that are sampled at once; changes memory, not pictures.
+        progress: called with the tokens solved so far and in all.
+
+    Returns:
+        (B, C, H, W). With K = 1 it is what `starflow.sample` gives.
+
+    Raises:
+        UserError: see `starflow.sample`.
+    """
+    pictures, candidates = noise.shape[:2]
+    weight_B = torch.as_tensor(settings.guidance).expand(pictures)
+    batches = torch.arange(pictures * candidates).split(batch_size)
+    drawn, scores = [], []
+    for number, rows in enumerate(batches):
+        of = rows // candidates
+        given, null = _select_rows(condition, of), _select_rows(null_condition, of)
+        own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
+        x = run(model, noise.flatten(0, 1)[rows], given, null, own, offset_progress(progress, number, len(batches))).x
+        drawn.append(x)
+        scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
+    x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
+    best_B = torch.cat(scores).view(pictures, candidates).nan_to_num(nan=-torch.inf).argmax(1)
+    kept: Tensor = x_BKCHW[torch.arange(pictures, device=best_B.device), best_B]
+    return kept
+
+
+SolveBlock = Callable[[int, Predictor, Tensor], SolverResult]
+"""Inverts a block, given its index from the data, its predictor, and its noise (B, N, C) in its own order."""
+
+
 def run(
     model: Flow,
     noise: Tensor,
@@ -134,19 +187,45 @@ def run(
     progress: ProgressCallback | None = None,
     caches: CachePool | None = None,
 ) -> SamplingResult:
-    """As `sample`, and what the solvers did; a caller that samples again may keep the caches."""
+    """As `sample`, and what the solvers did.
+
+    Args:
+        model: STARFlow or TarFlow.
+        noise: (B, C, H, W), as `condition` and `null_condition` as for `sample`.
+        condition: of each picture.
+        null_condition: what guidance moves away from.
+        settings: the options of `sample`.
+        progress: called with the tokens solved so far and in all.
+        caches: where caches are taken from; a caller that samples again may keep them.
+    """
+    policies = block_policies(model, settings, noise.device)
+    count = _count_tokens(progress, model.to_tokens(noise)[0].shape[1] * len(model.blocks))
+
+    def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+        return solve_by_policy(predictor, noise_BNC, policies[number], settings.tolerance, count)
+
+    return solve_blocks(model, noise, condition, null_condition, settings, solve_block, caches)
+
+
+@torch.no_grad()
+def solve_blocks(
+    model: Flow,
+    noise: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    settings: SampleSettings,
+    solve_block: SolveBlock,
+    caches: CachePool | None = None,
+) -> SamplingResult:
+    """Map noise to data, block after block, each by `solve_block`; what it is given holds for that call alone."""
     tokens_BND, grid = model.to_tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
-    policies = settings.policies(len(model.blocks))
     guidance = settings.guidance_for(tokens_BND)
-    conditions = conditions_of(model, condition, null_condition, batch, guidance)
+    conditions = branch_conditions(model, condition, null_condition, batch, guidance)
     rotary, prior = model.rotary(grid), model.prior_log_std()
     if prior is not None:
         tokens_BND = tokens_BND * prior.exp()
-    report = _counter(progress, tokens * len(model.blocks))
     caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
-    planner = planner_of(model) if policies is None else None
-    situation = _situation(tokens_BND, model, guided=guidance is not None)
     engine = cpu_engine_of(model)
     solutions = []
     for number, block in reversed(list(enumerate(model.iter_blocks()))):
@@ -157,52 +236,28 @@ def run(
         noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
         with model.weights_on_device(block):
             predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
-            if policies is not None:
-                solution = solve(predictor, noise_BNC, policies[number], settings.tolerance, report)
-            else:
-                assert planner is not None
-                compiled, tolerance = engine.library is not None, settings.tolerance
-                question = Question(number, len(model.blocks), situation, tolerance, settings.segment, compiled)
-                solution = _solve_as_planned(planner, question, predictor, noise_BNC, report)
+            solution = solve_block(number, predictor, noise_BNC)
         tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
         solutions.append(solution)
     return SamplingResult(model.from_tokens(tokens_BND, grid), solutions[::-1])
 
 
-def solve(
-    predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, report: TokenProgress
+def solve_by_policy(
+    predictor: Predictor, noise_BNC: Tensor, policy: BlockPolicy, tolerance: float, progress: TokenProgress
 ) -> SolverResult:
     """Invert one block by a policy."""
-    effort = IterationLimits(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
-    return SOLVERS[policy.solver](predictor, noise_BNC, effort, report)
+    options = SolverOptions(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
+    return SOLVERS[policy.solver](predictor, noise_BNC, options, progress)
 
 
-def _solve_as_planned(
-    planner: Planner, question: Question, predictor: Predictor, noise_BNC: Tensor, report: TokenProgress
-) -> SolverResult:
-    """Let the planner choose, and tell it how that went."""
-    policy = planner.choose(question, predictor, noise_BNC)
-    if policy.solver == "sequential":
-        return solve(predictor, noise_BNC, policy, question.tolerance, report)
-    device = noise_BNC.device
-    wait(device)
-    started = time.perf_counter()
-    solution = solve(predictor, noise_BNC, policy, question.tolerance, report)
-    wait(device)
-    planner.learn(question, solution, time.perf_counter() - started)
-    return solution
-
-
-def _situation(tokens_BND: Tensor, model: Flow, *, guided: bool) -> Situation:
-    batch, tokens = tokens_BND.shape[:2]
-    dtype = str(model.network_dtype).removeprefix("torch.")
-    return Situation(machine_of(tokens_BND.device), dtype, batch, tokens, guided)
-
-
-def conditions_of(
+def branch_conditions(
     model: Flow, condition: Tensor | None, null_condition: Tensor | None, batch: int, guidance: Guidance | None
 ) -> list[Tensor | None]:
-    """The condition as the blocks take it, and with guidance the null condition after it."""
+    """The conditions of the branches, as the blocks take them: the given one, and with guidance the null one after it.
+
+    Raises:
+        UserError: a condition that the model cannot take, or guidance without what it needs.
+    """
     given = model.check_condition(condition, batch)
     if guidance is None:
         return [given]
@@ -220,69 +275,25 @@ def conditions_of(
     return [given, model.check_condition(null_condition, batch)]
 
 
-def _counter(progress: ProgressCallback | None, total: int) -> TokenProgress:
-    """Turn "so many more" into "so many of the total"."""
+def _count_tokens(progress: ProgressCallback | None, total: int) -> TokenProgress:
+    """What sums the tokens that solvers report, and tells `progress` of them."""
     done = 0
 
-    def report(more: int) -> None:
+    def count(more: int) -> None:
         nonlocal done
         done += more
         if progress is not None:
             progress(done, total)
 
-    return report
-
-
-@torch.no_grad()
-def best_candidates(
-    model: Flow,
-    noise: Tensor,
-    condition: Tensor | None,
-    null_condition: Tensor | None,
-    settings: SampleSettings,
-    at_once: int,
-    progress: ProgressCallback | None = None,
-) -> Tensor:
-    """Map each picture's candidates of noise to data, and keep the one of the largest log p(x | condition).
-
-    Args:
-        model: STARFlow or TarFlow.
-        noise: (B, K, C, H, W).
-        condition: of each picture, as for `starflow.sample`.
-        null_condition: (B, ...), or None for a model that has its own, or without guidance.
-        settings: of the sampler.
-        at_once: candidates that are sampled at once; changes memory, not pictures.
-        progress: called with the tokens solved so far and in all.
-
-    Returns:
-        (B, C, H, W). With K = 1 it is what `starflow.sample` gives.
-
-    Raises:
-        UserError: see `starflow.sample`.
-    """
-    pictures, candidates = noise.shape[:2]
-    weight_B = torch.as_tensor(settings.guidance).expand(pictures)
-    batches = torch.arange(pictures * candidates).split(at_once)
-    drawn, scores = [], []
-    for number, rows in enumerate(batches):
-        of = rows // candidates
-        given, null = _rows(condition, of), _rows(null_condition, of)
-        own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
-        x = run(model, noise.flatten(0, 1)[rows], given, null, own, offset_progress(progress, number, len(batches))).x
-        drawn.append(x)
-        scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
-    x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
-    best_B = torch.cat(scores).view(pictures, candidates).nan_to_num(nan=-torch.inf).argmax(1)
-    kept: Tensor = x_BKCHW[torch.arange(pictures, device=best_B.device), best_B]
-    return kept
+    return count
 
 
 def offset_progress(progress: ProgressCallback | None, batch: int, batches: int) -> ProgressCallback | None:
-    """A batch's progress as that of all batches."""
+    """The progress of one batch as that of all batches, which are equally large."""
     if progress is None:
         return None
     return lambda done, total: progress(batch * total + done, batches * total)
 
 
-def _rows(condition: Tensor | None, rows: Tensor) -> Tensor | None:
+def _select_rows(condition: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if condition is None else condition[rows.to(condition.device)]

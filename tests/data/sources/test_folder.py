@@ -1,12 +1,8 @@
-"""Folders in every layout, and files that are no pictures.
-
-ImageNet's folders as they come.
-"""
+"""Folders in every layout, malformed listings, and ImageNet's folders as they come."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +10,12 @@ import pytest
 from PIL import Image
 
 from starflow.data.buckets import Buckets
-from starflow.data.images import ImageError, decode_image, open_image
+from starflow.data.images import ImageError, open_image
 from starflow.data.index import open_source
 from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.data.sources.folder import order_classes, read_folder, synset_names, write_index
 from starflow.errors import UserError
-from tests.data.sources.test_sources import indexed
+from tests.data.sources.common import indexed
 
 
 def picture(path: Path, colour: str = "red") -> Path:
@@ -120,69 +116,6 @@ def test_index_round_trip(tmp_path: Path) -> None:
     ]
     write_index(tmp_path, records)
     assert read_folder(tmp_path) == records
-
-
-def truncated(path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-def damaged(path: Path) -> None:
-    truncated(path)
-    data = bytearray(path.read_bytes())
-    data[40:60] = b"\xff" * 20
-    path.write_bytes(bytes(data))
-
-
-def no_image(path: Path) -> None:
-    path.write_text("not a picture")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-@pytest.mark.parametrize("spoil", [truncated, damaged, no_image, empty])
-def test_bad_pictures_are_named(tmp_path: Path, spoil: Callable[[Path], None], suffix: str) -> None:
-    path = tmp_path / f"bad.{suffix}"
-    spoil(path)
-    with pytest.raises(ImageError, match=rf"bad\.{suffix} is not a readable image") as caught:
-        open_image(path)
-    assert caught.value.path == path
-    assert "\n" not in str(caught.value)
-
-
-def test_modes_become_rgb_or_rgba(tmp_path: Path) -> None:
-    grey16 = Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16))
-    grey16.save(tmp_path / "grey16.png")
-    opened = open_image(tmp_path / "grey16.png")
-    assert opened.mode == "RGB"
-    assert opened.getpixel((0, 0)) == (128, 128, 128)
-    Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
-    assert open_image(tmp_path / "cmyk.jpg").mode == "RGB"
-    palette = Image.new("P", (4, 4))
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert open_image(tmp_path / "palette.png").mode == "RGBA"
-
-
-def test_a_large_jpeg_comes_reduced_but_not_below_the_side(tmp_path: Path) -> None:
-    Image.linear_gradient("L").resize((800, 600)).convert("RGB").save(tmp_path / "a.jpg")
-    data = (tmp_path / "a.jpg").read_bytes()
-    assert decode_image(data, "a").size == (800, 600)
-    reduced = decode_image(data, "a", side=140)
-    assert reduced.size == (200, 150)
-    small = np.asarray(decode_image(data, "a").resize((200, 150)), dtype=float)
-    assert np.abs(np.asarray(reduced, dtype=float) - small).mean() < 2
-
-
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 4), "red")
-    exif = image.getexif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert open_image(tmp_path / "a.jpg").size == (4, 8)
 
 
 MAPPING = """\

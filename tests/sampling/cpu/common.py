@@ -15,15 +15,15 @@ from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import IterationLimits, Predictor
-from starflow.sampling.sampler import conditions_of, run
+from starflow.sampling.predictor import Predictor, SolverOptions
+from starflow.sampling.sampler import branch_conditions, run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case
 
 
 def engine_for(library: Library | None) -> CpuEngine:
     """One that is built, or one that never will be."""
-    return CpuEngine(1.0, library, closed=library is None)
+    return CpuEngine(1.0, library, disabled=library is None)
 
 
 def drawn(case: Case, settings: SampleSettings, library: Library | None, rows: slice | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class Solving:
     @torch.no_grad()
     def eager(self) -> Tensor:
         """The answer without an engine, unless the predictor has one."""
-        return solve_sequential(self.predictor, self.noise_BNC, IterationLimits(), lambda _: None).x_BNC
+        return solve_sequential(self.predictor, self.noise_BNC, SolverOptions(), lambda _: None).x_BNC
 
     def native(self, library: Library) -> Tensor:
         """The same by an engine."""
@@ -75,7 +75,7 @@ def solving(
         if model.guided_blocks[number] and guided(case)
         else None
     )
-    conditions = conditions_of(model, case.condition, case.null_condition, len(case.x), guidance)
+    conditions = branch_conditions(model, case.condition, case.null_condition, len(case.x), guidance)
     table = model.block_rotary(block, model.rotary(grid))
     batch, tokens = tokens_BND.shape[:2]
     predictor = Predictor.of(block, batch, tokens, conditions, table, guidance, pool or CachePool())

@@ -87,7 +87,7 @@ def test_a_small_model_is_not_worth_a_build(empty_cache: Path, recipe: BuildComm
     engine = model.runtime_cache["engine"]
     assert isinstance(engine, CpuEngine)
     assert engine.library is None
-    assert not engine.closed
+    assert not engine.disabled
 
 
 def test_it_is_built_when_as_much_was_spent_without_it(
@@ -99,7 +99,7 @@ def test_it_is_built_when_as_much_was_spent_without_it(
     model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
     assert engine.library is None
-    assert 0.5 * BUILD_SECONDS < engine._spent < BUILD_SECONDS
+    assert 0.5 * BUILD_SECONDS < engine._eager_seconds_spent < BUILD_SECONDS
     assert_close(sampled(model), eager)
     assert engine.library is not None
     assert_close(sampled(model), eager)
@@ -221,7 +221,7 @@ def test_other_processors_compute_the_same(recipe: BuildCommand, library: Librar
     """Vectors of 4 and 8 numbers instead of 16, and what compilers make of them."""
     other = dataclasses.replace(recipe, target=target, path=tmp_path / "other.so")
     other._compile()
-    made = Library(build._typed(ctypes.CDLL(str(other.path))))
+    made = Library(build._declare_functions(ctypes.CDLL(str(other.path))))
     assert_close(sampled(engine=engine_for(made)), sampled(engine=engine_for(library)))
 
 

@@ -25,9 +25,9 @@ from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import layers_of
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Predictor, draft_of, select_pictures
-from starflow.sampling.sampler import run
-from starflow.sampling.sequential import advance
+from starflow.sampling.predictor import Predictor, make_draft, select_pictures
+from starflow.sampling.sampler import best_candidates, run
+from starflow.sampling.sequential import solve_token
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
 
@@ -83,6 +83,30 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
     for row in range(9):
         alone = Solving(select_pictures(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
         assert torch.equal(together[row : row + 1], alone.native(library))
+
+
+@FEWER
+@given(case=cases(torch.float32), count=st.integers(1, 3), at_once=st.integers(1, 8), threads=st.sampled_from([1, 2]))
+def test_the_default_solver_gives_a_picture_bit_for_bit_in_any_batch_alone_and_among_candidates(
+    library: Library, case: Case, count: int, at_once: int, threads: int
+) -> None:
+    """Three pictures with weights of their own, one of them 0, each with the likeliest of its candidates kept."""
+    engine = case.model.runtime_cache["engine"] = engine_for(library)
+    torch.set_num_threads(threads)
+    index = torch.arange(3) % 2
+    condition, null = (None if one is None else one[index] for one in _conditions(case))
+    weights = torch.tensor([0.0, 1.5, 3.0]) if guided(case) else torch.zeros(3)
+    noise = torch.randn(3, count, *case.x.shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def draw(rows: slice, at_once: int) -> Tensor:
+        given, none = (None if one is None else one[rows] for one in (condition, null))
+        chosen = SampleSettings(weights[rows], solver="auto")
+        return best_candidates(case.model, noise[rows], given, none, chosen, at_once)
+
+    together = draw(slice(None), at_once)
+    for row in range(3):
+        assert torch.equal(draw(slice(row, row + 1), 4)[0], together[row])
+    assert engine._packed
 
 
 @FEWER
@@ -166,11 +190,15 @@ def test_bfloat16_weights_alone_are_exact(library: Library, case: Case, number: 
 def _in_float32(predictor: Predictor) -> Predictor:
     """The same with its weights, rounded as they are, in float32."""
     block, pool = copy.deepcopy(predictor.block).float(), CachePool()
-    prefix = None if predictor.prefix_RSD is None else predictor.prefix_RSD.float()
+    prefix_RSD = predictor.block.prefix(predictor.condition_RSE)
+    if prefix_RSD is not None:  # as bfloat16 has rounded it
+        width = prefix_RSD.shape[2]
+        prefix_RSD, block.proj_txt = prefix_RSD.float(), torch.nn.Linear(width, width, bias=False)
+        torch.nn.init.eye_(block.proj_txt.weight)
     shape = predictor.cache.layers[0].keys_BNLH.shape
     cache = pool.take(CacheShape(len(predictor.cache.layers), *shape), dtype=torch.float32, device=torch.device("cpu"))
     class_R1D = None if predictor.class_R1D is None else predictor.class_R1D.float()
-    return dataclasses.replace(predictor, block=block, prefix_RSD=prefix, class_R1D=class_R1D, cache=cache)
+    return dataclasses.replace(predictor, block=block, condition_RSE=prefix_RSD, class_R1D=class_R1D, cache=cache)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 9, 15])
@@ -183,7 +211,7 @@ def test_either_path_goes_on_where_the_other_stopped(library: Library, stop: int
         ours.predictor.prefill()
         with torch.no_grad(), engine._call(ours.predictor, x_BNC, ours.noise_BNC, 1) as call:
             library.solve(call.block, 0, stop)
-            advance(ours.predictor, x_BNC, ours.noise_BNC, stop)
+            solve_token(ours.predictor, x_BNC, ours.noise_BNC, stop)
             library.solve(call.block, stop + 1, 16)
         assert_close(x_BNC, whole)
 
@@ -227,7 +255,7 @@ def test_what_it_does_not_cover_goes_the_eager_way(library: Library) -> None:
     case = text_case()
     engine = case.model.runtime_cache["engine"] = engine_for(library)
     assert engine.ready(solving(case, 1).predictor)
-    assert not engine.ready(draft_of(solving(case, 1).predictor))
+    assert not engine.ready(make_draft(solving(case, 1).predictor))
     assert not engine.ready(solving(case, 1, pool=CachePool(torch.float16)).predictor)
     layer = next(layers_of(list(case.model.iter_blocks())[1]))
     layer.attention.proj = Other(layer.attention.proj)
@@ -332,10 +360,10 @@ def test_gelu_is_accurate(library: Library, tanh_form: bool) -> None:
 
 def test_the_mark_sees_values_and_places(library: Library) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    marks = {library.mark(values), library.mark(values[:-1]), library.mark(values.flip(0))}
+    marks = {library.checksum(values), library.checksum(values[:-1]), library.checksum(values.flip(0))}
     for index in (0, 17, 500, 999):
         changed = values.clone()
         changed[index] += 1e-6
-        marks.add(library.mark(changed))
+        marks.add(library.checksum(changed))
     assert len(marks) == 7
-    assert library.mark(values.clone()) == library.mark(values)
+    assert library.checksum(values.clone()) == library.checksum(values)

@@ -9,10 +9,8 @@ import torch
 
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import CpuEngine
-from starflow.sampling.jacobi import Span, relative_change, solve_jacobi, step
-from starflow.sampling.planner import Clock
-from starflow.sampling.predictor import IterationLimits, SolverResult
+from starflow.sampling.jacobi import Span, fixed_point_step, relative_change, solve_jacobi
+from starflow.sampling.predictor import SolverOptions, SolverResult
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
 
@@ -31,21 +29,19 @@ def given(request: pytest.FixtureRequest) -> Solving:
 
 def rounded(given: Solving, library: Library | None, tolerance: float, segment: int | None = None) -> SolverResult:
     predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
-    return solve_jacobi(
-        predictor, given.noise_BNC, IterationLimits(tolerance, segment, guess="rounded"), lambda _: None
-    )
+    return solve_jacobi(predictor, given.noise_BNC, SolverOptions(tolerance, segment, guess="rounded"), lambda _: None)
 
 
 @pytest.mark.parametrize("segment", [None, 12])
 @torch.no_grad()
 def test_the_answer_is_verified_and_near(library: Library, given: Solving, segment: int | None) -> None:
     exact, found = given.eager(), rounded(given, library, 2e-2, segment)
-    assert found.single == 0
+    assert found.sequential_tokens == 0
     assert found.iterations == (3 if segment else 1), "rounding alone was off by more than the bound"
     assert (found.residual_B > 0).all()
     given.predictor.prefill()
     whole = Span(0, given.predictor.tokens)
-    again = step(given.predictor, found.x_BNC, given.noise_BNC, whole)
+    again = fixed_point_step(given.predictor, found.x_BNC, given.noise_BNC, whole)
     assert (relative_change(again, found.x_BNC) <= found.residual_B * 1.01 + 1e-5).all()
     apart = relative_change(exact, found.x_BNC)
     assert (apart > 0).all()
@@ -70,23 +66,12 @@ def test_without_the_compiled_loop_it_goes_token_by_token(given: Solving) -> Non
 def test_rounded_copies_take_half_and_are_forgotten_with_the_others(library: Library, given: Solving) -> None:
     block, engine = given.predictor.block, engine_for(library)
     whole, half = engine.packed(block), engine.packed(block, rounded=True)
-    assert half.half
-    assert not whole.half
+    assert half.in_bfloat16
+    assert not whole.in_bfloat16
     assert engine.bytes == whole.bytes + half.bytes
     matrices = [sum(layer[name].nbytes for name in ("qkv", "proj", "up", "down")) for layer in whole.layers]
     halved = [sum(layer[name].nbytes for name in ("qkv", "proj", "up", "down")) for layer in half.layers]
     assert matrices == [2 * one for one in halved]
     block.proj_in.weight.data.add_(1.0)
-    engine.forget_changed()
+    engine.drop_changed()
     assert engine.bytes == 0
-
-
-@torch.no_grad()
-def test_both_prices_are_known_apart(library: Library, given: Solving) -> None:
-    predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
-    assert predictor.can_round
-    predictor.prefill()
-    for wanted in (False, True):
-        assert Clock().tokens(predictor, given.noise_BNC, rounded=wanted) > 0
-    assert isinstance(predictor.engine, CpuEngine)
-    assert set(predictor.engine._packed[predictor.block]) == {False, True}

@@ -1,4 +1,4 @@
-"""A small flow on a small cache, trained by any number of processes, and told to fail where a test wants it."""
+"""A small flow on a small cache, trained by any number of processes, and settings to fail where a test wants it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.data.latent_cache import CachedLatent, LatentCache
+from starflow.data.latent_cache import InMemoryLatents, LatentEntry
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow, STARFlow
 from starflow.train.checkpoint import TrainProgress
 from starflow.train.distributed.sharding import initialise
 from starflow.train.distributed.world import World
-from starflow.train.loop import fit, read_log
+from starflow.train.log import read_log
+from starflow.train.loop import fit
 from starflow.train.recipe import Objective
 from starflow.train.settings import ParallelSettings, TrainSettings
 from starflow.train.tasks.flow import FlowTask
@@ -62,13 +63,11 @@ class FlakyTask(FlowTask):
         return x, condition
 
 
-def make_cache() -> LatentCache:
+def make_cache() -> InMemoryLatents:
     draw = torch.Generator().manual_seed(1)
     mean = torch.randn(80, 2, 4, 4, generator=draw).half()
-    pictures = [
-        CachedLatent(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)
-    ]
-    return LatentCache(
+    pictures = [LatentEntry(f"p{i}", f"c{i % 3}", "heldout" if i < 70 and i % 2 else "train", i % 3) for i in range(80)]
+    return InMemoryLatents(
         mean, torch.full_like(mean, 0.3), torch.eye(4)[:3, None].half(), torch.eye(4)[3:].half(), pictures, {}
     )
 
@@ -79,7 +78,7 @@ def settings(**parallel: Any) -> TrainSettings:
 
 def train(
     folder: Path,
-    told: TrainSettings,
+    settings: TrainSettings,
     world: World | None = None,
     *,
     stop_at: int = -1,
@@ -90,11 +89,11 @@ def train(
     with torch.device("meta"):
         flow = STARFlow(CONFIG)
     if real:  # as after train.init_from
-        initialise(flow.to_empty(device="cpu"), told.seed)
+        initialise(flow.to_empty(device="cpu"), settings.seed)
     world = world or World()
-    task = FlakyTask(flow, make_cache(), Objective(), told, draw=_nothing, save=_save, world=world)
+    task = FlakyTask(flow, make_cache(), Objective(), settings, draw=_nothing, save=_save, world=world)
     task.stop_at, task.nan_at = stop_at, nan_at
-    return fit(task, told, folder, show_progress=False, world=world)
+    return fit(task, settings, folder, show_progress=False, world=world)
 
 
 def _nothing(flow: Flow, path: Path) -> None:

@@ -19,21 +19,23 @@ from starflow.conditioning import ClassLabels
 from starflow.data import latent_cache
 from starflow.data.buckets import Buckets
 from starflow.data.index import IndexedDataset, open_source
-from starflow.data.latent_cache import read_cache
+from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 from starflow.latents import AutoencoderSpec
 from starflow.train.distributed.world import World
 from starflow.train.tasks import cache_latents as stage
-from starflow.train.tasks.cache_latents import CacheJob, cache_latents, plan
+from starflow.train.tasks.cache_latents import CacheJob, cache_latents, cache_parts
 from tests.cli.conftest import Run as Cli
 from tests.cli.conftest import run  # noqa: F401  # a fixture
-from tests.data.sources.test_sources import indexed
+from tests.data.sources.common import indexed
 from tests.train.distributed.launch import finish, torchrun
 
 
 class Means:
     """An autoencoder of means over 8 x 8 pixels with a posterior; it may stop as a killed process does."""
+
+    receptive_radius = 0
 
     def __init__(self, last: int = 10**9) -> None:
         self.network: nn.Module = nn.Identity()
@@ -60,8 +62,8 @@ class Means:
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedDataset:
     """Forty pictures of two classes and two shapes, one of them broken; parts of four."""
-    monkeypatch.setattr(stage, "PART", 4)
-    monkeypatch.setattr(latent_cache, "PART", 4)
+    monkeypatch.setattr(stage, "PART_SIZE", 4)
+    monkeypatch.setattr(latent_cache, "PART_SIZE", 4)
     folder = tmp_path / "set"
     for n in range(40):
         (folder / f"class {n % 2}").mkdir(parents=True, exist_ok=True)
@@ -73,11 +75,11 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedDataset:
     return indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(16, 8, ("21:9", "1:1")))
 
 
-def fill(pictures: IndexedDataset, folder: Path, autoencoder: Means, *, mirrored: bool = False) -> list[str]:
+def fill(pictures: IndexedDataset, folder: Path, autoencoder: Means, *, flipped: bool = False) -> list[str]:
     said: list[str] = []
     conditioner = ClassLabels(["class 0", "class 1"])
-    cache = CacheJob(pictures, autoencoder, conditioner, folder, mirrored)
-    cache_latents(cache, {"what": "test"}, World(), show_progress=False, say=said.append)
+    job = CacheJob(pictures, autoencoder, conditioner, folder, flipped)
+    cache_latents(job, {"what": "test"}, World(), show_progress=False, notify=said.append)
     return said
 
 
@@ -87,18 +89,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, tmp_path: Path) -> None:
     said = fill(pictures, tmp_path / "cache", Means())
-    found = read_cache(tmp_path / "cache")
+    found = CachedLatents(tmp_path / "cache")
     assert len(found) == 39
     assert said[0].startswith("skipped class 1/05.png: ")
     assert "39 pictures and 2 conditions" in said[1]
     assert "1 skipped" in said[1]
     assert found.side == 2
-    for numbers in found.numbers("train"):
+    for numbers in found.indices("train"):
         mean, std = found.posterior(numbers)
         assert std is not None
         assert torch.equal(std, mean.abs())
         for number, own in zip(numbers.tolist(), mean, strict=True):
-            picture = found.picture(number)
+            picture = found.entry(number)
             red = 6 * int(picture.name[-6:-4]) / 127.5 - 1
             assert float(own[0, -1, -1]) == pytest.approx(red, abs=1e-3)
             assert found.conditions(torch.tensor([number]))[0, 0].argmax() == int(picture.name[6])
@@ -117,21 +119,21 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset
     kept = sorted((tmp_path / "cache").glob("latents-*"))
     assert 3 <= len(kept) <= 5
     with pytest.raises(UserError, match="no finished latent cache"):
-        read_cache(tmp_path / "cache")
+        CachedLatents(tmp_path / "cache")
     second = Means()
     fill(pictures, tmp_path / "cache", second)
     assert second.seen == 39 - sum(len(read_tensors(path)["numbers"]) for path in kept)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
-    fill(pictures, tmp_path / "cache", Means(), mirrored=True)
-    found = read_cache(tmp_path / "cache")
-    count = {split: sum(map(len, found.numbers(split))) for split in ("train", "heldout")}
-    plain = len(plan(CacheJob(pictures, Means(), None, tmp_path)))
+def test_flipped_images_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
+    fill(pictures, tmp_path / "cache", Means(), flipped=True)
+    found = CachedLatents(tmp_path / "cache")
+    count = {split: sum(map(len, found.indices(split))) for split in ("train", "heldout")}
+    plain = len(cache_parts(CacheJob(pictures, Means(), None, tmp_path)))
     assert plain < len(list((tmp_path / "cache").glob("latents-*")))
     assert count["train"] == 2 * (39 - count["heldout"])
-    numbers = found.numbers("train")[1]
+    numbers = found.indices("train")[1]
     mean, _ = found.posterior(numbers)
     half = len(numbers) // 2
     assert torch.equal(mean[half:], mean[:half].flip(-1)), "the green corner is on the other side"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.data.images import to_unit
+from starflow.data.images import to_float
 from starflow.data.sets.shapes import draw_shapes
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
+from starflow.train.log import read_log
 from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe, load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow
@@ -35,7 +35,7 @@ def make_model(**recipe: float) -> tuple[JointModel, torch.Tensor, torch.Tensor]
         torch.nn.init.normal_(parameter, std=0.1)
     sizes = AutoencoderRecipe(joint=True, model=SIZES, **recipe)  # type: ignore[arg-type]
     model = JointModel(SmallAutoencoder(SIZES), flow, Objective(noise_std=0.5, latent_penalty=0.0), sizes)
-    return model, to_unit(draw_shapes(6, 16, 0).images), torch.randn(6, 4, 4, 4)
+    return model, to_float(draw_shapes(6, 16, 0).images), torch.randn(6, 4, 4, 4)
 
 
 def test_the_loss_is_the_bound_in_units_of_a_pixel() -> None:

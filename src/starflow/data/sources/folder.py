@@ -1,13 +1,12 @@
-"""ImageNet's folders as they come: one a synset (n01440764/...), readable where the mapping file lies near them.
+"""Images in a folder: a prepared set with its index, or any folder of image files; ImageNet's folders as they come.
 
-The names are ImageNet's own and not shipped: `LOC_synset_mapping.txt` comes with the pictures, `words.txt` with the
-development kit. Without either, the classes are called by their synset ids.
+Contract: an `ImageRecord` names one image file and never holds its pixels, so that a corrupt, truncated or missing file
+is told apart where it is opened (`starflow.data.images.open_image`). Records come in the index's order, or in the
+sorted order of relative names: never in the file system's.
 
-What a data set is on disk: a list of captioned pictures, read from an index or a plain image folder.
-
-Contract: a `ImageRecord` names one picture and never holds it; `open_image` decodes it and is the one place
-where a corrupt, truncated or missing file is told apart (`ImageError`), so that callers can skip it by
-name and count it. Order is the index's, or the sorted order of relative names: never the file system's.
+ImageNet's folders are called by synset ids (n01440764/...). Their readable names are not shipped here: the file
+`LOC_synset_mapping.txt` comes with the images, `words.txt` with the development kit. Where one of them lies near the
+images, classes are called by its names, otherwise by their ids.
 """
 
 from __future__ import annotations
@@ -16,96 +15,161 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from starflow.data.images import SUFFIXES, picture_size
-from starflow.data.sources.base import HELDOUT_SHARE, ImageLocation, SourceImage, unit_hash
+from starflow.data.images import IMAGE_SUFFIXES, ImageError, read_image_size
+from starflow.data.sources.base import (
+    HELDOUT_SHARE,
+    INDEX_FILE,
+    ImageLocation,
+    ImageRecord,
+    ScannedImage,
+    SkippedImage,
+    Split,
+    unit_hash,
+)
 from starflow.errors import UserError
 from starflow.io.files import write_text
 
-if TYPE_CHECKING:
-    pass
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 
-from collections.abc import Iterator
-from functools import cached_property
+SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 
-from starflow.data.images import ImageError
-from starflow.data.sources.base import INDEX, ImageRecord, SkippedImage, Split
+FILES_PER_SHARD = 10_000
+"""How many files count as one shard of a folder, which has no shards of its own."""
 
-MAPPINGS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+_PARENTS_SEARCHED = 4
+"""The mapping of synsets lies beside ILSVRC/, the images in ILSVRC/Data/CLS-LOC/train."""
 
 _SYNSET = re.compile(r"n\d{8}")
 
-_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
-
-_ABOVE = 4
-"""Folders above that are searched: the mapping lies beside ILSVRC/, the pictures in ILSVRC/Data/CLS-LOC/train."""
+_SYNSET_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 
 
-def synset_names(folder: Path, labels: Iterable[str]) -> dict[str, str]:
-    """Readable names of synset ids, in the ids' order; empty where the labels are none, or no mapping file is near.
+class FolderSource:
+    """A `Source` over the files of a folder, as `read_folder` understands them.
 
-    A name is the synset's first word; two synsets of the same first word ("crane") are told apart by their others, or
-    by their ids.
+    A location is the file's name relative to the folder, and a shard is a run of `FILES_PER_SHARD` files.
     """
-    synsets = sorted(set(labels))
-    if not synsets or not all(_SYNSET.fullmatch(label) for label in synsets):
-        return {}
-    absolute = folder.absolute()
-    places = [absolute, *absolute.parents][: _ABOVE + 1]
-    found = next((place / name for place in places for name in MAPPINGS if (place / name).is_file()), None)
-    if found is None:
-        return {}
-    lines = found.read_text(encoding="utf-8", errors="replace").splitlines()
-    listed = {match[1]: match[2].strip() for line in lines if (match := _LINE.fullmatch(line.strip()))}
-    words = {synset: listed.get(synset, synset) for synset in synsets}
-    first = {synset: text.split(",")[0].strip() for synset, text in words.items()}
-    named = {synset: words[synset] if name in _shared(first) else name for synset, name in first.items()}
-    twice = _shared(named)
-    return {synset: f"{name} ({synset})" if name in twice else name for synset, name in named.items()}
 
+    def __init__(self, path: str) -> None:
+        """Raises UserError: no such folder."""
+        self.folder = Path(path).expanduser()
+        if not path or not self.folder.is_dir():
+            raise UserError(f"no folder of pictures at '{path}': set data.path to your pictures")
 
-def _shared(names: dict[str, str]) -> set[str]:
-    """Names that several have, whatever their case."""
-    counts = Counter(name.casefold() for name in names.values())
-    return {name for name in names.values() if counts[name.casefold()] > 1}
+    def __reduce__(self) -> tuple[type[FolderSource], tuple[str]]:
+        return FolderSource, (str(self.folder),)
 
+    @cached_property
+    def _records(self) -> list[ImageRecord]:
+        return read_folder(self.folder)
 
-def order_classes(labels: Iterable[str]) -> list[str]:
-    """Class labels in order: by number where all are numbers, else by name (of synsets, ImageNet's own order)."""
-    found = set(labels)
-    return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+    @property
+    def shards(self) -> list[str]:
+        """See `Source.shards`."""
+        return [f"files from {start}" for start in range(0, len(self._records), FILES_PER_SHARD)]
 
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+        """See `Source.scan`; only headers are read, and only for sizes."""
+        prepared = (self.folder / INDEX_FILE).is_file()
+        for record in self._records[shard * FILES_PER_SHARD : (shard + 1) * FILES_PER_SHARD]:
+            size = None
+            if sizes:
+                try:
+                    size = read_image_size(record.file, record.name)
+                except ImageError as error:
+                    yield SkippedImage(record.name, error.reason)
+                    continue
+            location = (record.file.relative_to(self.folder).as_posix(),)
+            split = record.split if prepared else None
+            yield ScannedImage(record.name, record.caption, record.label, size, location, split)
 
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
+    def read(self, location: ImageLocation) -> bytes:
+        """See `Source.read`."""
+        path = self.folder / str(location[0])
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise ImageError(path, "no such file") from None
+        except OSError as error:
+            raise ImageError(path, str(error.strerror or error)) from None
+
+    def class_names(self, labels: set[str]) -> dict[str, str]:
+        """See `Source.class_names` and `synset_names`."""
+        return synset_names(self.folder, labels)
 
 
 def read_folder(folder: Path) -> list[ImageRecord]:
-    """Records of a prepared set (`index.jsonl`) or of any folder of pictures.
+    """Read the records of a prepared set (`index.jsonl`) or of any folder of images.
 
     A plain folder's captions come, in this order, from captions/metadata .jsonl/.csv at its top (keys
-    `file` or `file_name`, `caption` or `text`, optionally `label`), from a .txt beside the picture, or
+    `file` or `file_name`, `caption` or `text`, optionally `label`), from a .txt beside the image, or
     from the sub-folder's name, which is then the class label as well. 5 % are held out by the hash of the
     relative name.
 
     Raises:
-        UserError: no such folder, no pictures in it, or a malformed index or captions file.
+        UserError: no such folder, no images in it, or a malformed index or captions file.
     """
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "missing"
         raise UserError(f"{folder} is {kind}, expected a folder of pictures: name another or run prepare-data first")
-    records = _read_index(folder) if (folder / INDEX).is_file() else _read_images(folder)
+    records = _read_index(folder) if (folder / INDEX_FILE).is_file() else _read_images(folder)
     if not records:
-        raise UserError(f"{folder} holds no pictures, expected one or more ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} holds no pictures, expected one or more ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return records
 
 
 def write_index(folder: Path, records: Iterable[ImageRecord]) -> None:
     """Write `folder`/index.jsonl, one record a line, files relative to the folder."""
     lines = (json.dumps(_to_line(folder, record), ensure_ascii=False) for record in records)
-    write_text(folder / INDEX, "".join(line + "\n" for line in lines))
+    write_text(folder / INDEX_FILE, "".join(line + "\n" for line in lines))
+
+
+def synset_names(folder: Path, labels: Iterable[str]) -> dict[str, str]:
+    """Look up readable names of ImageNet's synset ids, in the ids' order.
+
+    A name is the synset's first word; two synsets of the same first word ("crane") are told apart by their others, or
+    by their ids.
+
+    Returns:
+        Names by id; empty where a label is no synset id, or no mapping file lies in the folder or near above it.
+    """
+    synsets = sorted(set(labels))
+    if not synsets or not all(_SYNSET.fullmatch(label) for label in synsets):
+        return {}
+    absolute = folder.absolute()
+    folders = [absolute, *absolute.parents][: _PARENTS_SEARCHED + 1]
+    found = next((near / name for near in folders for name in SYNSET_FILES if (near / name).is_file()), None)
+    if found is None:
+        return {}
+    lines = found.read_text(encoding="utf-8", errors="replace").splitlines()
+    listed = {match[1]: match[2].strip() for line in lines if (match := _SYNSET_LINE.fullmatch(line.strip()))}
+    words = {synset: listed.get(synset, synset) for synset in synsets}
+    first = {synset: text.split(",")[0].strip() for synset, text in words.items()}
+    ambiguous = _repeated(first)
+    named = {synset: words[synset] if name in ambiguous else name for synset, name in first.items()}
+    twice = _repeated(named)
+    return {synset: f"{name} ({synset})" if name in twice else name for synset, name in named.items()}
+
+
+def order_classes(labels: Iterable[str]) -> list[str]:
+    """Sort class labels: by number where all are numbers, else by name (of synsets, ImageNet's own order).
+
+    >>> order_classes(["10", "9", "2", "9"]), order_classes(["dog", "cat"])
+    (['2', '9', '10'], ['cat', 'dog'])
+    """
+    found = set(labels)
+    return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+
+
+def _repeated(names: dict[str, str]) -> set[str]:
+    """Names that several have, whatever their case."""
+    counts = Counter(name.casefold() for name in names.values())
+    return {name for name in names.values() if counts[name.casefold()] > 1}
 
 
 def _to_line(folder: Path, record: ImageRecord) -> dict[str, Any]:
@@ -121,8 +185,8 @@ def _to_line(folder: Path, record: ImageRecord) -> dict[str, Any]:
 
 def _read_index(folder: Path) -> list[ImageRecord]:
     records = []
-    for number, line in _json_lines(folder / INDEX):
-        where = f"{folder / INDEX}, line {number}"
+    for number, line in _json_lines(folder / INDEX_FILE):
+        where = f"{folder / INDEX_FILE}, line {number}"
         try:
             record = ImageRecord(
                 file=folder / line["file"],
@@ -145,9 +209,9 @@ def _read_images(folder: Path) -> list[ImageRecord]:
     found = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     }
-    # A listed picture that is missing stays in: opening it reports it by name.
+    # A listed image that is missing stays in: opening it reports it by name.
     return [_image_record(folder, name, rows.get(name)) for name in sorted(found | rows.keys())]
 
 
@@ -207,58 +271,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as text: {error}") from None
-
-
-FILES_A_SHARD = 10_000
-"""Of a folder, which has no shards of its own."""
-
-
-class FolderSource:
-    """Files in a folder, as `starflow.data.sources.folder.read_folder` understands it; ImageNet's as they come.
-
-    A place is the file's name relative to the folder.
-    """
-
-    def __init__(self, path: str) -> None:
-        """Raises UserError: no such folder."""
-        self.folder = Path(path).expanduser()
-        if not path or not self.folder.is_dir():
-            raise UserError(f"no folder of pictures at '{path}': set data.path to your pictures")
-
-    def __reduce__(self) -> tuple[type[FolderSource], tuple[str]]:
-        return FolderSource, (str(self.folder),)
-
-    @cached_property
-    def _records(self) -> list[ImageRecord]:
-        return read_folder(self.folder)
-
-    @property
-    def shards(self) -> list[str]:
-        return [f"files from {start}" for start in range(0, len(self._records), FILES_A_SHARD)]
-
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
-        """See `Source.scan`; only headers are read, and only for sizes."""
-        prepared = (self.folder / INDEX).is_file()
-        for record in self._records[shard * FILES_A_SHARD : (shard + 1) * FILES_A_SHARD]:
-            size = None
-            if sizes:
-                try:
-                    size = picture_size(record.file, record.name)
-                except ImageError as error:
-                    yield SkippedImage(record.name, error.reason)
-                    continue
-            place = (record.file.relative_to(self.folder).as_posix(),)
-            split = record.split if prepared else None
-            yield SourceImage(record.name, record.caption, record.label, size, place, split)
-
-    def read(self, place: ImageLocation) -> bytes:
-        path = self.folder / str(place[0])
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise ImageError(path, "no such file") from None
-        except OSError as error:
-            raise ImageError(path, str(error.strerror or error)) from None
-
-    def class_names(self, labels: set[str]) -> dict[str, str]:
-        return synset_names(self.folder, labels)

@@ -1,6 +1,6 @@
-"""Parquet files, as image sets on the hub come: a column of encoded pictures, and columns of captions and labels.
+"""Parquet files of images, as data sets on the hub come: a column of encoded images, others of captions and labels.
 
-The pictures' column is binary, or a struct with `bytes` (and `path`). Rows are read a row group at a time, of which
+The column of images is binary, or a struct with `bytes` (and `path`). Rows are read a row group at a time, of which
 the last few are kept: an order that stays among neighbours (`data.window`) reads each group once.
 """
 
@@ -12,20 +12,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from starflow.data.images import ImageError, picture_size
-from starflow.data.sources.base import CAPTION_KEYS, LABEL_KEYS, ImageLocation, SkippedImage, SourceImage, texts_of
+from starflow.data.images import ImageError, read_image_size
+from starflow.data.sources.base import (
+    CAPTION_KEYS,
+    LABEL_KEYS,
+    ImageLocation,
+    ScannedImage,
+    SkippedImage,
+    caption_and_label,
+)
 from starflow.errors import UserError
 
-PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
 
-KEPT_GROUPS = 8
+CACHED_ROW_GROUPS = 8
 
 
 class ParquetSource:
-    """See the module's docstring. `path` is a folder or a file; a place is (file, row group, row in it)."""
+    """A `Source` over parquet files; a location is (file, row group, row in it), and a shard is a file."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError: no files, no pyarrow, or no column of pictures."""
+        """Find the files at `path`, a folder or one file.
+
+        Raises:
+            UserError: no files, no pyarrow, or no column of images.
+        """
         self._parquet = _import_parquet()
         self.path = path
         folder = Path(path).expanduser()
@@ -40,6 +51,7 @@ class ParquetSource:
 
     @property
     def shards(self) -> list[str]:
+        """See `Source.shards`."""
         return [str(path) for path in self._files]
 
     @cached_property
@@ -47,7 +59,7 @@ class ParquetSource:
         return {}
 
     def _file(self, number: int) -> Any:
-        """An open file; the process keeps it.
+        """Open a file, once a process.
 
         Raises:
             UserError: damaged.
@@ -63,16 +75,16 @@ class ParquetSource:
 
     def _find_column(self) -> str:
         names = self._file(0).schema_arrow.names
-        found = [name for name in PICTURE_COLUMNS if name in names]
+        found = [name for name in IMAGE_COLUMNS if name in names]
         if not found:
             raise UserError(
-                f"{self._files[0]} has the columns {', '.join(names)}: expected one of {', '.join(PICTURE_COLUMNS)} "
+                f"{self._files[0]} has the columns {', '.join(names)}: expected one of {', '.join(IMAGE_COLUMNS)} "
                 "with encoded pictures"
             )
         return found[0]
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
-        """See `Source.scan`; without sizes the pictures themselves are not read."""
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+        """See `Source.scan`; without sizes the images themselves are not read."""
         try:
             file = self._file(shard)
         except UserError as error:
@@ -81,21 +93,22 @@ class ParquetSource:
         wanted = [name for name in (*CAPTION_KEYS, *LABEL_KEYS) if name in file.schema_arrow.names]
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=wanted).to_pylist() if wanted else []
-            pictures = self._pictures(shard, group) if sizes else []
+            images = self._images(shard, group) if sizes else []
             for row in range(file.metadata.row_group(group).num_rows):
                 name = f"{self._files[shard].name}/{group}-{row}"
                 try:
-                    size = picture_size(pictures[row] or b"", name) if sizes else None
+                    size = read_image_size(images[row] or b"", name) if sizes else None
                 except ImageError as error:
                     yield SkippedImage(name, error.reason)
                     continue
-                caption, label = texts_of(rows[row] if wanted else {})
-                yield SourceImage(name, caption, label, size, (shard, group, row))
+                caption, label = caption_and_label(rows[row] if wanted else {})
+                yield ScannedImage(name, caption, label, size, (shard, group, row))
 
-    def read(self, place: ImageLocation) -> bytes:
-        file, group, row = (int(part) for part in place)
+    def read(self, location: ImageLocation) -> bytes:
+        """See `Source.read`."""
+        file, group, row = (int(part) for part in location)
         try:
-            data = self._pictures(file, group)[row]
+            data = self._images(file, group)[row]
         except (OSError, ValueError) as error:
             raise ImageError(self._files[file], " ".join(str(error).split())[:120]) from None
         if data is None:
@@ -103,14 +116,15 @@ class ParquetSource:
         return data
 
     def class_names(self, labels: set[str]) -> dict[str, str]:
+        """See `Source.class_names`; labels are taken as they are."""
         return {}
 
-    def _pictures(self, file: int, group: int) -> list[bytes | None]:
+    def _images(self, file: int, group: int) -> list[bytes | None]:
         key = (file, group)
         if key not in self._groups:
             column = self._file(file).read_row_group(group, columns=[self._column]).column(0).to_pylist()
             self._groups[key] = [value.get("bytes") if isinstance(value, dict) else value for value in column]
-            while len(self._groups) > KEPT_GROUPS:
+            while len(self._groups) > CACHED_ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]

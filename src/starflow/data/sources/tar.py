@@ -1,11 +1,9 @@
-"""Files by URL: read from end to end, or a range of bytes at a time. http and https only; nothing is run.
-
-Tar shards in WebDataset's layout, in a folder or by URL.
+"""Tar shards of images in WebDataset's layout, in a folder or by URL (http and https).
 
 A sample is a run of members of one name up to its first dot: `0001.jpg`, and beside it `0001.txt` (a caption),
 `0001.cls` (a class) or `0001.json` (keys caption, text or prompt; label, class or cls). Every shard is read once from
-end to end, to note where its pictures lie; after that a picture is a range of bytes of a file or of a URL. Other
-members are left alone: nothing is unpickled, and `pipe:` is refused.
+end to end, to note where its images lie; after that an image is a range of bytes of a file or of a URL. Other
+members are left alone: nothing is unpickled or run, and `pipe:` is refused.
 """
 
 from __future__ import annotations
@@ -23,15 +21,16 @@ from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from starflow.data.images import SUFFIXES, ImageError, picture_size
-from starflow.data.sources.base import ImageLocation, SkippedImage, SourceImage, parse_fields, texts_of
+from starflow.data.images import IMAGE_SUFFIXES, ImageError, read_image_size
+from starflow.data.sources.base import ImageLocation, ScannedImage, SkippedImage, caption_and_label, parse_json_object
 from starflow.errors import UserError
 
-TIMEOUT = 60.0
+TIMEOUT_SECONDS = 60.0
 
-TRIES = 4
+MAX_TRIES = 4
 
-PARTIAL = 206
+PARTIAL_CONTENT = 206
+"""HTTP status of an answer that holds only the range of bytes that was asked for."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
@@ -39,10 +38,13 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is an address on the network.
+    """Whether a path is an http or https address.
 
     Raises:
         UserError: an address of another kind (`pipe:`, `s3:`, ...).
+
+    >>> is_url("https://example.com/a.tar"), is_url("shards/a.tar")
+    (True, False)
     """
     found = _SCHEME.match(path)
     if not found or (len(found[1]) == 1):  # a drive letter of Windows
@@ -52,11 +54,14 @@ def is_url(path: str) -> bool:
     return True
 
 
-def expand(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` as a-000.tar, a-001.tar, a-002.tar; several ranges multiply.
+def expand_ranges(pattern: str) -> list[str]:
+    """Write out the ranges of numbers in a pattern, as a shell does; several ranges multiply.
 
     Raises:
         UserError: a range that runs backwards.
+
+    >>> expand_ranges("a-{08..10}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar']
     """
     found = _RANGE.search(pattern)
     if not found:
@@ -65,33 +70,34 @@ def expand(pattern: str) -> list[str]:
     if first > last:
         raise UserError(f"'{pattern}': {found[0]} runs backwards; write the smaller number first")
     numbers = [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
-    return [name for number in numbers for name in expand(pattern[: found.start()] + number + pattern[found.end() :])]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for number in numbers for name in expand_ranges(before + number + after)]
 
 
 def open_url(url: str) -> IO[bytes]:
-    """The whole file as a stream.
+    """Open a file by URL as a stream from its start.
 
     Raises:
         OSError: it cannot be had.
     """
-    stream: IO[bytes] = urlopen(Request(url), timeout=TIMEOUT)
+    stream: IO[bytes] = urlopen(Request(url), timeout=TIMEOUT_SECONDS)
     return stream
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start`, tried again where the network fails for a moment.
+    """Fetch `size` bytes from `start` by URL, again where the network fails for a moment.
 
     Raises:
         OSError: it cannot be had, or the server gives no ranges.
     """
     request = Request(url, headers={"Range": f"bytes={start}-{start + size - 1}"})
     failure: OSError = OSError("no answer")
-    for turn in range(TRIES):
+    for turn in range(MAX_TRIES):
         if turn:
             time.sleep(0.5 * 2 ** (turn - 1))
         try:
-            with urlopen(request, timeout=TIMEOUT) as answer:
-                if answer.status != PARTIAL:
+            with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                if answer.status != PARTIAL_CONTENT:
                     raise OSError(f"{url}: the server gives no ranges of bytes, so copy the file")
                 data: bytes = answer.read()
         except HTTPError as error:
@@ -107,17 +113,18 @@ def read_range(url: str, start: int, size: int) -> bytes:
     raise failure
 
 
-_BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error)
+_READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 
 class TarSource:
-    """See the module's docstring. `path` is a folder, a .tar, or a pattern with * or {000..099}; a URL too.
-
-    A place is (shard, offset, bytes).
-    """
+    """A `Source` over tar shards; a location is (shard, offset in it, length in bytes)."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError: no shards there, or compressed ones."""
+        """Find the shards at `path`: a folder, a .tar, or a pattern with * or {000..099}; a URL too.
+
+        Raises:
+            UserError: no shards there, or compressed ones.
+        """
         self.path = path
         if not self.shards:
             raise UserError(f"no .tar files at '{path}': set data.path to a folder, a pattern or a URL of tar shards")
@@ -130,26 +137,28 @@ class TarSource:
 
     @cached_property
     def shards(self) -> list[str]:
+        """See `Source.shards`."""
         if is_url(self.path):
-            return expand(self.path)
+            return expand_ranges(self.path)
         folder = Path(self.path).expanduser()
         if folder.is_dir():
             return [str(path) for path in sorted(folder.rglob("*.tar"))]
-        return [name for one in expand(str(folder)) for name in sorted(glob.glob(one))]  # noqa: PTH207  (absolute too)
+        return [name for one in expand_ranges(str(folder)) for name in sorted(glob.glob(one))]  # noqa: PTH207  (absolute too)
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[SourceImage | SkippedImage]:
-        """See `Source.scan`. A shard that is cut short gives the pictures before the cut, and is named."""
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+        """See `Source.scan`. A shard that is cut short gives the images before the cut, and is named."""
         name = self.shards[shard]
         short = PurePosixPath(name).name
         try:
             with open_url(name) if is_url(name) else Path(name).open("rb") as stream:
-                for sample in _samples(_Tail(stream)):
-                    yield sample.found(shard, short, sizes=sizes)
-        except _BROKEN as error:
+                for sample in _samples(_CheckedStream(stream)):
+                    yield sample.to_image(shard, short, sizes=sizes)
+        except _READ_ERRORS as error:
             yield SkippedImage(short, " ".join(str(error).split()) or type(error).__name__)
 
-    def read(self, place: ImageLocation) -> bytes:
-        name, offset, size = self.shards[int(place[0])], int(place[1]), int(place[2])
+    def read(self, location: ImageLocation) -> bytes:
+        """See `Source.read`."""
+        name, offset, size = self.shards[int(location[0])], int(location[1]), int(location[2])
         try:
             if is_url(name):
                 return read_range(name, offset, size)
@@ -163,11 +172,12 @@ class TarSource:
         return data
 
     def class_names(self, labels: set[str]) -> dict[str, str]:
+        """See `Source.class_names`; labels are taken as they are."""
         return {}
 
 
-class _Tail:
-    """A stream that remembers how it ended: tarfile takes a cut in front of a header for the archive's end."""
+class _CheckedStream:
+    """A stream that keeps its last block: tarfile takes a cut in front of a header for the archive's end."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._last = stream, b""
@@ -187,38 +197,38 @@ class _Tail:
 
 @dataclass
 class _Sample:
-    """What one run of members holds."""
+    """One image with its caption and label: a run of members of one name."""
 
     key: str
     fields: dict[str, Any] = field(default_factory=dict)
-    picture: bytes | None = None
+    image: bytes | None = None
     offset: int = 0
 
     def add(self, suffix: str, data: bytes, offset: int) -> None:
-        if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-            if self.picture is None:
-                self.picture, self.offset = data, offset
+        if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+            if self.image is None:
+                self.image, self.offset = data, offset
         elif suffix == "txt":
             self.fields["caption"] = " ".join(data.decode("utf-8", "replace").split())
         elif suffix == "cls":
             self.fields["label"] = data.decode("utf-8", "replace").strip()
         elif suffix == "json":
-            self.fields = {**parse_fields(data), **self.fields}
+            self.fields = {**parse_json_object(data), **self.fields}
 
-    def found(self, shard: int, short: str, *, sizes: bool) -> SourceImage | SkippedImage:
+    def to_image(self, shard: int, short: str, *, sizes: bool) -> ScannedImage | SkippedImage:
         name = f"{short}/{self.key}"
-        if self.picture is None:
+        if self.image is None:
             return SkippedImage(name, "the sample holds no picture")
         try:
-            size = picture_size(self.picture, name) if sizes else None
+            size = read_image_size(self.image, name) if sizes else None
         except ImageError as error:
             return SkippedImage(name, error.reason)
-        caption, label = texts_of(self.fields)
-        return SourceImage(name, caption, label, size, (shard, self.offset, len(self.picture)))
+        caption, label = caption_and_label(self.fields)
+        return ScannedImage(name, caption, label, size, (shard, self.offset, len(self.image)))
 
 
-def _samples(stream: _Tail) -> Iterator[_Sample]:
-    """The samples of a shard in its order, each read once; of a shard that is cut short not the one at the cut."""
+def _samples(stream: _CheckedStream) -> Iterator[_Sample]:
+    """Read the samples of a shard in its order, each once; of a shard that is cut short not the one at the cut."""
     sample: _Sample | None = None
     archive_stream: Any = stream
     with tarfile.open(fileobj=archive_stream, mode="r|") as archive:

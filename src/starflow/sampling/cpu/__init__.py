@@ -1,3 +1,1 @@
-"""The compiled token loop: one C++ source file, built once on the machine it runs on, and its Python side."""
-
-from __future__ import annotations
+"""The compiled token loop for CPUs: step.cpp, which is built once on the machine it runs on, and its Python side."""

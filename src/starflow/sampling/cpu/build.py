@@ -1,7 +1,7 @@
-"""Build step.cpp with the user's own compiler, once a machine, and load it.
+"""Build step.cpp with the user's own compiler, once a machine, and load the library.
 
-Contract: the library lies in the user's cache folder under a name that holds the source, the flags, the compiler and
-the processor; it is put there whole. Nothing is loaded from a folder that others may write to.
+Contract: the library lies in the user's cache folder under a name made of the source, the flags, the compiler and the
+processor; it is written there whole. Nothing is loaded from a folder that others may write to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.io import files
 from starflow.nn.cpu import cpu_lines
-from starflow.sampling.cpu.pack import BlockStruct, Panels, bytes_of
+from starflow.sampling.cpu.pack import BlockStruct, PanelLayout, bytes_of
 
 SOURCE = Path(__file__).parent / "step.cpp"
 
@@ -32,11 +32,11 @@ COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_SECONDS = 120
 
 VERSION = 2
-"""Of the functions and structs that step.cpp shares with layout.py."""
+"""Version of the functions and structs that step.cpp shares with pack.py."""
 
 
 class BuildError(Exception):
-    """Why there is no library, in one line."""
+    """Why there is no library, in one line; sampling goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -46,42 +46,43 @@ class Library:
     handle: ctypes.CDLL
 
     @property
-    def panels(self) -> Panels:
-        return Panels(self.handle.starflow_panel(), self.handle.starflow_vector())
+    def panels(self) -> PanelLayout:
+        """The layout in which it reads weights."""
+        return PanelLayout(self.handle.starflow_panel(), self.handle.starflow_vector())
 
     def workspace(self, block: BlockStruct, count: int) -> int:
         """Floats that a call for `count` tokens needs."""
         return int(self.handle.starflow_workspace(ctypes.byref(block), count))
 
     def solve(self, block: BlockStruct, start: int, stop: int) -> None:
-        """Tokens start..stop-1 of a block, one after the other; Python runs on meanwhile."""
+        """Solve the tokens start..stop-1 of a block, one after the other; other Python threads run meanwhile."""
         self.handle.starflow_solve(ctypes.byref(block), start, stop)
 
     def extend(self, block: BlockStruct, hidden: int, position: int, count: int) -> None:
-        """The layers for hidden states at an address, (rows, count, width), in place."""
+        """Run all layers, in place, over hidden states (rows, count, width) at an address, from a cache position on."""
         self.handle.starflow_extend(ctypes.byref(block), hidden, position, count)
 
-    def mark(self, values: Tensor) -> int:
-        """A number that changes with a tensor's values."""
+    def checksum(self, values: Tensor) -> int:
+        """A number that depends on every value of a tensor."""
         values = values.detach().contiguous()
         return int(self.handle.starflow_mark(values.data_ptr(), bytes_of(values)))
 
 
 @dataclass(frozen=True)
 class BuildCommand:
-    """How the library is made here, and where it lies."""
+    """How the library is built on this machine, and where it lies."""
 
     command: tuple[str, ...]
     target: str
-    """The flag for this very processor; a compiler that does not know it goes without."""
+    """The flag to compile for this very processor; where the compiler does not know it, it is left out."""
     path: Path
 
     @staticmethod
     def here() -> BuildCommand:
-        """With CXX, or the first of `COMPILERS`.
+        """The command with CXX, or with the first of `COMPILERS` that is installed.
 
         Raises:
-            BuildError: no compiler, or no folder of our own.
+            BuildError: there is no compiler, or no cache folder that is the user's alone.
         """
         if sys.byteorder != "little":
             raise BuildError("the packed layout is for processors that store the low byte first")
@@ -89,15 +90,16 @@ class BuildCommand:
         machine = platform.machine().lower()
         target = "-mcpu=native" if machine in ("arm64", "aarch64") else "-march=native"
         command = (*compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
-        known = (SOURCE.read_text(), *command, target, _output(*compiler, "--version"), machine, _processor())
+        known = (SOURCE.read_text(), *command, target, _output_of(*compiler, "--version"), machine, _processor())
         key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:20]
         return BuildCommand(command, target, cache_folder() / f"step-{key}.so")
 
     def built(self) -> bool:
+        """Whether the library is there already."""
         return self.path.is_file()
 
     def build(self) -> Library:
-        """Compile it where it is missing, or damaged, and load it; some seconds.
+        """Load the library; where it is missing or damaged it is compiled first, which takes some seconds.
 
         Raises:
             BuildError: the compiler fails, or its result does not load.
@@ -135,7 +137,7 @@ def cache_folder() -> Path:
 
 
 def _compiler() -> tuple[str, ...]:
-    """A path, and what CXX may have after it ("ccache g++")."""
+    """The compiler's path, and the arguments that CXX may have after it ("ccache g++")."""
     given = shlex.split(os.environ.get("CXX", ""))
     found = next(filter(None, map(shutil.which, given[:1] or COMPILERS)), None)
     if found is None:
@@ -144,11 +146,11 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """A description of what -march=native depends on."""
     return "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
 
 
-def _output(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return _run(list(command)).stdout
 
 
@@ -161,13 +163,18 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _load(path: Path) -> Library:
     try:
-        return Library(_typed(ctypes.CDLL(str(path))))
+        return Library(_declare_functions(ctypes.CDLL(str(path))))
     except (OSError, AttributeError) as error:
         raise BuildError(f"{path} does not load: {str(error).splitlines()[0]}") from None
 
 
-def _typed(handle: ctypes.CDLL) -> ctypes.CDLL:
-    """The handle with its functions' arguments declared; one of another version is refused."""
+def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the arguments of its functions declared.
+
+    Raises:
+        AttributeError: it lacks one of the functions.
+        AssertionError: it is of another version.
+    """
     block, number, address = ctypes.POINTER(BlockStruct), ctypes.c_int32, ctypes.c_void_p
     signatures = {
         "version": (number, ()),

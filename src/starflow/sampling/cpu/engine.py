@@ -1,15 +1,14 @@
-"""Token-by-token solving on a CPU in compiled code: all layers of all tokens of a block without Python in between.
+"""Runs all layers of all tokens of a block on a CPU in compiled code, without Python in between.
 
 Contract: the answer is that of the eager path up to rounding, and a picture's is bit for bit the same whatever its
-batch and the threads. It works on the predictor's own cache, in its layout, so either path may go on where the other
-stopped. What it does not cover goes the eager way: devices other than a CPU, precisions other than float32 and
-bfloat16, and linear layers that are not plain ones (quantised weights). Networks in bfloat16 are computed in float32
-from their bfloat16 weights and cache.
+batch and the number of threads, given the same condition. It works on the predictor's own cache, in its layout, so
+either path may go on where the other stopped. What it does not cover goes the eager way: devices other than a CPU,
+precisions other than float32 and bfloat16, and linear layers that are not plain ones (quantised weights). Networks in
+bfloat16 are computed in float32 from their bfloat16 weights and cache.
 
-An engine belongs to a model and is kept with it (`cpu_engine_of`): packed weights, and the decision whether to build.
-It builds where that takes less time than it saves: at once for a large model, and for a small one when as much has been
-spent without it. Several threads may sample with one model at once. `extend` runs the layers over any number of tokens,
-a segment or the condition, and takes the place of the block's own.
+An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights and decides whether to
+build the library. It builds where that takes less time than it saves: at once for a large model, and for a small one
+when as much time has been spent without it. Several threads may sample with one model at once.
 
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
 """
@@ -22,10 +21,10 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,29 +43,26 @@ from starflow.sampling.cpu.pack import (
     layers_of,
     linears_of,
     pack,
-    stamp_of,
+    parameter_versions,
 )
-
-if TYPE_CHECKING:
-    from starflow.sampling.predictor import Predictor
+from starflow.sampling.predictor import Predictor, TokenProgress, ignore_progress
 
 BUILD_SECONDS = 5.0
-"""What a build takes, about: it must be earned."""
+"""About the time that a build takes, and so what it must save."""
 
 TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
-"""Of the eager path, about: a layer's calls at one token, and how fast it reads weights."""
+"""About the time of a layer's calls at one token on the eager path, and the rate at which it reads weights."""
 
 CALL_SECONDS = 0.2
-"""About how long a call may take: between calls, progress is told and Ctrl-C is heard."""
+"""About the longest that a call takes: between calls, progress is reported and Ctrl-C is heard."""
 
 THREAD_BYTES = 2**16
-"""Weights between two meetings of the threads that are worth another thread, about."""
+"""About the bytes of weights between two barriers that are worth another thread."""
 
-RULES = {"gaussian": 1, "linear": 2}
+RULE_NUMBERS = {"gaussian": 1, "linear": 2}
+"""The guidance rules as step.cpp numbers them; 0 is none."""
 
-PRECISIONS = (torch.float32, torch.bfloat16)
-
-TokenProgress = Callable[[int], None]
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -74,44 +70,45 @@ class CpuEngine:
     """The compiled token loop of one model."""
 
     eager_seconds: float
-    """What a picture takes without it, about."""
+    """About the seconds that a picture takes on the eager path."""
     library: Library | None = None
-    closed: bool = False
-    """Whether the eager path is all there is."""
+    """None until it is found or built."""
+    disabled: bool = False
+    """Whether there is only the eager path, because a build failed."""
     build_seconds: float = 0.0
-    """What compiling, or loading, took."""
+    """What compiling and loading the library took."""
     compiled: bool = False
     """Whether it was compiled for this engine, rather than found."""
-    _recipe: BuildCommand | None = None
-    _spent: float = 0.0
-    """Seconds that went by, about, where it would have been of use and was not built."""
+    _build_command: BuildCommand | None = None
+    _eager_seconds_spent: float = 0.0
+    """About the seconds that went by on the eager path where the library would have been of use."""
     _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    """As they are, and rounded to bfloat16."""
+    """Weights of each block as they are (False), and rounded to bfloat16 (True)."""
     _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
-    """Of the blocks as they are in this call."""
+    """Whether the library covers a block, as it is in this call."""
     _work: list[Tensor] = field(default_factory=list)
-    """Memory of the calls that are over."""
+    """Workspaces of calls that are over, for the next ones."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or unpickled model opens and packs for itself."""
-        return CpuEngine, (self.eager_seconds, None, self.closed)
+        """Make copies of a model load the library and pack weights for themselves."""
+        return CpuEngine, (self.eager_seconds, None, self.disabled)
 
     @property
     def bytes(self) -> int:
-        """Memory that packed weights take."""
+        """Memory that the packed weights take."""
         return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
 
     def ready(self, predictor: Predictor) -> bool:
-        """Whether it takes the place of a pass or more: it covers the predictor, and is built, or worth it by now."""
-        if self.closed or not self._covers(predictor):
+        """Whether it can compute for this predictor: it covers block and cache, and is built or worth it."""
+        if self.disabled or not self._covers(predictor):
             return False
         if self.library is None:
             with self._lock:
-                self._open()
-                self._spent += _pass_seconds(predictor.block)
+                self._load()
+                self._eager_seconds_spent += _pass_seconds(predictor.block)
         return self.library is not None
 
     def _covers(self, predictor: Predictor) -> bool:
@@ -121,33 +118,33 @@ class CpuEngine:
         return self._covered[block] and covers_cache(predictor.cache)
 
     def build(self) -> None:
-        """Build it now, whether or not that pays."""
+        """Build the library now, whether or not that pays for this model."""
         with self._lock:
-            self._spent = math.inf
-            self._open()
+            self._eager_seconds_spent = math.inf
+            self._load()
 
-    def _open(self) -> None:
-        """Load the library; compile it only if that takes less time than it saves."""
-        if self.closed or self.library is not None:
+    def _load(self) -> None:
+        """Load the library where it is there already, or where building it takes less time than it saves."""
+        if self.disabled or self.library is not None:
             return
         try:
-            self._recipe = self._recipe or BuildCommand.here()
-            found = self._recipe.built()
-            if found or max(self.eager_seconds, self._spent) > BUILD_SECONDS:
+            self._build_command = self._build_command or BuildCommand.here()
+            found = self._build_command.built()
+            if found or max(self.eager_seconds, self._eager_seconds_spent) > BUILD_SECONDS:
                 began = time.perf_counter()
-                self.library = self._recipe.build()
+                self.library = self._build_command.build()
                 self.build_seconds, self.compiled = time.perf_counter() - began, not found
         except BuildError as error:
-            self.closed = True
+            self.disabled = True
             warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
 
-    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, report: TokenProgress) -> None:
-        """Tokens from the first on, in place; the condition is in the cache already."""
-        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), report, rounded=False)
+    def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress) -> None:
+        """Solve all predicted tokens in place; the condition is in the cache already."""
+        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress, rounded=False)
 
-    def draft(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
-        """The same for some tokens, with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
-        self._solve(predictor, x_BNC, noise_BNC, tokens, lambda _: None, rounded=True)
+    def solve_rounded(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
+        """Solve some tokens in place with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
+        self._solve(predictor, x_BNC, noise_BNC, tokens, ignore_progress, rounded=True)
 
     def _solve(
         self,
@@ -155,46 +152,49 @@ class CpuEngine:
         x_BNC: Tensor,
         noise_BNC: Tensor,
         tokens: range,
-        report: TokenProgress,
+        progress: TokenProgress,
         *,
         rounded: bool,
     ) -> None:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
-        assert predictor.prefixed + predictor.tokens - predictor.first <= _length(predictor)
+        assert predictor.prefix_length + predictor.tokens - predictor.first <= _cache_length(predictor)
         with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
             start, count = tokens.start, 1
             while start < tokens.stop:
                 stop = min(start + count, tokens.stop)
                 began = time.perf_counter()
                 self.library.solve(call.block, start, stop)
-                report(stop - start)
+                progress(stop - start)
                 rate = (time.perf_counter() - began) / (stop - start)
                 start, count = stop, max(1, min(4 * count, int(CALL_SECONDS / max(rate, 1e-6))))
 
     def prefill(self, predictor: Predictor) -> None:
-        """The condition's keys and values; pictures with the same condition share the work."""
-        prefix_RSD = predictor.prefix_RSD
-        assert prefix_RSD is not None
+        """Write the condition's keys and values; pictures with the same condition share the work."""
+        condition_RSE = predictor.condition_RSE
+        assert condition_RSE is not None
         if predictor.query_scale is not None:  # the same condition is another one in the null branch
-            self.extend(predictor, prefix_RSD, 0)
+            self.extend(predictor, prefix_one_by_one(predictor.block, condition_RSE), 0)
             return
-        some_KX, place_R = torch.unique(prefix_RSD.flatten(1), dim=0, return_inverse=True)
+        some_KX, place_R = torch.unique(condition_RSE.flatten(1), dim=0, return_inverse=True)
         layers = predictor.cache.layers
-        count, length = len(some_KX), prefix_RSD.shape[1]
+        count, length = len(some_KX), condition_RSE.shape[1]
         first = tuple(LayerCache(layer.keys_BNLH[:count], layer.values_BNLH[:count]) for layer in layers)
-        self.extend(replace(predictor, cache=KVCache(first), guidance=None), some_KX.unflatten(1, (length, -1)), 0)
+        prefix_KSD = prefix_one_by_one(predictor.block, some_KX.unflatten(1, condition_RSE.shape[1:]))
+        self.extend(replace(predictor, cache=KVCache(first), guidance=None), prefix_KSD, 0)
         for layer in layers:
             for cache_BNLH in (layer.keys_BNLH, layer.values_BNLH):
                 cache_BNLH[:, :, :length] = cache_BNLH[place_R, :, :length]
 
     def extend(self, predictor: Predictor, hidden_RTD: Tensor, position: int) -> Tensor:
-        """The layers for hidden states that continue the cache at `position`; as `AutoregressiveBlock.extend`."""
+        """Run the layers over hidden states that continue the cache at `position`; as `AutoregressiveBlock.extend`."""
         assert self.library is not None
         rows, count, width = hidden_RTD.shape
         assert (rows, width) == (_rows(predictor), predictor.block.spec.layer.width), hidden_RTD.shape
-        assert 0 <= position <= _length(predictor) - count, f"{count} tokens at {position} of {_length(predictor)}"
+        assert 0 <= position <= _cache_length(predictor) - count, (
+            f"{count} tokens at {position} of {_cache_length(predictor)}"
+        )
         out_RTD = hidden_RTD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         nothing = out_RTD.new_zeros(0)
         with self._call(predictor, nothing, nothing, count) as call:
@@ -202,46 +202,46 @@ class CpuEngine:
         return out_RTD.to(hidden_RTD.dtype)
 
     def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
-        """A block's packed weights, as they are or rounded, made anew where its parameters have changed."""
+        """A block's packed weights, as they are or rounded; they are packed anew where its parameters have changed."""
         assert self.library is not None
         with self._lock:
             both = self._packed.setdefault(block, {})
             found = both.get(rounded)
-            if found is None or found.stamp != stamp_of(block):
+            if found is None or found.versions != parameter_versions(block):
                 both.pop(rounded, None)
                 self._make_room(block)
                 found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
-                found = both[rounded] = replace(found, mark=self._mark(block))
+                found = both[rounded] = replace(found, checksums=self._checksums(block))
             return found
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
-        """Drop the other blocks' where all together are large: packing again takes far less time than a block does."""
+        """Drop the other blocks' packed weights if all together are large: packing again costs little."""
         if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_BYTES_LIMIT:
             for other in [other for other in self._packed if other is not block]:
                 del self._packed[other]
 
-    def forget_changed(self) -> None:
-        """Drop what was packed of weights that have been written to since, whichever way."""
+    def drop_changed(self) -> None:
+        """Drop packed weights whose parameters have been written to since, in whichever way."""
         with self._lock:
             self._covered.clear()
             for block, both in list(self._packed.items()):
-                mark = self._mark(block)
-                if any(packed.mark != mark for packed in both.values()):
+                checksums = self._checksums(block)
+                if any(packed.checksums != checksums for packed in both.values()):
                     del self._packed[block]
 
-    def _mark(self, block: AutoregressiveBlock) -> tuple[int, ...]:
+    def _checksums(self, block: AutoregressiveBlock) -> tuple[int, ...]:
         library = self.library
         assert library is not None
-        return tuple(library.mark(one) if _readable(one) else -1 for one in block.parameters())
+        return tuple(library.checksum(one) if _is_plain_parameter(one) else -1 for one in block.parameters())
 
     @contextmanager
     def _call(
         self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int, *, rounded: bool = False
     ) -> Iterator[_Call]:
-        """A filled struct with memory of its own, which the next call may have."""
+        """The struct of one call, with a workspace that goes back to the engine afterwards."""
         assert self.library is not None
         packed = self.packed(predictor.block, rounded=rounded)
-        call = _prepare(predictor, packed, x_BNC, noise_BNC, self.library)
+        call = _make_call(predictor, packed, x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
         with self._lock:
             work = self._work.pop() if self._work else torch.empty(0)
@@ -257,24 +257,30 @@ class CpuEngine:
 
 @dataclass(frozen=True)
 class _Call:
-    """A filled struct, and what must live as long as its pointers."""
+    """The struct of one call, and the objects that its pointers point into."""
 
     block: BlockStruct
     alive: list[Any]
 
 
 def cpu_engine_of(model: Flow) -> CpuEngine:
-    """The engine that is kept with the model; what it has packed is of the weights as they are now."""
+    """The engine that is kept with a model; weights that have changed since it packed them are packed anew."""
     found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
         found = model.runtime_cache["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())))
-    found.forget_changed()
+    found.drop_changed()
     return found
 
 
+def prefix_one_by_one(block: AutoregressiveBlock, condition_RSE: Tensor) -> Tensor:
+    """`block.prefix`, row by row: the rounding of one product of all rows depends on their number and alignment."""
+    rows = [block.prefix(row_1SE.clone()) for row_1SE in condition_RSE.split(1)]
+    return torch.cat([row_1SD for row_1SD in rows if row_1SD is not None])
+
+
 def _pass_seconds(block: AutoregressiveBlock) -> float:
-    """What the eager path takes for a pass over a few tokens, about."""
+    """About the seconds that the eager path takes for a pass over a few tokens."""
     calls = len(block.attn_blocks) * TOKEN_SECONDS
     return calls + sum(map(bytes_of, block.parameters())) / BYTES_A_SECOND
 
@@ -283,8 +289,8 @@ def _rows(predictor: Predictor) -> int:
     return predictor.cache.layers[0].keys_BNLH.shape[0]
 
 
-def _length(predictor: Predictor) -> int:
-    """Positions of the cache."""
+def _cache_length(predictor: Predictor) -> int:
+    """Positions in the cache."""
     return predictor.cache.layers[0].keys_BNLH.shape[2]
 
 
@@ -293,7 +299,7 @@ def _pictures(predictor: Predictor) -> int:
 
 
 def _on_huge_pages(tensor: Tensor) -> Tensor:
-    """The same in memory that is asked for in huge pages: the panels are read as one long stream."""
+    """A copy in memory that is asked for in huge pages: the panels are read as one long stream."""
     if tensor.nbytes < HUGE_PAGE_THRESHOLD:
         return tensor
     return on_huge_pages(torch.empty_like(tensor)).copy_(tensor)
@@ -303,27 +309,27 @@ def covers_block(block: AutoregressiveBlock) -> bool:
     """Whether the compiled loop knows every part of a block."""
     dtype = block.proj_in.weight.dtype
     return (
-        dtype in PRECISIONS
+        dtype in SUPPORTED_DTYPES
         and block.spec.layer.head_dim % 2 == 0
         and all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
-        and all(_readable(parameter) and parameter.dtype == dtype for parameter in block.parameters())
+        and all(_is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
 
 
 def covers_cache(cache: KVCache) -> bool:
-    """Whether keys and values lie as the compiled loop expects them."""
+    """Whether keys and values have a precision and a layout that the compiled loop reads."""
     dtype = cache.layers[0].keys_BNLH.dtype
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys_BNLH, layer.values_BNLH)]
-    return dtype in PRECISIONS and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
+    return dtype in SUPPORTED_DTYPES and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
 
 
-def _readable(parameter: Tensor) -> bool:
-    """Whether its values are plain numbers in this machine's memory."""
+def _is_plain_parameter(parameter: Tensor) -> bool:
+    """Whether its values are plain numbers in the memory of a CPU."""
     return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
 
 
-def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
-    """The struct of one block's calls."""
+def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
+    """The struct of a call for one block, without its workspace."""
     spec = predictor.block.spec
     layer, guidance = spec.layer, predictor.guidance
     keys = predictor.cache.layers[0].keys_BNLH
@@ -337,21 +343,21 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
         hidden=layer.hidden,
         layers=spec.layers,
         channels=spec.token_channels,
-        length=_length(predictor),
+        length=_cache_length(predictor),
         tokens=predictor.tokens,
         first=predictor.first,
-        prefix=predictor.prefixed,
+        prefix=predictor.prefix_length,
         threads=_threads(packed),
         rms=layer.norm_type == "rms_norm",
         gated=layer.swiglu,
         half_split=layer.half_split_rope,
         softplus=spec.softplus,
-        rule=0 if guidance is None else RULES[guidance.rule],
-        half_weights=packed.half,
+        rule=0 if guidance is None else RULE_NUMBERS[guidance.rule],
+        half_weights=packed.in_bfloat16,
         half_cache=keys.dtype == torch.bfloat16,
         clip=spec.clip,
     )
-    given = {**packed.ends, **_given(predictor, library), "noise": noise_BNC, "x": x_BNC}
+    given = {**packed.other, **_input_tensors(predictor, library), "noise": noise_BNC, "x": x_BNC}
     layers = (LayerStruct * spec.layers)(
         *(
             LayerStruct(
@@ -370,18 +376,18 @@ def _prepare(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC
 
 
 def _threads(packed: PackedBlock) -> int:
-    """As many as torch would use, as far as there is work for them: they meet after each of a layer's four products."""
+    """As many threads as torch would use, if there is work for so many between two of a layer's four barriers."""
     between = sum(map(bytes_of, packed.layers[0].values())) // 4
     return max(1, min(torch.get_num_threads(), between // THREAD_BYTES))
 
 
-def _given(predictor: Predictor, library: Library) -> dict[str, Tensor]:
-    """The tensors of a call that are no weights, float32 and contiguous."""
+def _input_tensors(predictor: Predictor, library: Library) -> dict[str, Tensor]:
+    """The tensors of a call that are not packed weights, float32 and contiguous."""
     found: dict[str, Tensor] = {}
     if predictor.rotary is not None:
         found["rotary"] = predictor.rotary
     if predictor.class_R1D is not None:
-        found["class_vector"] = library.panels.rows_of(predictor.class_R1D.flatten(1).expand(_rows(predictor), -1))
+        found["class_vector"] = library.panels.pack_rows(predictor.class_R1D.flatten(1).expand(_rows(predictor), -1))
     if predictor.query_scale is not None:
         found["query_scale"] = predictor.query_scale.flatten()
     if predictor.guidance is not None:

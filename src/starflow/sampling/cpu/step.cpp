@@ -1,14 +1,14 @@
-// One block of a flow, noise to data, token by token: every layer of every token inside one call.
+// Solves one block of a flow token by token, noise to data: every layer of every token inside one call.
 //
 // Contract: the arithmetic of a row (a picture's branch) is the same whatever the other rows, their number and the
 // number of threads, so a picture is bit for bit what it would be alone. Everything is float32; weights and cache may
-// be stored in bfloat16. Nothing is allocated, locked or printed; the caller gives the memory.
+// be stored in bfloat16. Nothing is allocated, locked or printed: the caller provides the memory.
 //
-// A product reads its weights once, in the order in which they lie: panels of PANEL outputs, inputs outside. A panel
-// stays in registers' reach for all rows, so that at 4 to 8 rows a product takes the time that reading its weights takes.
-// Threads share out the panels and meet after every stage.
+// A product reads its weights once, in the order in which they lie: panels of PANEL outputs, the inputs as the outer
+// index. All rows use a panel before the next is read, so that at 4 to 8 rows a product takes as long as reading its
+// weights. The panels are divided among the threads, which wait for each other at a barrier after every stage.
 //
-// The structs are mirrored in layout.py.
+// The structs are mirrored in pack.py.
 
 #include <atomic>
 #include <cmath>
@@ -50,36 +50,36 @@ struct Block {
     const float *class_vector;                                       // (rows, padded width), or null
     const float *start;                                              // (channels), or null
     const float *query_scale;                                        // (rows), or null
-    const float *weight;                                             // (pictures, tokens), of guidance
+    const float *weight;                                             // guidance weights (pictures, tokens)
     const float *noise;                                              // (pictures, tokens, channels)
     float *x;                                                        // likewise
-    float *work;                                                     // workspace_floats() of it
+    float *work;                                                     // as many floats as starflow_workspace() says
 };
 }
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int VW = 16, PV = 2, TILE = 8;  // floats of a vector, vectors of a panel, rows of a tile
+constexpr int VECTOR = 16, PANEL_VECTORS = 2, TILE = 8;  // floats of a vector, vectors of a panel, rows of a tile
 #elif defined(__AVX__)
-constexpr int VW = 8, PV = 2, TILE = 6;
+constexpr int VECTOR = 8, PANEL_VECTORS = 2, TILE = 6;
 #elif defined(__aarch64__)
-constexpr int VW = 4, PV = 4, TILE = 6;
+constexpr int VECTOR = 4, PANEL_VECTORS = 4, TILE = 6;
 #else
-constexpr int VW = 4, PV = 2, TILE = 4;
+constexpr int VECTOR = 4, PANEL_VECTORS = 2, TILE = 4;
 #endif
-constexpr int PANEL = VW * PV;
+constexpr int PANEL = VECTOR * PANEL_VECTORS;
 constexpr int LINE = 16;           // floats of a cache line
-constexpr int APART = LINE;        // between rows: at powers of two they would share their places in a cache
-constexpr int NEAR = 8;            // tiles that take the same piece of a panel one after the other, while it is near
-constexpr int PIECE = 128, LONG_PIECE = 512;  // inputs of a piece where reading weights is dear, and where sums are
-constexpr int ALONE = 32;          // rows that every thread norms for itself
-constexpr int AHEAD = 128 * PANEL;  // weights that are asked for before their turn: a piece, so that reading goes on
+constexpr int ROW_GAP = LINE;  // between rows: at distances of powers of two they would evict each other from a cache
+constexpr int NEIGHBOUR_TILES = 8;  // tiles of rows that use the same piece of a panel in turn, while it is in a cache
+constexpr int PIECE = 128, LONG_PIECE = 512;  // inputs of a piece where reading limits, and where arithmetic does
+constexpr int REPEATED_ROWS = 32;  // up to so many rows every thread computes all norms for itself
+constexpr int PREFETCH = 128 * PANEL;  // weights that are prefetched: a piece, so that reading never pauses
 
-typedef float vf __attribute__((vector_size(4 * VW)));
-typedef int32_t vi __attribute__((vector_size(4 * VW)));
-typedef uint32_t vu __attribute__((vector_size(4 * VW)));
-typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+typedef float vf __attribute__((vector_size(4 * VECTOR)));
+typedef int32_t vi __attribute__((vector_size(4 * VECTOR)));
+typedef uint32_t vu __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t vh __attribute__((vector_size(2 * VECTOR)));
 typedef uint16_t half;  // a bfloat16
 
 inline vf splat(float a) { return a - vf{}; }
@@ -100,17 +100,17 @@ inline float one(const half *p) {
     memcpy(&v, &bits, 4);
     return v;
 }
-inline void keep(float *p, float v) { *p = v; }
-inline void keep(half *p, float v) {  // round to nearest, ties to even; a NaN stays one
+inline void store_one(float *p, float v) { *p = v; }
+inline void store_one(half *p, float v) {  // round to nearest, ties to even; a NaN stays one
     uint32_t bits;
     memcpy(&bits, &v, 4);
     *p = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 inline float sum(vf v) {  // by halves, always in the same order
-    float lane[VW];
+    float lane[VECTOR];
     store(lane, v);
-    for (int n = VW / 2; n; n /= 2)
+    for (int n = VECTOR / 2; n; n /= 2)
         for (int i = 0; i < n; i++) lane[i] += lane[i + n];
     return lane[0];
 }
@@ -127,7 +127,7 @@ inline vf exponential(vf x) {  // within 1e-7 of the value, and 0 for what under
     const float rest[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
     for (float c : rest) p = p * r + splat(c);
     const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
-    return under ? vf{} : (x == x ? scaled : x);  // the bits of a NaN are no exponent
+    return under ? vf{} : (x == x ? scaled : x);  // a NaN's bits do not give an exponent
 }
 
 // x Phi(x). Phi(-a) = exp(-a^2 / 2) P(1 / (1 + 0.34 a)), P fitted to 2e-8 of the value for a from 0 to 14.
@@ -149,12 +149,12 @@ inline vf tanh_gelu(vf x) {
 // ---- products ----
 
 inline void panel_row(const float *w, vf *b) {
-    for (int j = 0; j < PV; j++) b[j] = load(w + j * VW);
+    for (int j = 0; j < PANEL_VECTORS; j++) b[j] = load(w + j * VECTOR);
 }
 inline void panel_row(const half *w, vf *b) {  // each word holds a value of one vector and, above it, of the next
-    for (int j = 0; j < PV / 2; j++) {
+    for (int j = 0; j < PANEL_VECTORS / 2; j++) {
         vu word;
-        memcpy(&word, w + 2 * j * VW, sizeof word);
+        memcpy(&word, w + 2 * j * VECTOR, sizeof word);
         b[2 * j] = (vf)(word << 16);
         b[2 * j + 1] = (vf)(word & 0xffff0000u);
     }
@@ -163,17 +163,17 @@ inline void panel_row(const half *w, vf *b) {  // each word holds a value of one
 // out[p][r][:] (+)= sum_k x[r][k] w[p][k][:] for R rows and P panels, k in order; panels are `next` apart.
 template <int R, int P, class W>
 void tile(const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out, bool more) {
-    vf acc[P][R][PV] = {};
+    vf acc[P][R][PANEL_VECTORS] = {};
     if (more)
         for (int p = 0; p < P; p++)
             for (int r = 0; r < R; r++)
-                for (int j = 0; j < PV; j++) acc[p][r][j] = load(out + (p * R + r) * PANEL + j * VW);
+                for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] = load(out + (p * R + r) * PANEL + j * VECTOR);
     for (int k = 0; k < K; k++) {
-        vf b[P][PV];
+        vf b[P][PANEL_VECTORS];
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-            __builtin_prefetch(w + p * next + k * PANEL + AHEAD);
-            if (sizeof(W) * PANEL > 64) __builtin_prefetch(w + p * next + k * PANEL + AHEAD + LINE);
+            __builtin_prefetch(w + p * next + k * PANEL + PREFETCH);
+            if (sizeof(W) * PANEL > 64) __builtin_prefetch(w + p * next + k * PANEL + PREFETCH + LINE);
             panel_row(w + p * next + k * PANEL, b[p]);
         }
 #pragma GCC unroll 8
@@ -182,12 +182,12 @@ void tile(const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, f
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-                for (int j = 0; j < PV; j++) acc[p][r][j] += a * b[p][j];
+                for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] += a * b[p][j];
         }
     }
     for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < PV; j++) store(out + (p * R + r) * PANEL + j * VW, acc[p][r][j]);
+            for (int j = 0; j < PANEL_VECTORS; j++) store(out + (p * R + r) * PANEL + j * VECTOR, acc[p][r][j]);
 }
 
 template <int R, class W>
@@ -226,23 +226,23 @@ inline int panels_of(int outputs) { return (outputs + PANEL - 1) / PANEL; }
 inline int padded(int outputs) { return panels_of(outputs) * PANEL; }
 
 // x (rows, K) times panels share.from .. share.to-1; done(panel, row, values) takes PANEL outputs of a row.
-// Of more rows than a tile holds, some take a piece of a panel one after the other while it is near, and then the next.
+// If there are more rows than a tile holds, some tiles use a piece of a panel in turn while it is in a cache.
 template <class W, class Done>
 void product(int rows, const float *x, ptrdiff_t stride, const W *w, int K, Share share, Done done) {
-    const int steps = (rows + TILE - 1) / TILE, piece = steps == 1 ? K : steps <= NEAR ? PIECE : LONG_PIECE;
+    const int steps = (rows + TILE - 1) / TILE, piece = steps == 1 ? K : steps <= NEIGHBOUR_TILES ? PIECE : LONG_PIECE;
     const int most = rows > TILE / 2 ? 1 : rows > TILE / 4 ? 2 : 4;
-    float out[NEAR * TILE * PANEL];
+    float out[NEIGHBOUR_TILES * TILE * PANEL];
     for (int p = share.from; p < share.to;) {
         int count = most;
         while (count > share.to - p) count /= 2;
         const W *panel = w + ptrdiff_t(p) * K * PANEL;
-        for (int s = 0; s < steps; s += NEAR) {
-            const int last = s + NEAR < steps ? s + NEAR : steps;
+        for (int s = 0; s < steps; s += NEIGHBOUR_TILES) {
+            const int last = s + NEIGHBOUR_TILES < steps ? s + NEIGHBOUR_TILES : steps;
             for (int k = 0; k < K; k += piece)
                 for (int t = s; t < last; t++) {
                     const Share some(rows, t, steps);
-                    tiles_of(some.to - some.from, count, x + some.from * stride + k, stride, panel + ptrdiff_t(k) * PANEL,
-                             ptrdiff_t(K) * PANEL, k + piece < K ? piece : K - k, out + (t - s) * TILE * PANEL, k > 0);
+                    tiles_of(some.to - some.from, count, x + some.from * stride + k, stride,
+                             panel + ptrdiff_t(k) * PANEL, ptrdiff_t(K) * PANEL, k + piece < K ? piece : K - k, out + (t - s) * TILE * PANEL, k > 0);
                 }
             for (int t = s; t < last; t++) {
                 const Share some(rows, t, steps);
@@ -261,7 +261,7 @@ void product(int rows, const float *x, ptrdiff_t stride, const W *w, int K, Shar
 inline float total(const float *x, int n) {
     vf v{};
     int i = 0;
-    for (; i + VW <= n; i += VW) v += load(x + i);
+    for (; i + VECTOR <= n; i += VECTOR) v += load(x + i);
     float s = sum(v);
     for (; i < n; i++) s += x[i];
     return s;
@@ -269,7 +269,7 @@ inline float total(const float *x, int n) {
 inline float squares(const float *x, int n, float mean) {
     vf v{};
     int i = 0;
-    for (; i + VW <= n; i += VW) {
+    for (; i + VECTOR <= n; i += VECTOR) {
         const vf d = load(x + i) - splat(mean);
         v += d * d;
     }
@@ -279,7 +279,7 @@ inline float squares(const float *x, int n, float mean) {
 }
 inline void scaled(float *y, const float *x, int n, float mean, float scale, const float *w, const float *b) {
     int i = 0;
-    for (; i + VW <= n; i += VW) {
+    for (; i + VECTOR <= n; i += VECTOR) {
         const vf v = (load(x + i) - splat(mean)) * splat(scale) * load(w + i);
         store(y + i, b ? v + load(b + i) : v);
     }
@@ -324,73 +324,74 @@ class Barrier {
             if (spins < 2000)
                 RELAX();
             else
-                std::this_thread::yield();  // the other was put aside: give it our place
+                std::this_thread::yield();  // the thread that is missing may have been suspended
     }
 };
 
-struct Room {  // where things lie in the workspace; rows are whole panels and a line apart
+struct Workspace {  // the parts of a call's memory; rows are whole panels and ROW_GAP apart
     int width, qkv, inner, hidden, outputs, scores;
-    bool together;  // whether threads share out the norms of rows, and meet once more for it
+    bool shared_norms;  // whether the norms of rows are divided among the threads, which takes one more barrier
     float *x, *heads, *attended, *expanded, *out, *spare, *common, *own;
     size_t normed_size, own_size, floats;
 
-    Room(const Block &b, int rows, float *work) {
-        width = padded(b.width) + APART, inner = padded(b.heads * b.head_dim) + APART, hidden = padded(b.hidden) + APART;
-        qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim) + APART, outputs = padded(2 * b.channels);
+    Workspace(const Block &b, int rows, float *work) {
+        width = padded(b.width) + ROW_GAP, inner = padded(b.heads * b.head_dim) + ROW_GAP;
+        hidden = padded(b.hidden) + ROW_GAP;
+        qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim) + ROW_GAP, outputs = padded(2 * b.channels);
         scores = padded(b.length) + 2 * padded(b.head_dim);
         float *p = work;
         auto take = [&](size_t n) { return (p += (n + LINE - 1) / LINE * LINE) - (n + LINE - 1) / LINE * LINE; };
         x = take(size_t(rows) * width), heads = take(size_t(rows) * qkv), attended = take(size_t(rows) * inner);
         expanded = take(size_t(rows) * hidden), out = take(size_t(rows) * outputs), spare = take(size_t(rows) * width);
         const int most = width > padded(b.channels) ? width : padded(b.channels);
-        together = rows > ALONE && b.threads > 1;
+        shared_norms = rows > REPEATED_ROWS && b.threads > 1;
         normed_size = (size_t(rows) * most + LINE - 1) / LINE * LINE;
-        if (together) common = take(normed_size), normed_size = 0;
+        if (shared_norms) common = take(normed_size), normed_size = 0;
         own = p;
-        own_size = normed_size + (size_t(scores) + LINE - 1) / LINE * LINE + LINE;  // a line apart from the next thread's
+        own_size = normed_size + (size_t(scores) + LINE - 1) / LINE * LINE + LINE;  // threads share no cache line
         floats = size_t(p - work) + own_size * b.threads;
     }
 };
 
 struct Worker {
     const Block &b;
-    const Room &room;
+    const Workspace &space;
     Barrier &barrier;
     const int thread;
     float *normed, *scratch;
 
-    Worker(const Block &block, const Room &r, Barrier &bar, int t)
-        : b(block), room(r), barrier(bar), thread(t) {
+    Worker(const Block &block, const Workspace &r, Barrier &bar, int t)
+        : b(block), space(r), barrier(bar), thread(t) {
         float *mine = r.own + t * r.own_size;
-        normed = r.together ? r.common : mine, scratch = mine + r.normed_size;
+        normed = r.shared_norms ? r.common : mine, scratch = mine + r.normed_size;
     }
 
     Share share(int count) const { return Share(count, thread, b.threads); }
 
-    // Fill rows of `normed`: few of them every thread for itself, which is less work than meeting once more.
+    // Fill rows of `normed`: a few of them every thread for itself, which takes less time than another barrier.
     template <class Fill>
     void fill(int rows, Fill one_row) {
-        const Share mine = room.together ? share(rows) : Share(rows, 0, 1);
+        const Share mine = space.shared_norms ? share(rows) : Share(rows, 0, 1);
         for (int r = mine.from; r < mine.to; r++) one_row(r);
-        if (room.together) barrier.wait();
+        if (space.shared_norms) barrier.wait();
     }
 
     const float *norm(int rows, const float *w, const float *bias) {
         fill(rows, [&](int r) {
-            const float *x = room.x + size_t(r) * room.width;
-            float *y = normed + size_t(r) * room.width;
+            const float *x = space.x + size_t(r) * space.width;
+            float *y = normed + size_t(r) * space.width;
             b.rms ? rms_norm(y, x, b.width, w) : layer_norm(y, x, b.width, w, bias);
         });
         return normed;
     }
 
-    // The residual takes a product's outputs, through a norm where there is one.
+    // Add a product's outputs to the residual stream, through a norm where there is one.
     template <class W>
     void add(int rows, const float *y, ptrdiff_t stride, const W *w, int K, const float *bias, const float *post) {
-        float *to = post ? room.spare : room.x;
+        float *to = post ? space.spare : space.x;
         product(rows, y, stride, w, K, share(panels_of(b.width)), [&](int panel, int row, const float *sums) {
-            float *out = to + size_t(row) * room.width + panel * PANEL;
-            for (int j = 0; j < PANEL; j += VW) {
+            float *out = to + size_t(row) * space.width + panel * PANEL;
+            for (int j = 0; j < PANEL; j += VECTOR) {
                 const vf v = load(sums + j) + load(bias + panel * PANEL + j);
                 store(out + j, post ? v : v + load(out + j));
             }
@@ -399,7 +400,7 @@ struct Worker {
         if (!post) return;
         const Share mine = share(rows);
         for (int r = mine.from; r < mine.to; r++) {
-            float *x = room.x + size_t(r) * room.width, *y = room.spare + size_t(r) * room.width;
+            float *x = space.x + size_t(r) * space.width, *y = space.spare + size_t(r) * space.width;
             rms_norm(y, y, b.width, post);
             for (int j = 0; j < b.width; j++) x[j] += y[j];
         }
@@ -412,7 +413,7 @@ struct Worker {
         const size_t start = (size_t(row) * b.kv_heads + kv) * b.length * H;
         C *keys = (C *)layer.keys + start, *values = (C *)layer.values + start;
         float *const q = scratch, *const acc = scratch + padded(b.head_dim), *const score = acc + padded(b.head_dim);
-        auto head = [&](int t, int h) { return room.heads + (size_t(row) * count + t) * room.qkv + size_t(h) * H; };
+        auto head = [&](int t, int h) { return space.heads + (size_t(row) * count + t) * space.qkv + size_t(h) * H; };
         auto turn = [&](float *to, const float *from, const float *w, int at) {
             w ? rms_norm(to, from, H, w) : (void)memcpy(to, from, 4 * H);
             if (b.rotary) rotate(to, b.rotary + size_t(at) * (H / 2) * 2, H, b.half_split);
@@ -421,8 +422,8 @@ struct Worker {
             turn(q, head(t, b.heads + kv), layer.key_norm, position + t);
             const float *v = head(t, b.heads + b.kv_heads + kv);
             for (int i = 0; i < H; i++) {
-                keep(keys + size_t(position + t) * H + i, q[i]);
-                keep(values + size_t(position + t) * H + i, v[i]);
+                store_one(keys + size_t(position + t) * H + i, q[i]);
+                store_one(values + size_t(position + t) * H + i, v[i]);
             }
         }
         const float scale = (b.query_scale ? b.query_scale[row] : 1.f) / std::sqrt(float(H));
@@ -433,7 +434,7 @@ struct Worker {
                 const int seen = position + t + 1;
                 const float inverse = soften<FIXED>(q, keys, score, seen, H);
                 mix<FIXED>(score, values, acc, seen, H);
-                float *to = room.attended + (size_t(row) * count + t) * room.inner + size_t(kv * group + g) * H;
+                float *to = space.attended + (size_t(row) * count + t) * space.inner + size_t(kv * group + g) * H;
                 for (int i = 0; i < H; i++) to[i] = acc[i] * inverse;
             }
     }
@@ -447,7 +448,7 @@ struct Worker {
             vf v{};
             int i = 0;
 #pragma GCC unroll 8
-            for (; i + VW <= H; i += VW) v += load(q + i) * load(k + i);
+            for (; i + VECTOR <= H; i += VECTOR) v += load(q + i) * load(k + i);
             float s = sum(v);
             for (; i < H; i++) s += q[i] * one(k + i);
             score[l] = s;
@@ -455,7 +456,7 @@ struct Worker {
         }
         vf all{};
         int l = 0;
-        for (; l + VW <= seen; l += VW) {
+        for (; l + VECTOR <= seen; l += VECTOR) {
             const vf e = exponential(load(score + l) - splat(most));
             store(score + l, e);
             all += e;
@@ -468,21 +469,21 @@ struct Worker {
     // acc = sum_l score[l] v_l
     template <int FIXED, class C>
     static void mix(const float *score, const C *values, float *acc, int seen, int H) {
-        if constexpr (FIXED > 0 && FIXED % VW == 0 && FIXED / VW <= 16) {
-            constexpr int N = FIXED / VW;
+        if constexpr (FIXED > 0 && FIXED % VECTOR == 0 && FIXED / VECTOR <= 16) {
+            constexpr int N = FIXED / VECTOR;
             vf even[N] = {}, odd[N] = {};
             int l = 0;
             for (; l + 2 <= seen; l += 2) {
                 const vf a = splat(score[l]), c = splat(score[l + 1]);
 #pragma GCC unroll 16
                 for (int i = 0; i < N; i++) {
-                    even[i] += a * load(values + size_t(l) * FIXED + i * VW);
-                    odd[i] += c * load(values + size_t(l + 1) * FIXED + i * VW);
+                    even[i] += a * load(values + size_t(l) * FIXED + i * VECTOR);
+                    odd[i] += c * load(values + size_t(l + 1) * FIXED + i * VECTOR);
                 }
             }
             if (l < seen)
-                for (int i = 0; i < N; i++) even[i] += splat(score[l]) * load(values + size_t(l) * FIXED + i * VW);
-            for (int i = 0; i < N; i++) store(acc + i * VW, even[i] + odd[i]);
+                for (int i = 0; i < N; i++) even[i] += splat(score[l]) * load(values + size_t(l) * FIXED + i * VECTOR);
+            for (int i = 0; i < N; i++) store(acc + i * VECTOR, even[i] + odd[i]);
         } else {
             for (int i = 0; i < H; i++) acc[i] = 0;
             for (int l = 0; l < seen; l++)
@@ -506,25 +507,25 @@ struct Worker {
     void expand(const Layer &layer, int rows, const float *y) {
         const W *w = (const W *)layer.up;
         if (!b.gated) {
-            product(rows, y, room.width, w, b.width, share(panels_of(b.hidden)), [&](int p, int row, const float *sums) {
-                float *out = room.expanded + size_t(row) * room.hidden + p * PANEL;
-                for (int j = 0; j < PANEL; j += VW)
+            product(rows, y, space.width, w, b.width, share(panels_of(b.hidden)), [&](int p, int row, const float *sums) {
+                float *out = space.expanded + size_t(row) * space.hidden + p * PANEL;
+                for (int j = 0; j < PANEL; j += VECTOR)
                     store(out + j, gelu(load(sums + j) + load(layer.up_bias + p * PANEL + j)));
             });
             return;
         }
-        Share pairs = share(panels_of(b.hidden));  // both panels of a pair are this thread's
+        Share pairs = share(panels_of(b.hidden));  // a thread has both panels of a pair
         pairs.from *= 2, pairs.to *= 2;
-        product(rows, y, room.width, w, b.width, pairs, [&](int p, int row, const float *sums) {
-            float *out = room.expanded + size_t(row) * room.hidden + p / 2 * PANEL;
-            for (int j = 0; j < PANEL; j += VW) {
+        product(rows, y, space.width, w, b.width, pairs, [&](int p, int row, const float *sums) {
+            float *out = space.expanded + size_t(row) * space.hidden + p / 2 * PANEL;
+            for (int j = 0; j < PANEL; j += VECTOR) {
                 const vf v = load(sums + j) + load(layer.up_bias + p * PANEL + j);
                 store(out + j, p % 2 ? v * load(out + j) : tanh_gelu(v));
             }
         });
     }
 
-    // All layers for `count` tokens from `position`, in place in room.x, (rows * count, width).
+    // All layers for `count` tokens from `position`, in place in space.x, (rows * count, width).
     template <class W>
     void layers(int position, int count) {
         const int rows = b.rows * count, inner = b.heads * b.head_dim;
@@ -532,20 +533,20 @@ struct Worker {
             const Layer &layer = b.layer[i];
             const float *y = norm(rows, layer.norm1, layer.norm1_bias);
             const int heads = (b.heads + 2 * b.kv_heads) * b.head_dim;
-            product(rows, y, room.width, (const W *)layer.qkv, b.width, share(panels_of(heads)),
+            product(rows, y, space.width, (const W *)layer.qkv, b.width, share(panels_of(heads)),
                     [&](int panel, int row, const float *sums) {
-                        float *out = room.heads + size_t(row) * room.qkv + panel * PANEL;
-                        for (int j = 0; j < PANEL; j += VW)
+                        float *out = space.heads + size_t(row) * space.qkv + panel * PANEL;
+                        for (int j = 0; j < PANEL; j += VECTOR)
                             store(out + j, load(sums + j) + load(layer.qkv_bias + panel * PANEL + j));
                     });
             barrier.wait();
             b.half_cache ? attention<half>(layer, position, count) : attention<float>(layer, position, count);
             barrier.wait();
-            add(rows, room.attended, room.inner, (const W *)layer.proj, inner, layer.proj_bias, layer.post1);
+            add(rows, space.attended, space.inner, (const W *)layer.proj, inner, layer.proj_bias, layer.post1);
             y = norm(rows, layer.norm2, layer.norm2_bias);
             expand<W>(layer, rows, y);
             barrier.wait();
-            add(rows, room.expanded, room.hidden, (const W *)layer.down, b.hidden, layer.down_bias, layer.post2);
+            add(rows, space.expanded, space.hidden, (const W *)layer.down, b.hidden, layer.down_bias, layer.post2);
         }
     }
 
@@ -559,35 +560,35 @@ struct Worker {
         product(b.rows, normed, b.channels, b.proj_in, b.channels, share(panels_of(b.width)),
                 [&](int panel, int row, const float *sums) {
                     const int at = panel * PANEL;
-                    for (int j = 0; j < PANEL; j += VW) {
+                    for (int j = 0; j < PANEL; j += VECTOR) {
                         vf v = load(sums + j) + load(b.proj_in_bias + at + j);
                         if (b.table) v += load(b.table + size_t(index) * padded(b.width) + at + j);
                         if (b.class_vector) v += load(b.class_vector + size_t(row) * padded(b.width) + at + j);
-                        store(room.x + size_t(row) * room.width + at + j, v);
+                        store(space.x + size_t(row) * space.width + at + j, v);
                     }
                 });
         barrier.wait();
     }
 
     void project() {
-        const float *y = room.x;
+        const float *y = space.x;
         if (b.final_norm) {
             fill(b.rows, [&](int r) {
-                rms_norm(normed + size_t(r) * room.width, room.x + size_t(r) * room.width, b.width, b.final_norm);
+                rms_norm(normed + size_t(r) * space.width, space.x + size_t(r) * space.width, b.width, b.final_norm);
             });
             y = normed;
         }
-        product(b.rows, y, room.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
+        product(b.rows, y, space.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
                 [&](int panel, int row, const float *sums) {
-                    float *out = room.out + size_t(row) * room.outputs + panel * PANEL;
-                    for (int j = 0; j < PANEL; j += VW)
+                    float *out = space.out + size_t(row) * space.outputs + panel * PANEL;
+                    for (int j = 0; j < PANEL; j += VECTOR)
                         store(out + j, load(sums + j) + load(b.proj_out_bias + panel * PANEL + j));
                 });
         barrier.wait();
     }
 
     double output(int row, int i) const {
-        const double o = room.out[size_t(row) * room.outputs + i];
+        const double o = space.out[size_t(row) * space.outputs + i];
         return b.clip ? b.clip * std::tanh(o / b.clip) : o;
     }
     double log_sigma(double a) const {
@@ -634,17 +635,17 @@ struct Worker {
     }
 };
 
-// `work` on the block's threads, or on as many of them as the system gives.
+// Run `work` on the block's threads, or on as many as the system grants.
 template <class Work>
 void on_threads(const Block &given, int rows, Work work) {
     Block b = given;
-    std::atomic<int> count{0};  // known once all have been asked for: none may wait for one that never came
+    std::atomic<int> count{0};  // set once all threads were requested: none may wait for one that did not start
     std::vector<std::thread> others;
-    std::unique_ptr<Room> room;
+    std::unique_ptr<Workspace> space;
     std::unique_ptr<Barrier> barrier;
     auto run = [&](int t) {
-        Worker worker(b, *room, *barrier, t);
-        work(worker, *room);
+        Worker worker(b, *space, *barrier, t);
+        work(worker, *space);
     };
     try {
         for (int t = 1; t < given.threads; t++)
@@ -655,7 +656,7 @@ void on_threads(const Block &given, int rows, Work work) {
     } catch (const std::exception &) {
     }
     b.threads = int(others.size()) + 1;
-    room.reset(new Room(b, rows, b.work));
+    space.reset(new Workspace(b, rows, b.work));
     barrier.reset(new Barrier(b.threads));
     count.store(b.threads, std::memory_order_release);
     run(0);
@@ -668,38 +669,38 @@ extern "C" {
 
 int32_t starflow_version() { return 2; }
 int32_t starflow_panel() { return PANEL; }
-int32_t starflow_vector() { return VW; }
+int32_t starflow_vector() { return VECTOR; }
 
 // Floats of the workspace for `count` tokens at once.
 int64_t starflow_workspace(const Block *b, int32_t count) {
-    return int64_t(Room(*b, b->rows * count, (float *)64).floats);  // no address is read
+    return int64_t(Workspace(*b, b->rows * count, (float *)64).floats);  // no address is read
 }
 
 // Tokens from .. to-1, given those before them in x and their keys and values in the cache.
 void starflow_solve(const Block *b, int32_t from, int32_t to) {
-    on_threads(*b, b->rows, [=](Worker &worker, const Room &) { worker.solve(from, to); });
+    on_threads(*b, b->rows, [=](Worker &worker, const Workspace &) { worker.solve(from, to); });
 }
 
 // All layers for hidden states (rows, count, width) that continue the cache at `position`, in place.
 void starflow_extend(const Block *b, float *hidden, int32_t position, int32_t count) {
     const int rows = b->rows * count;
-    on_threads(*b, rows, [=](Worker &worker, const Room &room) {
+    on_threads(*b, rows, [=](Worker &worker, const Workspace &space) {
         const Share mine = worker.share(rows);
         for (int r = mine.from; r < mine.to; r++)
-            memcpy(room.x + size_t(r) * room.width, hidden + size_t(r) * b->width, 4 * b->width);
+            memcpy(space.x + size_t(r) * space.width, hidden + size_t(r) * b->width, 4 * b->width);
         worker.barrier.wait();
         worker.forward(position, count);
         for (int r = mine.from; r < mine.to; r++)
-            memcpy(hidden + size_t(r) * b->width, room.x + size_t(r) * room.width, 4 * b->width);
+            memcpy(hidden + size_t(r) * b->width, space.x + size_t(r) * space.width, 4 * b->width);
     });
 }
 
-// y = gelu(x), or its tanh form, of n values in whole vectors: for tests.
+// y = gelu(x), or its tanh form, of n values in whole vectors; used by tests.
 void starflow_gelu(const float *x, float *y, int32_t n, int32_t tanh_form) {
-    for (int i = 0; i + VW <= n; i += VW) store(y + i, tanh_form ? tanh_gelu(load(x + i)) : gelu(load(x + i)));
+    for (int i = 0; i + VECTOR <= n; i += VECTOR) store(y + i, tanh_form ? tanh_gelu(load(x + i)) : gelu(load(x + i)));
 }
 
-// A number that changes with what the bytes are and where they stand, at the speed of reading them.
+// A checksum of bytes that depends on their values and order, at the speed of reading them.
 uint64_t starflow_mark(const void *start, int64_t bytes) {
     const unsigned char *p = (const unsigned char *)start;
     vu lanes[4] = {};
@@ -713,7 +714,7 @@ uint64_t starflow_mark(const void *start, int64_t bytes) {
         }
     uint64_t mark = uint64_t(bytes);
     for (int j = 0; j < 4; j++)
-        for (int k = 0; k < VW; k++) mark = mark * 0x100000001b3u + lanes[j][k];
+        for (int k = 0; k < VECTOR; k++) mark = mark * 0x100000001b3u + lanes[j][k];
     for (; i < bytes; i++) mark = mark * 0x100000001b3u + p[i];
     return mark;
 }

@@ -1,7 +1,4 @@
-"""
-
-Which emoji enter the set, and how the sources are joined.
-"""
+"""Captions read as English; which emoji enter the set, and how the packages are joined."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import pytest
 
-from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, open_package
+from starflow.data.sets.glyphs.packages import GLYPH_PACKAGES, open_package
 from starflow.errors import UserError
 from tests.data.conftest import FakeRegistry
 
@@ -29,7 +29,7 @@ def fake_npm(folder: Path, script: str) -> Path:
 
 
 def test_checksums_are_whole_and_distinct() -> None:
-    sums = {package.sha512 for package in GLYPH_SOURCES.all()}
+    sums = {package.sha512 for package in GLYPH_PACKAGES.all()}
     assert len(sums) == 6
     assert all(len(base64.b64decode(sha512, validate=True)) == 64 for sha512 in sums)
 

@@ -1,8 +1,7 @@
-"""Captions of the glyph set: articles, styles, colours. Pure functions of text.
+"""Captions of the glyph set, and the emoji that it shows: their names, and where each style keeps its drawing.
 
-Which emoji the glyph set shows, what they are called, and where each style keeps its drawing.
-
-Everything is joined by `code`: the lower-case code points without U+FE0F, joined by "-".
+All functions are pure. An emoji's `code` joins the packages: its lower-case code points without U+FE0F, with "-"
+between them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+Include = Literal["things", "all"]
+"""Which emoji enter the set: "things" leaves out people and symbols."""
 
 STYLE_PREFIXES = {
     "3d": "3D render of",
@@ -34,13 +36,13 @@ _SINGULAR = frozenset(
 )
 
 # Plurals without an "s", masses, activities and names: they take no article.
-_BARE = frozenset(
+_NO_ARTICLE = frozenset(
     "arts bacon badminton bowling bread broccoli butter camping candy cooking coral custard dango dna falafel fire "
     "flatbread fog garlic hockey ice lacrosse liquid luggage mate meat milk money oden pong popcorn "
     "rice sake salt soap spaghetti sushi tennis thread wood yarn zzz".split()
 )
 
-_PROPER = {
+_PROPER_NAMES = {
     "kaaba": "the Kaaba",
     "milky way": "the Milky Way",
     "mount fuji": "Mount Fuji",
@@ -52,66 +54,6 @@ _PROPER = {
 _VOWEL_SOUND = re.compile(r"(?:[aeio]|u(?!n[ip]|s[ei]|k)|hour|heir|honest|x-ray|8|11|18)", re.IGNORECASE)
 
 _CONSONANT_SOUND = re.compile(r"(?:eu|ewe|one\b|one-|once)", re.IGNORECASE)
-
-
-def with_article(name: str) -> str:
-    """`name` with "a" or "an", or with none if it is a plural, a mass or a proper name.
-
-    >>> with_article("red apple"), with_article("orange"), with_article("grapes"), with_article("unicorn")
-    ('a red apple', 'an orange', 'grapes', 'a unicorn')
-    """
-    if name.lower() in _PROPER:
-        return _PROPER[name.lower()]
-    if _takes_none(name):
-        return name
-    vowel = _VOWEL_SOUND.match(name) and not _CONSONANT_SOUND.match(name)
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def recoloured(name: str, colour: str) -> str:
-    """`name` in another colour: a colour word in it is replaced, otherwise the colour goes first.
-
-    >>> recoloured("red apple", "green"), recoloured("automobile", "blue")
-    ('green apple', 'blue automobile')
-    """
-    words = name.split()
-    for i, word in enumerate(words):
-        if word.lower() in COLOUR_WORDS:
-            return " ".join([*words[:i], colour, *words[i + 1 :]])
-    return f"{colour} {name}"
-
-
-def compose(
-    name: str,
-    *,
-    style: str | None = None,
-    colour: str | None = None,
-    background: str | None = None,
-    tags: tuple[str, ...] = (),
-) -> str:
-    """One caption: style, article, name (recoloured), background, tags.
-
-    >>> compose("red apple", style="3d", background="blue", tags=("fruit", "food"))
-    '3D render of a red apple on a blue background, fruit, food'
-    """
-    caption = with_article(recoloured(name, colour) if colour else name)
-    if style is not None:
-        caption = f"{STYLE_PREFIXES[style]} {caption}"
-    if background is not None:
-        caption = f"{caption} on {with_article(background)} background"
-    return ", ".join([caption, *tags])
-
-
-def _takes_none(name: str) -> bool:
-    words = name.lower().split()
-    end = next((i for i, word in enumerate(words) if i > 0 and word in _AFTER_HEAD), len(words))
-    head = words[end - 1]
-    if head in _BARE:
-        return True
-    return head.endswith("s") and head not in _SINGULAR and not head.endswith(("'s", "ss"))
-
-
-Include = Literal["things", "all"]
 
 VARIATION_SELECTOR = 0xFE0F
 
@@ -165,14 +107,70 @@ class Concept:
     subgroup: str
 
 
+def with_article(name: str) -> str:
+    """Put "a" or "an" before a name, or nothing if it is a plural, a mass or a proper name.
+
+    >>> with_article("red apple"), with_article("orange"), with_article("grapes"), with_article("unicorn")
+    ('a red apple', 'an orange', 'grapes', 'a unicorn')
+    """
+    if name.lower() in _PROPER_NAMES:
+        return _PROPER_NAMES[name.lower()]
+    if _takes_no_article(name):
+        return name
+    vowel = _VOWEL_SOUND.match(name) and not _CONSONANT_SOUND.match(name)
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def recoloured(name: str, colour: str) -> str:
+    """Name a thing in another colour: a colour word in its name is replaced, otherwise the colour goes first.
+
+    >>> recoloured("red apple", "green"), recoloured("automobile", "blue")
+    ('green apple', 'blue automobile')
+    """
+    words = name.split()
+    for i, word in enumerate(words):
+        if word.lower() in COLOUR_WORDS:
+            return " ".join([*words[:i], colour, *words[i + 1 :]])
+    return f"{colour} {name}"
+
+
+def compose(
+    name: str,
+    *,
+    style: str | None = None,
+    colour: str | None = None,
+    background: str | None = None,
+    tags: tuple[str, ...] = (),
+) -> str:
+    """Compose one caption: style, article, name (recoloured), background, tags.
+
+    >>> compose("red apple", style="3d", background="blue", tags=("fruit", "food"))
+    '3D render of a red apple on a blue background, fruit, food'
+    """
+    caption = with_article(recoloured(name, colour) if colour else name)
+    if style is not None:
+        caption = f"{STYLE_PREFIXES[style]} {caption}"
+    if background is not None:
+        caption = f"{caption} on {with_article(background)} background"
+    return ", ".join([caption, *tags])
+
+
 def code_of(hexcode: str) -> str:
-    """The join key of any spelling of a code point sequence (`1F1E6-FE0F`, `1f1e6_fe0f`)."""
+    """Code of an emoji from any spelling of its code points.
+
+    >>> code_of("1F3CE-FE0F"), code_of("1f468_200d_1f33e")
+    ('1f3ce', '1f468-200d-1f33e')
+    """
     parts = (int(part, 16) for part in hexcode.replace("_", "-").split("-"))
     return "-".join(f"{point:04x}" for point in parts if point != VARIATION_SELECTOR)
 
 
 def code_of_text(emoji: str) -> str:
-    """The join key of an emoji character sequence."""
+    """Code of an emoji from its characters.
+
+    >>> code_of_text("\N{RED APPLE}")
+    '1f34e'
+    """
     return code_of("-".join(f"{ord(character):x}" for character in emoji))
 
 
@@ -182,7 +180,7 @@ def read_concepts(
     names: Mapping[str, Mapping[str, Any]],
     include: Include,
 ) -> list[Concept]:
-    """The concepts of the set, sorted by code.
+    """Read the concepts of the set, sorted by code.
 
     Args:
         labels: emojibase's en/data.json.
@@ -208,7 +206,7 @@ def read_concepts(
 
 
 def read_drawings(icons: Mapping[str, Any], chars: Mapping[str, str]) -> dict[str, str]:
-    """SVG documents of an iconify set, by code.
+    """Read the SVG documents of an iconify set, by code.
 
     Args:
         icons: its icons.json (`icons`, `aliases`, the set's `width` and `height`).
@@ -222,8 +220,17 @@ def read_drawings(icons: Mapping[str, Any], chars: Mapping[str, str]) -> dict[st
     return drawings
 
 
+def _takes_no_article(name: str) -> bool:
+    words = name.lower().split()
+    end = next((i for i, word in enumerate(words) if i > 0 and word in _AFTER_HEAD), len(words))
+    head = words[end - 1]
+    if head in _NO_ARTICLE:
+        return True
+    return head.endswith("s") and head not in _SINGULAR and not head.endswith(("'s", "ss"))
+
+
 def _is_variant(code: str) -> bool:
-    """Skin tones, clock faces, and the man and woman of what also exists as a person."""
+    """Whether it is a skin tone, a clock face, or the man or woman of what also exists as a person."""
     points = [int(part, 16) for part in code.split("-")]
     if any(point in SKIN_TONES for point in points) or points[0] in CLOCK_FACES:
         return True
@@ -231,6 +238,7 @@ def _is_variant(code: str) -> bool:
 
 
 def _svg(icons: Mapping[str, Any], name: str) -> str | None:
+    """Build the SVG document of an icon, through its aliases; None where there is no such icon."""
     aliases = icons.get("aliases", {})
     mirrored = False
     seen = set()

@@ -1,4 +1,4 @@
-"""Colours by name: flat backgrounds, what colour a picture is, and turning its hue. Pixels are uint8 RGB."""
+"""Colours by name: flat backgrounds, what colour an image is, and turning its hue. Pixels are uint8 RGB(A)."""
 
 from __future__ import annotations
 
@@ -53,24 +53,36 @@ _BROWN_BELOW = 0.72
 _NAMES = ("", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 
 HUE_REACH = 38.0
+"""Degrees from a hue within which pixels belong to its part."""
 
 HUE_MARGIN = 20.0
+"""Degrees beyond the reach in which little may lie, or turning the part would tear a gradient."""
 
 PART_SHARE = 0.3
+"""Least share of the image that a main part takes."""
 
 PART_OF_CHROMATIC = 0.45
+"""Least share of the chromatic pixels that a main part takes."""
 
 TORN_SHARE = 0.06
+"""Largest share of the part that may lie in the margin."""
 
 NAMED_SHARE = 0.75
+"""Least share of a part's pixels that bear one name, for the part to bear it."""
 
 MIN_BACKGROUND_DISTANCE = 0.16
+"""Distance in OKLab below which an outline's pixel blends into a background."""
 
 MAX_BLENDING_SHARE = 0.15
+"""Largest share of the outline that may blend into a background."""
 
 
 def oklab(rgb: NDArray[np.generic]) -> Floats:
-    """(..., 3) sRGB in 0..255 to (..., 3) OKLab, in which distance is roughly what the eye sees (Ottosson 2020)."""
+    """Convert (..., 3) sRGB in 0..255 to (..., 3) OKLab, whose distances are roughly what the eye sees (Ottosson 2020).
+
+    >>> oklab(np.array([255, 255, 255])).round(3)[0]  # lightness of white
+    np.float64(1.0)
+    """
     s = np.asarray(rgb, dtype=np.float64) / 255
     linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
     to_lms = np.array(
@@ -92,13 +104,13 @@ def oklab(rgb: NDArray[np.generic]) -> Floats:
 
 
 def fitting_backgrounds(rgba: Pixels) -> list[str]:
-    """Names of the backgrounds that the picture's own outline stands out from.
+    """Names of the backgrounds that the image's own outline stands out from.
 
     Args:
         rgba: (H, W, 4).
 
     Returns:
-        Empty if the picture covers its whole frame, so that a background would not be seen.
+        Empty if the image covers its whole frame, so that a background would not be seen.
     """
     opaque = rgba[..., 3] > 127
     if opaque.mean() > 0.85 or not opaque.any():
@@ -115,10 +127,10 @@ def fitting_backgrounds(rgba: Pixels) -> list[str]:
 
 
 def main_hue(rgba: Pixels) -> float | None:
-    """The hue, degrees, of a picture's main part, or None if no part stands out by its hue.
+    """Find the hue, degrees, of an image's main part, or None if no part stands out by its hue.
 
     The part is what lies within `HUE_REACH` of the strongest hue: the body of a car without its windows, a
-    rose without its leaves. It must be a good share of the picture, and little may lie just beyond
+    rose without its leaves. It must be a good share of the image, and little may lie just beyond
     its reach, or turning the part alone would tear a gradient.
 
     Args:
@@ -142,7 +154,10 @@ def main_hue(rgba: Pixels) -> float | None:
 
 
 def colour_name(rgba: Pixels, near: float) -> str | None:
-    """The name (`red` ... `brown`) of most of the chromatic pixels around a hue, or None if they are mixed.
+    """Name the colour (`red` ... `brown`) of most chromatic pixels around a hue; None if they are mixed.
+
+    >>> colour_name(np.full((4, 4, 4), (220, 30, 40, 255), dtype=np.uint8), near=HUES["red"])
+    'red'
 
     Args:
         rgba: (H, W, 4).
@@ -159,7 +174,7 @@ def colour_name(rgba: Pixels, near: float) -> str | None:
 
 
 def turn_hue(image: Image.Image, source: float, target: float) -> Image.Image:
-    """An RGBA picture with the hues around `source` turned by `target` - `source` degrees; all else stays."""
+    """Turn the hues around `source` of an RGBA image by `target` - `source` degrees; all else stays."""
     from PIL import Image
 
     rgba = np.array(image)

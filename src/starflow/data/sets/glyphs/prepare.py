@@ -1,13 +1,13 @@
-"""The glyph set: about 4,000 captioned pictures in four styles, built from packages of the npm registry.
+"""The preparation of the glyph set: about 4,000 captioned images in four styles, from packages of the npm registry.
 
-`prepare_glyphs` writes a folder that `records.read_folder` reads:
+`prepare_glyphs` writes a folder that `starflow.data.sources.folder.read_folder` reads:
 
     images/<style>/<code>.png   RGBA, as rendered, alpha kept so that backgrounds are chosen later
     index.jsonl                 one record a line
     summary.json                counts, what was skipped, source versions and checksums, licences
     NOTICE                      the four picture sources and the two name sources, for whatever is trained on it
 
-Concepts are joined over the sources by code point. 5 % of the pictures are held out by the hash of
+Concepts are joined over the packages by code point. 5 % of the images are held out by the hash of
 (concept, style), and in addition all four styles of 3.5 % of the concepts (some 40).
 """
 
@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starflow.data.sets.glyphs.captions import Concept, Include, code_of, read_concepts, read_drawings
-from starflow.data.sets.glyphs.packages import GLYPH_SOURCES, Package, Sources, Tarball, notice_text, open_package
+from starflow.data.sets.glyphs.packages import (
+    GLYPH_PACKAGES,
+    GlyphPackages,
+    Package,
+    Tarball,
+    notice_text,
+    open_package,
+)
 from starflow.data.sources.base import HELDOUT_SHARE, ImageRecord, SkippedImage, Split, unit_hash
 from starflow.data.sources.folder import write_index
 from starflow.errors import UserError
@@ -30,6 +37,7 @@ from starflow.io.files import check_output_folder, write_bytes, write_json, writ
 STYLES = ("3d", "flat", "noto", "twemoji")
 
 HELDOUT_CONCEPT_SHARE = 0.035
+"""Share of the concepts of which no style is trained on."""
 
 # Mirrored, these would show wrong letters, digits or directions.
 _NO_FLIP_SUBGROUPS = frozenset(
@@ -40,7 +48,8 @@ _NO_FLIP_SUBGROUPS = frozenset(
 
 _NO_FLIP_WORDS = frozenset("left right leftwards rightwards waxing waning first last sign".split())
 
-Drawer = Callable[[], bytes]
+Renderer = Callable[[], bytes]
+"""Gives the PNG of one image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +57,11 @@ class GlyphSummary:
     """What `prepare_glyphs` did.
 
     Attributes:
-        concepts: concepts with at least one picture.
-        pictures: pictures in the index, by style.
-        heldout: pictures held out.
-        rendered: pictures drawn by this call; the others were there already.
-        skipped: source pictures that could not be decoded or drawn.
+        concepts: concepts with at least one image.
+        pictures: images in the index, by style.
+        heldout: images held out.
+        rendered: images drawn by this call; the others were there already.
+        skipped: images of the packages that could not be decoded or drawn.
     """
 
     concepts: int
@@ -69,14 +78,14 @@ def prepare_glyphs(
     size: int = 256,
     include: Include = "things",
     progress: bool = True,
-    sources: Sources = GLYPH_SOURCES,
+    sources: GlyphPackages = GLYPH_PACKAGES,
 ) -> GlyphSummary:
-    """Build the set in `output`; pictures already there are kept, so a broken run continues.
+    """Build the set in `output`; images already there are kept, so a broken run continues.
 
     Args:
         output: folder to fill; made if missing. Fetched tarballs are kept in its `tarballs` folder.
         tarballs: folder that holds all six tarballs as `npm pack` names them; None fetches them.
-        size: side of the pictures, pixels.
+        size: side of the images, pixels.
         include: "things" leaves out people and symbols (they are a third of Unicode's emoji).
         progress: show a progress bar.
         sources: packages with the checksums they must have.
@@ -99,10 +108,10 @@ def prepare_glyphs(
         opened[sources.names].json("data-by-emoji.json"),
         include,
     )
-    drawers = _drawers(sources, opened, size)
-    records, skipped, rendered = _draw_all(output, concepts, drawers, size, progress)
+    renderers = _renderers(sources, opened, size)
+    records, skipped, rendered = _draw_all(output, concepts, renderers, size, progress)
     if not records:
-        raise UserError(f"none of {len(concepts)} concepts could be drawn, first reason: {_first(skipped)}")
+        raise UserError(f"none of {len(concepts)} concepts could be drawn, first reason: {_first_reason(skipped)}")
     write_index(output, records)
     summary = _summarise(records, skipped, rendered)
     write_json(output / "summary.json", _summary_json(summary, sources, size, include))
@@ -111,7 +120,11 @@ def prepare_glyphs(
 
 
 def split_of(concept: Concept, style: str) -> tuple[Split, str]:
-    """(split, why held out: "concept", "pair" or "") of one picture, by hash alone."""
+    """Choose the split of one image by hash alone, with the reason why it is held out: "concept", "pair" or "".
+
+    >>> split_of(Concept("1f34e", "red apple", (), "food-drink", "food-fruit"), "3d")
+    ('train', '')
+    """
     if unit_hash(f"concept:{concept.code}") < HELDOUT_CONCEPT_SHARE:
         return "heldout", "concept"
     if unit_hash(f"pair:{concept.code}:{style}") < HELDOUT_SHARE:
@@ -137,23 +150,23 @@ def _record(folder: Path, concept: Concept, style: str) -> ImageRecord:
 
 
 def _draw_all(
-    output: Path, concepts: Iterable[Concept], drawers: dict[str, dict[str, Drawer]], size: int, progress: bool
+    output: Path, concepts: Iterable[Concept], renderers: dict[str, dict[str, Renderer]], size: int, progress: bool
 ) -> tuple[list[ImageRecord], list[SkippedImage], int]:
-    """Draw what is missing; returns the records, what was skipped, and how many were drawn."""
+    """Draw what is missing; return the records, what was skipped, and how many were drawn."""
     from tqdm import tqdm
 
     wanted = [
-        (_record(output, c, style), drawers[style][c.code])
+        (_record(output, c, style), renderers[style][c.code])
         for c in concepts
         for style in STYLES
-        if c.code in drawers[style]
+        if c.code in renderers[style]
     ]
     records, skipped, rendered = [], [], 0
     for record, draw in tqdm(wanted, desc="glyphs", unit="picture", disable=not progress):
         if not _is_whole(record.file, size):
             try:
                 write_bytes(record.file, draw())
-            except _BadPicture as error:
+            except _BadImage as error:
                 skipped.append(SkippedImage(record.name, str(error)))
                 continue
             rendered += 1
@@ -161,25 +174,25 @@ def _draw_all(
     return records, skipped, rendered
 
 
-class _BadPicture(Exception):
-    """A source picture that cannot be decoded or drawn."""
+class _BadImage(Exception):
+    """An image of a package that cannot be decoded or drawn."""
 
 
-def _drawers(sources: Sources, opened: dict[Package, Tarball], size: int) -> dict[str, dict[str, Drawer]]:
-    """For every style and code, a function that gives the PNG."""
-    rendered: dict[str, Drawer] = {}
+def _renderers(sources: GlyphPackages, opened: dict[Package, Tarball], size: int) -> dict[str, dict[str, Renderer]]:
+    """Collect for every style and code the function that gives the PNG."""
+    rendered: dict[str, Renderer] = {}
     for name, data in opened[sources.render].under("assets"):
         stem, _, suffix = name.rpartition(".")
         if suffix == "webp":
             rendered[code_of(stem)] = lambda data=data: _png_from_raster(data, size)  # type: ignore[misc]
-    drawers = {"3d": rendered}
+    renderers = {"3d": rendered}
     for style, package in (("flat", sources.flat), ("noto", sources.noto), ("twemoji", sources.twemoji)):
         drawings = read_drawings(opened[package].json("icons.json"), opened[package].json("chars.json"))
-        drawers[style] = {
+        renderers[style] = {
             code: lambda svg=svg: _png_from_svg(svg, size)  # type: ignore[misc]
             for code, svg in drawings.items()
         }
-    return drawers
+    return renderers
 
 
 def _png_from_raster(data: bytes, size: int) -> bytes:
@@ -189,7 +202,7 @@ def _png_from_raster(data: bytes, size: int) -> bytes:
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGBA")
     except (OSError, ValueError, SyntaxError) as error:
-        raise _BadPicture(str(error)) from None
+        raise _BadImage(str(error)) from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     png = io.BytesIO()
@@ -204,7 +217,7 @@ def _png_from_svg(svg: str, size: int) -> bytes:
         # System fonts would make the result depend on the machine; the sets draw letters as paths.
         data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     except ValueError as error:
-        raise _BadPicture(str(error)) from None
+        raise _BadImage(str(error)) from None
     return _png_from_raster(bytes(data), size)
 
 
@@ -218,7 +231,7 @@ def _is_whole(path: Path, size: int) -> bool:
     return head[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(head[16:20], "big") == size
 
 
-def _first(skipped: list[SkippedImage]) -> str:
+def _first_reason(skipped: list[SkippedImage]) -> str:
     return f"{skipped[0].name}: {skipped[0].reason}" if skipped else "no style draws any of them"
 
 
@@ -232,7 +245,7 @@ def _summarise(records: list[ImageRecord], skipped: list[SkippedImage], rendered
     )
 
 
-def _summary_json(summary: GlyphSummary, sources: Sources, size: int, include: Include) -> dict[str, object]:
+def _summary_json(summary: GlyphSummary, sources: GlyphPackages, size: int, include: Include) -> dict[str, object]:
     return {
         "concepts": summary.concepts,
         "pictures": summary.pictures,

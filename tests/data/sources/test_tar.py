@@ -1,0 +1,133 @@
+"""Tar shards, of files and by URL: captions, shards that are cut short, patterns, ranges of bytes."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from email.message import Message
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.request import Request
+
+import pytest
+
+from starflow.data.images import ImageError
+from starflow.data.index import open_source
+from starflow.data.sources import tar
+from starflow.data.sources.base import SkippedImage
+from starflow.data.sources.tar import expand_ranges, is_url, read_range
+from tests.data.sources.common import encoded, scanned, write_shards, write_tar
+
+
+def test_fields_of_tar_samples(tmp_path: Path) -> None:
+    found, skipped = scanned(open_source("tar", str(write_shards(tmp_path))))
+    told = {one.name: (one.caption, one.label) for one in found}
+    assert told["a-00.tar/1"] == ("picture 1", None)
+    assert told["a-01.tar/deep/3"] == ("7", "7")
+    assert told["a-01.tar/4"] == ("four", "9")
+    assert told["a-01.tar/5"] == ("", None)
+    assert [(one.name, one.reason) for one in skipped] == [
+        ("a-01.tar/alone", "the sample holds no picture"),
+        ("a-01.tar/7", "the sample holds no picture"),
+    ]
+
+
+@pytest.mark.parametrize("length", [1024, 1200, 1600, 2100, 3000, 4096])
+def test_a_shard_that_is_cut_short_gives_what_it_has(tmp_path: Path, length: int) -> None:
+    folder = write_shards(tmp_path)
+    path = folder / "a-00.tar"
+    path.write_bytes(path.read_bytes()[:length])
+    found, skipped = scanned(open_source("tar", str(folder)))
+    assert found[0].name == ("a-00.tar/0" if length > 2500 else "a-01.tar/deep/3")
+    assert skipped[0].name == "a-00.tar"
+    assert "a-01.tar/5" in [one.name for one in found]
+
+
+def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"x.png": b"no picture", "y.png": encoded(1)})
+    source = open_source("tar", str(tmp_path / "a.tar"))
+    found, skipped = scanned(source)
+    assert ([one.name for one in found], skipped) == (["a.tar/y"], [SkippedImage("a.tar/x", "no known image format")])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1100])
+    with pytest.raises(ImageError, match="cut short at byte"):
+        source.read(found[0].location)
+
+
+def test_patterns() -> None:
+    assert expand_ranges("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_ranges("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+    assert not is_url(r"C:\shards\a.tar")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files with ranges, unless the folder's name says not."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def do_GET(self) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not wanted or "plain" in self.path:
+            super().do_GET()
+            return
+        data = (Path(self.directory) / self.path[1:]).read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    handler = partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_shards_by_url_are_those_of_the_files(tmp_path: Path, served: str) -> None:
+    write_shards(tmp_path / "plain")
+    write_shards(tmp_path / "set")
+    local = open_source("tar", str(tmp_path / "set"))
+    remote = open_source("tar", served + "/set/a-{00..01}.tar")
+    assert scanned(remote) == scanned(local)
+    for one in scanned(local)[0]:
+        assert remote.read(one.location) == local.read(one.location)
+    without = open_source("tar", served + "/plain/a-00.tar")
+    with pytest.raises(ImageError, match="gives no ranges"):
+        without.read(scanned(local)[0][0].location)
+    gone = open_source("tar", served + "/set/b.tar")
+    assert "404" in scanned(gone)[1][0].reason
+
+
+def test_a_range_is_asked_for_again_while_the_server_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults of the network and of the server are tried again; what the server refuses is not."""
+    asked: list[str] = []
+
+    def answer(*codes: int) -> None:
+        waiting = list(codes)
+
+        def urlopen(request: Request, timeout: float) -> NoReturn:
+            asked.append(request.headers["Range"])
+            code = waiting.pop(0)
+            if code == 0:
+                raise URLError("connection reset")
+            raise HTTPError(request.full_url, code, "no", Message(), None)
+
+        asked.clear()
+        monkeypatch.setattr(tar, "urlopen", urlopen)
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    answer(503, 0, 500, 503)
+    with pytest.raises(OSError, match="503"):
+        read_range("http://host/a.tar", 5, 10)
+    assert asked == ["bytes=5-14"] * tar.MAX_TRIES
+    answer(404)
+    with pytest.raises(OSError, match="404"):
+        read_range("http://host/a.tar", 5, 10)
+    assert len(asked) == 1

@@ -1,0 +1,117 @@
+"""The index of a source: the same from any number of processes, split, ordered and bucketed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from starflow.data.buckets import ASPECTS, Buckets
+from starflow.data.index import ViewDataset, image_tensor, open_source, split_indices
+from starflow.data.sets.shapes import SHAPES, draw_shapes
+from starflow.errors import UserError
+from tests.data.sources.common import WRITERS, encoded, indexed, write_files, write_tar
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "message"),
+    [
+        ("folder", "nowhere", "no folder of pictures at 'nowhere'"),
+        ("tar", "nowhere/*.tar", r"no \.tar files at 'nowhere/\*\.tar'"),
+        ("tar", "pipe:cat shard.tar", "pipe: is not read, expected http: or https:"),
+        ("tar", "s3://bucket/a.tar", "s3: is not read"),
+        ("tar", "http://host/a.tar.gz", "is compressed"),
+        ("tar", "http://host/a-{5..3}.tar", "runs backwards"),
+        ("parquet", "nowhere", r"no \.parquet files at 'nowhere'"),
+    ],
+)
+def test_bad_paths(kind: str, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(kind, path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_index_is_the_same_from_one_process_and_from_three(tmp_path: Path, kind: str) -> None:
+    source = open_source(kind, str(WRITERS[kind](tmp_path / "set")))  # type: ignore[arg-type]
+    one = indexed(source, tmp_path / "one", Buckets(8, 8))
+    three = indexed(source, tmp_path / "three", Buckets(8, 8), processes=3)
+    for name in ("pictures.jsonl", "kinds.safetensors", "info.json", "skipped.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+    assert len(one) == len(three) == 7
+    again = pickle.loads(pickle.dumps(three))
+    reds = [int(one.read(n)[0, 0, 0]) for n in range(7)]
+    assert [int(again.read(n)[0, 0, 0]) for n in range(7)] == reds
+    assert max(abs(red - n) for n, red in enumerate(sorted(reds))) <= 2, "the pixels are those of the source"
+    assert not list((tmp_path / "one").glob("part-*")), "parts are removed"
+
+
+def test_of_few_pictures_one_is_held_out(tmp_path: Path) -> None:
+    pictures = indexed(open_source("folder", str(write_files(tmp_path / "set"))), tmp_path / "index", Buckets(8, 8))
+    (heldout,), (train,) = split_indices(pictures, heldout=True), split_indices(pictures, heldout=False)
+    assert (len(heldout), len(train)) == (1, 6)
+    assert pictures.classes() == ["class 0", "class 1"]
+    assert set(pictures.substitutes(int(train[2]))) == set(train.tolist())
+    assert pictures.substitutes(int(train[2]))[0] == int(train[3])
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"y.png": encoded(1)})
+    with pytest.raises(UserError, match="1 pictures in 1 shards"):
+        indexed(open_source("tar", str(tmp_path)), tmp_path / "index", Buckets(8, 8))
+
+
+def test_pictures_go_to_the_nearest_of_nine_ratios(tmp_path: Path) -> None:
+    sizes = {"wide": (42, 18), "square": (20, 21), "tall": (9, 16), "phone": (40, 60)}
+    for name, size in sizes.items():
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{name}.png").write_bytes(encoded(9, size))
+        (tmp_path / "set" / f"{name}.txt").write_text(name)
+    turned = Image.new("RGB", (16, 9))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "set" / "turned.jpg", exif=exif)
+    (tmp_path / "set" / "broken.png").write_bytes(b"nothing")
+    buckets = Buckets(64, 8, ASPECTS)
+    pictures = indexed(open_source("folder", str(tmp_path / "set")), tmp_path / "index", buckets)
+    assert len(pictures) == 5
+    found = {pictures.entry(n).name.split(".")[0]: n for n in range(5)}
+    aspects = {name: ASPECTS[pictures.entry(n).bucket] for name, n in found.items()}
+    assert aspects == {"wide": "21:9", "square": "1:1", "tall": "9:16", "phone": "2:3", "turned": "9:16"}
+    for name, number in found.items():
+        width, height = buckets.size(ASPECTS.index(aspects[name]))
+        assert pictures.read(number).shape == (3, height, width)
+    assert pictures.entry(found["tall"]).caption == "tall\n in a 9:16 aspect ratio.\n"
+    assert pictures.entry(found["turned"]).caption == "", "an empty caption stays the null condition"
+    skipped = (tmp_path / "index" / "skipped.jsonl").read_text()
+    assert json.loads(skipped) == {"skipped": "broken.png", "reason": "no known image format"}
+
+
+def test_an_image_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
+    stripes = np.zeros((20, 80, 3), dtype=np.uint8)
+    stripes[:, :30], stripes[:, 30:50], stripes[:, 50:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    found = image_tensor(Image.fromarray(stripes), (10, 10))
+    assert found.shape == (3, 10, 10)
+    assert found.dtype == torch.uint8
+    assert found[1].min() > 230, "the middle square alone is green"
+    wide = image_tensor(Image.fromarray(stripes), (40, 10))
+    assert wide.shape == (3, 10, 40)
+    assert wide[:, 5, [2, 20, 37]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+def test_views_are_a_data_set_of_one_bucket() -> None:
+    views = draw_shapes(40, 8, seed=0)
+    images = ViewDataset(views)
+    (train,), (heldout,) = split_indices(images, heldout=False), split_indices(images, heldout=True)
+    assert sorted([*train.tolist(), *heldout.tolist()]) == list(range(len(images)))
+    assert heldout.tolist() == [19, 39]
+    assert all(images.entry(index).heldout for index in heldout.tolist())
+    entry = images.entry(21)
+    assert (entry.name, entry.caption, entry.label) == (views.names[21], views.captions[21], views.labels[21])
+    assert torch.equal(images.read(21), views.images[21])
+    assert images.classes() == sorted(SHAPES)
+    assert images.buckets.size(entry.bucket) == (8, 8)

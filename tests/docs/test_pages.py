@@ -1,0 +1,141 @@
+"""What the pages tell a reader to do works: commands and programs of the tutorials run, names and files exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from starflow.cli.main import COMMANDS, main
+from starflow.config import from_dict
+from starflow.train.recipe import Recipe
+from tests.test_readme import empty, glyphs, run
+
+__all__ = ["empty", "glyphs"]
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "reference" not in path.parts)
+TEXTS = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("starflow ")]
+
+
+def execute(page: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for program in blocks(page, "python"):
+        exec(compile(program, page, "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_start(empty: Path) -> None:
+    for line in commands("start.md"):
+        run(line)
+    execute("start.md")
+    assert (empty / "car.png").is_file()
+    assert (empty / "apple.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("glyphs")
+def test_draw(empty: Path) -> None:
+    for line in commands("tutorials/draw.md"):
+        run(line)
+    names = execute("tutorials/draw.md")
+    assert len(list((empty / "out" / "prompts").glob("*.png"))) == 49
+    assert (empty / "again.png").is_file()
+    assert len(names["drawn"].images) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("glyphs")
+def test_likelihood(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = commands("tutorials/likelihood.md")
+    for line in (first, *others):
+        run(line)
+    names = execute("tutorials/likelihood.md")
+    assert names["best"] == "a red apple"
+    assert len(list((empty / "maps").glob("*.png"))) == 2
+    assert "nats" in capsys.readouterr().out
+
+
+def test_the_recipe_of_the_tutorial_is_read() -> None:
+    (text,) = blocks("tutorials/train.md", "yaml")
+    assert from_dict(Recipe, yaml.safe_load(text)).data.source == "folder"
+
+
+def test_the_commands_of_training_are_those_of_tested_pages() -> None:
+    """tests/test_training_guide.py runs the fine-tuning, and tests/test_readme.py the tiny recipe."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in commands("tutorials/train.md"):
+        known = line.startswith("starflow generate") or line in TEXTS["training.md"] or line in readme
+        assert known, line
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    return {}
+
+
+def help_of(name: str, known: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    if name not in known:
+        capsys.readouterr()
+        assert main([*name.split(), "--help"]) == 0
+        known[name] = capsys.readouterr().out
+    return known[name]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_command_and_option_exists(page: str, helps: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = sorted((command.name for command in COMMANDS), key=len, reverse=True)
+    fenced = "\n".join(blocks(page, "sh"))
+    indented = re.findall(r"^    (starflow .*)$", TEXTS[page], re.MULTILINE)
+    named = re.findall(r"`(starflow [a-z][^`]*)`", TEXTS[page])
+    keys = {f"--{field.name}" for field in dataclasses.fields(Recipe)}
+    for line in [*re.findall(r"^starflow .*$", fenced, re.MULTILINE), *indented, *named]:
+        rest = line.removeprefix("starflow ")
+        name = next((name for name in names if re.match(rf"{name}(?![\w-])", rest)), None)
+        assert name, line
+        for option in re.findall(r"(?<!\S)(--[a-z][\w.-]*)", rest):
+            assert "." in option or option in keys or option in help_of(name, helps, capsys), line
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page != "log.md"])
+def test_every_file_that_is_named_exists(page: str) -> None:
+    named = re.findall(r"(?<![\w/.])((?:tests|examples|recipes|benchmarks|docs|experiments)/[\w./-]*\w)", TEXTS[page])
+    rooms = re.findall(r"`((?:flow|nn|sampling|published|train|latents|pipeline)/[\w/]+\.\w+)`", TEXTS[page])
+    made = ("benchmarks/results/", "docs/reference/")
+    absent = [name for name in named if not name.startswith(made) and not (ROOT / name).exists()]
+    assert absent + [name for name in rooms if not (ROOT / "src" / "starflow" / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_linked_page_exists(page: str) -> None:
+    """The built site's links are followed by test_site.py; this one is quick."""
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXTS[page]):
+        target = (DOCS / page).parent / link
+        assert link.startswith("http") or "reference/" in link or target.exists(), link
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = re.findall(
+        r"^([\w/-]+)$", "\n".join(re.findall(r"```{toctree}\n(.*?)```", TEXTS["index.md"], re.DOTALL)), re.M
+    )
+    assert {page.removesuffix(".md") for page in TEXTS} - {"index"} <= set(listed)
+
+
+def test_shell_lines_of_the_gpu_page_split() -> None:
+    assert all(shlex.split(line) for block in blocks("gpu.md", "sh") for line in block.splitlines())
