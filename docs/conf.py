@@ -6,11 +6,13 @@ import builtins
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.ext import napoleon
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
@@ -59,8 +61,11 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_use_type_comments = False
 python_use_unqualified_type_names = True
+python_display_short_literal_types = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
+
+SECTIONS: Any = napoleon.Config(napoleon_use_ivar=True, napoleon_use_rtype=False)
 
 
 def unlink_bare_words(_app: Sphinx, doctree: nodes.document) -> None:
@@ -71,7 +76,7 @@ def unlink_bare_words(_app: Sphinx, doctree: nodes.document) -> None:
             link.replace_self(nodes.Text(target))
 
 
-def plain_text(_app: Sphinx, what: str, name: str, thing: object, _options: object, lines: list[str]) -> None:
+def plain_text(_app: Sphinx, what: Any, name: str, thing: object, _options: object, lines: list[str]) -> None:
     """Docstrings are plain text with names in backticks and Google's sections, which this turns into reStructuredText.
 
     napoleon reads the sections. It is called here and not listed as an extension because it would take the words before
@@ -84,7 +89,7 @@ def plain_text(_app: Sphinx, what: str, name: str, thing: object, _options: obje
     text = re.sub(r"(?<!\w)(`[^`]+`)(?=\w)", r"\1\\ ", "".join(found))  # `Literal`s: what follows joins the name
     text = re.sub(r"(?<=\S)\n(?=[ ]*- )", r"\n\n", text)  # a list may follow its introduction without an empty line
     if what not in ("attribute", "data", "property"):
-        text = str(GoogleDocstring(text, Config(napoleon_use_ivar=True, napoleon_use_rtype=False), None, what, name, thing))
+        text = str(GoogleDocstring(text, SECTIONS, None, what, name, thing))
     lines[:] = text.split("\n")
 
 

@@ -10,6 +10,7 @@ arrows there are is read from the syntax trees, and an arrow that would go up is
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _arrow(boxes: dict[str, Box], drawn: Sequence[Arrow], arrow: Arrow) -> str:
             points += _way_through(boxes, tier, start, end)
         points.append((_port(boxes, drawn, arrow, out=False), end.top - 1))
         path = f"M{points[0][0]:g} {points[0][1]:g}"
-        for (x, y), (next_x, next_y) in zip(points, points[1:], strict=False):
+        for (x, y), (next_x, next_y) in itertools.pairwise(points):
             middle = (y + next_y) / 2
             path += f" C{x:g} {middle:g} {next_x:g} {middle:g} {next_x:g} {next_y:g}"
     return f'<path data-from="{arrow[0]}" data-to="{arrow[1]}" d="{path}"/>'

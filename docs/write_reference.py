@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from docs.draw_architecture import ABOUT, PACKAGE
 
 import starflow
+from docs.draw_architecture import ABOUT, PACKAGE
 from starflow.cli.main import COMMANDS
 from starflow.cli.main import main as starflow_main
 from starflow.config import Dataclass
@@ -50,7 +51,7 @@ class Key:
 
 def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0]) if arguments else FOLDER
-    os.environ["COLUMNS"] = "100"  # the width that argparse wraps its help to
+    os.environ["COLUMNS"] = "90"  # argparse wraps its help to what a page shows without scrolling
     pages = {**room_pages(), "recipe.md": recipe_page(), "commands.md": commands_page()}
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.md"):
@@ -93,7 +94,9 @@ def room_pages() -> dict[str, str]:
 
 
 def _room_page(name: str) -> str:
-    parts = [f"# {name}", "", f"The room `{name}`: {ABOUT[name]}.", ""]
+    package = PACKAGE / name / "__init__.py"
+    about = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) if package.is_file() else None
+    parts = [f"# {name}", "", about or f"The module `{name}`: {ABOUT[name]}.", ""]
     for module in modules(name):
         parts += [f"## `{module.removeprefix('starflow.')}`", "", "```{eval-rst}", f".. automodule:: {module}"]
         parts += ["   :members:", "   :undoc-members:", "   :ignore-module-all:", "```", ""]
@@ -217,7 +220,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
 def _strings_after_fields(cls: type[Dataclass]) -> dict[str, str]:
     (node,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
-    pairs = zip(node.body, node.body[1:], strict=False)
+    pairs = itertools.pairwise(node.body)
     return {
         field.target.id: _one_line(after.value.value)
         for field, after in pairs

@@ -16,10 +16,10 @@ from starflow.evaluate.dataset import part
 from starflow.io import files
 from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
+from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
 from starflow.train.run import start_run
-from starflow.train.stages import prepare_latents, train_flow
+from starflow.train.stages import Stages, train_flow
 
 
 def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: int, device: torch.device) -> Path:
@@ -31,7 +31,7 @@ def prepare(folder: Path, recipe: Path, data: Path | None, train: int, heldout: 
         rows = [row * first // train for row in range(train)]
         rows += [first + row * (len(views) - first) // heldout for row in range(heldout)]
         save_views(shared / "views.safetensors", part(views, rows))
-    prepare_latents(start_run(load_recipe(recipe), shared, device, progress=False))
+    Stages(start_run(load_recipe(recipe), shared, device, progress=False)).cache_latents()
     return shared
 
 

@@ -1,4 +1,4 @@
-"""The commands of docs/training.md and docs/many-gpus.md run as they stand, but for the number of updates and of processes."""
+"""The commands of docs/training.md and docs/many-gpus.md run as they stand, with fewer updates and processes."""
 
 from __future__ import annotations
 

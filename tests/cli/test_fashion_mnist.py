@@ -10,7 +10,7 @@ import torch
 
 from starflow.flow.model import TarFlow
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.loop import read_log
+from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
 from starflow.train.run import start_run
 from starflow.train.stages import train_flow

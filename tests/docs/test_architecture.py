@@ -90,7 +90,9 @@ def test_a_room_without_a_place_is_refused() -> None:
 def everything() -> str:
     """A picture of all rooms there will be, with many imports."""
     below = [list(row) for _, row in TIERS]
-    graph = {room: set(below[tier + 1]) if tier + 1 < len(below) else set() for tier, row in enumerate(below) for room in row}
+    graph = {
+        room: set(below[tier + 1]) if tier + 1 < len(below) else set() for tier, row in enumerate(below) for room in row
+    }
     graph["cli"].add("density")
     graph["pipeline"].add("data")
     graph["data"].add("errors")
@@ -117,7 +119,9 @@ def test_nothing_overlaps(svg: str) -> None:
         ]
     for path in root.iter(f"{SVG}path"):
         if "data-from" in path.attrib:
-            others = [box for room, box in boxes.items() if room not in (path.attrib["data-from"], path.attrib["data-to"])]
+            others = [
+                box for room, box in boxes.items() if room not in (path.attrib["data-from"], path.attrib["data-to"])
+            ]
             for x, y in points(path.attrib["d"]):
                 assert not any(a < x < c and b < y < d for a, b, c, d in others), path.attrib
 

@@ -49,6 +49,7 @@ def test_start(empty: Path) -> None:
     assert (empty / "apple.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("glyphs")
 def test_draw(empty: Path) -> None:
     for line in commands("tutorials/draw.md"):
@@ -59,6 +60,7 @@ def test_draw(empty: Path) -> None:
     assert len(names["drawn"].images) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("glyphs")
 def test_likelihood(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, *others = commands("tutorials/likelihood.md")
@@ -129,7 +131,9 @@ def test_every_linked_page_exists(page: str) -> None:
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
-    listed = re.findall(r"^([\w/-]+)$", "\n".join(re.findall(r"```{toctree}\n(.*?)```", TEXTS["index.md"], re.DOTALL)), re.M)
+    listed = re.findall(
+        r"^([\w/-]+)$", "\n".join(re.findall(r"```{toctree}\n(.*?)```", TEXTS["index.md"], re.DOTALL)), re.M
+    )
     assert {page.removesuffix(".md") for page in TEXTS} - {"index"} <= set(listed)
 
 

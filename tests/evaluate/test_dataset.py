@@ -31,12 +31,12 @@ from tests.data.sets.test_fashion_mnist import write_set
 CODE = """
 import json, sys, torch
 from starflow.evaluate import gather_rows, is_first, kernel_distance, own_rows
-from starflow.evaluate.dataset import process_group
+from starflow.train.distributed.world import join_world
 
 def rows(count, seed):
     return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-with process_group():
+with join_world(torch.device("cpu"), 60):
     found = {}
     for count in (1, 2, 7, 8):
         whole = rows(count, count)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ from starflow.flow.model import build
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
-from starflow.train.distributed.sharding import recompute
+from starflow.train.distributed.sharding import checkpoint_activations
 from starflow.train.settings import ParallelSettings
 from tests.registry import configs, randomised
 
@@ -55,6 +56,33 @@ def test_caches_take_what_is_predicted(options: dict[str, object], guided: bool)
         layer.keys_BNLH.nbytes + layer.values_BNLH.nbytes for cache in pool._caches.values() for layer in cache.layers
     )
     assert memory.cache_bytes(config, 2, 16, "float32", guided=guided) == held
+
+
+@DRAWN
+@given(config=configs(), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_packed_weights_are_the_layers_matrices_and_all_else_in_float32(
+    config: ModelConfig, dtype: memory.Precision
+) -> None:
+    with torch.device("meta"):
+        model = build(config)
+    expected = []
+    for block in model.iter_blocks():
+        matrices = sum(one.weight.numel() for one in block.attn_blocks.modules() if isinstance(one, nn.Linear))
+        parts = (block.attn_blocks, block.proj_in, block.proj_out)
+        rest = sum(one.numel() for part in parts for one in part.parameters()) - matrices
+        expected.append(memory.BYTES[dtype] * matrices + 4 * rest)
+    assert memory.packed_bytes(config, dtype) == sum(expected)
+    if len(expected) > 1:
+        assert memory.packed_bytes(config, dtype, int8=True) == sum(expected[:-1])
+
+
+def test_of_a_large_model_only_what_works_is_packed() -> None:
+    config = PRESETS["starflow-t2i-3b"].config
+    deep = config.num_blocks - 1
+    assert memory.packed_bytes(config, "float32") == pytest.approx(
+        memory.block_bytes(config, deep, "float32"), rel=0.01
+    )
+    assert memory.packed_bytes(config, "bfloat16", int8=True) < memory.PACKED_BYTES_LIMIT
 
 
 class Living(TorchDispatchMode):
@@ -98,7 +126,7 @@ def test_the_peak_of_training_with_checkpoints_is_about_what_is_predicted(
         use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm",
     )  # fmt: skip
     model = build(config)
-    recompute(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
+    checkpoint_activations(model, ParallelSettings(checkpoint_attention=True, checkpoint_mlp=True))
     low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     x, condition = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 16)
     for parameter in model.parameters():  # what is measured is without gradients

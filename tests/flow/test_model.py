@@ -107,6 +107,17 @@ def test_labels_of_no_class_are_the_mean_of_the_classes() -> None:
     assert not torch.allclose(mixed[1], none[1], atol=1e-4)
 
 
+def test_the_priors_variance_divides_the_noise_and_counts_in_the_density() -> None:
+    """A new TarFlow is the identity before its `var`, so its density is log N(x; 0, var)."""
+    model = TarFlow(PIXELS).double()
+    model.var.uniform_(0.25, 4.0)
+    x = X.double()
+    std = model.from_tokens(model.var.sqrt()[None], (2, 2))[0].double()
+    torch.testing.assert_close(model(x)[0], x / std)
+    expected = torch.distributions.Normal(0.0, std).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(model.log_prob(x), expected)
+
+
 def test_a_condition_of_another_shape_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("shape is (2, 2, 5), expected (2, 3, 5)")):
         STARFlow(SMALL)(X, CONDITION[:, :2])

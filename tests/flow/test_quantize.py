@@ -46,6 +46,20 @@ def test_only_the_deep_blocks_maps_are_rounded_and_little_is_lost() -> None:
         torch.testing.assert_close(drawn, sample(plain, x, condition, condition * 0, 1.0), rtol=0.2, atol=0.2)
 
 
+class Stored(torch.Tensor):
+    """Stands for the type of a rounded weight."""
+
+
+def test_a_weight_of_another_type_in_the_deep_block_is_what_tells() -> None:
+    for block, expected in ((0, False), (1, True)):
+        model = starflow()
+        assert not is_quantized(model)
+        linear = model.get_submodule(f"blocks.{block}.attn_blocks.0.attention.proj")
+        assert isinstance(linear, torch.nn.Linear)
+        linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Stored), requires_grad=False)
+        assert is_quantized(model) is expected
+
+
 def test_a_byte_a_weight_is_what_is_predicted() -> None:
     layers, maps, outputs = 3, 12 * 64 * 64, 3 * 64 + 64 + 4 * 64 + 64
     saved = weight_bytes(CONFIG, "float32") - weight_bytes(CONFIG, "float32", int8=True)

@@ -151,6 +151,16 @@ def test_checksums_are_the_files_own(tmp_path: Path) -> None:
     }
 
 
+def test_files_that_another_library_wrote_are_checked_from_then_on(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", TENSORS)
+    weights.write_checksums(tmp_path)
+    assert weights.checksums(tmp_path).keys() == {"model.safetensors"}
+    assert weights.read(tmp_path).keys() == TENSORS.keys()
+    write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"model.safetensors has \d+ bytes, checksums.json says \d+"):
+        weights.read(tmp_path)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert not weights.has_weights(tmp_path)
     with pytest.raises(UserError, match=r"no such file: .*model.safetensors; the model is not whole"):

@@ -89,6 +89,11 @@ def test_embeddings_keep_the_conditioners_contract(tmp_path: Path) -> None:
 
 
 def test_what_is_no_such_model_is_refused(tmp_path: Path) -> None:
+    assert not is_gemma(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert not is_gemma(tmp_path)
+    with pytest.raises(UserError, match="holds a 't5', expected a Gemma-style language model"):
+        gemma_options(tmp_path)
     save("Gemma", tmp_path)
     with pytest.raises(UserError, match="asks for 3 deep layers, but .* has 2"):
         gemma_options(tmp_path, (1, 3))

@@ -1,13 +1,19 @@
-"""Pictures for training: in order, whatever the workers, from any position, and without those that cannot be read.
+"""Images for training: in order, whatever the workers, from any position, and without those that cannot be read.
 
-The data's order: every picture once an epoch, one bucket a batch, disjoint over the processes, by step alone.
+Their order: every image once an epoch, one bucket a batch, disjoint over the processes, by step alone.
 """
 
 from __future__ import annotations
 
-import time
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
 from collections import Counter
-from itertools import islice, pairwise
+from collections.abc import Iterator
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -21,10 +27,11 @@ from starflow.data.images import ImageError
 from starflow.data.index import IndexedDataset, open_source
 from starflow.train.loader import (
     BLOCKS_MIXED,
+    PREFETCH,
     BatchOrder,
     TrainingLoader,
-    batch_indices,
     batch_order,
+    generator,
     read_batches,
     windowed_permutation,
 )
@@ -42,7 +49,7 @@ def pictures(tmp_path: Path) -> IndexedDataset:
     return indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(16, 8, ("21:9", "1:1")))
 
 
-def feed_of(
+def make_loader(
     pictures: IndexedDataset,
     rank: int = 0,
     size: int = 1,
@@ -52,99 +59,127 @@ def feed_of(
 ) -> tuple[TrainingLoader, list[range]]:
     settings = TrainSettings(steps=1, batch=batch)
     parts = settings.rows(rank, size)
-    say = (lambda _: None) if said is None else said.append
-    return TrainingLoader(pictures, batch_order(pictures, batch, 0, 0), parts, workers, say=say), parts
+    notify = (lambda _: None) if said is None else said.append
+    return TrainingLoader(pictures, batch_order(pictures, batch, 0, 0), parts, workers, notify=notify), parts
 
 
-def reds(pictures: IndexedDataset, feed: TrainingLoader, parts: list[range], steps: range) -> list[list[int]]:
+def reds(pictures: IndexedDataset, loader: TrainingLoader, parts: list[range], steps: range) -> list[list[int]]:
     """What a process sees; each picture is the one that its number says."""
     seen = []
     for step in steps:
         for rows in parts:
-            found = feed.batch(step, rows)
+            found = loader.batch(step, rows)
             shown = found.images[:, 0, 0, 0].tolist()
             names = [pictures.entry(number).name for number in found.numbers.tolist()]
-            assert [f"{value:03d}.png" for value in shown] == names == feed.names(step, rows)
+            assert [f"{value:03d}.png" for value in shown] == names == loader.names(step, rows)
             seen.append(shown)
     return seen
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_resumed_is_uninterrupted_at_any_number_of_processes(pictures: IndexedDataset, size: int) -> None:
-    alone = feed_of(pictures)
+    alone = make_loader(pictures)
     whole = reds(pictures, *alone, range(12))
     for step in range(12):
         shapes = set()
         pieces = []
         for rank in range(size):
-            feed, parts = feed_of(pictures, rank, size)  # a process that begins at this step
-            found = feed.batch(step, parts[0])
+            loader, parts = make_loader(pictures, rank, size)  # a process that begins at this step
+            found = loader.batch(step, parts[0])
             shapes.add(found.images.shape[1:])
             pieces += found.images[:, 0, 0, 0].tolist()
         assert pieces == whole[step]
         assert len(shapes) == 1, "all processes have one bucket"
-    feed, parts = feed_of(pictures)
-    assert reds(pictures, feed, parts, range(4)) + reds(pictures, feed, parts, range(9, 12)) == whole[:4] + whole[9:]
+    loader, parts = make_loader(pictures)
+    assert (
+        reds(pictures, loader, parts, range(4)) + reds(pictures, loader, parts, range(9, 12)) == whole[:4] + whole[9:]
+    )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_worker_processes_change_nothing(pictures: IndexedDataset) -> None:
-    expected = reds(pictures, *feed_of(pictures), range(3, 9))
-    assert reds(pictures, *feed_of(pictures, workers=2), range(3, 9)) == expected
+    """Nor does Ctrl-C, which reaches them as well, and which they leave to their parent."""
+    expected = reds(pictures, *make_loader(pictures), range(3, 9))
+    loader, parts = make_loader(pictures, workers=2)
+    first = reds(pictures, loader, parts, range(3, 4))
+    workers = [child.pid for child in multiprocessing.active_children() if child.pid]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+    assert first + reds(pictures, loader, parts, range(4, 9)) == expected
 
 
 def test_what_cannot_be_read_is_named_once_and_replaced(pictures: IndexedDataset, tmp_path: Path) -> None:
     (tmp_path / "set" / "064.png").write_bytes(b"nothing")
     said: list[str] = []
-    feed, (rows,) = feed_of(pictures, said=said)
-    sizes = {len(feed.batch(step, rows).images) for step in range(15)}
+    loader, (rows,) = make_loader(pictures, said=said)
+    sizes = {len(loader.batch(step, rows).images) for step in range(15)}
     assert sizes == {6}
     assert said == ["skipped 064.png: no known image format"]
-    assert feed.unreadable == {"064.png"}
+    assert loader.unreadable == {"064.png"}
 
 
 def test_with_nothing_to_read_it_stops_with_a_name(pictures: IndexedDataset, tmp_path: Path) -> None:
     for path in (tmp_path / "set").iterdir():
         path.unlink()
-    feed, (rows,) = feed_of(pictures)
+    loader, (rows,) = make_loader(pictures)
     with pytest.raises(ImageError, match=r"png is not a readable image \(no such file; nor can its neighbours be read"):
-        feed.batch(0, rows)
+        loader.batch(0, rows)
 
 
 def test_the_thread_stays_ahead_and_ends(pictures: IndexedDataset) -> None:
-    endless = read_batches(pictures, ([1, 2] for _ in iter(int, 1)), 0, replace=False)
-    assert [len(one.images) for one in islice(endless, 3)] == [2, 2, 2]
-    del endless
-    time.sleep(0.3)
-    waits = []
-    feed, (rows,) = feed_of(pictures)
-    for step in range(8):
-        started = time.perf_counter()
-        feed.batch(step, rows)
-        waits.append(time.perf_counter() - started)
-        time.sleep(0.03)
-    assert sorted(waits)[len(waits) // 2] < 0.02, "the next batch is ready when it is asked for"
+    """It takes requests without being asked, until so many answers wait; then it stops, and it ends with its reader."""
+    taken: queue.Queue[int] = queue.Queue()
+
+    def requests() -> Iterator[list[int]]:
+        for number in count():
+            taken.put(number)
+            yield [1, 2]
+
+    before = set(threading.enumerate())
+    batches = read_batches(pictures, requests(), 0, replace=False)
+    assert len(next(batches).images) == 2
+    for _ in range(1 + PREFETCH):
+        taken.get(timeout=60)  # the answer that was read, and those that wait
+    (reader,) = set(threading.enumerate()) - before
+    assert taken.qsize() <= 1, "the one that has no place among them yet"
+    assert [len(one.images) for one in islice(batches, 2)] == [2, 2]
+    del batches
+    reader.join(timeout=60)
+    assert not reader.is_alive()
+
+
+def test_an_error_in_the_thread_is_raised_where_it_is_waited_for(pictures: IndexedDataset) -> None:
+    batches = read_batches(pictures, [[1], [10**6]], 0, replace=False)
+    assert len(next(batches).images) == 1
+    with pytest.raises(IndexError):
+        next(batches)
+
+
+def test_requests_end(pictures: IndexedDataset) -> None:
+    assert [one.numbers.tolist() for one in read_batches(pictures, [[1], [2, 4]], 0, replace=False)] == [[1], [2, 4]]
 
 
 def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedDataset) -> None:
-    feed, (rows,) = feed_of(pictures)
-    feed.steps = 3
-    whole = [feed.batch(step, rows).numbers.tolist() for step in range(3)]
-    assert feed._coming is not None
-    assert next(feed._coming, None) is None
-    assert feed.batch(3, rows).numbers.tolist() == feed.numbers(3, rows), "what is asked for all the same is read"
+    loader, (rows,) = make_loader(pictures)
+    loader.steps = 3
+    whole = [loader.batch(step, rows).numbers.tolist() for step in range(3)]
+    assert loader._batches is not None
+    assert next(loader._batches, None) is None
+    assert loader.batch(3, rows).numbers.tolist() == loader.numbers(3, rows), "what is asked for all the same is read"
     assert len(whole) == 3
-    feed.close()
-    assert feed.batch(1, rows).numbers.tolist() == whole[1]
+    loader.close()
+    assert loader.batch(1, rows).numbers.tolist() == whole[1]
 
 
 def test_steps_in_turn_use_one_stream(pictures: IndexedDataset) -> None:
-    feed, (rows,) = feed_of(pictures)
+    loader, (rows,) = make_loader(pictures)
     streams = []
     for step in (0, 1, 2, 7, 8):
-        feed.batch(step, rows)
-        streams.append(feed._coming)
+        loader.batch(step, rows)
+        streams.append(loader._batches)
     assert [one is other for one, other in pairwise(streams)] == [True, True, False, True]
-    assert torch.equal(feed.batch(8, range(2)).numbers, feed.order(8)[:2]), "other rows are read on the spot"
+    assert torch.equal(loader.batch(8, range(2)).numbers, loader.order(8)[:2]), "other rows are read on the spot"
 
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)
@@ -194,9 +229,16 @@ def test_processes_see_disjoint_parts_that_make_up_the_batch(
     assert sorted(places) == list(range(batch))
 
 
+def plain_order(count: int, batch: int, seed: int, step: int) -> torch.Tensor:
+    """The batch of an update where one permutation an epoch is cut into batches."""
+    epochs = range((step + 1) * batch // count + 1)
+    permutations = [torch.randperm(count, generator=generator(seed, "order", epoch)) for epoch in epochs]
+    return torch.cat(permutations)[step * batch : (step + 1) * batch]
+
+
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), step=st.integers(0, 30))
 def test_of_one_bucket_it_is_the_plain_order(size: int, batch: int, step: int) -> None:
-    assert torch.equal(BatchOrder([torch.arange(size)], batch, 5)(step), batch_indices(size, batch, 5, step))
+    assert torch.equal(BatchOrder([torch.arange(size)], batch, 5)(step), plain_order(size, batch, 5, step))
 
 
 def test_seed_and_epoch_change_it() -> None:
@@ -205,11 +247,11 @@ def test_seed_and_epoch_change_it() -> None:
     assert not torch.equal(one(0), other(0))
 
 
-@given(count=st.integers(1, 200), window=st.integers(1, 40))
-def test_a_windowed_order_is_a_permutation_that_stays_near(count: int, window: int) -> None:
-    shuffled = windowed_permutation(count, window, torch.Generator().manual_seed(0))
-    assert sorted(shuffled.tolist()) == list(range(count))
-    if window < count:
+@given(size=st.integers(1, 200), window=st.integers(1, 40))
+def test_a_windowed_order_is_a_permutation_that_stays_near(size: int, window: int) -> None:
+    shuffled = windowed_permutation(size, window, torch.Generator().manual_seed(0))
+    assert sorted(shuffled.tolist()) == list(range(size))
+    if window < size:
         for part in shuffled.split(BLOCKS_MIXED * window):
             blocks = {number // window for number in part.tolist()}
             assert len(blocks) <= 2 * BLOCKS_MIXED + 1, "of two neighbouring mixtures at most, and the short last block"

@@ -1,92 +1,26 @@
-"""The loop: schedules, averages, exact resume, and stopping before harm."""
+"""The loop: exact resume, micro-batches, and stopping before harm."""
 
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from starflow.errors import UserError
 from starflow.io import files
-from starflow.train import checkpoint, loop
+from starflow.train import loop
 from starflow.train.checkpoint import checkpoints
-from starflow.train.distributed.world import World
-from starflow.train.loader import batch_indices, generator
-from starflow.train.log import RunLog
-from starflow.train.loop import Interrupted, fit, read_log
-from starflow.train.settings import ParallelSettings, TrainSettings
-from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
-
-SETTINGS = TrainSettings(
-    steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4
-)
-
-
-class Regression:
-    """A batch-normed regression whose data and noise are functions of the step; can be told to misbehave."""
-
-    def __init__(self, nan_at: int | None = None, stop_at: int | None = None) -> None:
-        torch.manual_seed(0)
-        self.model: nn.Module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
-        self.nan_at, self.stop_at = nan_at, stop_at
-        self.spikes: dict[int, float] = {}
-        self.saved: list[Path] = []
-
-    def _batch(self, step: int) -> Tensor:
-        return torch.randn(4, 3, generator=generator(1, "data", step))
-
-    flops = 0.0
-
-    def batch(self, step: int, rows: range) -> tuple[Tensor, float]:
-        if step == self.stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-        factor = math.nan if step == self.nan_at else self.spikes.get(step, 1.0)
-        return self._batch(step)[rows.start : rows.stop], factor
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        x, factor = batch
-        error = factor * (model(x)[:, 0] - x.sum(1)).square().mean()
-        return error, {"error": error}
-
-    def batch_names(self, step: int, rows: range) -> list[str]:
-        return [f"picture-{step}-{i}" for i in rows]
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        x = self._batch(10_000)
-        return {"loss": float((model(x)[:, 0] - x.sum(1)).square().mean())}
-
-    def draw(self, model: nn.Module, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(path)
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), folder / "weights.pt")
-
-    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
-        return {"error": f"{terms['error']:.3f}"}
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
-
-
-def run(task: Regression, folder: Path, settings: TrainSettings = SETTINGS) -> None:
-    fit(task, settings, folder, show_progress=False)
+from starflow.train.log import RunLog, read_log
+from starflow.train.loop import Interrupted
+from starflow.train.settings import ParallelSettings
+from tests.train.regression import SETTINGS, Regression, losses, run
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
@@ -130,12 +64,6 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
-def test_the_two_newest_checkpoints_stay(tmp_path: Path) -> None:
-    run(Regression(), tmp_path)
-    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
-    assert names == ["step_00000008", "step_00000012"]
-
-
 def test_the_best_average_is_kept_apart(tmp_path: Path) -> None:
     run(Regression(), tmp_path)
     heldout = [line["heldout_loss"] for line in read_log(tmp_path / "log.jsonl") if "heldout_loss" in line]
@@ -143,41 +71,6 @@ def test_the_best_average_is_kept_apart(tmp_path: Path) -> None:
     task = Regression()
     task.model.load_state_dict(best)
     assert task.evaluate(task.model.eval())["loss"] == min(heldout)
-
-
-def test_a_changed_model_is_refused(tmp_path: Path) -> None:
-    run(Regression(), tmp_path)
-    other = Regression()
-    other.model = nn.Sequential(nn.Linear(3, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
-    with pytest.raises(UserError, match="belongs to another model"):
-        run(other, tmp_path, replace(SETTINGS, steps=20))
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
-    run(Regression(), tmp_path)
-    part = checkpoints(tmp_path / "checkpoints")[-1] / "model_00000.safetensors"
-    part.write_bytes(part.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"step_00000012/model_00000\.safetensors is not a whole safetensors file"):
-        run(Regression(), tmp_path, replace(SETTINGS, steps=20))
-
-
-def test_a_damaged_write_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk: the run ends with the name of the checkpoint that still stands, and a later one goes on from it."""
-    write = files.write_tensors
-
-    def full(path: Path, *rest: Any) -> None:
-        if "step_00000008" in str(path) and path.name.startswith("exp_avg"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, *rest)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.raises(UserError, match=r"No space left on device\): the last checkpoint is still step_00000004"):
-        run(Regression(), tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_00000004"]
-    monkeypatch.undo()
-    run(Regression(), tmp_path / "full")
-    run(Regression(), tmp_path / "whole")
-    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
 
 
 def test_a_log_that_cannot_grow_says_which_checkpoint_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +105,7 @@ def test_an_update_far_above_the_running_norm_is_skipped(tmp_path: Path) -> None
     assert [line for line in read_log(tmp_path / "never" / "log.jsonl") if "loss" in line][-1]["skipped"] == 0
 
 
-def test_accumulated_parts_give_the_same_losses(tmp_path: Path) -> None:
+def test_micro_batches_give_the_same_losses(tmp_path: Path) -> None:
     """Without the batch norm, whose statistics are of a part: 4 parts of 1 are 1 part of 4."""
     logs = []
     for parts in (1, 2, 4):
@@ -239,37 +132,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     run(Regression(), tmp_path)
 
 
-def test_wandb_is_handed_what_the_log_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[tuple[int, dict[str, Any]]] = []
-    started: list[dict[str, Any]] = []
-
-    class FakeRun:
-        def log(self, values: dict[str, Any], step: int) -> None:
-            logged.append((step, values))
-
-        def finish(self) -> None:
-            logged.append((-1, {}))
-
-    def init(**options: Any) -> FakeRun:
-        started.append(options)
-        return FakeRun()
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda path: path))
-    run(Regression(), tmp_path / "run", replace(SETTINGS, wandb="flows"))
-    assert (started[0]["project"], started[0]["id"], started[0]["resume"]) == ("flows", "run", "allow")
-    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
-    sent = [(step, values["train/loss"]) for step, values in logged if "train/loss" in values]
-    assert sent == [(line["step"], line["loss"]) for line in lines]
-    assert [step for step, values in logged if "samples" in values] == [6, 12]
-    assert [step for step, values in logged if "heldout/heldout_loss" in values] == [5, 10, 12]
-    assert logged[-1] == (-1, {})
-
-
-def test_wandb_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
-        run(Regression(), tmp_path, replace(SETTINGS, wandb="flows"))
-
-
 def test_signals_are_given_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     run(Regression(), tmp_path)
@@ -285,63 +147,3 @@ def test_a_second_interrupt_does_not_wait_unless_torchrun_may_have_sent_it() -> 
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop
-
-
-def test_weights_in_training_are_untouched_by_evaluation() -> None:
-    task = Regression()
-    engine = TrainState(task.model, SETTINGS, World())
-    before = {key: value.clone() for key, value in task.model.state_dict().items()}
-    engine.average.state["0.weight"].zero_()
-    with engine.averaged():
-        assert not task.model.state_dict()["0.weight"].any()
-        assert not task.model.training
-    assert task.model.training
-    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
-
-
-def test_learning_rate_warms_up_and_falls() -> None:
-    cosine = TrainSettings(steps=110, lr=1.0, min_lr=0.1, warmup=10)
-    rates = [learning_rate(cosine, step) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[60] == pytest.approx(0.55)
-    assert rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    trapezoid = replace(cosine, schedule="trapezoid", decay=0.5)
-    assert learning_rate(trapezoid, 54) == 1.0
-    assert learning_rate(trapezoid, 110) == pytest.approx(0.1)
-
-
-def test_averages_follow_the_closed_form() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    average = AveragedWeights(model, 0.5)
-    expected = float(model.weight)
-    for step in range(6):
-        with torch.no_grad():
-            model.weight.fill_(float(step))
-        average.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-    assert float(average.state["weight"]) == pytest.approx(expected)
-
-
-def test_decay_spares_vectors() -> None:
-    optimiser = make_optimiser(Regression().model, replace(SETTINGS, weight_decay=0.1))
-    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimiser.param_groups}
-    assert decays == {0.1: [2, 2], 0.0: [1, 1, 1, 1]}
-
-
-def test_every_picture_is_seen_once_an_epoch() -> None:
-    count, batch = 10, 4
-    seen = torch.cat([batch_indices(count, batch, 3, step) for step in range(5)])
-    assert sorted(seen[:10].tolist()) == list(range(10))
-    assert sorted(seen[10:].tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
-    assert torch.equal(batch_indices(count, 25, 3, 0)[:20], torch.cat([seen[:10], seen[10:]]))
-
-
-def test_log_lines_are_json_with_step_and_loss(tmp_path: Path) -> None:
-    run(Regression(), tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert list((tmp_path / "tensorboard").iterdir())
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]

@@ -18,8 +18,7 @@ from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
 from starflow.train.distributed.world import World
-from starflow.train.log import MatrixProduct, synchronise, training_flops
-from starflow.train.loop import peak_memory
+from starflow.train.log import MatrixProduct, peak_memory, synchronise, training_flops
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
 from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
@@ -141,7 +140,7 @@ def _update(state: TrainState, batch: tuple[Tensor, Tensor | None], step: int) -
     device = state.world.device
     synchronise(device)
     started = time.perf_counter()
-    state.before_part(last=True)
+    state.begin_micro_batch(last=True)
     with network_precision(state.settings, device):
         loss = state.model(*batch)[0]
     synchronise(device)
@@ -149,8 +148,8 @@ def _update(state: TrainState, batch: tuple[Tensor, Tensor | None], step: int) -
     loss.backward()
     synchronise(device)
     backward = time.perf_counter()
-    state.apply(float(state.gradient_norm()), step)
-    state.forget_gradients()
+    state.update(float(state.gradient_norm()), step)
+    state.zero_grad()
     synchronise(device)
     return forward - started, backward - forward, time.perf_counter() - backward
 

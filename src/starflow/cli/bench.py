@@ -323,7 +323,7 @@ def bench_train(options: BenchTrainOptions) -> None:
         torch.set_num_threads(options.threads)
     with join_world(pick_device(options.device), settings.parallel.timeout) as world:
         speed = measure(config, settings, world)
-        if world.main:
+        if world.is_main:
             print(json.dumps(dataclasses.asdict(speed)) if options.json else train_table(speed))
 
 

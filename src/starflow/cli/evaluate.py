@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 8
 
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others, whose share of the work may take longer."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -83,15 +86,16 @@ def evaluate(options: EvaluateOptions) -> None:
     """Run the command."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
-    from starflow.evaluate.dataset import is_first, open_evaluation_set, process_group
+    from starflow.evaluate.dataset import is_first, open_evaluation_set
     from starflow.evaluate.report import measure
     from starflow.pipeline.pipeline import StarFlowPipeline
+    from starflow.train.distributed.world import join_world
 
-    with process_group():
+    with join_world(pick_device(options.device), TIMEOUT) as world:
         plan = _plan(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
-        pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, pick_device(options.device)), options)
+        pipeline = _as_asked(StarFlowPipeline.from_pretrained(options.model, world.device), options)
         pictures = open_evaluation_set(options.data, pipeline.config.image_size)
 
         def say(text: str) -> None:

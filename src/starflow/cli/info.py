@@ -277,11 +277,11 @@ def _subject(model: str) -> MemorySubject:
     from starflow.published.convert import RELEASES
 
     if model.endswith((".yaml", ".yml")):
-        from starflow.train.init_from import flow_config_of
+        from starflow.train.init_from import expected_flow
         from starflow.train.recipe import load_recipe
 
         recipe = load_recipe(Path(model))
-        config, kind = flow_config_of(recipe)
+        config, kind = expected_flow(recipe)
         condition = recipe.conditioning
         return MemorySubject(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model

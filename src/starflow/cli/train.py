@@ -1,7 +1,4 @@
-"""`starflow train`, `train-autoencoder`, `cache-latents`: the stages of a recipe.
-
-`starflow train-decoder`: fine-tune an autoencoder's decoder on noisy latents.
-"""
+"""`starflow train`, `train-autoencoder`, `cache-latents` and `train-decoder`: the stages of a recipe, and a decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
-    from starflow.latents import Autoencoder
     from starflow.train.run import Run
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
 
@@ -73,56 +69,60 @@ class CacheLatentsOptions(StageOptions):
 
 
 def train(options: TrainOptions) -> None:
-    """Run the command."""
+    """Run `starflow train`."""
     with _started(options) as run:
         from starflow.train.stages import train_flow
 
         folder = train_flow(run)
-        if run.world.main:
+        if run.world.is_main:
             print(f"done: starflow generate --model {folder}")
 
 
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
-    """Run the command."""
+    """Run `starflow train-autoencoder`."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_autoencoder
+        from starflow.train.stages import Stages
 
-        autoencoder = prepare_autoencoder(run)
-        if run.world.main:
-            print(f"done: {_name(autoencoder)}")
+        spec = Stages(run).autoencoder.spec
+        if run.world.is_main:
+            print(f"done: {spec.source or spec.kind}")
 
 
 def cache_latents(options: CacheLatentsOptions) -> None:
-    """Run the command."""
+    """Run `starflow cache-latents`."""
     with _started(options) as run:
-        from starflow.train.stages import prepare_latents
+        from starflow.train.stages import Stages
 
-        prepare_latents(run)
-        if run.world.main:
+        Stages(run).cache_latents()
+        if run.world.is_main:
             print(f"done: {run.folder / 'latents'}")
-
-
-def _name(autoencoder: Autoencoder) -> str:
-    return autoencoder.spec.source or autoencoder.spec.kind
 
 
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
-    """The run of a recipe in its folder; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
-    from starflow.nn.cpu import keep_freed_memory
+    """The run of a recipe in its folder."""
     from starflow.train.distributed.world import join_world
-    from starflow.train.loop import Interrupted
     from starflow.train.recipe import load_recipe
     from starflow.train.run import start_run
 
-    keep_freed_memory()
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
+    timeout = recipe.train.parallel.timeout
+    with _training(), join_world(pick_device(options.device), timeout) as world:
+        yield start_run(recipe, folder, world.device, world=world)
+
+
+@contextlib.contextmanager
+def _training() -> Iterator[None]:
+    """Prepare this process; a stop by signal becomes the KeyboardInterrupt that `main` answers."""
+    from starflow.nn.cpu import keep_freed_memory
+    from starflow.train.loop import Interrupted
+
+    keep_freed_memory()
     try:
-        with join_world(pick_device(options.device), recipe.train.parallel.timeout) as world:
-            yield start_run(recipe, folder, world.device, world=world)
+        yield
     except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from None
+        raise KeyboardInterrupt(*stop.args) from None
 
 
 @dataclass(frozen=True)
@@ -178,23 +178,18 @@ class TrainDecoderOptions:
 
 
 def train_decoder(options: TrainDecoderOptions) -> None:
-    """Run the command."""
-    from starflow.nn.cpu import keep_freed_memory
-    from starflow.train.loop import Interrupted
+    """Run `starflow train-decoder`."""
     from starflow.train.tasks.decoder_run import run_decoder
 
-    keep_freed_memory()
     folder = Path(options.output).expanduser()
-    try:
+    with _training():
         report = run_decoder(_settings(options), folder, pick_device(options.device))
-    except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from None
-    print(table(report))
+    print(report_table(report))
     print(f"done: {folder / ('pipeline' if (folder / 'pipeline').is_dir() else 'model')}")
 
 
-def table(report: DecoderReport) -> str:
-    """Before and after, on the held-out pictures."""
+def report_table(report: DecoderReport) -> str:
+    """The measures before and after the training, on the held-out images, as text."""
     lines = [f"{'':34}  {'before':>8}  {'after':>8}"]
     for name, (before, after) in report.measures.items():
         lines.append(f"{name:34}  {before:8.2f}  {after:8.2f}")

@@ -8,8 +8,6 @@ The pictures that a model is measured on: both splits, plain, and what each of t
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,24 +22,6 @@ from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, make_views
 from starflow.errors import UserError
 from starflow.pipeline.pipeline import StarFlowPipeline
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes that torchrun started, for the length of a block; alone, do nothing."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield
-        return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _world() -> tuple[int, int]:

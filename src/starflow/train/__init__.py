@@ -1,1 +1,1 @@
-"""Training: objective, optimiser, averaged weights, checkpoints, the loop, and the stages of a recipe."""
+"""Training: the recipe of a run and its stages, the loop with its data, optimiser, checkpoints and log."""

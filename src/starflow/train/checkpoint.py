@@ -5,9 +5,9 @@
                               exp_avg_00000.safetensors ..   the optimiser's moments
                               index.json                     progress, and of every tensor its shape and pieces
 
-Every process writes its own pieces into a temporary folder; the main one adds the index and renames the folder, so
-that a kill at any moment leaves the old checkpoints as they were. Random numbers and the data's order need no state:
-they are functions of the seed and the step, so a resumed run repeats the uninterrupted one bit for bit.
+Every process writes the shards that it holds into a temporary folder; the main one adds the index and renames the
+folder, so that a kill at any moment leaves the old checkpoints as they were. Random numbers and the data's order need
+no state: they are functions of the seed and the step, so a resumed run repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from starflow.train.distributed.sharding import is_writer, local_shard, named_pa
 from starflow.train.distributed.world import World
 from starflow.train.state import TrainState
 
-INDEX = "index.json"
-KEPT = 2
+INDEX_NAME = "index.json"
+
+CHECKPOINTS_KEPT = 2
 
 
 @dataclass
 class TrainProgress:
-    """Where a run stands."""
+    """How far a run has come."""
 
     step: int = 0
     """Updates done."""
@@ -50,83 +51,83 @@ class TrainProgress:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{INDEX}"))
+    return sorted(path.parent for path in folder.glob(f"step_*/{INDEX_NAME}"))
 
 
-def save_checkpoint(folder: Path, progress: TrainProgress, engine: TrainState) -> Path:
+def save_checkpoint(folder: Path, progress: TrainProgress, state: TrainState) -> Path:
     """Write `folder/step_XXXXXXXX` and drop all but the newest two; collective.
 
     Raises:
         UserError: a process could not write; the old checkpoints are unchanged.
     """
-    world = engine.world
+    world = state.world
     target = folder / f"step_{progress.step:08d}"
     temporary = folder / f".step_{progress.step:08d}.tmp"
-    with _together(world, target):
-        if world.main:
-            _sweep(folder)
+    with _all_or_none(world, target):
+        if world.is_main:
+            _remove_leftovers(folder)
             temporary.mkdir(parents=True)
-    world.wait()
-    with _together(world, target):
-        for part, tensors in _parts(engine).items():
-            _write_part(temporary / f"{part}_{world.rank:05d}.safetensors", part, tensors, main=world.main)
-    with _together(world, target):
-        if world.main:
+    world.barrier()
+    with _all_or_none(world, target):
+        for part, tensors in _tensors_by_part(state).items():
+            _write_part(temporary / f"{part}_{world.rank:05d}.safetensors", part, tensors, main=world.is_main)
+    with _all_or_none(world, target):
+        if world.is_main:
             index = {"progress": asdict(progress), "processes": world.size, "tensors": _index(temporary)}
-            write_json(temporary / INDEX, index)
-            _publish(temporary, target)
+            write_json(temporary / INDEX_NAME, index)
+            _move_into_place(temporary, target)
     return target
 
 
 @contextlib.contextmanager
-def _together(world: World, target: Path) -> Iterator[None]:
-    """Where one process cannot write, all stop, and each says so.
+def _all_or_none(world: World, target: Path) -> Iterator[None]:
+    """Run a block that writes in every process; where one cannot, all stop, and each says so.
 
     Raises:
         UserError: the block failed here or elsewhere.
     """
-    failure = ""
+    failure: Exception | None = None
     try:
         yield
     except (OSError, UserError) as error:
-        failure = str(error)
-    if world.agree(failed=bool(failure)):
-        if world.main:
+        failure = error
+    if world.any_process(failure is not None):
+        if world.is_main:
             shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
         raise UserError(
             f"cannot write checkpoint {target} ({failure or 'another process says why'}): "
-            f"{what_stands(target.parent)}; make room, then run the same command again"
+            f"{newest_checkpoint_text(target.parent)}; make room, then run the same command again"
         )
 
 
-def what_stands(folder: Path) -> str:
-    """Words for a message: which checkpoint a run would go on from."""
+def newest_checkpoint_text(folder: Path) -> str:
+    """Words for a message: the checkpoint that a run would go on from."""
     kept = [path.name for path in checkpoints(folder)]
     return f"the last checkpoint is still {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
-def _parts(engine: TrainState) -> dict[str, dict[str, Tensor]]:
-    """Everything that a checkpoint holds, by part and name."""
-    parts = {"model": named_state(engine.model), "average": engine.average.state}
-    for name, parameter in named_parameters(engine.model).items():
-        for kind, value in engine.optimiser.state.get(parameter, {}).items():
+def _tensors_by_part(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Everything that a checkpoint holds, by part (model, average, a moment) and name."""
+    parts = {"model": named_state(state.model), "average": state.average.state}
+    for name, parameter in named_parameters(state.model).items():
+        for kind, value in state.optimiser.state.get(parameter, {}).items():
             parts.setdefault(kind, {})[name] = value
     return parts
 
 
 def _write_part(path: Path, part: str, tensors: Mapping[str, Tensor], *, main: bool) -> None:
-    """One file of this process's pieces; where each lies in its whole stands in the header."""
-    mine = {name: tensor for name, tensor in tensors.items() if is_writer(tensor, main=main)}
-    if mine:
-        places = {name: f"{shard_start(tensor)} {list(tensor.shape)}" for name, tensor in mine.items()}
-        write_tensors(path, {name: local_shard(tensor) for name, tensor in mine.items()}, {"part": part, **places})
+    """Write one file of this process's shards; the header says where each begins, and the full shape."""
+    own = {name: tensor for name, tensor in tensors.items() if is_writer(tensor, main=main)}
+    if own:
+        places = {name: f"{shard_start(tensor)} {list(tensor.shape)}" for name, tensor in own.items()}
+        write_tensors(path, {name: local_shard(tensor) for name, tensor in own.items()}, {"part": part, **places})
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """Every tensor with its shape and its pieces, (file, first row), read back from the files' headers."""
+    """Every tensor's shape and its pieces, (file, first row), read back from the files' headers."""
     tensors: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with _opened(path) as file:
+        with _open_tensors(path) as file:
             header = file.metadata()
             for name in sorted(header.keys() - {"part"}):
                 first, _, shape = header[name].partition(" ")
@@ -136,16 +137,16 @@ def _index(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename, make the rename last, and only then drop old checkpoints."""
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename the folder, sync the rename to the disk, and only then delete old checkpoints."""
     _sync(temporary)
     if target.exists():  # a run that repeats the step of a checkpoint from before it was damaged
         target.rename(target.with_name(f".{target.name}.old"))
     temporary.rename(target)
     _sync(target.parent)
-    for old in checkpoints(target.parent)[:-KEPT]:
+    for old in checkpoints(target.parent)[:-CHECKPOINTS_KEPT]:
         old.rename(old.with_name(f".{old.name}.old"))  # never half a folder under a checkpoint's name
-    _sweep(target.parent)
+    _remove_leftovers(target.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -156,38 +157,38 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
-    """Drop what killed writes and half-done deletions left."""
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed writes and half-done deletions left."""
     for left in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")]:
         shutil.rmtree(left)
 
 
-def load_checkpoint(path: Path, engine: TrainState) -> TrainProgress:
+def load_checkpoint(path: Path, state: TrainState) -> TrainProgress:
     """Restore everything that `save_checkpoint` wrote, in any layout; not collective.
 
     Raises:
         UserError: a file is damaged, or belongs to a model of another shape.
     """
-    index = read_json(path / INDEX)
+    index = read_json(path / INDEX_NAME)
     tensors: dict[str, Any] = index["tensors"]
-    _make_moments(engine, tensors.keys())
-    expected = {f"{part}/{name}": t for part, named in _parts(engine).items() for name, t in named.items()}
+    _make_moments(state, tensors.keys())
+    expected = {f"{part}/{name}": t for part, named in _tensors_by_part(state).items() for name, t in named.items()}
     _check_same_shapes(path, expected, tensors)
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
         for name, tensor in expected.items():
             for file, first in tensors[name]["pieces"]:
                 if file not in files:
-                    files[file] = stack.enter_context(_opened(path / file))
+                    files[file] = stack.enter_context(_open_tensors(path / file))
                 _read_overlap(files[file], name.partition("/")[2], first, tensor)
     return from_dict(TrainProgress, index["progress"])
 
 
-def _make_moments(engine: TrainState, stored: Collection[str]) -> None:
+def _make_moments(state: TrainState, stored: Collection[str]) -> None:
     """Give parameters the optimiser's state that was stored for them, to be filled."""
-    for name, parameter in named_parameters(engine.model).items():
+    for name, parameter in named_parameters(state.model).items():
         if f"exp_avg/{name}" in stored:
-            engine.optimiser.state[parameter] = {
+            state.optimiser.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local_shard(parameter).device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -196,19 +197,19 @@ def _make_moments(engine: TrainState, stored: Collection[str]) -> None:
 
 def _read_overlap(file: Any, name: str, first: int, tensor: Tensor) -> None:
     """Copy the rows that a stored piece, which begins at row `first`, shares with this process's."""
-    piece, mine = file.get_slice(name), local_shard(tensor)
-    if mine.ndim == 0:
-        mine.copy_(file.get_tensor(name))
+    piece, own = file.get_slice(name), local_shard(tensor)
+    if own.ndim == 0:
+        own.copy_(file.get_tensor(name))
         return
     start = shard_start(tensor)
-    low, high = max(first, start), min(first + piece.get_shape()[0], start + len(mine))
+    low, high = max(first, start), min(first + piece.get_shape()[0], start + len(own))
     if low < high:
-        mine[low - start : high - start].copy_(piece[low - first : high - first])
+        own[low - start : high - start].copy_(piece[low - first : high - first])
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file.
+def _open_tensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file.
 
     Raises:
         UserError: missing, truncated or foreign.

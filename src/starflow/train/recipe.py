@@ -1,7 +1,6 @@
-"""Recipes: one YAML file describes a run from pictures to a pipeline.
+"""Recipes: one YAML file describes a run from images to a pipeline, every key of it typed and checked.
 
-Stages, each a folder of the run: data (an index, or views) -> autoencoder -> latents -> flow. A stage whose
-result is there is skipped.
+`starflow.train.stages` says what the stages of a run are.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from starflow.config import from_dict, read_mapping, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
-from starflow.flow.config import KINDS
+from starflow.flow.config import KINDS, NormType, SeqOrder
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import ReconstructionLoss
@@ -23,31 +22,37 @@ from starflow.train.tasks.autoencoder import ReconstructionLoss
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where pictures come from, and how they reach the training."""
+    """Where images come from, and how they reach the training.
+
+    Raises:
+        UserError: a number that cannot be, or several ratios of a set that has squares only.
+    """
 
     source: Literal["glyphs", "folder", "tar", "parquet", "shapes", "fashion-mnist"] = "folder"
-    """Any folder of pictures, tar shards in WebDataset's layout, or parquet files, of any number; or a set that is kept
-    in memory: the glyph set (`starflow prepare-data glyphs`), coloured shapes drawn on the spot, or Fashion-MNIST."""
+    """A folder of images, tar shards in WebDataset's layout, or parquet files, with any number of images; or a set that
+    is kept in memory: the glyph set (`starflow prepare-data glyphs`), coloured shapes drawn by the run, or
+    Fashion-MNIST."""
     path: str = ""
-    """The folder; of tar shards also a pattern (* or {000..099}) or a URL of one. Empty for shapes, and for
-    Fashion-MNIST where Debian's package puts it."""
+    """The folder; for tar shards also a pattern (* or {000..099}) or the URL of a shard. Empty for shapes, and for
+    Fashion-MNIST in the folder of Debian's package."""
     shapes: int = 256
-    """Number of pictures to draw where the source is shapes."""
+    """Number of images to draw where the source is shapes."""
     heldout: float = 0.05
-    """Share of a folder's, tars' or tables' pictures that is never trained on, by the hash of their names; at least one
-    picture. A prepared folder and the sets in memory have their own."""
+    """Share of the images of a folder, tar or parquet source that is never trained on, by the hash of their names; at
+    least one image. A prepared folder and the sets in memory have their own held-out images."""
     aspects: tuple[Aspect, ...] = ("1:1",)
-    """Ratios of folders, tars and tables; a picture is cropped to the nearest, at the area of views.size squared."""
+    """Aspect ratios of a folder, tar or parquet source; an image is cropped to the nearest one, at the area of
+    views.size squared."""
     latents: Literal["cached", "live"] = "cached"
-    """Encode every picture once, before the flow's training; or decode and encode it whenever it is its turn."""
+    """Encode every image once, before the flow's training; or read and encode it whenever it is its turn."""
     window: int = 0
-    """0 shuffles all pictures of an epoch; else blocks of so many neighbours are shuffled, and pictures within a few of
-    them, which reads parquet and URLs nearly in their own order."""
+    """0 shuffles all images of an epoch; otherwise blocks of so many neighbours are shuffled, and images within a few
+    of them, which reads parquet and URLs nearly in their own order."""
     workers: int = 2
-    """Processes beside each training process that decode pictures; 0 is a thread."""
+    """Processes beside each training process that read images; 0 is a thread."""
     views: ViewConfig = field(default_factory=ViewConfig)
-    """Size and augmentation. Of folders, tars and tables only `size`, `flip` (half of the pictures seen are mirrored;
-    a cache holds both where `views` is 2 or more) and `seed` count."""
+    """Size and augmentation. For a folder, tar or parquet source only `size`, `flip` (half of the images seen are
+    flipped; a cache holds both where `views` is 2 or more) and `seed` count."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout < 1 or self.window < 0 or self.workers < 0 or not self.aspects:
@@ -57,31 +62,42 @@ class DataRecipe:
 
     @property
     def indexed(self) -> bool:
-        """Whether the pictures stay where they are and are read one by one."""
+        """Whether the images stay where they are and are read one by one."""
         return self.source in ("folder", "tar", "parquet")
 
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """The latent space: a small autoencoder trained here, a pretrained one, or plain pixels."""
+    """The latent space: a small autoencoder trained here, a pretrained one, or plain pixels.
+
+    Raises:
+        UserError: a number that cannot be, a pretrained autoencoder without a source, or a kind that cannot be trained
+            together with the flow.
+    """
 
     kind: Literal["small", "diffusers_kl", "diffusers_tiny", "pixels"] = "small"
+    """Our small autoencoder, AutoencoderKL or AutoencoderTiny of diffusers, or no autoencoder."""
     source: str = ""
-    """Folder or hub id of a pretrained one; empty means: train `model` as a stage of this run."""
+    """Folder or hub id of a pretrained autoencoder; empty trains `model` as a stage of this run."""
     channels: int = 3
-    """Of pixels: 3, or 1 for grey."""
+    """Channels of pixels: 3, or 1 for grey."""
     model: SmallAutoencoderConfig = field(default_factory=SmallAutoencoderConfig)
+    """Sizes of the small autoencoder that is trained."""
     noise_min: float = 0.1
+    """Smallest standard deviation of the latent noise in training, in those of the latents."""
     noise_max: float = 0.3
-    """Range of the latent noise in training, in standard deviations of the latents."""
+    """Largest one; each image draws its own in between."""
     loss: ReconstructionLoss = field(default_factory=ReconstructionLoss)
+    """Weights of the reconstruction loss."""
     joint: bool = False
-    """Train it together with the flow from the first update on, with the constant latent noise `objective.noise_std`
-    (SimFlow, arXiv 2512.04084): no stage of its own, no cache, and latents that are not standardised."""
+    """Train the autoencoder together with the flow from the first update on, with the constant latent noise
+    `objective.noise_std` (SimFlow, arXiv 2512.04084): no stage of its own, no cache, and latents that are not
+    standardised."""
     flow_weight: float = 1.0
-    """In joint training, the weight of the flow's nats beside the reconstruction's; 1 is the evidence lower bound of a
+    """Weight of the flow's nats beside the reconstruction loss in joint training; 1 is the evidence lower bound of a
     decoder whose negative log-likelihood is the reconstruction loss, per pixel and channel."""
     train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=1000))
+    """Training of the small autoencoder."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_min <= self.noise_max:
@@ -97,24 +113,115 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class ConditioningRecipe:
-    """What the flow is told about a picture."""
+    """What the flow is told about an image."""
 
     kind: Literal["text", "embeddings", "class", "none"] = "text"
-    """A text encoder's states, a language model's token embeddings (which its own deep block reads), or classes."""
+    """A text encoder's states, a language model's token embeddings (which its own deep block reads), classes, or
+    nothing."""
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Text encoder or language model: a folder or a hub id; the default is also found as an installed package."""
+    """The text encoder or language model: a folder or a hub id; the default is also found as an installed package."""
     tokens: int = 16
     """Condition tokens of a caption; longer captions are cut."""
 
 
 @dataclass(frozen=True)
+class FlowRecipe:
+    """Options of the flow: those of `STARFlowConfig` or, with kind "tarflow", of `TarFlowConfig`.
+
+    None is an option that the recipe leaves open. It then follows from the model that `train.init_from` names, from the
+    latents (in_channels, img_size), from the condition (txt_size, txt_dim, num_classes), or is the default of the
+    configuration; see `starflow.train.init_from.complete_flow`. Values are checked when the flow is built.
+
+    Raises:
+        UserError: an option of the other kind of flow; the message names the nearest known one.
+
+    Example:
+        >>> FlowRecipe(channels=128, layers_per_block=(1, 1, 3)).given()
+        {'channels': 128, 'layers_per_block': (1, 1, 3)}
+    """
+
+    kind: Literal["starflow", "tarflow"] | None = None
+    """The architecture; "starflow" where nothing says otherwise."""
+    in_channels: int | None = None
+    """Channels of the flow's input."""
+    img_size: int | None = None
+    """Side of the flow's input, in latents or pixels."""
+    patch_size: int | None = None
+    """Side of the patch that is one token."""
+    channels: int | None = None
+    """Width of the blocks."""
+    top_block_channels: int | None = None
+    """Width of the last block alone."""
+    num_blocks: int | None = None
+    """Blocks; with a list of layers its length."""
+    layers_per_block: int | tuple[int, ...] | None = None
+    """Transformer layers: one number for every block, or one each, the first next to the data."""
+    head_dim: int | None = None
+    """Width of an attention head."""
+    num_heads: int | None = None
+    """Query heads; otherwise width / head_dim."""
+    num_kv_heads: int | None = None
+    """Key and value heads, which groups of query heads share."""
+    rope: bool | None = None
+    """Rotary positions instead of a learned table."""
+    pt_seq_len: int | None = None
+    """Side in tokens that the positions span."""
+    sos: bool | None = None
+    """A learned start token."""
+    seq_order: SeqOrder | None = None
+    """The direction in which the first block reads the tokens."""
+    txt_size: int | None = None
+    """Condition tokens."""
+    txt_dim: int | None = None
+    """Width of a condition token."""
+    cond_top_only: bool | None = None
+    """Only the last block sees the condition."""
+    use_softplus: bool | None = None
+    """sigma by softplus instead of exp."""
+    soft_clip: float | None = None
+    """Bound of the outputs, by tanh; 0 is no bound."""
+    use_final_norm: bool | None = None
+    """A norm after the last layer of a block."""
+    norm_type: NormType | None = None
+    """Kind of the norms."""
+    use_swiglu: bool | None = None
+    """Gated MLPs."""
+    mlp_hidden: tuple[int, ...] | None = None
+    """Hidden widths of the MLPs, one number a block."""
+    use_qk_norm: bool | None = None
+    """Norms of queries and keys."""
+    use_post_norm: bool | None = None
+    """Norms after attention and MLP too."""
+    use_bias: bool | None = None
+    """Biases of the linear layers inside attention and MLP."""
+    hf_style_rope: bool | None = None
+    """Rotate the pairs (i, i + head_dim / 2) instead of adjacent ones."""
+    num_classes: int | None = None
+    """Classes of a TarFlow."""
+
+    def __post_init__(self) -> None:
+        known = ["kind", *(option.name for option in fields(KINDS[self.kind or "starflow"]))]
+        for key in self.given():
+            if key not in known:
+                raise UserError(unknown_key_message(f"flow.{key}", key, known))
+
+    def given(self) -> dict[str, Any]:
+        """The options that the recipe does not leave open."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Objective:
-    """Maximum likelihood of noised latents, and its stabilisers (STARFlow, arXiv 2506.06276, section 3)."""
+    """Maximum likelihood of noised latents, and what keeps it stable (STARFlow, arXiv 2506.06276, section 3).
+
+    Raises:
+        UserError: a number that cannot be.
+    """
 
     noise: Literal["gaussian", "uniform"] = "gaussian"
-    """Gaussian, of `noise_std`; or uniform within a pixel's 8-bit level, which makes exact bits per dimension."""
+    """Gaussian noise of `noise_std`; or uniform within a pixel's 8-bit level, which gives exact bits per dimension."""
     noise_std: float = 0.3
-    """Noise added to latents (or pixels), in their units."""
+    """Standard deviation of the noise added to latents (or pixels), in their units."""
     drop_condition: float = 0.1
     """Share of captions replaced by the null condition, which guidance needs."""
     latent_penalty: float = 1e-4
@@ -127,47 +234,63 @@ class Objective:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run."""
+    """A whole run, from images to a pipeline.
+
+    Example:
+        >>> recipe = Recipe("mine", TrainSettings(steps=100), flow=FlowRecipe(channels=64))
+        >>> recipe.data.source, recipe.objective.noise_std, recipe.guidance
+        ('folder', 0.3, 2.0)
+    """
 
     name: str
+    """Name of the model, and of the run's folder where none is given."""
     train: TrainSettings
-    """Of the flow."""
+    """Training of the flow."""
     data: DataRecipe = field(default_factory=DataRecipe)
+    """The images."""
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    """The latent space."""
     conditioning: ConditioningRecipe = field(default_factory=ConditioningRecipe)
-    flow: dict[str, Any] = field(default_factory=dict)
-    """Options of STARFlowConfig (or, with `kind: tarflow`, of TarFlowConfig); in_channels, img_size and the condition's
-    sizes follow from the other sections."""
+    """What the flow is told about an image."""
+    flow: FlowRecipe = field(default_factory=FlowRecipe)
+    """Sizes and options of the flow."""
     objective: Objective = field(default_factory=Objective)
+    """What the flow is trained for."""
     prompts: tuple[str, ...] = ()
-    """Prompts (or class names) of the sample grids; none is the first classes, or with text some of our own."""
+    """Prompts (or class names) of the sample grids; empty takes the first classes, or with text a few usual prompts."""
     guidance: float = 2.0
     """Guidance weight of the sample grids and of the finished pipeline's default."""
     temperature: float = 1.0
     """Factor on the noise of the sample grids and of the finished pipeline's default; 1 is the model's distribution."""
     candidates: int = 1
-    """Pictures drawn for each one of the sample grids and, by default, of the finished pipeline."""
+    """Images drawn for each one that the sample grids and, by default, the finished pipeline keep."""
 
 
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe, over its base where it names one.
+    """Read a recipe from a YAML or JSON file, over its base where it names one.
 
-    `overrides` maps dotted keys to YAML values, e.g. {"train.lr": "1e-4"}.
+    Args:
+        path: of the file; its key `base` names another recipe, relative to it, whose values lie under its own.
+        overrides: YAML values by dotted key, e.g. {"train.lr": "1e-4"}, which lie over all.
 
     Raises:
         UserError: no such file, unknown key (the nearest is named), wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
+        >>> _ = path.write_text("{name: mine, train: {steps: 100}, flow: {channels: 64}}")
+        >>> recipe = load_recipe(path, {"train.lr": "1e-3"})
+        >>> recipe.train.lr, recipe.flow.channels, recipe.flow.patch_size
+        (0.001, 64, None)
     """
-    values = _with_base(path)
+    values = _read_with_base(path)
     for dotted, text in (overrides or {}).items():
-        _override(values, dotted, text)
-    if isinstance(values.get("flow"), dict):
-        values["flow"] = {key: value for key, value in values["flow"].items() if value is not None}
-    recipe = from_dict(Recipe, values)
-    _check_flow_keys(recipe.flow)
-    return recipe
+        _set_dotted(values, dotted, text)
+    return from_dict(Recipe, values)
 
 
-def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's values laid over those of the recipe that its key `base` names, relative to it."""
     values = read_mapping(path)
     base = values.pop("base", None)
@@ -177,30 +300,20 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"'base' of {path} is {base!r}, expected the name of a recipe beside it")
     if path.resolve() in above:
         raise UserError(f"the base of {path} comes back to {path}: take one of them out")
-    return _laid_over(_with_base(path.parent / base, (*above, path.resolve())), values)
+    return _merge(_read_with_base(path.parent / base, (*above, path.resolve())), values)
 
 
-def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, section by section; null in `flow` takes an option out."""
+def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `own` over those of `base`, section by section."""
     merged = dict(base)
     for key, value in own.items():
         inner = merged.get(key)
-        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
 
 
-def _check_flow_keys(options: Mapping[str, Any]) -> None:
-    """Values are checked when the model is built, after its latents are known; names are checked at once."""
-    kind = options.get("kind", "starflow")
-    if kind not in KINDS:
-        raise UserError(f"'flow.kind' is {kind!r}, expected one of {', '.join(KINDS)}")
-    known = ["kind", *(option.name for option in fields(KINDS[kind]))]
-    for key in options:
-        if key not in known:
-            raise UserError(unknown_key_message(f"flow.{key}", key, known))
-
-
-def _override(values: dict[str, Any], dotted: str, text: str) -> None:
+def _set_dotted(values: dict[str, Any], dotted: str, text: str) -> None:
+    """Set the value at a dotted key, as YAML writes it."""
     import yaml
 
     *sections, key = dotted.split(".")

@@ -1,7 +1,4 @@
-"""What a training run is told, for every stage alike.
-
-The precision of a network's forward pass.
-"""
+"""The settings of a training, the same for every stage: optimisation, schedule, precision and processes."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ from starflow.nn.cpu import has_bfloat16
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How several processes (torchrun) share a model, and what is traded for memory."""
+    """How several processes (torchrun) share a model, and what is traded for memory.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
 
     layout: Literal["replicated", "sharded", "hybrid"] = "replicated"
     """Every process holds all weights; or a part of them (FSDP2); or a part within a group of processes, replicated
@@ -25,7 +26,7 @@ class ParallelSettings:
     shard_size: int = 0
     """Processes of a hybrid group; 0 is those of one host."""
     accumulate: int = 1
-    """Parts that a process's share of the batch is cut into, one after the other, before an update."""
+    """Micro-batches that a process's share of the batch is cut into, one after the other, before an update."""
     checkpoint_attention: bool = False
     """Compute attention again in the backward pass instead of keeping its activations."""
     checkpoint_mlp: bool = False
@@ -40,17 +41,25 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation, schedule and reporting of one stage.
+    """Optimisation, schedule and logging of one stage.
 
     Defaults of betas, eps and weight decay are those of STARFlow (arXiv 2506.06276, appendix).
+
+    Raises:
+        UserError: a number that cannot be; the message names its key.
+
+    Example:
+        >>> settings = TrainSettings(steps=1000, batch=8, parallel=ParallelSettings(accumulate=2))
+        >>> settings.rows(rank=1, size=2)
+        [range(4, 6), range(6, 8)]
     """
 
     steps: int
     """Updates in all."""
     batch: int = 32
-    """Pictures per update, over all processes and accumulated parts."""
+    """Images per update, over all processes and micro-batches."""
     lr: float = 1e-4
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     min_lr: float = 0.0
     """Learning rate at the last update."""
     schedule: Literal["cosine", "trapezoid"] = "cosine"
@@ -60,8 +69,11 @@ class TrainSettings:
     warmup: int = 100
     """Updates over which the learning rate rises linearly from zero."""
     betas: tuple[float, ...] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     eps: float = 1e-8
+    """Term in the denominator of AdamW."""
     weight_decay: float = 1e-4
+    """Decoupled weight decay, of matrices only."""
     clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down."""
     skip_above: float = 10.0
@@ -70,27 +82,28 @@ class TrainSettings:
     average: float = 0.999
     """Decay per update of the averaged weights, reached from below as (1 + t) / (10 + t)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network; "auto" is bfloat16 on a GPU that has it, else float32. Losses are always float32."""
+    """Of the network's passes; "auto" is bfloat16 on a GPU that has it, else float32. Losses are always float32."""
     compile: bool = False
     """Compile every Transformer layer with torch.compile."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     evaluate_every: int = 500
-    """Updates between held-out evaluations of the averaged weights; the best average is kept apart."""
+    """Updates between held-out evaluations of the averaged weights; the best average is kept in best/."""
     evaluate_pictures: int = 0
-    """Most held-out pictures, and as many training ones, that an evaluation of a flow reads; 0 is all held-out ones."""
+    """Held-out images, and as many training ones, that an evaluation of a flow reads, at most; 0 is all held out."""
     sample_every: int = 500
-    """Updates between pictures."""
+    """Updates between sample grids."""
     checkpoint_every: int = 200
     """Updates between checkpoints; the newest two are kept."""
     peak_tflops: float = 0.0
-    """What a device can do, in 10^12 floating-point operations a second, which the log's utilisation is a share of;
-    0 measures a large matrix product at the start."""
+    """The device's peak, in 10^12 floating-point operations a second, which the log's utilisation is a share of; 0
+    measures a large matrix product at the start."""
     wandb: str = ""
     """A Weights & Biases project to log to beside TensorBoard; needs the package wandb."""
     init_from: str = ""
     """Where the first weights come from instead of chance: the bundled model's name, a folder or a hub id. A flow may
     also take a Gemma-style language model for its deep block."""
     seed: int = 0
+    """Seed of the first weights, the order of the data and every draw."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every", "sample_every", "checkpoint_every"):
@@ -108,7 +121,7 @@ class TrainSettings:
             raise UserError(f"'skip_above' is {self.skip_above}, expected more than 1, or 0 for never")
 
     def rows(self, rank: int, size: int) -> list[range]:
-        """Which of the batch's pictures a process sees, one range an accumulated part.
+        """The rows of the batch that a process sees, one range a micro-batch.
 
         Raises:
             UserError: the batch cannot be cut into equal parts.
@@ -125,14 +138,19 @@ class TrainSettings:
 
 
 def network_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it; else float32."""
+    """bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it; else float32.
+
+    Example:
+        >>> network_dtype(TrainSettings(steps=1), torch.device("cpu"))
+        torch.float32
+    """
     native = device.type == "cuda" and has_bfloat16(device)
     low = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
     return torch.bfloat16 if low else torch.float32
 
 
 def network_precision(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to `network_dtype`. Weights, optimiser and losses stay in float32."""
+    """A context that casts the network to `network_dtype`; weights, optimiser and losses stay in float32."""
     if network_dtype(settings, device) == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -1,9 +1,7 @@
-"""Optimiser, learning-rate schedule and averaged weights.
+"""The state that training changes (weights, averages, optimiser), in one process or many, and one update of it.
 
-The state that training changes (weights, averages, moments), in one process or many, and one update of it.
-
-Contract: gradients are means over the whole batch, in float32, whatever the layout, the number of processes and the
-accumulated parts. All processes take the same decisions: they compare numbers that were summed over all of them.
+Contract: gradients are means over the whole batch, in float32, whatever the layout, the number of processes and of
+micro-batches. All processes take the same decisions: they compare numbers that were summed over all of them.
 """
 
 from __future__ import annotations
@@ -21,21 +19,27 @@ from torch.distributed.fsdp import FSDPModule
 from starflow.nn.cpu import keep_freed_memory
 from starflow.train.distributed.sharding import (
     ShardingLayout,
-    compile_units,
+    checkpoint_activations,
+    compile_layers,
     full_tensor,
     initialise,
     local_shard,
     make_layout,
     named_state,
-    recompute,
-    shard,
+    shard_model,
 )
 from starflow.train.distributed.world import World
 from starflow.train.settings import TrainSettings, network_dtype
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Learning rate of update `step` (counted from 0)."""
+    """Learning rate of update `step` (counted from 0).
+
+    Example:
+        >>> settings = TrainSettings(steps=100, lr=1.0, warmup=10)
+        >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 55, 100)]
+        [0.1, 1.0, 0.5, 0.0]
+    """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "cosine":
@@ -47,12 +51,12 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW whose decay spares vectors (biases, norms, start tokens), as is usual."""
+    """AdamW whose weight decay leaves vectors (biases, norms, start tokens) out, as is usual."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    spared = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    not_decayed = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     beta1, beta2 = settings.betas
     return torch.optim.AdamW(
@@ -64,6 +68,14 @@ class AveragedWeights:
     """Exponential moving average of a model's state (parameters and floating buffers), in float32, split as it is.
 
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> average = AveragedWeights(model, decay=0.9)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> average.update(model, step=0)
+        >>> bool(average.state["weight"].abs() <= 0.1)
+        True
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -89,7 +101,12 @@ class TrainState:
     """A model, wrapped in place for its world, with its optimiser and its average."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, world: World) -> None:
-        """`model` is real, and then equal in every process, or on the meta device: its flow is then initialised here.
+        """Wrap the model for its world.
+
+        Args:
+            model: real and equal in every process, or on the meta device, where its flow is initialised here.
+            settings: see `TrainSettings`.
+            world: the processes that hold the model.
 
         Raises:
             UserError: a layout that these processes cannot have.
@@ -98,29 +115,29 @@ class TrainState:
         self.layout: ShardingLayout | None = None
         if world.device.type == "cpu":
             keep_freed_memory()
-        blank = all(parameter.is_meta for parameter in model.parameters())
+        on_meta = all(parameter.is_meta for parameter in model.parameters())
         if world.size > 1:
-            self._plain = copy.deepcopy(model).to("meta")  # what a whole copy is put into, to draw and to save
+            self._plain = copy.deepcopy(model).to("meta")  # what the full average is put into, to draw and to save
             self.layout = make_layout(settings.parallel, world)
-        recompute(model, settings.parallel)
+        checkpoint_activations(model, settings.parallel)
         if settings.compile:
-            compile_units(model)
+            compile_layers(model)
         if self.layout is not None:
-            gathered = network_dtype(settings, world.device)
-            shard(model, self.layout, None if gathered == torch.float32 else gathered)
-        if blank:
+            dtype = network_dtype(settings, world.device)
+            shard_model(model, self.layout, None if dtype == torch.float32 else dtype)
+        if on_meta:
             model.to_empty(device=world.device)
             initialise(model, settings.seed)
         self.optimiser = make_optimiser(model, settings)
         self.average = AveragedWeights(model, settings.average)
 
-    def set_rate(self, rate: float) -> None:
-        """Set the learning rate."""
+    def set_learning_rate(self, rate: float) -> None:
+        """Use this rate from the next update on."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
 
-    def before_part(self, *, last: bool) -> None:
-        """Hold back what need not be exchanged before the last accumulated part."""
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Exchange gradients after the last micro-batch of an update alone, as far as the layout allows it."""
         if self.layout is not None and isinstance(self.model, FSDPModule):
             if self.layout.shards == 1:
                 self.model.set_requires_gradient_sync(last)
@@ -139,15 +156,15 @@ class TrainState:
             squares = squares / self.layout.copies
         return squares.sqrt()
 
-    def apply(self, norm: float, step: int) -> None:
-        """Clip gradients of that norm, update the weights and then their average."""
+    def update(self, norm: float, step: int) -> None:
+        """Clip the gradients, whose norm is given, update the weights and then their average."""
         factor = self.settings.clip / (norm + 1e-6)
         if factor < 1:
             torch._foreach_mul_(self._gradients(), factor)
         self.optimiser.step()
         self.average.update(self.model, step)
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Free the gradients."""
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -156,7 +173,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Run a block with the averaged weights in the model, in eval mode, and put everything back bit for bit."""
+        """Run a block with the averaged weights in the model, in eval mode; all is put back bit for bit afterwards."""
         self._swap()
         self.model.eval()
         try:
@@ -168,14 +185,14 @@ class TrainState:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, tensor in named_state(self.model).items():
-            mine, other = local_shard(tensor), local_shard(self.average.state[name])
-            kept = mine.clone()
-            mine.copy_(other)
-            other.copy_(kept)
+            current, averaged = local_shard(tensor), local_shard(self.average.state[name])
+            kept = current.clone()
+            current.copy_(averaged)
+            averaged.copy_(kept)
 
     @contextlib.contextmanager
-    def whole_average(self, device: torch.device) -> Iterator[nn.Module | None]:
-        """The averaged model as a plain one in the main process, None in the others; they wait for the block's end.
+    def full_average(self, device: torch.device) -> Iterator[nn.Module | None]:
+        """Run a block with the averaged model as a plain one in the main process, and None in the others, which wait.
 
         Args:
             device: that a model of several processes is gathered on; alone, a model stays where it is.
@@ -187,12 +204,12 @@ class TrainState:
         state: dict[str, Tensor] = {}
         for name, tensor in self.average.state.items():
             gathered = full_tensor(tensor)
-            if self.world.main:
+            if self.world.is_main:
                 state[name] = gathered.to(device)
-        if self.world.main:
+        if self.world.is_main:
             model = copy.deepcopy(self._plain)
             model.load_state_dict(state, assign=True)
             yield model.eval()
         else:
             yield None
-        self.world.wait()
+        self.world.barrier()

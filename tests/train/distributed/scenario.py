@@ -1,4 +1,4 @@
-"""A small flow on a small cache, trained by any number of processes, and told to fail where a test wants it."""
+"""A small flow on a small cache, trained by any number of processes, and settings to fail where a test wants it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from starflow.flow.model import Flow, STARFlow
 from starflow.train.checkpoint import TrainProgress
 from starflow.train.distributed.sharding import initialise
 from starflow.train.distributed.world import World
-from starflow.train.loop import fit, read_log
+from starflow.train.log import read_log
+from starflow.train.loop import fit
 from starflow.train.recipe import Objective
 from starflow.train.settings import ParallelSettings, TrainSettings
 from starflow.train.tasks.flow import FlowTask
@@ -77,7 +78,7 @@ def settings(**parallel: Any) -> TrainSettings:
 
 def train(
     folder: Path,
-    told: TrainSettings,
+    settings: TrainSettings,
     world: World | None = None,
     *,
     stop_at: int = -1,
@@ -88,11 +89,11 @@ def train(
     with torch.device("meta"):
         flow = STARFlow(CONFIG)
     if real:  # as after train.init_from
-        initialise(flow.to_empty(device="cpu"), told.seed)
+        initialise(flow.to_empty(device="cpu"), settings.seed)
     world = world or World()
-    task = FlakyTask(flow, make_cache(), Objective(), told, draw=_nothing, save=_save, world=world)
+    task = FlakyTask(flow, make_cache(), Objective(), settings, draw=_nothing, save=_save, world=world)
     task.stop_at, task.nan_at = stop_at, nan_at
-    return fit(task, told, folder, show_progress=False, world=world)
+    return fit(task, settings, folder, show_progress=False, world=world)
 
 
 def _nothing(flow: Flow, path: Path) -> None:

@@ -66,12 +66,15 @@ def test_sigterm_to_torchrun_checkpoints_too(recipe: Path, tmp_path: Path) -> No
     assert newest(run) == logged(run)[-1][0], output
 
 
-@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 5)])
+@pytest.mark.parametrize(
+    ("layout", "number", "timeout"),
+    [("replicated", signal.SIGKILL, 600), ("sharded", signal.SIGKILL, 600), ("replicated", signal.SIGSTOP, 5)],
+)
 def test_a_dead_or_hanging_process_ends_the_job_with_a_message(
-    recipe: Path, tmp_path: Path, number: signal.Signals, timeout: int
+    recipe: Path, tmp_path: Path, layout: str, number: signal.Signals, timeout: int
 ) -> None:
     run = tmp_path / "run"
-    words = [*command("replicated", recipe, run, 100_000), "--train.parallel.timeout", str(timeout)]
+    words = [*command(layout, recipe, run, 100_000), "--train.parallel.timeout", str(timeout)]
     process = launch(words)
     wait_for_step(run, 15, process)
     children = workers(process.pid)
@@ -116,7 +119,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(recipe: Path, tmp_path
 
 LATE = """
 import os, pathlib, signal, time, torch
-from starflow.train.distributed.world import join
+from starflow.train.distributed.world import join_world
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 there = pathlib.Path(__file__).with_name("there")
 if again and os.environ["RANK"] == "1":
@@ -125,11 +128,11 @@ if again and os.environ["RANK"] == "0":
     while not there.exists():
         time.sleep(0.1)
     time.sleep(2)
-with join(torch.device("cpu"), 60) as world:
-    world.total(torch.ones(1))
+with join_world(torch.device("cpu"), 60) as world:
+    world.all_reduce(torch.ones(1))
     if not again and world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    world.wait()
+    world.barrier()
     print("done", world.rank, again)
 """
 

@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/train/distributed/test_layouts.py: `torchrun ... worker FOLDER`."""
+"""What each of two processes does for tests/train/distributed/test_sharding.py: `torchrun ... worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from starflow.train.distributed.world import World, join_world
 from starflow.train.recipe import load_recipe
 from starflow.train.run import Run
 from starflow.train.settings import network_precision
-from starflow.train.stages import prepare_autoencoder, prepare_conditioner, prepare_latents, prepare_pictures
+from starflow.train.stages import Stages
 from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
 from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
@@ -65,10 +66,17 @@ def late(folder: Path, world: World) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "late.yaml").write_text(LATE)
     run = Run(load_recipe(folder / "late.yaml"), folder, world.device, progress=False, world=world)
-    for stage in (prepare_pictures, prepare_autoencoder, lambda run: prepare_conditioner(run, None), prepare_latents):
+    stages = Stages(run)
+    results: list[Callable[[], object]] = [
+        lambda: stages.dataset,
+        lambda: stages.autoencoder,
+        lambda: stages.conditioner,
+        stages.cache_latents,
+    ]
+    for result in results:
         time.sleep(2 * world.rank)
-        stage(run)
-        seen = world.total(torch.tensor([1.0]))
+        result()
+        seen = world.all_reduce(torch.tensor([1.0]))
         (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
 
 
@@ -77,7 +85,7 @@ def rounded(world: World) -> list[tuple[str, float]]:
     with torch.device("meta"):
         flow = build(CONFIG)
     told = replace(settings(layout="sharded"), precision="bfloat16")
-    engine = TrainState(FlowLoss(flow, 0.0), told, world)
+    state = TrainState(FlowLoss(flow, 0.0), told, world)
     found: list[tuple[str, float]] = []
 
     def look(block: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -87,7 +95,7 @@ def rounded(world: World) -> list[tuple[str, float]]:
     for block in flow.blocks:
         block.register_forward_hook(look)
     with network_precision(told, world.device):
-        engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))
+        state.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))
     return found
 
 
@@ -99,18 +107,18 @@ def reduced(world: World) -> dict[str, object]:
     with torch.device("meta"):
         flow = build(CONFIG)
     told = replace(settings(layout="sharded"), precision="bfloat16")
-    engine = TrainState(FlowLoss(flow, 0.0), told, world)
+    state = TrainState(FlowLoss(flow, 0.0), told, world)
     with torch.no_grad():
         for block in flow.iter_blocks():  # a new model is the identity, which has few gradients
             local_shard(block.proj_out.weight).normal_(std=0.1)
     draw = torch.Generator().manual_seed(world.rank)
     with network_precision(told, world.device):
-        loss = engine.model(torch.randn(4, 2, 4, 4, generator=draw), torch.randn(4, 1, 4, generator=draw))[0]
+        loss = state.model(torch.randn(4, 2, 4, 4, generator=draw), torch.randn(4, 1, 4, generator=draw))[0]
     loss.backward()
-    gradients = [local_shard(weight.grad).flatten() for weight in engine.model.parameters() if weight.grad is not None]
+    gradients = [local_shard(weight.grad).flatten() for weight in state.model.parameters() if weight.grad is not None]
     entries = torch.cat(gradients)
     entries = entries[entries != 0]
-    units = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in state.model.modules() if isinstance(module, FSDPModule)]
     return {
         "units": sorted(type(unit).__name__.removeprefix("FSDP") for unit in units),
         "dtypes": sorted({str(gradient.dtype) for gradient in gradients}),
@@ -123,13 +131,13 @@ def state_bytes(world: World) -> dict[str, int]:
     """What this process holds of a sharded model after an update, without activations."""
     with torch.device("meta"):
         flow = build(CONFIG)
-    engine = TrainState(FlowLoss(flow, 0.0), settings(layout="sharded"), world)
-    engine.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))[0].backward()
-    engine.apply(1.0, 0)
-    weights = list(engine.model.parameters())
-    moments = [engine.optimiser.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq")]
+    state = TrainState(FlowLoss(flow, 0.0), settings(layout="sharded"), world)
+    state.model(torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4))[0].backward()
+    state.update(1.0, 0)
+    weights = list(state.model.parameters())
+    moments = [state.optimiser.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq")]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    average = list(engine.average.state.values())
+    average = list(state.average.state.values())
     held: dict[str, list[torch.Tensor]] = {"parameters": [*weights], "gradients": gradients, "moments": moments}
     held["average"] = average
     return {name: sum(local_shard(one).nbytes for one in tensors) for name, tensors in held.items()}

@@ -35,10 +35,10 @@ def make_task(steps: int = 40, precision: str = "float32") -> AutoencoderTask:
         checkpoint_every=steps,
     )
     model = SmallAutoencoder(SmallAutoencoderConfig(channels=8, widths=(16, 16), encoder_pairs=1, decoder_pairs=1))
-    return AutoencoderTask(model, make_feed(views, settings), (0.1, 0.3), ReconstructionLoss(), settings)
+    return AutoencoderTask(model, make_loader(views, settings), (0.1, 0.3), ReconstructionLoss(), settings)
 
 
-def make_feed(views: TrainingViews, settings: TrainSettings) -> TrainingLoader:
+def make_loader(views: TrainingViews, settings: TrainSettings) -> TrainingLoader:
     pictures = ViewDataset(views)
     return TrainingLoader(pictures, batch_order(pictures, settings.batch, settings.seed, 0), settings.rows(0, 1))
 
@@ -78,4 +78,4 @@ def test_bfloat16_gives_float32_losses_close_to_float32() -> None:
 def test_no_held_out_pictures_is_refused() -> None:
     views = draw_shapes(60, 16, seed=0)
     with pytest.raises(UserError, match="60 training and 0 held-out pictures"):
-        make_feed(replace(views, splits=["train"] * 60), TrainSettings(steps=1))
+        make_loader(replace(views, splits=["train"] * 60), TrainSettings(steps=1))

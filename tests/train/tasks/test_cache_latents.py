@@ -25,7 +25,7 @@ from starflow.io.files import read_tensors
 from starflow.latents import AutoencoderSpec
 from starflow.train.distributed.world import World
 from starflow.train.tasks import cache_latents as stage
-from starflow.train.tasks.cache_latents import CacheJob, cache_latents, plan
+from starflow.train.tasks.cache_latents import CacheJob, cache_latents, cache_parts
 from tests.cli.conftest import Run as Cli
 from tests.cli.conftest import run  # noqa: F401  # a fixture
 from tests.data.sources.common import indexed
@@ -75,11 +75,11 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedDataset:
     return indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(16, 8, ("21:9", "1:1")))
 
 
-def fill(pictures: IndexedDataset, folder: Path, autoencoder: Means, *, mirrored: bool = False) -> list[str]:
+def fill(pictures: IndexedDataset, folder: Path, autoencoder: Means, *, flipped: bool = False) -> list[str]:
     said: list[str] = []
     conditioner = ClassLabels(["class 0", "class 1"])
-    cache = CacheJob(pictures, autoencoder, conditioner, folder, mirrored)
-    cache_latents(cache, {"what": "test"}, World(), show_progress=False, say=said.append)
+    job = CacheJob(pictures, autoencoder, conditioner, folder, flipped)
+    cache_latents(job, {"what": "test"}, World(), show_progress=False, notify=said.append)
     return said
 
 
@@ -126,11 +126,11 @@ def test_stopped_in_the_middle_it_goes_on_with_the_rest(pictures: IndexedDataset
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_mirrored_pictures_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
-    fill(pictures, tmp_path / "cache", Means(), mirrored=True)
+def test_flipped_images_are_of_the_training_alone(pictures: IndexedDataset, tmp_path: Path) -> None:
+    fill(pictures, tmp_path / "cache", Means(), flipped=True)
     found = CachedLatents(tmp_path / "cache")
     count = {split: sum(map(len, found.indices(split))) for split in ("train", "heldout")}
-    plain = len(plan(CacheJob(pictures, Means(), None, tmp_path)))
+    plain = len(cache_parts(CacheJob(pictures, Means(), None, tmp_path)))
     assert plain < len(list((tmp_path / "cache").glob("latents-*")))
     assert count["train"] == 2 * (39 - count["heldout"])
     numbers = found.indices("train")[1]

@@ -6,6 +6,7 @@ Pictures that are encoded when it is their turn: the batches of the cached train
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.train.distributed.world import World
-from starflow.train.loop import fit, read_log
+from starflow.train.loader import LoaderSettings
+from starflow.train.log import read_log
+from starflow.train.loop import fit
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.flow import (
@@ -27,7 +30,6 @@ from starflow.train.tasks.flow import (
     FlowTask,
     LiveFlowTask,
     LiveLatents,
-    LoaderSettings,
     bits_per_dim,
     nats_per_dim,
 )
@@ -60,8 +62,11 @@ def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> I
 def make_task(cache: InMemoryLatents, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
     settings = TrainSettings(steps=3, batch=8)
-    nothing = lambda flow, path: None  # noqa: E731
-    return FlowTask(flow or random_flow(), cache, objective, settings, draw=nothing, save=nothing)
+    return FlowTask(flow or random_flow(), cache, objective, settings, draw=do_nothing, save=do_nothing)
+
+
+def do_nothing(flow: Flow, path: Path) -> None:
+    """Stand in for drawing and saving."""
 
 
 def random_flow() -> STARFlow:
@@ -169,11 +174,11 @@ def test_saving_and_drawing_reach_their_callables(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_may_read_some_of_the_heldout_pictures() -> None:
-    cache, nothing = make_cache(heldout=5), lambda flow, path: None
+    cache = make_cache(heldout=5)
 
     def task(count: int) -> FlowTask:
         settings = TrainSettings(steps=3, batch=4, evaluate_pictures=count)
-        return FlowTask(random_flow(), cache, Objective(), settings, draw=nothing, save=nothing)
+        return FlowTask(random_flow(), cache, Objective(), settings, draw=do_nothing, save=do_nothing)
 
     chosen = torch.cat(task(2).heldout).tolist()
     assert len(set(chosen)) == 2
@@ -186,17 +191,19 @@ def test_an_evaluation_may_read_some_of_the_heldout_pictures() -> None:
         TrainSettings(steps=1, evaluate_pictures=-1)
 
 
-CONFIG_live = STARFlowConfig(
+LIVE_CONFIG = STARFlowConfig(
     in_channels=3, img_size=2, channels=16, num_blocks=2, layers_per_block=1, head_dim=16, txt_size=1, txt_dim=3
 )
-SETTINGS = TrainSettings(steps=5, batch=4, warmup=1, evaluate_every=2, sample_every=100, checkpoint_every=2)
+LIVE_SETTINGS = TrainSettings(steps=5, batch=4, warmup=1, evaluate_every=2, sample_every=100, checkpoint_every=2)
 
 
-def live_task(pictures: IndexedDataset, how: LoaderSettings | None = None, world: World | None = None) -> LiveFlowTask:
+def live_task(
+    pictures: IndexedDataset, loading: LoaderSettings | None = None, world: World | None = None
+) -> LiveFlowTask:
     latents = LiveLatents(pictures, Means(), ClassLabels(["class 0", "class 1"]))
     torch.manual_seed(0)
-    nothing = lambda flow, path: None  # noqa: E731
-    return LiveFlowTask(STARFlow(CONFIG_live), latents, Objective(), SETTINGS, nothing, nothing, world, how)
+    flow = STARFlow(LIVE_CONFIG)
+    return LiveFlowTask(flow, latents, Objective(), LIVE_SETTINGS, do_nothing, do_nothing, world, loading)
 
 
 def test_it_sees_what_the_cached_training_sees(pictures: IndexedDataset, tmp_path: Path) -> None:
@@ -204,8 +211,7 @@ def test_it_sees_what_the_cached_training_sees(pictures: IndexedDataset, tmp_pat
     Image.new("RGB", (16, 16)).save(broken)  # a cache leaves out what a live batch replaces
     fill(pictures, tmp_path / "cache", Means())
     live, cache = live_task(pictures), CachedLatents(tmp_path / "cache")
-    nothing = lambda flow, path: None  # noqa: E731
-    cached = FlowTask(STARFlow(CONFIG_live), cache, Objective(), SETTINGS, nothing, nothing)
+    cached = FlowTask(STARFlow(LIVE_CONFIG), cache, Objective(), LIVE_SETTINGS, do_nothing, do_nothing)
     for step in range(12):
         for mine, other in zip(live.batch(step, range(4)), cached.batch(step, range(4)), strict=True):
             assert mine is not None
@@ -217,16 +223,14 @@ def test_it_sees_what_the_cached_training_sees(pictures: IndexedDataset, tmp_pat
 
 
 def test_a_resumed_live_run_is_the_uninterrupted_one(pictures: IndexedDataset, tmp_path: Path) -> None:
-    how = LoaderSettings(mirror=True, say=lambda _: None)
-    fit(live_task(pictures, how), SETTINGS, tmp_path / "whole", show_progress=False)
-    from dataclasses import replace
-
-    fit(live_task(pictures, how), replace(SETTINGS, steps=2), tmp_path / "cut", show_progress=False)
+    loading = LoaderSettings(flip=True, notify=lambda _: None)
+    fit(live_task(pictures, loading), LIVE_SETTINGS, tmp_path / "whole", show_progress=False)
+    fit(live_task(pictures, loading), replace(LIVE_SETTINGS, steps=2), tmp_path / "cut", show_progress=False)
     (tmp_path / "cut" / "checkpoints").rename(tmp_path / "kept")
-    task = live_task(pictures, how)
+    task = live_task(pictures, loading)
     (tmp_path / "again").mkdir()
     (tmp_path / "kept").rename(tmp_path / "again" / "checkpoints")
-    fit(task, SETTINGS, tmp_path / "again", show_progress=False)
+    fit(task, LIVE_SETTINGS, tmp_path / "again", show_progress=False)
     whole = [line["squares"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "loss" in line]
     again = [line["squares"] for line in read_log(tmp_path / "again" / "log.jsonl") if "loss" in line]
     assert again == whole[2:]
@@ -234,7 +238,7 @@ def test_a_resumed_live_run_is_the_uninterrupted_one(pictures: IndexedDataset, t
 
 def test_unreadable_pictures_are_counted_in_the_log(pictures: IndexedDataset, tmp_path: Path) -> None:
     said: list[str] = []
-    task = live_task(pictures, LoaderSettings(say=said.append))
+    task = live_task(pictures, LoaderSettings(notify=said.append))
     for step in range(15):
         _, terms = task.loss(task.model, task.batch(step, range(4)))
     assert float(terms["unreadable"]) == 1.0
@@ -242,8 +246,8 @@ def test_unreadable_pictures_are_counted_in_the_log(pictures: IndexedDataset, tm
     assert said[0].startswith("skipped class 1/05.png")
 
 
-def test_half_of_the_pictures_are_mirrored(pictures: IndexedDataset) -> None:
-    plain, turned = live_task(pictures), live_task(pictures, LoaderSettings(mirror=True, say=lambda _: None))
+def test_half_of_the_images_are_flipped(pictures: IndexedDataset) -> None:
+    plain, turned = live_task(pictures), live_task(pictures, LoaderSettings(flip=True, notify=lambda _: None))
     shares = []
     for step in range(12):
         a, b = plain._images(step, range(4))[0], turned._images(step, range(4))[0]

@@ -1,1 +1,1 @@
-"""Several processes that train one model: who is there, how weights are split, and how they begin."""
+"""Several processes that train one model: which there are, how they share the weights, and how they start."""

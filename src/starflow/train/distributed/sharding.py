@@ -1,24 +1,19 @@
-"""Layouts as meshes: every layout is (copies x shards) processes, and one code path trains them all.
+"""How the weights of a model are split over processes, in place, and what a process holds of each tensor.
 
-Replicated is (size, 1), sharded (1, size), hybrid (size / shard_size, shard_size). Process r belongs to copy
-r // shard_size, so that the shards of a copy are neighbours, on one host where they fit.
+Layouts are meshes. Every layout is (copies x shards) processes, and one code path trains them all: replicated is
+(size, 1), sharded (1, size), hybrid (size / shard_size, shard_size). Process r belongs to copy r // shard_size, so that
+the shards of a copy are neighbours, on one host where they fit.
 
-Tensors that several processes hold together: this process's piece, the whole, and where the piece lies in it.
+Contract of split tensors: a tensor is split along its first dimension over the last mesh dimension, as fully_shard does
+it (like `torch.chunk`), and equal over the other one. A plain tensor is equal everywhere.
 
-Contract: a tensor is split along its first dimension over the last mesh dimension, as fully_shard does it (like
-`torch.chunk`), and equal over the other one. A plain tensor is equal everywhere.
+Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. z and
+log-determinants are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs,
+and gradients are averaged in float32.
 
-First weights of a flow that was built on the meta device.
-
-Every Transformer layer, and the rest of every block, draws from a seed of its own: each process makes one of them at a
-time on the CPU and keeps its part. So a model larger than a process's memory starts with the same weights in any
-layout, and at any number of processes.
-
-A model made ready for training, in place: recomputed activations, compiled layers, and shards.
-
-Units are the Transformer layers and the blocks around them; a model without any is one unit. z and log-determinants
-are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs, and gradients
-are averaged in float32.
+First weights of a flow that was built on the meta device: every Transformer layer, and the rest of every block, draws
+from a seed of its own. Each process makes one of them at a time on the CPU and keeps its part, so that a model larger
+than a process's memory starts with the same weights in any layout and at any number of processes.
 """
 
 from __future__ import annotations
@@ -47,7 +42,7 @@ from starflow.train.settings import ParallelSettings
 
 @dataclass(frozen=True)
 class ShardingLayout:
-    """A mesh and its sizes."""
+    """The mesh of processes that hold a model, and its sizes."""
 
     mesh: DeviceMesh
     """One-dimensional where there is one copy, else (copies, shards)."""
@@ -56,10 +51,14 @@ class ShardingLayout:
 
 
 def shard_size(parallel: ParallelSettings, world: World) -> int:
-    """Processes that share one copy of the weights.
+    """The number of processes that share one copy of the weights.
 
     Raises:
         UserError: a hybrid layout that does not divide the processes.
+
+    Example:
+        >>> shard_size(ParallelSettings(layout="hybrid", shard_size=2), World(size=8))
+        2
     """
     if parallel.layout == "replicated":
         return 1
@@ -83,62 +82,50 @@ def make_layout(parallel: ParallelSettings, world: World) -> ShardingLayout:
     assert everyone is not None
     if shards == world.size:
         return ShardingLayout(DeviceMesh.from_group(everyone, kind), shards, 1)
-    patience = timedelta(seconds=world.timeout)
-    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
-    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
+    limit = timedelta(seconds=world.timeout)
+    within, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)
+    across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
     assert within is not None
     assert across is not None
     mesh = DeviceMesh.from_group([across, within], kind, mesh=ranks, mesh_dim_names=("copy", "shard"))
     return ShardingLayout(mesh, shards, world.size // shards)
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """This process's piece; it shares memory with the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+def shard_model(model: nn.Module, layout: ShardingLayout, weights: torch.dtype | None) -> None:
+    """Split the weights over the layout's mesh, layer by layer and block by block.
+
+    Args:
+        model: on the meta device, or real and equal in every process.
+        layout: see `make_layout`.
+        weights: precision that weights are gathered in; None is their own.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=weights, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
+    blocks = [module for module in model.modules() if isinstance(module, AutoregressiveBlock)]
+    for unit in [*layers_of(model), *blocks, model]:
+        fully_shard(unit, mesh=layout.mesh, mp_policy=policy)
 
 
-def shard_start(tensor: Tensor) -> int:
-    """Where this process's piece begins along the first dimension of the whole."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    assert tensor.placements[-1] == Shard(0)
-    mesh = tensor.device_mesh
-    shards, rows = mesh.size(mesh.ndim - 1), tensor.shape[0]
-    return min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // shards))
+def checkpoint_activations(model: nn.Module, parallel: ParallelSettings) -> None:
+    """Keep no activations inside attention or MLP where the settings say so: the backward pass computes them again."""
+    for layer in layers_of(model):
+        if parallel.checkpoint_attention:
+            layer.register_module("attention", checkpoint_wrapper(layer.attention))
+        if parallel.checkpoint_mlp:
+            layer.register_module("mlp", checkpoint_wrapper(layer.mlp))
 
 
-def is_writer(tensor: Tensor, *, main: bool) -> bool:
-    """Whether this process is the one that writes its piece: of equal copies, the first."""
-    if not isinstance(tensor, DTensor):
-        return main
-    mesh = tensor.device_mesh
-    in_first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-    return in_first_copy and local_shard(tensor).numel() > 0
+def compile_layers(model: nn.Module) -> None:
+    """Compile every Transformer layer, or the whole of a model that has none; names and `extend` stay as they are."""
+    units: list[nn.Module] = [*layers_of(model)]
+    for unit in units or [model]:
+        unit.compile()
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, in every process; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def write_shard(tensor: Tensor, value: Tensor) -> None:
-    """Copy this process's part of a whole `value` into the tensor; not collective."""
-    assert tensor.shape == value.shape
-    piece = local_shard(tensor)
-    if isinstance(tensor, DTensor):
-        value = value.narrow(0, shard_start(tensor), len(piece))
-    piece.copy_(value)
-
-
-def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the names of the plain model; values share its memory."""
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names of the plain model, without those of wrappers in between."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The Transformer layers of a model."""
+    return [module for module in model.modules() if isinstance(module, Layer)]
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -173,38 +160,62 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
         write_shard(into[name], value)
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
-    """The Transformer layers of a model."""
-    return [module for module in model.modules() if isinstance(module, Layer)]
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard, which shares memory with the tensor; of a plain tensor all of it.
 
-
-def recompute(model: nn.Module, parallel: ParallelSettings) -> None:
-    """Keep no activations inside attention or MLP where the settings say so: the backward pass computes them again."""
-    for layer in layers_of(model):
-        if parallel.checkpoint_attention:
-            layer.register_module("attention", checkpoint_wrapper(layer.attention))
-        if parallel.checkpoint_mlp:
-            layer.register_module("mlp", checkpoint_wrapper(layer.mlp))
-
-
-def compile_units(model: nn.Module) -> None:
-    """Compile every Transformer layer, or the whole of a model that has none; names and `extend` stay as they are."""
-    units: list[nn.Module] = [*layers_of(model)]
-    for unit in units or [model]:
-        unit.compile()
-
-
-def shard(model: nn.Module, layout: ShardingLayout, weights: torch.dtype | None) -> None:
-    """Split the weights over the layout's mesh, layer by layer and block by block.
-
-    Args:
-        model: on the meta device, or real and equal in every process.
-        layout: the mesh.
-        weights: precision that weights are gathered in; None is their own.
+    Example:
+        >>> local_shard(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=weights, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-    )
-    blocks = [module for module in model.modules() if isinstance(module, AutoregressiveBlock)]
-    for unit in [*layers_of(model), *blocks, model]:
-        fully_shard(unit, mesh=layout.mesh, mp_policy=policy)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor, in every process; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def write_shard(tensor: Tensor, value: Tensor) -> None:
+    """Copy this process's part of a full `value` into the tensor; not collective.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> write_shard(weight, torch.tensor([1.0, 2.0]))
+        >>> weight
+        tensor([1., 2.])
+    """
+    assert tensor.shape == value.shape
+    own = local_shard(tensor)
+    if isinstance(tensor, DTensor):
+        value = value.narrow(0, shard_start(tensor), len(own))
+    own.copy_(value)
+
+
+def shard_start(tensor: Tensor) -> int:
+    """The row of the full tensor at which this process's shard begins."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    assert tensor.placements[-1] == Shard(0)
+    mesh = tensor.device_mesh
+    shards, rows = mesh.size(mesh.ndim - 1), tensor.shape[0]
+    return min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // shards))
+
+
+def is_writer(tensor: Tensor, *, main: bool) -> bool:
+    """Whether this process is the one that writes its shard: of equal copies, the first."""
+    if not isinstance(tensor, DTensor):
+        return main
+    mesh = tensor.device_mesh
+    in_first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+    return in_first_copy and local_shard(tensor).numel() > 0
+
+
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the names of the plain model; values share its memory."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names of the plain model, without those of wrappers in between."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}

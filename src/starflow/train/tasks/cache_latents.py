@@ -1,7 +1,7 @@
-"""The stage that fills a latent cache: every picture through the autoencoder, every caption through the text encoder.
+"""Filling of a latent cache: every image through the autoencoder, every caption through the text encoder.
 
-The work is cut into parts, each a file, written whole; the processes of a run share the parts that are missing, so
-that a killed run goes on with the next, at any number of processes.
+The work is cut into parts, each a file, written whole. The processes of a run share the parts that are missing, so that
+a killed run goes on with the next one, at any number of processes.
 """
 
 from __future__ import annotations
@@ -38,119 +38,129 @@ from starflow.train.loader import normal, read_batches
 
 BATCH = 64
 
-TIMES = "times.json"
+TIMES_NAME = "times.json"
+"""The file that adds up images and seconds over all runs that worked on a cache."""
 
 
 @dataclass(frozen=True)
 class CacheJob:
-    """What is encoded, by what, and where to."""
+    """Which images are encoded, by which networks, and into which folder."""
 
-    pictures: ImageDataset
+    dataset: ImageDataset
     autoencoder: Autoencoder
     conditioner: Conditioner | None
     folder: Path
-    mirrored: bool = False
-    """Encode every training picture mirrored as well."""
+    flipped: bool = False
+    """Encode every training image turned around as well."""
     workers: int = 0
+    """Processes that read; 0 is a thread."""
 
 
 @dataclass(frozen=True)
 class CachePart:
-    """Pictures of one bucket and split, plain or mirrored."""
+    """Images of one bucket and split, plain or turned around, which one file holds."""
 
     numbers: Tensor
-    mirrored: bool = False
+    flipped: bool = False
 
 
-def plan(cache: CacheJob) -> list[CachePart]:
-    """All parts in their order, a function of the pictures alone."""
+def cache_parts(job: CacheJob) -> list[CachePart]:
+    """All parts of a cache in their order, a function of the images alone."""
     parts = []
-    for mirrored, heldout in ((False, False), (False, True), (True, False)):
-        if mirrored and not cache.mirrored:
+    for flipped, heldout in ((False, False), (False, True), (True, False)):
+        if flipped and not job.flipped:
             continue
-        for numbers in split_indices(cache.pictures, heldout=heldout):
-            parts += [CachePart(some, mirrored) for some in numbers.split(PART_SIZE) if len(some)]
+        for numbers in split_indices(job.dataset, heldout=heldout):
+            parts += [CachePart(part, flipped) for part in numbers.split(PART_SIZE) if len(part)]
     return parts
 
 
 def cache_latents(
-    cache: CacheJob,
+    job: CacheJob,
     info: dict[str, Any],
     world: World,
     *,
     show_progress: bool = True,
-    say: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = print,
 ) -> None:
-    """Encode what is missing in the cache's folder; collective. What cannot be read is said, by name, and counted.
+    """Encode what is missing in the cache's folder; collective. What cannot be read is named and counted.
+
+    Args:
+        job: see `CacheJob`.
+        info: what is written into info.json beside what this function finds.
+        world: the processes, which share the parts.
+        show_progress: draw bars.
+        notify: called with one line about each image that cannot be read, and one at the end.
 
     Raises:
         UserError: the folder cannot be written or the disk is full (finished parts stay), or nothing could be read.
     """
-    parts, texts, folder = plan(cache), distinct_texts(cache), cache.folder
-    if world.main:
+    parts, texts, folder = cache_parts(job), distinct_texts(job), job.folder
+    if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    world.wait()
+    world.barrier()
     latents = [n for n in range(len(parts)) if not latents_path(folder, n).is_file()]
     states = [n for n in range(-(-len(texts) // PART_SIZE)) if not states_path(folder, n).is_file()]
-    world.wait()  # until all have seen the same
+    world.barrier()  # until all have seen the same
     started = time.perf_counter()
-    count = _encode_parts(cache, parts, latents[world.rank :: world.size], show_progress)
-    if cache.conditioner is not None:
-        _encode_texts(cache.conditioner, list(texts), states[world.rank :: world.size], folder, show_progress)
-    encoded = world.total(torch.tensor([float(count)], dtype=torch.float64, device=world.device))[0]
-    world.wait()
-    if world.main:
+    count = _encode_parts(job, parts, latents[world.rank :: world.size], show_progress)
+    if job.conditioner is not None:
+        _encode_texts(job.conditioner, list(texts), states[world.rank :: world.size], folder, show_progress)
+    encoded = world.all_reduce(torch.tensor([float(count)], dtype=torch.float64, device=world.device))[0]
+    world.barrier()
+    if world.is_main:
         _add_time(folder, encoded, time.perf_counter() - started)
-        _finish(cache, parts, texts, info, say)
-    world.wait()
+        _finish(job, parts, texts, info, notify)
+    world.barrier()
 
 
-def distinct_texts(cache: CacheJob) -> dict[str, int]:
-    """What the conditioner reads (captions, or class names), each with its row; empty without one."""
-    if cache.conditioner is None:
+def distinct_texts(job: CacheJob) -> dict[str, int]:
+    """The texts that the conditioner reads, each once, with its row in the cache; empty without a conditioner."""
+    if job.conditioner is None:
         return {}
-    entries = (cache.pictures.entry(number) for number in range(len(cache.pictures)))
-    keys = dict.fromkeys(_key(entry, cache.conditioner) for entry in entries)
-    return {key: row for row, key in enumerate(keys)}
+    entries = (job.dataset.entry(number) for number in range(len(job.dataset)))
+    texts = dict.fromkeys(condition_text(entry, job.conditioner) for entry in entries)
+    return {text: row for row, text in enumerate(texts)}
 
 
-def _key(entry: ImageEntry, conditioner: Conditioner) -> str:
+def condition_text(entry: ImageEntry, conditioner: Conditioner) -> str:
+    """What a conditioner reads of an image: its class name or its caption."""
     return (entry.label or "") if conditioner.spec.kind == "class" else entry.caption
 
 
 @torch.no_grad()
-def _encode_parts(cache: CacheJob, parts: Sequence[CachePart], mine: Sequence[int], show_progress: bool) -> int:
-    """Encode and write these parts; returns how many pictures they hold."""
-    requests = [some.tolist() for n in mine for some in parts[n].numbers.split(BATCH)]
-    coming = read_batches(cache.pictures, requests, cache.workers, replace=False)
+def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int], show_progress: bool) -> int:
+    """Encode and write these parts; returns how many images they hold."""
+    requests = [batch.tolist() for n in own for batch in parts[n].numbers.split(BATCH)]
+    batches = read_batches(job.dataset, requests, job.workers, replace=False)
     done = 0
     with tqdm(total=sum(map(len, requests)), unit="picture", desc="latents", disable=not show_progress) as bar:
-        for n in mine:
+        for n in own:
             means, stds, numbers, skipped = [], [], [], []
             for asked in parts[n].numbers.split(BATCH):
-                images, found, unread = next(coming)
+                images, found, unread = next(batches)
                 skipped += unread
                 if len(found):
-                    images = images.flip(-1) if parts[n].mirrored else images
-                    mean, std = encode(cache.autoencoder, images)
+                    images = images.flip(-1) if parts[n].flipped else images
+                    mean, std = encode_images(job.autoencoder, images)
                     means.append(mean)
                     stds += [] if std is None else [std]
                     numbers.append(found)
                 bar.update(len(asked))
             if numbers:
                 std = torch.cat(stds) if stds else None
-                write_latents(cache.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
+                write_latents(job.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
             else:
                 nothing = torch.empty(0, dtype=torch.long)
-                write_latents(cache.folder, n, torch.empty(0), None, nothing, skipped)
+                write_latents(job.folder, n, torch.empty(0), None, nothing, skipped)
             done += sum(map(len, numbers))
     return done
 
 
-def encode(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """uint8 pictures to mean and spread of their latents, on the CPU; no spread where there is no posterior."""
-    own = next(autoencoder.network.parameters(), None)
-    batch = to_float(images.to(own.device if own is not None else "cpu", non_blocking=True))
+def encode_images(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images (B, 3, H, W) uint8 -> mean and deviation of their latents, on the CPU; None without a posterior."""
+    parameter = next(autoencoder.network.parameters(), None)
+    batch = to_float(images.to(parameter.device if parameter is not None else "cpu", non_blocking=True))
     posterior = getattr(autoencoder, "posterior", None)
     if posterior is None:
         return autoencoder.encode(batch).cpu(), None
@@ -160,56 +170,57 @@ def encode(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | N
 
 @torch.no_grad()
 def _encode_texts(
-    conditioner: Conditioner, texts: Sequence[str], mine: Sequence[int], folder: Path, show_progress: bool
+    conditioner: Conditioner, texts: Sequence[str], own: Sequence[int], folder: Path, show_progress: bool
 ) -> None:
-    for n in tqdm(mine, desc="captions", unit="part", disable=not show_progress or not mine):
-        some = texts[n * PART_SIZE : (n + 1) * PART_SIZE]
-        states = [conditioner.encode(some[i : i + BATCH]).cpu() for i in range(0, len(some), BATCH)]
+    for n in tqdm(own, desc="captions", unit="part", disable=not show_progress or not own):
+        part = texts[n * PART_SIZE : (n + 1) * PART_SIZE]
+        states = [conditioner.encode(part[i : i + BATCH]).cpu() for i in range(0, len(part), BATCH)]
         write_states(folder, n, torch.cat(states))
 
 
 def _add_time(folder: Path, pictures: float, seconds: float) -> None:
-    """Add what this run encoded to what earlier ones did, for the report."""
-    path = folder / TIMES
+    """Add what this run encoded to what earlier ones did."""
+    path = folder / TIMES_NAME
     before = read_json(path) if path.is_file() else {"pictures": 0, "seconds": 0.0}
     write_json(path, {"pictures": before["pictures"] + int(pictures), "seconds": before["seconds"] + seconds})
 
 
 def _finish(
-    cache: CacheJob, parts: Sequence[CachePart], texts: dict[str, int], info: dict[str, Any], say: Callable[[str], None]
+    job: CacheJob,
+    parts: Sequence[CachePart],
+    texts: dict[str, int],
+    info: dict[str, Any],
+    notify: Callable[[str], None],
 ) -> None:
-    """Join the parts' heads to an index, and report."""
-    if cache.conditioner is not None:
-        write_null(cache.folder, cache.conditioner.null(1)[0].cpu())
+    """Join the parts' heads to an index, and say what the cache came to."""
+    if job.conditioner is not None:
+        write_null(job.folder, job.conditioner.null(1)[0].cpu())
     pictures, places, skipped = [], [], dict[str, str]()
     for n in range(len(parts)):
-        numbers, unread = read_latents_header(cache.folder, n)
+        numbers, unread = read_latents_header(job.folder, n)
         skipped |= dict(unread)
         for row, number in enumerate(numbers.tolist()):
-            entry = cache.pictures.entry(number)
-            condition = texts[_key(entry, cache.conditioner)] if cache.conditioner else 0
+            entry = job.dataset.entry(number)
+            condition = texts[condition_text(entry, job.conditioner)] if job.conditioner else 0
             split = "heldout" if entry.heldout else "train"
             pictures.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
-        say(f"skipped {name}: {reason}")
+        notify(f"skipped {name}: {reason}")
     if not pictures:
         name, reason = next(iter(skipped.items()), ("", "the set is empty"))
-        raise UserError(f"none of {len(cache.pictures)} pictures could be read, first reason: {name}: {reason}")
-    side = cache.pictures.buckets.side
-    facts = _facts(cache, len(pictures), len(texts), skipped)
-    finish_cache(cache.folder, pictures, places, {**info, **facts, "image_size": side, "side": side // _factor(cache)})
-    say(_report(facts))
+        raise UserError(f"none of {len(job.dataset)} pictures could be read, first reason: {name}: {reason}")
+    side = job.dataset.buckets.side
+    counts = _counts(job, len(pictures), len(texts), skipped)
+    sides = {"image_size": side, "side": side // job.autoencoder.spec.factor}
+    finish_cache(job.folder, pictures, places, {**info, **counts, **sides})
+    notify(_summary(counts))
 
 
-def _factor(cache: CacheJob) -> int:
-    return cache.autoencoder.spec.factor
-
-
-def _facts(cache: CacheJob, count: int, texts: int, skipped: dict[str, str]) -> dict[str, Any]:
-    """What the cache came to."""
-    folder, side = cache.folder, cache.pictures.buckets.side
-    times = read_json(folder / TIMES)
+def _counts(job: CacheJob, count: int, texts: int, skipped: dict[str, str]) -> dict[str, Any]:
+    """Numbers and sizes of what the cache holds, for info.json."""
+    folder, side = job.folder, job.dataset.buckets.side
+    times = read_json(folder / TIMES_NAME)
     sizes = {kind: sum(path.stat().st_size for path in folder.glob(f"{kind}-*")) for kind in ("latents", "states")}
     return {
         "pictures": count,
@@ -223,17 +234,23 @@ def _facts(cache: CacheJob, count: int, texts: int, skipped: dict[str, str]) -> 
     }
 
 
-def _report(facts: dict[str, Any]) -> str:
-    size = facts["latent_bytes"] + facts["state_bytes"]
+def _summary(counts: dict[str, Any]) -> str:
+    size = counts["latent_bytes"] + counts["state_bytes"]
     return (
-        f"latents: {facts['pictures']} pictures and {facts['conditions']} conditions in {size / 1e6:.1f} MB, "
-        f"{facts['bytes_per_picture']:.0f} bytes a picture (raw pixels {facts['raw_bytes'] / 1e6:.1f} MB), "
-        f"{facts['pictures_per_second']:.1f} pictures/s, {facts['skipped']} skipped"
+        f"latents: {counts['pictures']} pictures and {counts['conditions']} conditions in {size / 1e6:.1f} MB, "
+        f"{counts['bytes_per_picture']:.0f} bytes a picture (raw pixels {counts['raw_bytes'] / 1e6:.1f} MB), "
+        f"{counts['pictures_per_second']:.1f} pictures/s, {counts['skipped']} skipped"
     )
 
 
 def posterior_sample(mean: Tensor, std: Tensor | None, seed: int, step: int, rows: range) -> Tensor:
-    """Latents (B, C, h, w) of these rows of a batch, float32: the mean, or a draw where the posterior has a spread."""
+    """Latents (B, C, h, w) of these rows of a batch, float32: the mean, or a draw where there is a deviation.
+
+    Example:
+        >>> mean = torch.zeros(2, 1, 1, 1)
+        >>> posterior_sample(mean, None, seed=0, step=0, rows=range(2)).flatten()
+        tensor([0., 0.])
+    """
     latents = mean.float()
     if std is None:
         return latents

@@ -1,20 +1,15 @@
-"""Distances of pictures as a network sees them: LPIPS where it is installed, MobileNetV2's features anywhere.
+"""Fine-tuning of a decoder on noisy latents, the encoder frozen: the third way out of the noise.
 
-Features of several depths, each normalised over channels, squared differences averaged over places and added: Zhang et
-al., arXiv 1801.03924, equation 1, with equal weights instead of learned ones.
-
-Fine-tuning a decoder on noisy latents, the encoder frozen: the third way out of the noise.
-
-STARFlow, arXiv 2506.06276, section 3.3: L2, perceptual and adversarial loss. The latents are encoded once; every update
-crops some of them, adds fresh noise, and compares the decoded crops with the pictures' own. Whole pictures are encoded,
-so a crop's latents know what lies beside it, as those of a flow do.
+Source: STARFlow, arXiv 2506.06276, section 3.3, with an L2, a perceptual and an adversarial loss. The latents are
+encoded once; every update crops some of them, adds fresh noise, and compares the decoded crops with the images' own.
+Whole images are encoded, so that a crop's latents know what lies beside it, as those of a flow do.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +26,7 @@ from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
 from starflow.evaluate.features import MEAN, STD
 from starflow.latents.load import DecoderModule, TrainableAutoencoder, memory_layout, save_trainable
-from starflow.train.loader import batch_indices, generator
+from starflow.train.loader import BatchOrder, check_splits, generator
 from starflow.train.settings import TrainSettings, network_precision
 
 PerceptualName = Literal["mobilenetv2", "lpips"]
@@ -40,16 +35,21 @@ DEPTHS = (1, 3, 6, 10)
 """Layers of MobileNetV2 after which features are compared: 16, 24, 32 and 64 channels at strides 2 to 16."""
 
 EPS = 1e-8
+"""Added to the norm of features, which may be zero."""
 
 
 class Perceptual(Protocol):
-    """Two batches of pictures (B, 3, H, W) in [-1, 1] to a scalar, 0 for equal ones."""
+    """A distance of two batches of images (B, 3, H, W) in [-1, 1]: a scalar, 0 for equal ones."""
 
     def __call__(self, images: Tensor, references: Tensor) -> Tensor: ...
 
 
 class MobileNetDistance:
-    """Distance of MobileNetV2's inner features, at the pictures' own size."""
+    """Distance of MobileNetV2's inner features, at the images' own size.
+
+    Features of several depths are normalised over channels, and their squared differences averaged over positions and
+    added: Zhang et al., arXiv 1801.03924, equation 1, with equal weights instead of learned ones.
+    """
 
     def __init__(self, network: MobileNetV2, device: torch.device) -> None:
         layers = list(network.features.to(device).children())
@@ -71,7 +71,7 @@ class MobileNetDistance:
 
 
 def load_perceptual(name: PerceptualName, device: torch.device) -> Perceptual:
-    """The distance of that name, frozen.
+    """The distance of that name, frozen: LPIPS where it is installed, MobileNetV2's features anywhere.
 
     Raises:
         UserError: the package that carries its weights is not installed.
@@ -85,8 +85,8 @@ def load_perceptual(name: PerceptualName, device: torch.device) -> Perceptual:
     network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
     def distance(images: Tensor, references: Tensor) -> Tensor:
-        found: Tensor = network(images, references).mean()
-        return found
+        mean: Tensor = network(images, references).mean()
+        return mean
 
     return distance
 
@@ -100,14 +100,18 @@ EVALUATION_BATCH = 16
 
 @dataclass(frozen=True)
 class DecoderLoss:
-    """Weights of the loss's terms; images are in [-1, 1]. A weight of 0 leaves a term out."""
+    """Weights of the loss's terms; images are in [-1, 1]. A weight of 0 leaves a term out.
+
+    Raises:
+        UserError: a weight below 0, or no squared error.
+    """
 
     squared: float = 1.0
-    """Of the mean squared error."""
+    """Weight of the mean squared error."""
     perceptual: float = 0.1
-    """Of the distance of features; see `starflow.train.tasks.decoder`."""
+    """Weight of the distance of features; see `load_perceptual`."""
     adversarial: float = 0.01
-    """Of the critic's mean answer to decoded crops."""
+    """Weight of the critic's mean score of decoded crops."""
     adversarial_from: int = 500
     """Update at which the critic starts, once there is something to judge."""
 
@@ -117,7 +121,14 @@ class DecoderLoss:
 
 
 class Critic(nn.Module):
-    """Pictures (B, 3, H, W) to scores (B, 1, H / 8, W / 8), higher for real ones (Isola et al., arXiv 1611.07004)."""
+    """A patch discriminator: images (B, 3, H, W) to scores (B, 1, H / 8, W / 8), higher for real ones.
+
+    Source: Isola et al., arXiv 1611.07004, section 3.2.2.
+
+    Example:
+        >>> Critic(width=8)(torch.zeros(1, 3, 16, 16)).shape
+        torch.Size([1, 1, 2, 2])
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -128,16 +139,16 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Images (B, 3, H, W) -> scores (B, 1, H / 8, W / 8)."""
         scores: Tensor = self.layers(images)
         return scores
 
 
 class DecoderObjective(nn.Module):
-    """Decoder and critic with one loss for both: each term has gradients for one of them alone.
+    """Decoder and critic with one loss for both, in which each term has gradients for one of them alone.
 
     The decoder's adversarial term goes through a copy of the critic without gradients, the critic's hinge through
-    pictures without gradients, so that one backward pass and one optimiser update both.
+    images without gradients, so that one backward pass and one optimiser update both.
     """
 
     def __init__(self, decoder: DecoderModule, loss: DecoderLoss, perceptual: Perceptual | None) -> None:
@@ -148,8 +159,8 @@ class DecoderObjective(nn.Module):
         # Not a submodule: its weights are not trained, averaged or saved.
         self._perceptual = (perceptual,)
 
-    def forward(self, latents: Tensor, images: Tensor, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Noisy latents (B, C, h, w) and pictures (B, 3, H, W) -> scalar and its terms, float32."""
+    def forward(self, latents: Tensor, images: Tensor, use_critic: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Noisy latents (B, C, h, w) and images (B, 3, H, W) -> scalar loss and its terms, float32."""
         output = self.decoder(latents).float()
         terms = {"squared": (output - images).square().mean()}
         loss = self._weights.squared * terms["squared"]
@@ -157,10 +168,10 @@ class DecoderObjective(nn.Module):
         if perceptual is not None:
             terms["perceptual"] = perceptual(output, images)
             loss = loss + self._weights.perceptual * terms["perceptual"]
-        if self.critic is not None and judged:
+        if self.critic is not None and use_critic:
             terms["adversarial"] = -self._frozen_critic(output).float().mean()
-            real, made = self.critic(images).float(), self.critic(output.detach()).float()
-            terms["critic"] = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+            real, decoded = self.critic(images).float(), self.critic(output.detach()).float()
+            terms["critic"] = F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
             loss = loss + self._weights.adversarial * terms["adversarial"] + terms["critic"]
         return loss, terms
 
@@ -172,8 +183,8 @@ class DecoderObjective(nn.Module):
 
 
 @dataclass(frozen=True)
-class LatentPictures:
-    """Pictures (N, 3, H, W) uint8, and the mean and spread of their latents (N, C, h, w), float16."""
+class EncodedImages:
+    """Images (N, 3, H, W) uint8, and the mean and standard deviation of their latents (N, C, h, w), float16."""
 
     images: Tensor
     mean: Tensor
@@ -181,7 +192,7 @@ class LatentPictures:
     names: list[str]
 
     def latents(self, rows: Tensor, draw: torch.Generator) -> Tensor:
-        """Latents of some pictures, drawn from the posterior where there is one."""
+        """Latents of these rows, float32, drawn from the posterior where there is one."""
         mean = self.mean[rows].float()
         return mean if self.std is None else mean + self.std[rows].float() * torch.randn(mean.shape, generator=draw)
 
@@ -195,18 +206,29 @@ class DecoderTask:
         self,
         autoencoder: TrainableAutoencoder,
         objective: DecoderObjective,
-        train: LatentPictures,
-        heldout: LatentPictures,
+        train: EncodedImages,
+        heldout: EncodedImages,
         noise_std: float,
         crop: int,
         loss: DecoderLoss,
         settings: TrainSettings,
     ) -> None:
-        """`crop` is the side of a crop in pixels, a multiple of the autoencoder's factor; 0 is the whole picture."""
-        if not len(train.images) or not len(heldout.images):
-            raise UserError(
-                f"{len(train.images)} training and {len(heldout.images)} held-out pictures: both must be at least 1"
-            )
+        """Train the decoder of this autoencoder.
+
+        Args:
+            autoencoder: whose decoder `objective` holds.
+            objective: decoder, critic and loss.
+            train: encoded training images.
+            heldout: encoded images that evaluations and sample grids show.
+            noise_std: standard deviation of the latent noise.
+            crop: side of a crop in pixels, a multiple of the autoencoder's factor; 0 is the whole image.
+            loss: the weights, and when the critic starts.
+            settings: see `TrainSettings`.
+
+        Raises:
+            UserError: a split has no images, or crops of another size than the autoencoder takes.
+        """
+        check_splits([train.images], [heldout.images])
         factor, side = autoencoder.spec.factor, train.images.shape[-1]
         crop = crop or side
         if crop % factor or not factor <= crop <= side:
@@ -214,28 +236,25 @@ class DecoderTask:
         self.model: nn.Module = objective
         self.autoencoder, self.train, self.heldout = autoencoder, train, heldout
         self.noise_std, self.crop, self.weights, self.settings = noise_std, crop, loss, settings
+        self.order = BatchOrder([torch.arange(len(train.images))], settings.batch, settings.seed)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _indices(self, step: int, rows: range) -> Tensor:
-        order = batch_indices(len(self.train.images), self.settings.batch, self.settings.seed, step)
-        return order[rows.start : rows.stop]
+        return self.order(step)[rows.start : rows.stop]
 
     def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor, bool]:
-        """Noisy latents and pictures, one crop a picture, cut at the same place; and whether the critic judges."""
-        latents, images = zip(
-            *(self._crop(int(index), row, step) for index, row in self._places(step, rows)), strict=True
-        )
+        """Noisy latents and images, one crop an image, cut at the same position; and whether the critic is used."""
+        indices = self._indices(step, rows).tolist()
+        crops = [self._crop(index, row, step) for index, row in zip(indices, rows, strict=True)]
+        latents, images = zip(*crops, strict=True)
         pair = torch.stack(latents).to(self._device), to_float(torch.stack(images).to(self._device))
         return *pair, step >= self.weights.adversarial_from
 
-    def _places(self, step: int, rows: range) -> Iterator[tuple[int, int]]:
-        return zip(self._indices(step, rows).tolist(), rows, strict=True)
-
     def _crop(self, index: int, row: int, step: int) -> tuple[Tensor, Tensor]:
-        """A crop of one picture: noisy latents (C, h, w), and pixels (3, crop, crop) uint8."""
+        """A crop of one image: noisy latents (C, h, w), and pixels (3, crop, crop) uint8."""
         draw = generator(self.settings.seed, f"decoder/{row}", step)
         latents = self.train.latents(torch.tensor([index]), draw)[0]
         factor = self.autoencoder.spec.factor
@@ -248,21 +267,21 @@ class DecoderTask:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, bool]) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
-            found: tuple[Tensor, dict[str, Tensor]] = model(*batch)
-        return found
+            loss: tuple[Tensor, dict[str, Tensor]] = model(*batch)
+        return loss
 
     def batch_names(self, step: int, rows: range) -> list[str]:
         return [self.train.names[index] for index in self._indices(step, rows).tolist()]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Mean PSNR in dB of whole held-out pictures without noise and with the decoder's; loss is minus the latter."""
+        """PSNR in dB of whole held-out images without noise and with the decoder's; the loss is minus the latter."""
         values = {f"psnr_noise_{sigma:g}": self.psnr(model, sigma) for sigma in (0.0, self.noise_std)}
         return {"loss": -values[f"psnr_noise_{self.noise_std:g}"], **values}
 
     @torch.no_grad()
     def psnr(self, model: nn.Module, sigma: float) -> float:
-        """Mean over the held-out pictures; the noise of a picture is the same at every call."""
+        """Mean PSNR in dB over the held-out images; the noise of an image is the same at every call."""
         total = 0.0
         for start in range(0, len(self.heldout.images), EVALUATION_BATCH):
             rows = torch.arange(start, min(start + EVALUATION_BATCH, len(self.heldout.images)))
@@ -272,11 +291,11 @@ class DecoderTask:
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
-        """Rows: held-out pictures, their reconstructions, and those with the noise."""
+        """Rows: held-out images, their reconstructions, and those with the noise."""
         rows = torch.arange(0, len(self.heldout.images), max(1, len(self.heldout.images) // 8))[:8]
         images = to_float(self.heldout.images[rows].to(self._device))
-        made = [images, *(self._decoded(model, rows, sigma) for sigma in (0.0, self.noise_std))]
-        save_grid(torch.cat(made), path, columns=len(rows))
+        grid = [images, *(self._decoded(model, rows, sigma) for sigma in (0.0, self.noise_std))]
+        save_grid(torch.cat(grid), path, columns=len(rows))
 
     def _decoded(self, model: nn.Module, rows: Tensor, sigma: float) -> Tensor:
         assert isinstance(model, DecoderObjective)
@@ -289,23 +308,23 @@ class DecoderTask:
     def save(self, model: nn.Module, folder: Path) -> None:
         """The autoencoder with the decoder of `model`, which may be a copy of the one that is trained."""
         assert isinstance(model, DecoderObjective)
-        twin = copy.deepcopy(self.autoencoder)
-        DecoderModule(twin).load_state_dict(model.decoder.state_dict())
-        save_trainable(twin, folder, self.noise_std)
+        autoencoder = copy.deepcopy(self.autoencoder)
+        DecoderModule(autoencoder).load_state_dict(model.decoder.state_dict())
+        save_trainable(autoencoder, folder, self.noise_std)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
         return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_latents(
     autoencoder: TrainableAutoencoder, images: Tensor, device: torch.device, show_progress: bool
 ) -> dict[str, Tensor]:
-    """Latents of uint8 pictures: `mean` and, where the autoencoder has a posterior, `std`, float16 on the CPU."""
+    """Latents of uint8 images: `mean` and, where the autoencoder has a posterior, `std`, float16 on the CPU."""
     parts: dict[str, list[Tensor]] = {"mean": []}
     layout = memory_layout(autoencoder)
-    for some in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
-        unit = to_float(some.to(device)).contiguous(memory_format=layout)
+    for batch in tqdm(images.split(EVALUATION_BATCH), desc="latents", unit="batch", disable=not show_progress):
+        unit = to_float(batch.to(device)).contiguous(memory_format=layout)
         posterior = getattr(autoencoder, "posterior", None)
         mean, std = posterior(unit) if posterior else (autoencoder.encode(unit), None)
         parts["mean"].append(mean.to("cpu", torch.float16))

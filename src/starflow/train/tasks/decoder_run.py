@@ -1,6 +1,6 @@
-"""A decoder's training run: pictures, their latents, the training, the report, and the pipeline that uses it.
+"""A decoder's training run: images, their latents, the training, the report, and the pipeline that uses the decoder.
 
-RUN/decoder.json   the settings         RUN/views.safetensors, RUN/latents.safetensors   pictures and their latents
+RUN/decoder.json   the settings         RUN/views.safetensors, RUN/latents.safetensors   images and their latents
 RUN/log.jsonl, samples/, checkpoints/, best/, model/   as any training; RUN/report.json: before and after
 RUN/pipeline/      the pipeline it was started from, where it was one, with the new decoder
 """
@@ -23,6 +23,7 @@ from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.evaluate import extract, kernel_distance, load_extractor, psnr
+from starflow.evaluate.dataset import spread
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
@@ -31,43 +32,50 @@ from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import fit
 from starflow.train.settings import TrainSettings, network_precision
 from starflow.train.tasks.decoder import (
+    EVALUATION_BATCH,
     DecoderLoss,
     DecoderObjective,
     DecoderTask,
-    LatentPictures,
+    EncodedImages,
     PerceptualName,
-    encode_pictures,
+    encode_latents,
     load_perceptual,
 )
 
 DEFAULT_NOISE = 0.3
+"""Standard deviation of the latent noise where neither the settings nor a pipeline say it."""
 
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """What a run is told; see `starflow train-decoder --help`."""
+    """Settings of a decoder's training run; see `starflow train-decoder --help`."""
 
     model: str
+    """An autoencoder or a pipeline: a folder or a hub id."""
     data: str
+    """A folder of images."""
     train: TrainSettings
     noise_std: float | None = None
-    """None is the pipeline's, or 0.3."""
+    """Standard deviation of the latent noise; None is the pipeline's, or 0.3."""
     size: int = 128
+    """Side that images are read at, in pixels."""
     crop: int = 64
+    """Side of a training crop, in pixels; 0 is the whole image."""
     views: int = 1
+    """Augmented views of a training image."""
     pictures: int = 0
-    """Pictures of the training, at most, spread over the set; 0 is all."""
+    """Training images, at most, spread over the set; 0 is all."""
     report: int = 0
-    """Held-out pictures of the report, at most; 0 is all."""
+    """Held-out images of the report, at most; 0 is all."""
     heldout: int = 64
-    """Held-out pictures of the evaluations on the way."""
+    """Held-out images of the evaluations on the way, at most; 0 is all."""
     features: PerceptualName = "mobilenetv2"
     loss: DecoderLoss = field(default_factory=DecoderLoss)
 
 
 @dataclass(frozen=True)
 class DecoderReport:
-    """On the held-out pictures: each measure's value with the old decoder and with the new one."""
+    """The value of each measure on the held-out images, with the old decoder and with the new one."""
 
     measures: dict[str, tuple[float, float]]
     count: int
@@ -77,19 +85,25 @@ class DecoderReport:
 def run_decoder(
     settings: DecoderSettings, folder: Path, device: torch.device, show_progress: bool = True
 ) -> DecoderReport:
-    """Run what is missing of it.
+    """Fine-tune a decoder; what is in the folder already is not done again.
+
+    Args:
+        settings: what is trained, on what and how long.
+        folder: of the run.
+        device: where to compute.
+        show_progress: draw bars.
 
     Raises:
         UserError: the model, the data or the folder cannot be used, or the folder holds another run.
         Interrupted: after a signal, once a checkpoint has been written.
     """
-    _start(settings, folder)
-    pipeline, autoencoder = _open(settings.model)
-    _place(autoencoder, device)
-    noise = settings.noise_std if settings.noise_std is not None else _usual_noise(pipeline)
+    _check_folder(settings, folder)
+    pipeline, autoencoder = _load_model(settings.model)
+    _to_device(autoencoder, device)
+    noise = settings.noise_std if settings.noise_std is not None else _default_noise(pipeline)
     views = _views(settings, folder, show_progress)
-    train, heldout = _pictures(autoencoder, views, folder, device, show_progress)
-    before = _measured(autoencoder, folder / "before.json", heldout, noise, settings.train, show_progress)
+    train, heldout = _encoded_splits(autoencoder, views, folder, device, show_progress)
+    before = _measure(autoencoder, folder / "before.json", heldout, noise, settings.train, show_progress)
     decoder = DecoderModule(autoencoder).to(device)
     perceptual = load_perceptual(settings.features, device) if settings.loss.perceptual else None
     torch.manual_seed(settings.train.seed)
@@ -97,7 +111,7 @@ def run_decoder(
         autoencoder,
         DecoderObjective(decoder, settings.loss, perceptual).to(device),
         train,
-        _some(heldout, settings.heldout),
+        _subset(heldout, settings.heldout),
         noise,
         settings.crop,
         settings.loss,
@@ -105,8 +119,8 @@ def run_decoder(
     )
     fit(task, settings.train, folder, show_progress)
     trained = load_trainable(str(folder / "model"))
-    _place(trained, device)
-    after = _measured(trained, folder / "after.json", heldout, noise, settings.train, show_progress)
+    _to_device(trained, device)
+    after = _measure(trained, folder / "after.json", heldout, noise, settings.train, show_progress)
     report = DecoderReport({name: (before[name], after[name]) for name in before}, len(heldout.images), noise)
     files.write_json(folder / "report.json", {**dataclasses.asdict(report), "settings": to_dict(settings)})
     if pipeline is not None:
@@ -114,7 +128,7 @@ def run_decoder(
     return report
 
 
-def _start(settings: DecoderSettings, folder: Path) -> None:
+def _check_folder(settings: DecoderSettings, folder: Path) -> None:
     """Refuse a folder of another run; how long to train may change."""
     files.check_output_folder(folder)
     path, now = folder / "decoder.json", to_dict(settings)
@@ -127,7 +141,7 @@ def _start(settings: DecoderSettings, folder: Path) -> None:
     files.write_json(path, now)
 
 
-def _open(source: str) -> tuple[StarFlowPipeline | None, TrainableAutoencoder]:
+def _load_model(source: str) -> tuple[StarFlowPipeline | None, TrainableAutoencoder]:
     """The pipeline, where it is one, and the autoencoder.
 
     Raises:
@@ -143,13 +157,13 @@ def _open(source: str) -> tuple[StarFlowPipeline | None, TrainableAutoencoder]:
     return None, load_trainable(source)
 
 
-def _place(autoencoder: TrainableAutoencoder, device: torch.device) -> None:
-    """To the device, in the layout that is fastest there."""
+def _to_device(autoencoder: TrainableAutoencoder, device: torch.device) -> None:
+    """Move to the device, in the memory layout that is fastest there."""
     autoencoder.network.to(device)
     autoencoder.network.to(memory_format=memory_layout(autoencoder))  # type: ignore[call-overload]
 
 
-def _usual_noise(pipeline: StarFlowPipeline | None) -> float:
+def _default_noise(pipeline: StarFlowPipeline | None) -> float:
     return pipeline.config.noise_std if pipeline is not None else DEFAULT_NOISE
 
 
@@ -158,8 +172,8 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> Trai
     if not path.is_file():
         config = ViewConfig(size=settings.size, views=settings.views)
         records = read_folder(Path(settings.data).expanduser())
-        some = [*_of_split(records, "train", settings.pictures), *_of_split(records, "heldout", settings.report)]
-        views, skipped = make_views(some, config, progress=show_progress, workers=2)
+        chosen = [*_of_split(records, "train", settings.pictures), *_of_split(records, "heldout", settings.report)]
+        views, skipped = make_views(chosen, config, progress=show_progress, workers=2)
         for one in skipped:
             tqdm.write(f"skipped {one.name}: {one.reason}")
         save_views(path, views)
@@ -167,72 +181,68 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> Trai
 
 
 def _of_split(records: Sequence[ImageRecord], split: str, most: int) -> list[ImageRecord]:
-    """At most so many pictures of a split, spread over it; 0 is all."""
-    found = [record for record in records if record.split == split]
-    return [found[row] for row in _spread(len(found), most or len(found))]
+    """At most so many records of a split, spread over it; 0 is all."""
+    matching = [record for record in records if record.split == split]
+    return [matching[row] for row in spread(len(matching), most)]
 
 
-def _spread(count: int, most: int) -> list[int]:
-    return [row * count // most for row in range(most)] if most < count else list(range(count))
-
-
-def _pictures(
+def _encoded_splits(
     autoencoder: TrainableAutoencoder, views: TrainingViews, folder: Path, device: torch.device, show_progress: bool
-) -> tuple[LatentPictures, LatentPictures]:
+) -> tuple[EncodedImages, EncodedImages]:
     """Both splits with their latents, encoded once a run."""
     path = folder / "latents.safetensors"
     if not path.is_file():
-        files.write_tensors(path, encode_pictures(autoencoder, views.images, device, show_progress))
+        files.write_tensors(path, encode_latents(autoencoder, views.images, device, show_progress))
     tensors = files.read_tensors(path)
 
-    def split(name: str) -> LatentPictures:
+    def split(name: str) -> EncodedImages:
         rows = [row for row, one in enumerate(views.splits) if one == name]
         std = tensors["std"][rows] if "std" in tensors else None
-        return LatentPictures(views.images[rows], tensors["mean"][rows], std, [views.names[row] for row in rows])
+        return EncodedImages(views.images[rows], tensors["mean"][rows], std, [views.names[row] for row in rows])
 
     return split("train"), split("heldout")
 
 
-def _some(pictures: LatentPictures, most: int) -> LatentPictures:
-    """At most so many, spread over the set."""
-    rows = _spread(len(pictures.images), most)
-    std = None if pictures.std is None else pictures.std[rows]
-    names = [pictures.names[row] for row in rows]
-    return LatentPictures(pictures.images[rows], pictures.mean[rows], std, names)
+def _subset(images: EncodedImages, most: int) -> EncodedImages:
+    """At most so many of the images, spread over the set; 0 is all."""
+    rows = spread(len(images.images), most)
+    std = None if images.std is None else images.std[rows]
+    names = [images.names[row] for row in rows]
+    return EncodedImages(images.images[rows], images.mean[rows], std, names)
 
 
 @torch.no_grad()
-def _measured(
+def _measure(
     autoencoder: Autoencoder,
     path: Path,
-    pictures: LatentPictures,
+    heldout: EncodedImages,
     noise: float,
     settings: TrainSettings,
     show_progress: bool,
 ) -> dict[str, float]:
     """PSNR without and with the noise, and the kernel distance of the noisy reconstructions; kept in `path`."""
     if path.is_file():
-        found: dict[str, float] = files.read_json(path)
-        return found
+        kept: dict[str, float] = files.read_json(path)
+        return kept
     device = next(autoencoder.network.parameters()).device
     values: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
-    made: list[Tensor] = []
-    starts = range(0, len(pictures.images), 16)
+    reconstructions: list[Tensor] = []
+    starts = range(0, len(heldout.images), EVALUATION_BATCH)
     for start in tqdm(starts, desc=path.stem, unit="batch", disable=not show_progress):
-        images = to_float(pictures.images[start : start + 16].to(device))
-        latents = pictures.mean[start : start + 16].float()
+        images = to_float(heldout.images[start : start + EVALUATION_BATCH].to(device))
+        latents = heldout.mean[start : start + EVALUATION_BATCH].float()
         draws = [_noise(row, latents) for row in range(start, start + len(latents))]
         with network_precision(settings, device):
             noisy = autoencoder.decode((latents + noise * torch.stack(draws)).to(device))
             clean = autoencoder.decode(latents.to(device))
         values["clean"].append(psnr(clean, images).cpu())
         values["noisy"].append(psnr(noisy, images).cpu())
-        made.append(noisy.cpu())
+        reconstructions.append(noisy.cpu())
     measures = {
         "PSNR without noise (dB)": float(torch.cat(values["clean"]).mean()),
         f"PSNR at noise {noise:g} (dB)": float(torch.cat(values["noisy"]).mean()),
     }
-    measures |= _kernel_distance(made, pictures.images, noise, device)
+    measures |= _kernel_distance(reconstructions, heldout.images, noise, device)
     files.write_json(path, measures)
     return measures
 
@@ -241,22 +251,24 @@ def _noise(row: int, latents: Tensor) -> Tensor:
     return torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row))
 
 
-def _kernel_distance(made: list[Tensor], images: Tensor, noise: float, device: torch.device) -> dict[str, float]:
-    """Kernel distance of pictures to their originals, where the features' weights are installed."""
+def _kernel_distance(
+    reconstructions: list[Tensor], images: Tensor, noise: float, device: torch.device
+) -> dict[str, float]:
+    """Kernel distance of images to their originals; empty where the features' weights are not installed."""
     try:
         extractor = load_extractor()
     except UserError:
         return {}
     extractor.network.to(device)
-    ours = extract(extractor, made).features
-    theirs = extract(extractor, (to_float(some) for some in images.split(16))).features
+    ours = extract(extractor, reconstructions).features
+    theirs = extract(extractor, (to_float(batch) for batch in images.split(EVALUATION_BATCH))).features
     if len(ours) < 2:
         return {}
     return {f"kid_mobilenetv2 x 1000 at noise {noise:g}": 1000 * kernel_distance(ours, theirs).value}
 
 
 def _save_pipeline(pipeline: StarFlowPipeline, trained: Autoencoder, folder: Path, noise: float) -> None:
-    """The pipeline with the new decoder as its way out of the noise."""
+    """Write the pipeline with the new decoder, which removes the noise of its samples."""
     config = dataclasses.replace(pipeline.config, autoencoder=trained.spec, cleaning="decoder")
     whole = StarFlowPipeline(pipeline.flow, trained, pipeline.conditioner, config)
     assert whole.config.autoencoder.noise_std == noise

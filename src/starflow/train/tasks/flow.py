@@ -1,23 +1,10 @@
-"""The flow's training objective (STARFlow, arXiv 2506.06276, section 3; TarFlow, arXiv 2412.06329, section 2).
-
-Training of the flow on cached latents; see `starflow.train.loop.Task`.
-
-Every update draws, as functions of (seed, step, place in the batch): the pictures, the posterior's sample, the noise
-that makes the density continuous (section 3.3 of STARFlow, arXiv 2506.06276), and which conditions are dropped for the
-null one.
-
-Training of the flow on pictures that are encoded when it is their turn, instead of from a cache.
-
-It costs the encoders' time in every update, and no disk; and it is what pixels, and sets too large to encode, want.
-Draws are those of the cached training, so that the two see the same batches up to the cache's rounding.
-"""
+"""Training of the flow, on cached latents or on images that are encoded when it is their turn, and its objective."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,22 +15,34 @@ from starflow.conditioning.base import Conditioner
 from starflow.data.images import dequantise
 from starflow.data.index import ImageDataset, split_indices
 from starflow.data.latent_cache import LatentDataset
-from starflow.errors import UserError
 from starflow.flow.model import Flow, TarFlow, Trace
 from starflow.latents.base import Autoencoder
 from starflow.train.distributed.world import World
-from starflow.train.loader import BatchOrder, BatchReader, TrainingLoader, generator, normal, uniform
+from starflow.train.loader import (
+    BatchOrder,
+    BatchReader,
+    LoaderSettings,
+    check_splits,
+    generator,
+    make_loader,
+    normal,
+    random_flip,
+    uniform,
+)
 from starflow.train.log import training_flops
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings, network_precision
-from starflow.train.tasks.autoencoder import mirrored
-from starflow.train.tasks.cache_latents import encode, posterior_sample
+from starflow.train.tasks.cache_latents import condition_text, encode_images, posterior_sample
 
 Number = TypeVar("Number", float, Tensor)
 
 
 class FlowLoss(nn.Module):
-    """The objective as a module over a flow, so that one call, compiled or not, covers network and loss."""
+    """The objective as a module over a flow, so that one call, compiled or not, covers network and loss.
+
+    It is the negative log-likelihood per dimension in nats, without the Gaussian's constant, and a penalty on what
+    flows between blocks (STARFlow, arXiv 2506.06276, section 3; TarFlow, arXiv 2412.06329, section 2).
+    """
 
     def __init__(self, flow: Flow, latent_penalty: float) -> None:
         super().__init__()
@@ -60,17 +59,27 @@ class FlowLoss(nn.Module):
 
 
 def likelihood_terms(trace: Trace) -> tuple[Tensor, Tensor]:
-    """Mean over dimensions and pictures of 0.5 z^2, and of the log-determinant; their difference is the loss."""
+    """Means over dimensions and images of 0.5 z^2 and of the log-determinant; their difference is the loss."""
     return 0.5 * trace.z.square().mean(), trace.logdet.mean() / trace.z[0].numel()
 
 
 def nats_per_dim(loss: Number) -> Number:
-    """Negative log-likelihood per dimension, in nats: the loss (without penalty) and the Gaussian's constant."""
+    """Negative log-likelihood per dimension, in nats: the loss (without penalty) and the Gaussian's constant.
+
+    Example:
+        >>> round(nats_per_dim(0.5), 4)  # of standard normal numbers under a standard normal
+        1.4189
+    """
     return loss + 0.5 * math.log(2 * math.pi)
 
 
 def bits_per_dim(loss: Number) -> Number:
-    """`nats_per_dim` in bits; of the noised latents or pixels that the flow models."""
+    """`nats_per_dim` in bits; of the noised latents or pixels that the flow models.
+
+    Example:
+        >>> round(bits_per_dim(0.5), 4)
+        2.0471
+    """
     return nats_per_dim(loss) / math.log(2)
 
 
@@ -78,7 +87,12 @@ EVALUATION_BATCH = 64
 
 
 class FlowTask:
-    """Maximum likelihood of noised latents. `model` is the objective over the flow."""
+    """Maximum likelihood of noised latents from a cache; see `starflow.train.loop.Task`.
+
+    Every update draws, as functions of (seed, step, row of the batch): the images, the posterior's sample, the noise
+    that makes the density continuous (STARFlow, arXiv 2506.06276, section 3.3), and which conditions are dropped for
+    the null one. `model` is the `FlowLoss` over the flow.
+    """
 
     def __init__(
         self,
@@ -91,7 +105,21 @@ class FlowTask:
         world: World | None = None,
         window: int = 0,
     ) -> None:
-        """`flow` may be on the meta device; `draw` and `save` are handed the one to use. `window`: see `BatchOrder`."""
+        """Train this flow.
+
+        Args:
+            flow: may be on the meta device.
+            cache: of the latents and conditions.
+            objective: see `Objective`.
+            settings: see `TrainSettings`.
+            draw: writes a sample grid of the flow that it is handed.
+            save: writes the flow that it is handed as a pipeline.
+            world: the processes that train together; None is this one alone.
+            window: see `BatchOrder`.
+
+        Raises:
+            UserError: a split has no images.
+        """
         self.world = world or World(device=next(flow.parameters()).device)
         self.reads_labels, self.flops = isinstance(flow, TarFlow), training_flops(flow)
         self.null_label = flow.config.num_classes if isinstance(flow, TarFlow) else 0
@@ -99,11 +127,9 @@ class FlowTask:
         self.cache, self.objective, self.settings = cache, objective, settings
         self._draw, self._save = draw, save
         self.train, self.heldout = cache.indices("train"), cache.indices("heldout")
-        counts = [sum(map(len, numbers)) for numbers in (self.train, self.heldout)]
-        if not all(counts):
-            raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
-        if 0 < settings.evaluate_pictures < counts[1]:
-            self.heldout = some_of(self.heldout, settings.evaluate_pictures)
+        check_splits(self.train, self.heldout)
+        if 0 < settings.evaluate_pictures < sum(map(len, self.heldout)):
+            self.heldout = random_subset(self.heldout, settings.evaluate_pictures)
         self.order = BatchOrder(self.train, settings.batch, settings.seed, window)
 
     @property
@@ -146,7 +172,7 @@ class FlowTask:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
             loss, squares, logdet, penalty = model(*batch)
-        bits = bits_per_dim(squares.detach() - logdet.detach() + self._level)
+        bits = bits_per_dim(squares.detach() - logdet.detach() + self._dequantisation_nats)
         return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
 
     def batch_names(self, step: int, rows: range) -> list[str]:
@@ -155,40 +181,40 @@ class FlowTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Nats and bits per dimension of noised held-out latents, and of as many training ones."""
         heldout = self._likelihood(model, self.heldout)
-        train = self._likelihood(model, some_of(self.train, sum(map(len, self.heldout))))
+        train = self._likelihood(model, random_subset(self.train, sum(map(len, self.heldout))))
         return {
             "loss": heldout,
-            "nats_per_dim": nats_per_dim(heldout) + self._level,
-            "bits_per_dim": bits_per_dim(heldout + self._level),
-            "train_nats_per_dim": nats_per_dim(train) + self._level,
+            "nats_per_dim": nats_per_dim(heldout) + self._dequantisation_nats,
+            "bits_per_dim": bits_per_dim(heldout + self._dequantisation_nats),
+            "train_nats_per_dim": nats_per_dim(train) + self._dequantisation_nats,
         }
 
     @property
-    def _level(self) -> float:
-        """A density of evenly dequantised pixels, in units of a level, bounds the log-probability of the levels."""
+    def _dequantisation_nats(self) -> float:
+        """Nats a dimension from units of [-1, 1] to those of 8-bit levels, whose probability the density bounds."""
         return math.log(128) if self.objective.noise == "uniform" else 0.0
 
     def _likelihood(self, model: nn.Module, buckets: Sequence[Tensor]) -> float:
-        """Mean over these pictures, the batches dealt out to the processes."""
+        """Mean of the loss over these images, without penalty; the processes share the batches."""
         total = torch.zeros(1, device=self._device)
-        for start, batch, weight in self._dealt(buckets):
+        for start, batch, weight in self._own_batches(buckets):
             noised = self._noised(batch, 0, 0, range(start, start + len(batch)))
             with network_precision(self.settings, self._device):
                 _, squares, logdet, _ = model(noised, self._conditions(batch, None))
             total += (squares - logdet) * weight
-        return self.world.total(total)[0] / sum(map(len, buckets))
+        return self.world.all_reduce(total)[0] / sum(map(len, buckets))
 
-    def _dealt(self, buckets: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, int]]:
-        """This process's batches, each of one bucket: the place of its first picture, its numbers and its weight.
+    def _own_batches(self, buckets: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, int]]:
+        """This process's batches, each of one bucket: the row of its first image, its numbers and its weight.
 
-        A sharded model needs all processes in every pass: some batches may count for nothing.
+        A sharded model needs all processes in every pass, so that some batches may count for nothing.
         """
         batches = [batch for numbers in buckets for batch in numbers.split(EVALUATION_BATCH) if len(batch)]
         starts = [0, *itertools.accumulate(map(len, batches))]
         for turn in range(-(-len(batches) // self.world.size)):
-            place = turn * self.world.size + self.world.rank
-            batch = batches[place % len(batches)]
-            yield starts[place % len(batches)], batch, len(batch) if place < len(batches) else 0
+            index = turn * self.world.size + self.world.rank
+            batch = batches[index % len(batches)]
+            yield starts[index % len(batches)], batch, len(batch) if index < len(batches) else 0
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
@@ -200,12 +226,18 @@ class FlowTask:
         self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
-        loss = terms["squares"] - terms["logdet"] + self._level
+        loss = terms["squares"] - terms["logdet"] + self._dequantisation_nats
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
 
 
-def some_of(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
-    """At most `count` pictures, always the same ones, a tensor a bucket."""
+def random_subset(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
+    """At most `count` of the numbers in these buckets, always the same ones, a tensor a bucket.
+
+    Example:
+        >>> buckets = [torch.arange(8), torch.arange(8, 12)]
+        >>> sum(map(len, random_subset(buckets, 5)))
+        5
+    """
     owners = torch.cat([torch.full((len(numbers),), bucket) for bucket, numbers in enumerate(buckets)])
     chosen = torch.randperm(len(owners), generator=generator(0, "evaluation", 0))[:count]
     numbers = torch.cat(list(buckets))
@@ -213,59 +245,43 @@ def some_of(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 class LiveLatents:
-    """`starflow.data.latent_cache.LatentDataset` of pictures that are encoded when asked for."""
+    """Latents of images that are encoded when they are asked for; a `starflow.data.latent_cache.LatentDataset`.
 
-    def __init__(self, pictures: ImageDataset, autoencoder: Autoencoder, conditioner: Conditioner | None) -> None:
-        self.pictures, self.autoencoder, self.conditioner = pictures, autoencoder, conditioner
+    It costs the encoders' time in every update, and no disk. Pixels are trained this way, and sets that are too large
+    to encode. Draws are those of the cached training, so that the two see the same batches up to the cache's rounding.
+    """
+
+    def __init__(self, dataset: ImageDataset, autoencoder: Autoencoder, conditioner: Conditioner | None) -> None:
+        self.dataset, self.autoencoder, self.conditioner = dataset, autoencoder, conditioner
         self.null = conditioner.null(1)[0].cpu() if conditioner else None
-        self._decoder = BatchReader(pictures, replace=True)
+        self._reader = BatchReader(dataset, replace=True)
 
     @property
     def side(self) -> int:
-        return self.pictures.buckets.side // self.autoencoder.spec.factor
+        return self.dataset.buckets.side // self.autoencoder.spec.factor
 
     def indices(self, split: str) -> list[Tensor]:
-        return split_indices(self.pictures, heldout=split == "heldout")
+        return split_indices(self.dataset, heldout=split == "heldout")
 
     def images(self, numbers: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), decoded on the spot."""
-        return self._decoder[numbers.tolist()].images
+        """Images (B, 3, H, W) uint8, read when asked for."""
+        return self._reader[numbers.tolist()].images
 
     @torch.no_grad()
     def posterior(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        return encode(self.autoencoder, self.images(numbers))
+        return encode_images(self.autoencoder, self.images(numbers))
 
     def conditions(self, numbers: Tensor) -> Tensor:
         assert self.conditioner is not None
-        entries = [self.pictures.entry(number) for number in numbers.tolist()]
-        by_class = self.conditioner.spec.kind == "class"
-        return self.conditioner.encode([(one.label or "") if by_class else one.caption for one in entries]).cpu()
+        entries = [self.dataset.entry(number) for number in numbers.tolist()]
+        return self.conditioner.encode([condition_text(entry, self.conditioner) for entry in entries]).cpu()
 
     def name(self, number: int) -> str:
-        return self.pictures.entry(number).name
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How pictures reach a task; see `DataRecipe`."""
-
-    workers: int = 0
-    window: int = 0
-    mirror: bool = False
-    say: Callable[[str], None] = print
-
-
-def make_loader(
-    pictures: ImageDataset, order: BatchOrder, settings: TrainSettings, world: World, how: LoaderSettings
-) -> TrainingLoader:
-    """The feed of this process's parts of every batch."""
-    parts = settings.rows(world.rank, world.size)
-    pin = world.device.type == "cuda"
-    return TrainingLoader(pictures, order, parts, how.workers, steps=settings.steps, pin=pin, say=how.say)
+        return self.dataset.entry(number).name
 
 
 class LiveFlowTask(FlowTask):
-    """`FlowTask` over a feed of pictures."""
+    """A `FlowTask` whose latents are encoded live, from images that a loader reads ahead."""
 
     def __init__(
         self,
@@ -276,28 +292,28 @@ class LiveFlowTask(FlowTask):
         draw: Callable[[Flow, Path], None],
         save: Callable[[Flow, Path], None],
         world: World | None = None,
-        how: LoaderSettings | None = None,
+        loading: LoaderSettings | None = None,
     ) -> None:
-        """As `FlowTask`'s."""
-        self.how = how or LoaderSettings()
-        super().__init__(flow, latents, objective, settings, draw, save, world, self.how.window)
+        """See `FlowTask`; `loading` says how images are read."""
+        self.loading = loading or LoaderSettings()
+        super().__init__(flow, latents, objective, settings, draw, save, world, self.loading.window)
         self.latents = latents
-        self.feed = make_loader(latents.pictures, self.order, settings, self.world, self.how)
+        self.loader = make_loader(latents.dataset, self.order, settings, self.world, self.loading)
 
     def _images(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
-        """uint8 pictures (B, 3, H, W), half of them mirrored where the recipe says so, and their numbers."""
-        images, numbers, _ = self.feed.batch(step, rows)
-        return mirrored(images, self.settings.seed, step, rows) if self.how.mirror else images, numbers
+        """Images (B, 3, H, W) uint8, half of them flipped where the recipe says so, and their numbers."""
+        images, numbers, _ = self.loader.batch(step, rows)
+        return random_flip(images, self.settings.seed, step, rows) if self.loading.flip else images, numbers
 
     @torch.no_grad()
     def batch(self, step: int, rows: range) -> Any:
         """Noised latents (B, C, H, W) and their conditions."""
         images, numbers = self._images(step, rows)
-        mean, std = encode(self.latents.autoencoder, images)
+        mean, std = encode_images(self.latents.autoencoder, images)
         noised = self._add_noise(mean, std, self.settings.seed, step, rows)
         return noised, self._conditions(numbers, self._dropped(step, rows))
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Task.loss`; `unreadable` counts the pictures that neighbours stand in for, over all processes."""
+        """See `Task.loss`; `unreadable` counts the images that neighbours stand in for, over all processes."""
         loss, terms = super().loss(model, batch)
-        return loss, terms | {"unreadable": loss.new_tensor(float(len(self.feed.unreadable) * self.world.size))}
+        return loss, terms | {"unreadable": loss.new_tensor(float(len(self.loader.unreadable) * self.world.size))}

@@ -1,7 +1,7 @@
-"""Autoencoder and flow trained together, with a constant latent noise (SimFlow, arXiv 2512.04084).
+"""Training of an autoencoder and a flow together, with a constant latent noise (SimFlow, arXiv 2512.04084).
 
 The encoder gives the mean of a latent and nothing else; its standard deviation is a constant sigma. The evidence lower
-bound of a picture is then, up to the entropy of that noise, which is constant,
+bound of an image is then, up to the entropy of that noise, which is constant,
 
     log p(x | z) + log p(z),    z = mean(x) + sigma e,    e standard normal,
 
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from starflow.conditioning.base import Conditioner
 from starflow.data.images import to_float
 from starflow.data.index import ImageDataset
-from starflow.flow.model import STARFlow, TarFlow
+from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents
 from starflow.train.distributed.world import World
-from starflow.train.loader import normal
+from starflow.train.loader import LoaderSettings, normal
 from starflow.train.recipe import AutoencoderRecipe, Objective
 from starflow.train.settings import TrainSettings, network_precision
-from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, LoaderSettings, bits_per_dim, nats_per_dim
+from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
 
 
 class JointModel(nn.Module):
-    """Both networks and their objective, so that one call covers all that is trained."""
+    """Both networks and their objective, as a module, so that one call covers all that is trained."""
 
     def __init__(
         self, autoencoder: SmallAutoencoder, flow: STARFlow | TarFlow, objective: Objective, recipe: AutoencoderRecipe
@@ -43,28 +43,30 @@ class JointModel(nn.Module):
         self.density = FlowLoss(flow, objective.latent_penalty)
         self.sigma, self.reconstruction = objective.noise_std, recipe.loss
         config = autoencoder.config
-        self.weight = recipe.flow_weight * config.channels / (3 * config.factor**2)  # latent dimensions a pixel's
+        self.weight = (
+            recipe.flow_weight * config.channels / (3 * config.factor**2)
+        )  # latent dimensions per image dimension
 
     def forward(self, images: Tensor, noise: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> loss, and terms of both parts."""
+        """Images (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> scalar loss, and both terms."""
         z = self.autoencoder.encode(images) + self.sigma * noise
         nats, squares, logdet, penalty = self.density(z.float(), condition)
         output = self.autoencoder.decode(z)
         reconstruction, terms = self.reconstruction(output, images)
-        found = {"reconstruction": reconstruction, **terms}
-        found |= {"squares": squares, "logdet": logdet, "penalty": penalty}
-        found["bits_per_dim"] = bits_per_dim(squares.detach() - logdet.detach())
-        return reconstruction + self.weight * nats, found
+        terms = {"reconstruction": reconstruction, **terms}
+        terms |= {"squares": squares, "logdet": logdet, "penalty": penalty}
+        terms["bits_per_dim"] = bits_per_dim(squares.detach() - logdet.detach())
+        return reconstruction + self.weight * nats, terms
 
 
 class JointTask(LiveFlowTask):
-    """See the module's docstring and `starflow.train.loop.Task`."""
+    """Training of both networks; see the module's docstring and `starflow.train.loop.Task`."""
 
     def __init__(
         self,
         autoencoder: SmallAutoencoder,
         flow: STARFlow | TarFlow,
-        pictures: ImageDataset,
+        dataset: ImageDataset,
         conditioner: Conditioner | None,
         objective: Objective,
         recipe: AutoencoderRecipe,
@@ -72,13 +74,12 @@ class JointTask(LiveFlowTask):
         draw: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
         save: Callable[[SmallLatents, STARFlow | TarFlow, Path], None],
         world: World | None = None,
-        how: LoaderSettings | None = None,
+        loading: LoaderSettings | None = None,
     ) -> None:
-        """Both networks are real, and equal in every process."""
-        # Of the encoder as it begins, only sizes are read of it: what is trained encodes for itself.
-        latents = LiveLatents(pictures, joint_latents(copy.deepcopy(autoencoder), objective), conditioner)
-        nothing = lambda flow, path: None  # noqa: E731  (both parts are drawn and saved below)
-        super().__init__(flow, latents, objective, settings, nothing, nothing, world, how)
+        """See `FlowTask`; both networks are real and equal in every process, and `draw` and `save` are handed both."""
+        # Only sizes are read of this copy: the autoencoder that is trained encodes for itself.
+        latents = LiveLatents(dataset, joint_latents(copy.deepcopy(autoencoder), objective), conditioner)
+        super().__init__(flow, latents, objective, settings, _do_nothing, _do_nothing, world, loading)
         self.model = JointModel(autoencoder, flow, objective, recipe)
         self._draw_both, self._save_both = draw, save
 
@@ -88,7 +89,7 @@ class JointTask(LiveFlowTask):
         return normal(rows, shape, seed, "noise", step).to(self._device)
 
     def batch(self, step: int, rows: range) -> Any:
-        """Pictures in [-1, 1], the noise of their latents, and their conditions."""
+        """Images in [-1, 1], the noise of their latents, and their conditions."""
         images, numbers = self._images(step, rows)
         noise = self._latent_noise(images, self.settings.seed, step, rows)
         condition = self._conditions(numbers, self._dropped(step, rows))
@@ -97,12 +98,12 @@ class JointTask(LiveFlowTask):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with network_precision(self.settings, self._device):
             loss, terms = model(*batch)
-        return loss, terms | {"unreadable": loss.new_tensor(float(len(self.feed.unreadable) * self.world.size))}
+        return loss, terms | {"unreadable": loss.new_tensor(float(len(self.loader.unreadable) * self.world.size))}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Of held-out pictures: the loss, the flow's nats and bits per latent dimension, and decibels with noise."""
+        """The held-out loss, the flow's nats and bits per latent dimension, and the PSNR in dB of noised latents."""
         total = torch.zeros(3, device=self._device)
-        for start, numbers, weight in self._dealt(self.heldout):
+        for start, numbers, weight in self._own_batches(self.heldout):
             images = self.latents.images(numbers)
             noise = self._latent_noise(images, 0, 0, range(start, start + len(numbers)))
             condition = self._conditions(numbers, None)
@@ -110,7 +111,7 @@ class JointTask(LiveFlowTask):
                 loss, terms = model(to_float(images.to(self._device)), noise, condition)
             total += weight * torch.stack([loss, terms["squares"] - terms["logdet"], terms["squared"]]).float()
         count = sum(map(len, self.heldout))
-        loss, nats, squared = (value / count for value in self.world.total(total))
+        loss, nats, squared = (value / count for value in self.world.all_reduce(total))
         return {
             "loss": loss,
             "nats_per_dim": nats_per_dim(nats),
@@ -135,6 +136,10 @@ class JointTask(LiveFlowTask):
         return {**super().describe(terms), "mse": f"{terms['squared']:.5f}"}
 
 
+def _do_nothing(flow: Flow, path: Path) -> None:
+    """`JointTask` draws and saves both networks itself."""
+
+
 def joint_latents(autoencoder: SmallAutoencoder, objective: Objective) -> SmallLatents:
-    """The autoencoder as a pipeline holds it: frozen, its decoder one of latents with the constant noise."""
+    """The autoencoder as a pipeline holds it: frozen, with a decoder that is meant for the constant latent noise."""
     return SmallLatents(autoencoder, objective.noise_std)

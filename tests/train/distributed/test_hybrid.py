@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     train(folder / "alone", settings())
-    finish(torchrun(4, "tests.train.distributed.four", folder), timeout=900)
+    finish(torchrun(4, "tests.train.distributed.hybrid_worker", folder), timeout=900)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What each of four processes does for tests/train/distributed/test_four.py: `torchrun ... four FOLDER`."""
+"""What each of four processes does for tests/train/distributed/test_hybrid.py: `torchrun ... hybrid_worker FOLDER`."""
 
 from __future__ import annotations
 
