@@ -147,6 +147,6 @@ class AutoencoderTask:
 
 def heldout_images(dataset: ImageDataset) -> Tensor:
     """Held-out images of the fullest bucket, uint8 (N, 3, H, W), at most `MAX_HELDOUT` of them."""
-    numbers = max(split_indices(dataset, heldout=True), key=len)
-    chosen = numbers[:: max(1, -(-len(numbers) // MAX_HELDOUT))].tolist()
+    indices = max(split_indices(dataset, heldout=True), key=len)
+    chosen = indices[:: max(1, -(-len(indices) // MAX_HELDOUT))].tolist()
     return BatchReader(dataset, replace=True)[chosen].images

@@ -90,9 +90,9 @@ class JointTask(LiveFlowTask):
 
     def batch(self, step: int, rows: range) -> Any:
         """Images in [-1, 1], the noise of their latents, and their conditions."""
-        images, numbers = self._images(step, rows)
+        images, indices = self._images(step, rows)
         noise = self._latent_noise(images, self.settings.seed, step, rows)
-        condition = self._conditions(numbers, self._dropped(step, rows))
+        condition = self._conditions(indices, self._dropped(step, rows))
         return to_float(images.to(self._device, non_blocking=True)), noise, condition
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,10 +103,10 @@ class JointTask(LiveFlowTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The held-out loss, the flow's nats and bits per latent dimension, and the PSNR in dB of noised latents."""
         total = torch.zeros(3, device=self._device)
-        for start, numbers, weight in self._own_batches(self.heldout):
-            images = self.latents.images(numbers)
-            noise = self._latent_noise(images, 0, 0, range(start, start + len(numbers)))
-            condition = self._conditions(numbers, None)
+        for start, indices, weight in self._own_batches(self.heldout):
+            images = self.latents.images(indices)
+            noise = self._latent_noise(images, 0, 0, range(start, start + len(indices)))
+            condition = self._conditions(indices, None)
             with network_precision(self.settings, self._device):
                 loss, terms = model(to_float(images.to(self._device)), noise, condition)
             total += weight * torch.stack([loss, terms["squares"] - terms["logdet"], terms["squared"]]).float()
