@@ -79,7 +79,7 @@ def room_pages() -> dict[str, str]:
             *_table(("name", "what it is"), rows),
             "",
             "Everything else is imported from its module, for instance "
-            "`from starflow.evaluate.distances import precision_recall`. A room is a folder of the package; the "
+            "`from starflow.flow.config import STARFlowConfig`. A room is a folder of the package; the "
             "[architecture](../architecture.md) shows which room may import which.",
             "",
             *_table(("room", "what is in it"), rooms),
@@ -148,6 +148,8 @@ def sections(cls: type[Any], prefix: str = "", values: object = None) -> Iterato
         name = f"{prefix}{field.name}"
         if nested:
             inner += [(name, one, default, len(nested) > 1) for one in nested]
+        elif field.name == "flow" and cls is Recipe:
+            inner += [(name, one, None, True) for one in _flow_options()]
         else:
             plain.append(Key(name, describe(hints[field.name]), _shown(default), docs.get(field.name, "")))
     if plain:
@@ -156,6 +158,13 @@ def sections(cls: type[Any], prefix: str = "", values: object = None) -> Iterato
         given = default if isinstance(default, one) else None
         for section, keys in sections(one, f"{name}.", given):
             yield f"{section}` of `{one.__name__}" if several else section, keys
+
+
+def _flow_options() -> list[type[Any]]:
+    """What `flow` holds while it is a dictionary: the options of the kinds of flows."""
+    from starflow.flow.config import KINDS
+
+    return list(KINDS.values())
 
 
 def _sections_in(hint: object) -> list[type[Any]]:
