@@ -1,7 +1,7 @@
 """The table of commands is read here, and errors become exit codes.
 
-Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C, 141 a closed pipe; a bug keeps its traceback. The file of a
-command is imported when it is called, so that `starflow --help` needs neither torch nor the parser.
+Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C, 141 a closed pipe; a bug keeps its traceback.
+The file of a command is imported when it is called, so that `starflow --help` needs neither torch nor the parser.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def load_published(
         source: a state dict (copied), or the path of a `.pth` or `.safetensors` file.
         options: the published configuration, by the constructor's names with "kind" "starflow" (the default)
             or "tarflow"; also nested, as {"kind": .., "config": {..}}, or in the published YAML's dialect,
-            {"arguments": [..]}; or the path of a YAML or JSON file of them. `txt_dim`, `num_classes` and hidden widths that are not given are the checkpoint's.
+            {"arguments": [..]}; or the path of a YAML or JSON file of them. `txt_dim`, `num_classes` and hidden widths
+            that are not given are the checkpoint's.
 
     Returns:
         The model, whose `forward` and `log_prob` are those of the published one (STARFlow, arXiv 2506.06276).
