@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -71,6 +72,48 @@ def test_the_best_average_is_kept_apart(tmp_path: Path) -> None:
     task = Regression()
     task.model.load_state_dict(best)
     assert task.evaluate(task.model.eval())["loss"] == min(heldout)
+
+
+class Diverging(Regression):
+    """Its held-out loss is not finite at these evaluations, which count from 0."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad, self.evaluations = bad, 0
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.evaluations += 1
+        return {"loss": math.nan} if self.evaluations - 1 in self.bad else super().evaluate(model)
+
+
+def test_a_first_evaluation_that_is_not_finite_does_not_freeze_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Diverging(0), tmp_path)
+    assert (tmp_path / "best" / "weights.pt").is_file()
+    assert "warning: the held-out loss at step 5 is nan" in capsys.readouterr().err
+    lines = read_log(tmp_path / "log.jsonl")
+    assert next(line["heldout_loss"] for line in lines if "heldout_loss" in line) is None
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_run_whose_last_evaluation_is_not_finite_does_not_finish(tmp_path: Path) -> None:
+    for _ in range(2):  # the same command again does not take the model either
+        with pytest.raises(UserError, match="held-out loss at step 12, the last, is nan"):
+            run(Diverging(0, 1, 2), tmp_path)
+        assert not (tmp_path / "model").exists()
+        assert checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000008"
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that clamps may hide them from the held-out loss."""
+    task = Regression()
+    monkeypatch.setattr(task, "evaluate", lambda model: {"loss": 1.0})
+    next(task.model.buffers()).fill_(math.inf)  # the running mean, which training mode does not read
+    with pytest.raises(UserError, match="the average of 1.running_mean is not finite"):
+        run(task, tmp_path)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "best").exists()
 
 
 def test_a_log_that_cannot_grow_says_which_checkpoint_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from starflow.errors import UserError
+from starflow.io import files
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.distributed.world import World
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
 from starflow.train.run import start_run
 from starflow.train.settings import TrainSettings
 
-RECIPE = Recipe("r", TrainSettings(steps=3), data=DataRecipe(source="shapes", shapes=20))
+RECIPE = Recipe("r", TrainSettings(steps=3, warmup=1), data=DataRecipe(source="shapes", shapes=20))
 CPU = torch.device("cpu")
 
 
@@ -39,12 +40,25 @@ def test_longer_training_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     ("changed", "named"),
     [
         (replace(RECIPE, data=DataRecipe(source="shapes", shapes=21)), "data.shapes"),
-        (replace(RECIPE, autoencoder=AutoencoderRecipe(model=SmallAutoencoderConfig(channels=5))), "autoencoder.model"),
+        (
+            replace(RECIPE, autoencoder=AutoencoderRecipe(model=SmallAutoencoderConfig(channels=5))),
+            "autoencoder.model.channels",
+        ),
         (replace(RECIPE, autoencoder=AutoencoderRecipe(noise_max=0.5)), "autoencoder.noise_max"),
     ],
 )
 def test_results_of_another_recipe_are_not_reused(tmp_path: Path, changed: Recipe, named: str) -> None:
     start_run(RECIPE, tmp_path, CPU)
+    for result in ("views.safetensors", "autoencoder"):
+        (tmp_path / result).mkdir()
     with pytest.raises(UserError, match=f"was started with another {named}: choose another --output"):
         start_run(changed, tmp_path, CPU)
     start_run(RECIPE, tmp_path, CPU)  # the refused recipe left nothing behind
+
+
+def test_a_second_training_in_a_folder_is_refused_before_it_writes(tmp_path: Path) -> None:
+    start_run(RECIPE, tmp_path, CPU)
+    before = (tmp_path / "recipe.json").read_bytes()
+    with files.folder_lock(tmp_path), pytest.raises(UserError, match="another process writes to"):
+        start_run(replace(RECIPE, guidance=9.0), tmp_path, CPU)
+    assert (tmp_path / "recipe.json").read_bytes() == before

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
+from starflow.io.files import check_output_folder, folder_lock
 
 if TYPE_CHECKING:
     from starflow.train.run import Run
@@ -109,7 +110,10 @@ def _started(options: StageOptions) -> Iterator[Run]:
     folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
     timeout = recipe.train.parallel.timeout
     with _training(), join_world(pick_device(options.device), timeout) as world:
-        yield start_run(recipe, folder, world.device, world=world)
+        check_output_folder(folder)
+        # The whole command holds it, the stages before the flow too, before anything is written.
+        with folder_lock(folder, ".run.lock") if world.is_main else contextlib.nullcontext():
+            yield start_run(recipe, folder, world.device, world=world)
 
 
 @contextlib.contextmanager

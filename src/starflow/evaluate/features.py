@@ -219,6 +219,11 @@ def _standardise(images: Tensor) -> Tensor:
     return ((resized.clamp(-1, 1) + 1) / 2 - mean) / std
 
 
+def has_mobilenet() -> bool:
+    """Whether the package with MobileNetV2's weights is installed; `load_mobilenet` says whether they are whole."""
+    return importlib.util.find_spec(MODULE) is not None
+
+
 def _packaged() -> Path:
     found = importlib.util.find_spec(MODULE)
     if found is None or not found.submodule_search_locations:

@@ -179,8 +179,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """A context that holds a folder's lock; the system drops it with the process, however that ends.
+def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """A context that holds a folder's lock of that name; the system drops it with the process, however that ends.
 
     Raises:
         UserError: another process holds it.
@@ -191,7 +191,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class RunLog:
         self._write(step, "train", terms)
 
     def evaluation(self, step: int, measures: Mapping[str, float]) -> None:
-        """Write one held-out evaluation; keys are prefixed with `heldout_` in log.jsonl."""
+        """Write one held-out evaluation; keys are prefixed with `heldout_` in log.jsonl; NaN is null."""
         self._write(step, "heldout", {f"heldout_{name}": value for name, value in measures.items()})
 
     def image(self, step: int, path: Path) -> None:
@@ -86,7 +87,8 @@ class RunLog:
             self._weights_and_biases.image(step, path)
 
     def _write(self, step: int, group: str, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
         if self._weights_and_biases is not None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -127,7 +128,7 @@ def fit(
             last = progress.step == settings.steps
             _log_update(task, log, bar, progress, terms)
             if progress.step % settings.evaluate_every == 0 or last:
-                _evaluate(task, state, progress, folder, log)
+                _evaluate(task, state, progress, folder, log, last=last)
             if progress.step % settings.sample_every == 0 or last:
                 _draw(task, state, progress, folder, log)
             stopping |= world.size == 1 and bool(stop)
@@ -246,13 +247,29 @@ def _log_update(
         log.step(progress.step, terms)
 
 
-def _evaluate(task: Task, state: TrainState, progress: TrainProgress, folder: Path, log: RunLog | None) -> None:
+def _evaluate(
+    task: Task, state: TrainState, progress: TrainProgress, folder: Path, log: RunLog | None, *, last: bool
+) -> None:
+    """Measure the average, and keep it where it is the best one.
+
+    Raises:
+        UserError: it is the last evaluation, and the loss is not finite: the run does not finish with such a model.
+    """
     with state.averaged() as model, torch.no_grad():
         measures = task.evaluate(model)
+    loss = measures["loss"]
     if log is not None:
         log.evaluation(progress.step, measures)
-    if progress.best is None or measures["loss"] < progress.best:
-        progress.best = measures["loss"]
+    if not math.isfinite(loss):
+        if last:
+            raise UserError(
+                f"the held-out loss at step {progress.step}, the last, is {loss}: the training in {folder} has "
+                "diverged and no model was written; lower its lr, then run the same command again"
+            )
+        if log is not None:
+            tqdm.write(f"warning: the held-out loss at step {progress.step} is {loss}", file=sys.stderr)
+    elif progress.best is None or not math.isfinite(progress.best) or loss < progress.best:
+        progress.best = loss
         _save(task, state, folder / "best")
 
 
@@ -268,6 +285,12 @@ def _draw(task: Task, state: TrainState, progress: TrainProgress, folder: Path, 
 def _save(task: Task, state: TrainState, folder: Path) -> None:
     with state.full_average(torch.device("cpu")) as model:  # which has room for all that the GPUs share
         if model is not None:
+            bad = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), "")
+            if bad:
+                raise UserError(
+                    f"the average of {bad} is not finite: the training in {folder.parent} has diverged and "
+                    f"{folder.name}/ was not written; delete its newest checkpoint, lower its lr, then run it again"
+                )
             task.save(model, folder)
 
 

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from starflow.config import from_dict, read_mapping, unknown_key_message
+from starflow.config import from_dict, read_mapping, to_dict, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
 from starflow.flow.config import KINDS, NormType, SeqOrder
 from starflow.latents.small import SmallAutoencoderConfig
+from starflow.train.recipe_keys import default_values, flat_keys, idle_keys
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import ReconstructionLoss
 
@@ -284,23 +288,51 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         >>> recipe.train.lr, recipe.flow.channels, recipe.flow.patch_size
         (0.001, 64, None)
     """
-    values = _read_with_base(path)
+    layers = _read_with_bases(path)
+    given: dict[str, Any] = {}
+    values: dict[str, Any] = copy.deepcopy(functools.reduce(_merge, layers, {}))
     for dotted, text in (overrides or {}).items():
         _set_dotted(values, dotted, text)
-    return from_dict(Recipe, values)
+        _set_dotted(given, dotted, text)
+    return _without_leftovers(from_dict(Recipe, values), [*layers, given])
 
 
-def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's values laid over those of the recipe that its key `base` names, relative to it."""
+def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """A recipe's values after those of the recipe that its key `base` names, relative to it, which they lie over."""
     values = read_mapping(path)
     base = values.pop("base", None)
     if base is None:
-        return values
+        return [values]
     if not isinstance(base, str):
         raise UserError(f"'base' of {path} is {base!r}, expected the name of a recipe beside it")
     if path.resolve() in above:
         raise UserError(f"the base of {path} comes back to {path}: take one of them out")
-    return _merge(_read_with_base(path.parent / base, (*above, path.resolve())), values)
+    return [*_read_with_bases(path.parent / base, (*above, path.resolve())), values]
+
+
+def _without_leftovers(recipe: Recipe, layers: Sequence[dict[str, Any]]) -> Recipe:
+    """The recipe without what it inherits and what only a later layer's switches make idle; a warning names it."""
+    left = [key for key in idle_keys(recipe) if _had_effect(key, layers)]
+    if not left:
+        return recipe
+    warnings.warn(f"the recipe's own switches leave {', '.join(left)} without effect: left out", stacklevel=3)
+    values, default = to_dict(recipe), default_values(recipe)
+    for key in left:
+        *sections, last = key.split(".")
+        functools.reduce(lambda inner, section: inner[section], sections, values)[last] = default[key]
+    return from_dict(Recipe, values)
+
+
+def _had_effect(key: str, layers: Sequence[dict[str, Any]]) -> bool:
+    """Whether a key did something in the recipe as it was up to the layer that gives it."""
+    giving = max((number for number, layer in enumerate(layers) if key in flat_keys(layer)), default=-1)
+    if giving in (-1, len(layers) - 1):
+        return False
+    try:
+        below = from_dict(Recipe, functools.reduce(_merge, layers[: giving + 1], {}))
+    except UserError:  # a base alone need not be whole
+        return False
+    return key not in idle_keys(below)
 
 
 def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from starflow.config import to_dict
-from starflow.errors import UserError
 from starflow.io import files
 from starflow.train.distributed.world import World
 from starflow.train.recipe import Recipe
+from starflow.train.recipe_keys import check_changes, check_idle_keys, longest_warmup_text
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def start_run(
         world: the processes that train together; None is this one alone.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run whose finished stages this recipe would have made
-            otherwise.
+        UserError: the folder cannot be written, another process trains in it, it holds a run whose finished stages
+            this recipe would have made otherwise, or a key of the recipe has no effect.
 
     Example:
         >>> import tempfile
@@ -59,26 +58,17 @@ def start_run(
         >>> [path.name for path in folder.iterdir()]
         ['recipe.json']
     """
+    check_idle_keys(recipe)
     files.check_output_folder(folder)
-    path = folder / "recipe.json"
-    if path.is_file():
-        _check_same_stages(files.read_json(path), to_dict(recipe), folder)
     world = world or World(device=device)
-    if world.is_main:
-        files.write_json(path, to_dict(recipe))
-    return Run(recipe, folder, world.device, progress and world.is_main, world)
-
-
-_MAY_CHANGE = frozenset({"train", "workers", "window", "latents"})
-"""Keys of the compared sections that change no stage's result."""
-
-
-def _check_same_stages(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with results that the recipe no longer describes; how long to train may change."""
-    for section in ("data", "autoencoder", "conditioning"):
-        old, new = dict(before.get(section, {})), dict(now[section])
-        changed = [key for key in new if key not in _MAY_CHANGE and key in old and old[key] != new[key]]
-        if changed:
-            raise UserError(
-                f"{folder} was started with another {section}.{changed[0]}: choose another --output, or undo the change"
-            )
+    path = folder / "recipe.json"
+    # A training in this folder holds the lock, and its recipe stays as it is.
+    with files.folder_lock(folder) if world.is_main else contextlib.nullcontext():
+        if path.is_file():
+            check_changes(files.read_json(path), recipe, folder)
+        if world.is_main:
+            files.write_json(path, to_dict(recipe))
+    run = Run(recipe, folder, world.device, progress and world.is_main, world)
+    if text := longest_warmup_text(recipe):
+        run.notify(f"warning: {text}")
+    return run

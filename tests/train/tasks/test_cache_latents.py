@@ -87,6 +87,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("info.json", "times.json")}
 
 
+def test_latents_that_are_not_finite_are_not_cached(pictures: IndexedDataset, tmp_path: Path) -> None:
+    class Diverged(Means):
+        def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = super().posterior(images)
+            return mean * torch.nan, std
+
+    with pytest.raises(UserError, match=r"latents of .* pictures are not finite, class ./.*png first"):
+        fill(pictures, tmp_path / "cache", Diverged())
+    assert not list((tmp_path / "cache").glob("latents*"))
+
+
 def test_means_and_spreads_of_every_readable_picture(pictures: IndexedDataset, tmp_path: Path) -> None:
     said = fill(pictures, tmp_path / "cache", Means())
     found = CachedLatents(tmp_path / "cache")

@@ -47,6 +47,7 @@ def in_an_instant(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(decoder_run, "make_views", here)
     monkeypatch.setattr(decoder_run, "load_extractor", lambda: FeatureExtractor("means", Means()))
+    monkeypatch.setattr(decoder_run, "has_mobilenet", lambda: True)
 
 
 @pytest.fixture
@@ -116,10 +117,13 @@ def test_the_report_has_a_kernel_distance_where_features_are_installed(monkeypat
     expected = kernel_distance(Means()(torch.cat(moved)), Means()(to_float(images))).value
     assert found == {"kid_mobilenetv2 x 1000 at noise 0.3": pytest.approx(1000 * expected)}
 
-    def missing() -> FeatureExtractor:
-        raise UserError("not installed")
+    def damaged() -> FeatureExtractor:
+        raise UserError("another sha256")
 
-    monkeypatch.setattr(decoder_run, "load_extractor", missing)
+    monkeypatch.setattr(decoder_run, "load_extractor", damaged)
+    with pytest.raises(UserError, match="another sha256"):
+        decoder_run._kernel_distance(moved, images, 0.3, CPU)
+    monkeypatch.setattr(decoder_run, "has_mobilenet", lambda: False)
     assert decoder_run._kernel_distance(moved, images, 0.3, CPU) == {}
 
 

@@ -143,6 +143,7 @@ def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int],
                 if len(found):
                     images = images.flip(-1) if parts[n].flipped else images
                     mean, std = encode_images(job.autoencoder, images)
+                    _check_finite(mean, found, job.dataset)
                     means.append(mean)
                     stds += [] if std is None else [std]
                     indices.append(found)
@@ -155,6 +156,17 @@ def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int],
                 write_latents(job.folder, n, torch.empty(0), None, nothing, skipped)
             done += sum(map(len, indices))
     return done
+
+
+def _check_finite(latents: Tensor, indices: Tensor, dataset: ImageDataset) -> None:
+    """Raises UserError: latents that are not finite, which no flow can be trained on."""
+    bad = (~latents.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        name = dataset.entry(int(indices[bad[0]])).name
+        raise UserError(
+            f"the latents of {len(bad)} of {len(latents)} pictures are not finite, {name} first: the autoencoder is "
+            "damaged or has diverged; train or choose another one"
+        )
 
 
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:

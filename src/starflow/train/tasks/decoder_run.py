@@ -24,6 +24,7 @@ from starflow.data.views import TrainingViews, ViewConfig, load_views, make_view
 from starflow.errors import UserError
 from starflow.evaluate import extract_features, kernel_distance, load_extractor, psnr
 from starflow.evaluate.dataset import evenly_spaced
+from starflow.evaluate.features import has_mobilenet
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
@@ -254,11 +255,14 @@ def _noise(row: int, latents: Tensor) -> Tensor:
 def _kernel_distance(
     reconstructions: list[Tensor], images: Tensor, noise: float, device: torch.device
 ) -> dict[str, float]:
-    """Kernel distance of images to their originals; empty where the features' weights are not installed."""
-    try:
-        extractor = load_extractor()
-    except UserError:
+    """Kernel distance of images to their originals; empty where the features' weights are not installed.
+
+    Raises:
+        UserError: the installed weights are damaged.
+    """
+    if not has_mobilenet():
         return {}
+    extractor = load_extractor()
     extractor.network.to(device)
     ours = extract_features(extractor, reconstructions).features
     theirs = extract_features(extractor, (to_float(batch) for batch in images.split(EVALUATION_BATCH))).features
