@@ -329,7 +329,7 @@ def _had_effect(key: str, layers: Sequence[dict[str, Any]]) -> bool:
     if giving in (-1, len(layers) - 1):
         return False
     try:
-        below = from_dict(Recipe, functools.reduce(_merge, layers[: giving + 1], {}))
+        below = from_dict(Recipe, functools.reduce(_merge, layers[: giving + 1], dict[str, Any]()))
     except UserError:  # a base alone need not be whole
         return False
     return key not in idle_keys(below)
