@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.buckets import ASPECTS, Buckets
+from starflow.data.buckets import ASPECTS, Aspect, Buckets, Size, aspect_size
+from starflow.data.images import ImageError
 from starflow.data.index import ViewDataset, image_tensor, open_source, split_indices
 from starflow.data.sets.shapes import SHAPES, draw_shapes
 from starflow.errors import UserError
@@ -101,6 +105,30 @@ def test_an_image_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
     wide = image_tensor(Image.fromarray(stripes), (40, 10))
     assert wide.shape == (3, 10, 40)
     assert wide[:, 5, [2, 20, 37]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+@settings(max_examples=60, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 700), st.integers(1, 700)),
+    side=st.sampled_from([16, 224, 256]),
+    aspect=st.sampled_from(ASPECTS),
+)
+@example(size=(640, 480), side=256, aspect="5:4")
+@example(size=(116, 116), side=224, aspect="1:1")
+@example(size=(1, 700), side=256, aspect="21:9")
+def test_an_image_of_any_size_fits_any_bucket(size: Size, side: int, aspect: Aspect) -> None:
+    width, height = aspect_size(aspect, side, 8)
+    found = image_tensor(Image.new("RGB", size, (9, 20, 30)), (width, height))
+    assert found.shape == (3, height, width)
+    assert found.flatten(1).unique(dim=1).T.tolist() == [[9, 20, 30]]
+
+
+def test_an_image_that_raises_anything_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("folder", str(write_files(tmp_path / "set")))
+    pictures = indexed(source, tmp_path / "index", Buckets(8, 8))
+    monkeypatch.setattr(source, "read", lambda location: 1 / 0)
+    with pytest.raises(ImageError, match=re.escape(f"{pictures.entry(2).name} is not a readable image (division")):
+        pictures.read(2)
 
 
 def test_views_are_a_data_set_of_one_bucket() -> None:

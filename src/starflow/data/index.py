@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from starflow.data.buckets import Aspect, Buckets, Size
-from starflow.data.images import decode_image, on_background
+from starflow.data.images import decode_image, image_errors, on_background
 from starflow.data.sources.base import ScannedImage, SkippedImage, Source, SourceKind, unit_hash
 from starflow.data.sources.folder import FolderSource, order_classes
 from starflow.data.views import TrainingViews
@@ -172,8 +172,9 @@ class IndexedDataset:
         line = self._lines[index]
         size = self.buckets.size(int(self._kinds["bucket"][index]))
         # Twice the size leaves the antialiased reduction to image_tensor.
-        image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
-        return image_tensor(image, size)
+        with image_errors(Path(line["name"])):
+            image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
+            return image_tensor(image, size)
 
     def substitutes(self, index: int) -> Sequence[int]:
         """See `ImageDataset.substitutes`: up to 64 that follow it in its bucket and split, around the end."""
@@ -298,7 +299,9 @@ def image_tensor(image: Image.Image, size: Size) -> Tensor:
     width, height = size
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (left, top, image.width - left, image.height - top)
+    # Rounding may put an edge that is the image's own 1e-14 outside of it, which Pillow refuses.
+    left, top = max(left, 0.0), max(top, 0.0)
+    box = (left, top, min(image.width - left, image.width), min(image.height - top, image.height))
     small = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
 

@@ -30,7 +30,7 @@ def test_every_picture_is_found_and_read_again_in_another_process(tmp_path: Path
     assert scanned(again, sizes=sizes)[0] == found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(st.dictionaries(st.text(), st.integers() | st.text()))
 def test_a_json_object_is_parsed(values: dict[str, int | str]) -> None:
     assert parse_json_object(json.dumps(values).encode()) == values
