@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,7 +223,7 @@ def image_errors(path: Path) -> Iterator[None]:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
         raise ImageError(path, "no known image format") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (decoders raise errors of any class)
         raise ImageError(path, " ".join(str(error).split())[:200] or type(error).__name__) from None
 
 

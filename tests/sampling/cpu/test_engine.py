@@ -31,9 +31,7 @@ from starflow.sampling.sequential import solve_token
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
 
-DRAWN = settings(
-    max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+DRAWN = settings(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FEWER = settings(DRAWN, max_examples=15)
 BFLOAT16_STEP = 2**-8
 
