@@ -178,8 +178,8 @@ def test_greys_of_floats_keep_their_range(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyError("x"), OverflowError("too large"), MemoryError(), RecursionError("deep")])
 def test_whatever_an_image_raises_names_it(error: Exception) -> None:
-    with pytest.raises(ImageError, match=r"^a\.png is not a readable image \(.+\): replace it or remove it$"):
-        with image_errors(Path("a.png")):
-            raise error
+    message = r"^a\.png is not a readable image \(.+\): replace it or remove it$"
+    with pytest.raises(ImageError, match=message), image_errors(Path("a.png")):
+        raise error
     with pytest.raises(KeyboardInterrupt), image_errors(Path("a.png")):
         raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import json
 import os
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -81,10 +82,12 @@ def test_rows_that_name_no_picture_are_counted_and_alone_stop(tmp_path: Path) ->
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_table_names_a_picture_in_any_way_and_it_is_there_once(tmp_path: Path, suffix: str, form: str) -> None:
-    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+def test_a_table_names_a_picture_in_any_way_and_it_is_there_once(
+    tmp_path: Path, suffix: str, form: Literal["NFC", "NFD"]
+) -> None:
+    other: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
     for n in range(5):
-        picture(tmp_path / unicodedata.normalize("NFC" if form == "NFD" else "NFD", f"deep/é{n}.png"))
+        picture(tmp_path / unicodedata.normalize(other, f"deep/é{n}.png"))
     file = unicodedata.normalize(form, "deep/é")
     names = [
         f"{tmp_path / file}0.png",
@@ -151,7 +154,7 @@ def test_descriptions_without_captions_leave_the_folders_names(tmp_path: Path) -
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_ending_is_found_in_any_case(tmp_path: Path, suffix: str) -> None:
     for name in (f"a{suffix}", f"b{suffix.upper()}"):
-        picture(tmp_path / "a.png").rename(tmp_path / name)
+        picture(tmp_path / "new.png").rename(tmp_path / name)
     assert len(read_folder(tmp_path)) == 2
 
 

@@ -45,16 +45,14 @@ def class_names(*names: str) -> dict[str, Any]:
 
 
 def test_classes_of_the_hub_have_their_names(tmp_path: Path) -> None:
-    rows = {"image": [encoded(n) for n in range(4)], "label": [1, 0, -1, None]}
+    rows: dict[str, list[Any]] = {"image": [encoded(n) for n in range(4)], "label": [1, 0, -1, None]}
     write(tmp_path / "set" / "0.parquet", rows, class_names("polar_bear", "dog"))
     write(tmp_path / "set" / "1.parquet", rows, class_names("dog", "polar_bear"))
     source = open_source("parquet", str(tmp_path / "set"))
     found, _ = scanned(source)
     told = [(one.caption, one.label) for one in found]
     assert told[:4] == [("dog", "1"), ("polar bear", "0"), ("", None), ("", None)]
-    assert told[4:] == [("polar bear", "0"), ("dog", "1"), ("", None), ("", None)], (
-        "numbers are those of the first file"
-    )
+    assert told[4:] == [("polar bear", "0"), ("dog", "1"), ("", None), ("", None)], "numbers of the first file"
     pictures = indexed(source, tmp_path / "index", Buckets(8, 8))
     assert pictures.classes() == ["polar_bear", "dog"], "in the order of their numbers"
     assert [pictures.entry(n).label for n in range(4)] == ["dog", "polar_bear", None, None]

@@ -295,8 +295,8 @@ def _list_plain(folder: Path, names: Sequence[str]) -> FolderListing:
     for name in names:
         if name in used or name in others or name in SYNSET_FILES:
             continue
-        caption = PurePath(name).suffix.lower() in SIDECAR_SUFFIXES[:3]
-        listing.left.append(UnusedFile(shown_name(name), NO_IMAGE) if caption else unused_by_ending(name))
+        is_text = PurePath(name).suffix.lower() in SIDECAR_SUFFIXES[:3]
+        listing.left.append(UnusedFile(shown_name(name), NO_IMAGE) if is_text else unused_by_ending(name))
     return listing
 
 
