@@ -21,7 +21,7 @@ from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents
 from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
-from starflow.pipeline.folder import Parts, default_dtype
+from starflow.pipeline.folder import Parts, default_dtype, read_config
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
@@ -202,3 +202,9 @@ def test_only_a_large_flow_stays_in_the_stored_half_precision(monkeypatch: pytes
     monkeypatch.setattr("starflow.pipeline.folder.LARGE", 1000)
     assert default_dtype(flow) == torch.bfloat16
     assert default_dtype(flow.to(torch.float32)) == torch.float32
+
+
+def test_a_newer_format_is_refused_before_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"autoencoder": {}, "format": 2, "novelty": 1}')
+    with pytest.raises(UserError, match=r"config\.json has format 2, expected 1 or less: update starflow"):
+        read_config(tmp_path)

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class UnusableSetError(UserError):
+    """A set that cannot be trained on as it lies there, however often it is read."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
     """What a data set says of an image without opening it.
@@ -200,6 +204,9 @@ class IndexedDataset:
 
     def add_skipped(self, skipped: Iterable[tuple[str, str]]) -> None:
         """See `ImageDataset.add_skipped`: they are added to the index's `skipped.jsonl`, each once."""
+        skipped = list(skipped)
+        if not skipped:
+            return
         path = self.folder / "skipped.jsonl"
         listed = JsonLines(path)
         known = {listed[number].get("skipped") for number in range(len(listed))}
@@ -262,14 +269,35 @@ def scan_shard(source: Source, shard: int, folder: Path, settings: IndexSettings
     files.write_text(_part(folder, shard), "".join(f"{line}\n" for line in lines))
 
 
-def join_parts(source: Source, folder: Path) -> dict[str, Any]:
+def join_parts(source: Source, folder: Path, reads: str = "none") -> dict[str, Any]:
     """Join the parts of all shards into the index, remove them, and return what info.json says.
 
     Where chance held nothing out that can be read, the one image with the smallest hash is held out.
 
+    Args:
+        source: of the images.
+        folder: of the index.
+        reads: what a model is told of an image: "class" or "none", else its caption.
+
     Raises:
-        UserError: not two images in all shards.
+        UnusableSetError: not two images in all shards, or not one of them has what the model reads. The parts are
+            removed, so that what is put right is read again.
     """
+    try:
+        info = _join(source, folder, reads)
+    except UnusableSetError:
+        _remove_parts(source, folder)
+        raise
+    _remove_parts(source, folder)
+    return info
+
+
+def _remove_parts(source: Source, folder: Path) -> None:
+    for shard in range(len(source.shards)):
+        _part(folder, shard).unlink(missing_ok=True)
+
+
+def _join(source: Source, folder: Path, reads: str) -> dict[str, Any]:
     kinds: dict[str, list[int]] = {"bucket": [], "heldout": []}
     summary, skipped = SetSummary(), []
     with files.atomic_write(folder / "pictures.jsonl") as path, path.open("w", encoding="utf-8") as out:
@@ -285,9 +313,19 @@ def join_parts(source: Source, folder: Path) -> dict[str, Any]:
                 line.pop("note", None)
                 out.write(json.dumps(line) + "\n")
     if summary.pictures < 2:
-        raise UserError(
+        raise UnusableSetError(
             f"{summary.pictures} pictures in {len(source.shards)} shards ({summary.skipped} unreadable), "
             f"expected 2 or more{summary.first_reason}"
+        )
+    if reads == "class" and not summary.labels:
+        raise UnusableSetError(
+            f"conditioning.kind is class, and none of {summary.pictures} pictures has a class (captions go before the "
+            "names of sub-folders): give the captions a label each, take them away, or set conditioning.kind to text"
+        )
+    if reads not in ("class", "none") and not summary.captioned:
+        raise UnusableSetError(
+            f"conditioning.kind is {reads}, and none of {summary.pictures} pictures has a caption: add captions "
+            "(captions.csv, or a .txt beside each picture), or set conditioning.kind to none"
         )
     _hold_one_out(source, JsonLines(folder / "pictures.jsonl"), kinds["heldout"])
     files.write_text(folder / "skipped.jsonl", "".join(f"{line}\n" for line in skipped))
@@ -296,8 +334,6 @@ def join_parts(source: Source, folder: Path) -> dict[str, Any]:
     info: dict[str, Any] = {**summary.to_json(), "heldout": sum(kinds["heldout"]), "state": source.state()}
     info["class_names"] = source.class_names(set(summary.labels))
     files.write_json(folder / "info.json", info)
-    for shard in range(len(source.shards)):
-        _part(folder, shard).unlink()
     return info
 
 

@@ -22,6 +22,9 @@ from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
 
+FORMAT = 1
+"""The newest format of config.json that is read."""
+
 Cleaning = Literal["decoder", "tweedie", "none"]
 """How samples lose the noise of the training data: see `PipelineConfig.cleaning`."""
 
@@ -53,7 +56,7 @@ class PipelineConfig:
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     candidates: int = 1
     """Default number of pictures drawn for each one that is kept; see `starflow.sampling.sampler`."""
-    format: int = 1
+    format: int = FORMAT
     """Version of this file's layout."""
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from starflow.io.hub import HubOptions
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
-from starflow.pipeline.config import PipelineConfig, size_multiple
+from starflow.pipeline.config import FORMAT, PipelineConfig, size_multiple
 
 FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
 
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> PipelineConfig:
     """The configuration in a pipeline's folder.
 
     Raises:
-        UserError: the folder holds no pipeline, or an unknown key.
+        UserError: the folder holds no pipeline, one of a newer format, or an unknown key.
     """
     values = files.read_json(folder / "config.json")
     if not isinstance(values, dict) or "autoencoder" not in values:
@@ -74,6 +74,9 @@ def read_config(folder: Path) -> PipelineConfig:
                 "`starflow convert FILE --options OPTIONS --autoencoder NAME`, or load it by STARFlow.from_pretrained"
             )
         raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
+    found = values.get("format", FORMAT)
+    if isinstance(found, int) and found > FORMAT:  # before its new keys are called unknown
+        raise UserError(f"{folder / 'config.json'} has format {found}, expected {FORMAT} or less: update starflow")
     return from_dict(PipelineConfig, values)
 
 

@@ -251,3 +251,17 @@ def test_without_a_mapping_the_ids_are_the_names(tmp_path: Path) -> None:
 def test_numbers_are_ordered_as_numbers() -> None:
     assert order_classes(["10", "9", "2"]) == ["2", "9", "10"]
     assert order_classes(["10", "b", "a"]) == ["10", "a", "b"]
+
+
+def test_records_have_imagenets_names_and_the_folder_is_summed_up(tmp_path: Path) -> None:
+    for synset in ("n01440764", "n02012849"):
+        picture(tmp_path / "train" / synset / "1.png")
+    (tmp_path / "train" / "words.txt").write_text(MAPPING)
+    told: list[str] = []
+    records = read_folder(tmp_path / "train", told.append)
+    assert [(one.label, one.caption) for one in records] == [("tench", "tench"), ("crane", "crane")]
+    heldout = sum(record.split == "heldout" for record in records)
+    assert told == [
+        f"pictures: 2, {heldout} of them held out, 2 with and 0 without a caption, 2 classes; 0 skipped, "
+        "0 other files and rows not used"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
@@ -42,7 +43,7 @@ def test_what_is_said() -> None:
     for name in ("a.heic", "b.heic"):
         summary.add({"unused": name, "reason": "files ending in .heic"})
     assert summary.first_reason == ", the first: x.png: no known image format"
-    assert describe_set({**summary.to_json(), "heldout": 4}, "skipped.jsonl") == [
+    assert describe_set({**summary.to_json(), "heldout": 4}, Path("skipped.jsonl")) == [
         "pictures: 71, 4 of them held out, 2 with and 69 without a caption, 1 classes; 1 skipped, 2 other files and "
         "rows not used (skipped.jsonl)",
         "warning: 69 of 71 pictures have no caption: 2.png, 3.png, 4.png, ...",

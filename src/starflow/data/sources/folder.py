@@ -20,8 +20,8 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -54,6 +54,7 @@ from starflow.data.sources.captions import (
     shown_name,
     sidecar_fields,
 )
+from starflow.data.sources.summary import SetSummary, describe_set
 from starflow.errors import UserError
 from starflow.io.files import write_text
 
@@ -150,6 +151,17 @@ class FolderListing:
     texts: list[str] = field(default_factory=list)
     """Relative names of the files that captions and labels come from."""
 
+    def summary(self) -> list[str]:
+        """Say what the folder came to, as `describe_set` does."""
+        counts = SetSummary()
+        for record in self.records:
+            note = self.notes.get(record.name, "")
+            counts.add({"name": record.name, "caption": record.caption, "label": record.label, "note": note})
+        for one in self.left:
+            counts.add({"unused" if isinstance(one, UnusedFile) else "skipped": one.name, "reason": one.reason})
+        heldout = sum(record.split == "heldout" for record in self.records)
+        return describe_set({**counts.to_json(), "heldout": heldout})
+
 
 def list_folder(folder: Path) -> FolderListing:
     """List a prepared set (`index.jsonl`) or any folder of images, with all that is left out.
@@ -178,13 +190,29 @@ def list_folder(folder: Path) -> FolderListing:
     return listing
 
 
-def read_folder(folder: Path) -> list[ImageRecord]:
-    """Read the records of a folder's images, as `list_folder` finds them.
+def read_folder(folder: Path, notify: Callable[[str], None] | None = None) -> list[ImageRecord]:
+    """Read the records of a folder's images, as `list_folder` finds them; ImageNet's classes are called by their names.
+
+    Args:
+        folder: of the images.
+        notify: is told what the folder came to, a line at a time.
 
     Raises:
         UserError: see `list_folder`.
     """
-    return list_folder(folder).records
+    listing = list_folder(folder)
+    if notify is not None:
+        for line in listing.summary():
+            notify(line)
+    names = synset_names(folder, {record.label for record in listing.records if record.label is not None})
+    if not names:
+        return listing.records
+    return [
+        replace(one, label=names[one.label], caption=names[one.label] if one.caption == one.label else one.caption)
+        if one.label in names
+        else one
+        for one in listing.records
+    ]
 
 
 def write_index(folder: Path, records: Iterable[ImageRecord]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 NAMES_SHOWN = 3
@@ -57,7 +58,7 @@ class SetSummary:
         return {**counts, "uncaptioned": self.uncaptioned, "unused": self.unused, "notes": self.notes}
 
 
-def describe_set(info: Mapping[str, Any], where: str = "") -> list[str]:
+def describe_set(info: Mapping[str, Any], where: Path | None = None) -> list[str]:
     """Say what `SetSummary.to_json` has counted: one line for the whole, and a warning for each thing that is odd.
 
     Args:
