@@ -209,9 +209,9 @@ def image_errors(path: Path) -> Iterator[None]:
     Decoders raise errors of any class on damaged files, and one image must not end a run over millions of them.
 
     >>> with image_errors(Path("a.png")):
-    ...     struct.unpack("i", b"12")
+    ...     1 / 0
     Traceback (most recent call last):
-    starflow.data.images.ImageError: a.png is not a readable image (unpack requires a buffer of 4 bytes): replace it ...
+    starflow.data.images.ImageError: a.png is not a readable image (division by zero): replace it or remove it
     """
     from PIL import UnidentifiedImageError
 

@@ -98,7 +98,7 @@ def sidecar_fields(files: Mapping[str, bytes]) -> tuple[dict[str, Any], str]:
     """Read the files beside an image, by their endings in lower case; returns fields, and a note or "".
 
     >>> sidecar_fields({".txt": b"a red\\napple", ".cls": b"7"})
-    ({'caption': 'a red apple', 'label': '7'}, '')
+    ({'label': '7', 'caption': 'a red apple'}, '')
     """
     fields: dict[str, Any] = {}
     note = ""
