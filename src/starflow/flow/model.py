@@ -341,7 +341,7 @@ class TarFlow(Flow):
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
         classes = self.config.num_classes
         if condition is None:
-            return torch.full((batch,), -1, device=self.device) if classes else None
+            return torch.full((batch,), -1, dtype=torch.long, device=self.device) if classes else None
         if not classes or condition.shape != (batch,) or condition.is_floating_point():
             shape, dtype = tuple(condition.shape), condition.dtype
             raise UserError(f"the label is {dtype} of shape {shape} for a batch of {batch}: pass {self.condition_help}")

@@ -132,7 +132,7 @@ def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) 
     >>> guidance_weights(2.0, 3).tolist()
     [2.0, 2.0, 2.0]
     """
-    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    weights = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
     if weights.shape not in ((), (1,), (pictures,)):
         got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
         raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")

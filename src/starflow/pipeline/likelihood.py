@@ -75,7 +75,9 @@ def density_space(config: PipelineConfig) -> str:
 def add_training_noise(latents: Tensor, config: PipelineConfig, seeds: Sequence[int]) -> Tensor:
     """Latents (B, C, h, w) as the flow was trained on them: each with the noise of its seed."""
     if config.noise == "uniform":
-        draws = [torch.rand(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shape = latents.shape[1:]
+        draws = [torch.rand(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
         return dequantise(latents, torch.stack(draws).to(latents.device))
     return latents + config.noise_std * noise_from_seeds(seeds, tuple(latents.shape[1:])).to(latents.device)
 

@@ -233,7 +233,7 @@ class StarFlowPipeline:
             if self.flow.offloaded_to is None:
                 self.flow.to(device=device, dtype=dtype)
             else:
-                torch.empty(0, device=device)  # whether there is one
+                torch.empty(0, dtype=torch.float32, device=device)  # whether there is one
                 self.flow.to(dtype=dtype or self.flow.network_dtype).offload(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device '{device}': {str(error).splitlines()[0]}; try --device cpu") from None

@@ -125,9 +125,13 @@ def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) ->
     wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
     if wrong:
         raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = [torch.stack([torch.randn(shape, generator=one) for _ in range(count)]) for one in generators]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    draws = [torch.stack([_draw_normal(shape, one) for _ in range(count)]) for one in generators]
     return torch.stack(draws)
+
+
+def _draw_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -158,13 +162,13 @@ def best_candidates(
         UserError: see `starflow.sample`.
     """
     pictures, candidates = noise.shape[:2]
-    weight_B = torch.as_tensor(settings.guidance).expand(pictures)
-    batches = torch.arange(pictures * candidates).split(batch_size)
+    weight_B = torch.as_tensor(settings.guidance, dtype=torch.float64, device="cpu").expand(pictures)
+    batches = torch.arange(pictures * candidates, device="cpu").split(batch_size)
     drawn, scores = [], []
     for number, rows in enumerate(batches):
         of = rows // candidates
         given, null = _select_rows(condition, of), _select_rows(null_condition, of)
-        own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
+        own = dataclasses.replace(settings, guidance=weight_B[of])
         x = run(model, noise.flatten(0, 1)[rows], given, null, own, offset_progress(progress, number, len(batches))).x
         drawn.append(x)
         scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
