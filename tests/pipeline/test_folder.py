@@ -17,11 +17,11 @@ from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
-from starflow.latents import Autoencoder, KLLatents, TinyLatents
+from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents
 from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
-from starflow.pipeline.folder import Parts
+from starflow.pipeline.folder import Parts, default_dtype
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
@@ -194,3 +194,11 @@ def test_a_small_pipelines_parts_are_its_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder", "config.json", "flow"]
     assert len(list((tmp_path / "flow").glob("model-*.safetensors"))) > 1
     assert picture(StarFlowPipeline.from_pretrained(tmp_path), "star") == picture(pipeline, "star")
+
+
+def test_only_a_large_flow_stays_in_the_stored_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES)).flow.to(torch.bfloat16)
+    assert default_dtype(flow) == torch.float32
+    monkeypatch.setattr("starflow.pipeline.folder.LARGE", 1000)
+    assert default_dtype(flow) == torch.bfloat16
+    assert default_dtype(flow.to(torch.float32)) == torch.float32

@@ -17,7 +17,7 @@ from starflow.flow.config import TarFlowConfig
 from starflow.flow.model import TarFlow
 from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
-from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.config import PipelineConfig, latent_shape
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import candidate_noise, noise_from_seeds, sample
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -76,7 +76,7 @@ def test_seeds_and_prompts_are_reported_in_order(pixels: StarFlowPipeline) -> No
 
 
 def test_temperature_scales_the_noise(pixels: StarFlowPipeline) -> None:
-    z = 0.5 * noise_from_seeds([3], pixels._latent_shape(None))
+    z = 0.5 * noise_from_seeds([3], latent_shape(pixels.config, pixels.flow.config))
     condition, _ = pixels._condition(["star"])
     cool = pixels("star", guidance=0.0, temperature=0.5, seed=3).latents
     assert torch.equal(cool, sample(pixels.flow, z, condition))
@@ -93,7 +93,7 @@ def test_of_several_candidates_the_likeliest_is_kept(pixels: StarFlowPipeline) -
     condition, null = pixels._condition(prompts)
     assert condition is not None
     assert null is not None
-    for index, noise in enumerate(candidate_noise([3, 4, 5], pixels._latent_shape(None), 4)):
+    for index, noise in enumerate(candidate_noise([3, 4, 5], latent_shape(pixels.config, pixels.flow.config), 4)):
         given, none = (tensor[index : index + 1].expand(4, -1, -1) for tensor in (condition, null))
         drawn = sample(pixels.flow, noise, given, none, pixels.config.guidance)
         best = pixels.flow.log_prob(drawn, given).argmax()

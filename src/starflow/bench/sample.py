@@ -37,6 +37,7 @@ from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.nn.kv_cache import CachePool
+from starflow.pipeline.calibration import calibration_data
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.calibrate import in_turn, machine_of, seconds_of
@@ -179,7 +180,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Benchmark
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
-        data = pipeline.calibration_data()
+        data = calibration_data(pipeline)
         return BenchmarkedModel(name, pipeline.flow, True, data.condition, data.null_condition, pipeline.autoencoder)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)

@@ -77,6 +77,7 @@ def bench_calibrate(options: BenchCalibrateOptions) -> None:
     from starflow.config import to_dict
     from starflow.flow.checkpoint import write_policy
     from starflow.io.files import check_output_folder
+    from starflow.pipeline.calibration import calibrate_pipeline
     from starflow.pipeline.locate import find_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -84,7 +85,8 @@ def bench_calibrate(options: BenchCalibrateOptions) -> None:
     folder = Path(options.output) if options.output else find_pipeline(options.model) / "flow"
     check_output_folder(folder)
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device), pick_dtype(options.dtype))
-    policy = pipeline.calibrate(
+    policy = calibrate_pipeline(
+        pipeline,
         prompts,
         guidance=options.guidance,
         batches=parse_batches(options.batches),

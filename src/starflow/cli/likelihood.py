@@ -81,11 +81,12 @@ def likelihood(options: LikelihoodOptions) -> None:
     size = parse_size(options.size) if options.size else None
     folder = check_output_folder(Path(options.maps).expanduser()) if options.maps else None
     images = [open_rgb(name) for name in options.images]
+    from starflow.pipeline.config import check_size
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
     size = size or (pipeline.config.image_size, pipeline.config.image_size)
-    pipeline.check_size(size)
+    check_size(pipeline.config, pipeline.flow.config, size)
     fitted = [fit_image(one, size, name) for one, name in zip(images, options.images, strict=True)]
     rows = list(_rows(pipeline, fitted, options))
     if folder is not None:

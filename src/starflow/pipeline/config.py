@@ -92,6 +92,22 @@ def check_size(config: PipelineConfig, flow: ModelConfig, size: Size) -> None:
         )
 
 
+def latent_shape(config: PipelineConfig, flow: ModelConfig, size: Size | None = None) -> tuple[int, int, int]:
+    """The shape (C, h, w) of the latent of a picture of `size`, or of the size that the model was trained at.
+
+    Raises:
+        UserError: a size that the model cannot make.
+
+    >>> flow = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1)
+    >>> latent_shape(PipelineConfig("latent", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8)), flow, (512, 256))
+    (4, 32, 64)
+    """
+    width, height = size or (config.image_size, config.image_size)
+    check_size(config, flow, (width, height))
+    factor = config.autoencoder.factor
+    return flow.in_channels, height // factor, width // factor
+
+
 def trained_sizes(config: PipelineConfig, flow: ModelConfig) -> list[Size]:
     """The sizes that the model was trained at: a square, or its ratios at that area."""
     unit = size_multiple(config, flow)

@@ -54,6 +54,21 @@ def read_config(folder: Path) -> PipelineConfig:
     return from_dict(PipelineConfig, values)
 
 
+def load_parts(
+    folder: Path, hub: HubOptions, keep_text_encoder: bool | None
+) -> tuple[STARFlow | TarFlow, Autoencoder, Conditioner | None, PipelineConfig]:
+    """The flow, autoencoder, conditioner and configuration of a pipeline's folder.
+
+    Raises:
+        UserError: a part cannot be found, is damaged, or is another than described.
+    """
+    config = read_config(folder)
+    flow = open_flow(folder).requires_grad_(False)
+    reader = config.conditioner
+    conditioner = open_conditioner(reader, folder, hub, keep_text_encoder) if reader else None
+    return flow, open_autoencoder(config.autoencoder, folder, hub), conditioner, config
+
+
 def default_dtype(flow: Flow) -> torch.dtype:
     """The precision of a loaded flow: float32, or the stored bfloat16 where the flow is large."""
     large = parameter_count(flow.config) > LARGE

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,46 +37,26 @@ from starflow.latents.tiled import decode_in_tiles
 from starflow.pipeline.config import (
     Cleaning,
     PipelineConfig,
-    check_size,
     choose_cleaning,
     guidance_weights,
+    latent_shape,
     size_multiple,
     untrained_size_warning,
     with_sampling_options,
 )
-from starflow.pipeline.folder import (
-    Parts,
-    default_dtype,
-    open_autoencoder,
-    open_conditioner,
-    open_decoder,
-    open_flow,
-    read_config,
-    save_parts,
-    write_card,
-)
+from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
-from starflow.pipeline.prompts import encode_prompts, example_prompts, remember_prompts
-from starflow.sampling.calibrate import CalibrationData, calibrate
+from starflow.pipeline.prompts import encode_prompts, remember_prompts
 from starflow.sampling.denoise import denoise
-from starflow.sampling.policy import CacheDtype, Policy, SampleSettings, SolverChoice, keep_policy
-from starflow.sampling.sampler import (
-    ProgressCallback,
-    best_candidates,
-    candidate_noise,
-    noise_from_seeds,
-    offset_progress,
-    sample,
-)
+from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
+from starflow.sampling.sampler import ProgressCallback, best_candidates, candidate_noise, offset_progress, sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 BATCH = 16
 """Pictures sampled at once by default."""
-
-CALIBRATION_PICTURES = 8
 
 
 @dataclass(frozen=True)
@@ -157,15 +137,10 @@ class StarFlowPipeline:
         """
         hub = HubOptions(revision, cache, offline)
         folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
-        config = read_config(folder)
-        flow = open_flow(folder).requires_grad_(False)
-        conditioner = None
-        if config.conditioner:
-            conditioner = open_conditioner(config.conditioner, folder, hub, keep_text_encoder)
-        autoencoder = open_autoencoder(config.autoencoder, folder, hub)
-        pipeline = cls(flow, autoencoder, conditioner, config)
+        pipeline = cls(*load_parts(folder, hub, keep_text_encoder))
         if decoder is not None:
-            pipeline.decoder = open_decoder(decoder, config.autoencoder, hub)
+            pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
+        flow = pipeline.flow
         dtype = dtype or default_dtype(flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
@@ -253,17 +228,13 @@ class StarFlowPipeline:
         """What both sides of a picture must be multiples of, in pixels."""
         return size_multiple(self.config, self.flow.config)
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raises UserError: (width, height) in pixels that the model cannot make."""
-        check_size(self.config, self.flow.config, size)
-
     def remember_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> None:
         """Encode prompts that several calls are going to draw at a size, so that a text encoder is loaded once.
 
         Raises:
             UserError: a size that the model cannot make.
         """
-        remember_prompts(prompts, self.conditioner, self.config, self._latent_shape(size))
+        remember_prompts(prompts, self.conditioner, self.config, latent_shape(self.config, self.flow.config, size))
 
     def __call__(
         self,
@@ -316,7 +287,7 @@ class StarFlowPipeline:
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
         drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
-        shape = self._latent_shape(size)
+        shape = latent_shape(self.config, self.flow.config, size)
         decoder = (self.decoder or self.autoencoder).spec
         cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
@@ -391,44 +362,6 @@ class StarFlowPipeline:
         latents = sample(self.flow, z.to(self.device), condition)
         return to_pil(self._decode(latents))[0]
 
-    def calibrate(
-        self,
-        prompts: Sequence[str] | None = None,
-        *,
-        guidance: float | None = None,
-        batches: Sequence[int] = (1, 4, 16),
-        tolerance: float = 1e-3,
-        repeats: int = 3,
-        note: Callable[[str], None] = lambda _: None,
-    ) -> Policy:
-        """Choose by measuring how each block is solved here; `solver="auto"` and `save_pretrained` use it then.
-
-        Args:
-            prompts: of the kind that will be drawn; None is some of our own, or the model's classes.
-            guidance: weight to measure with; by default the model's own.
-            batches: sizes to time; each block gets one choice for all of them.
-            tolerance: bound on the residual of every block and picture.
-            repeats: timed runs, of which the fastest counts.
-            note: told what is being measured.
-
-        Raises:
-            UserError: a prompt that the model cannot take.
-        """
-        data = self.calibration_data(prompts, guidance=guidance, tolerance=tolerance)
-        policy = calibrate(self.flow, data, batches, repeats, note)
-        keep_policy(self.flow, policy)
-        return policy
-
-    def calibration_data(
-        self, prompts: Sequence[str] | None = None, *, guidance: float | None = None, tolerance: float = 1e-3
-    ) -> CalibrationData:
-        """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate`."""
-        drawn = list(prompts or example_prompts(self.conditioner, CALIBRATION_PICTURES))
-        weight = self.config.guidance if guidance is None else guidance
-        condition, null = self._condition(drawn)
-        noise = self.config.temperature * noise_from_seeds(range(len(drawn)), self._latent_shape(None)).to(self.device)
-        return CalibrationData(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
-
     def _sample(
         self,
         prompts: Sequence[str],
@@ -457,12 +390,6 @@ class StarFlowPipeline:
         if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
         return self._decode(latents, tile)
-
-    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
-        width, height = size or (self.config.image_size, self.config.image_size)
-        self.check_size((width, height))
-        factor = self.config.autoencoder.factor
-        return self.flow.config.in_channels, height // factor, width // factor
 
     def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:
         """Condition and null condition of a batch, as the flow takes them; `shape` ends with the latents' (h, w)."""
