@@ -17,6 +17,7 @@ from torch import Tensor
 from starflow.data.images import dequantise
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
 from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.inputs import check_seeds
 from starflow.sampling.sampler import noise_from_seeds
 
 
@@ -73,7 +74,12 @@ def density_space(config: PipelineConfig) -> str:
 
 
 def add_training_noise(latents: Tensor, config: PipelineConfig, seeds: Sequence[int]) -> Tensor:
-    """Latents (B, C, h, w) as the flow was trained on them: each with the noise of its seed."""
+    """Latents (B, C, h, w) as the flow was trained on them: each with the noise of its seed.
+
+    Raises:
+        UserError: not one seed for each, or one that no generator takes.
+    """
+    seeds = check_seeds(seeds, len(latents))
     if config.noise == "uniform":
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         shape = latents.shape[1:]
@@ -84,13 +90,13 @@ def add_training_noise(latents: Tensor, config: PipelineConfig, seeds: Sequence[
 
 def log_probs(flow: STARFlow | TarFlow, config: PipelineConfig, noised: Tensor, condition: Tensor | None) -> Tensor:
     """Log-densities (B,) in nats of noised latents (B, C, h, w)."""
-    return flow.log_prob(noised, condition) - noised[0].numel() * _nats_per_level(config)
+    return flow.log_prob(noised, condition) - math.prod(noised.shape[1:]) * _nats_per_level(config)
 
 
 def log_prob_maps(flow: STARFlow | TarFlow, config: PipelineConfig, noised: Tensor, condition: Tensor | None) -> Tensor:
     """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model.token_log_prob`."""
     maps = token_log_prob(flow, noised, condition)
-    return maps - noised[0].numel() / maps[0].numel() * _nats_per_level(config)
+    return maps - math.prod(noised.shape[1:]) / math.prod(maps.shape[1:]) * _nats_per_level(config)
 
 
 def _nats_per_level(config: PipelineConfig) -> float:
