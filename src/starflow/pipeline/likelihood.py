@@ -41,6 +41,8 @@ class LogProb:
     """Draws of the noise that nats is the mean of."""
     standard_error: float | None = None
     """Of nats, over the draws; None for a single one."""
+    values: tuple[float, ...] = ()
+    """nats of each draw."""
 
     @staticmethod
     def mean_of(nats: Tensor, dimensions: int, space: str) -> LogProb:
@@ -58,7 +60,20 @@ class LogProb:
         values, draws = nats.double(), len(nats)
         mean = float(values.mean())
         error = float(values.std()) / math.sqrt(draws) if draws > 1 else None
-        return LogProb(mean, -mean / (dimensions * math.log(2)), dimensions, space, draws, error)
+        each = tuple(values.tolist())
+        return LogProb(mean, -mean / (dimensions * math.log(2)), dimensions, space, draws, error, each)
+
+    def minus(self, values: Sequence[float]) -> tuple[float, float | None]:
+        """The mean difference to another picture's or prompt's nats under the same draws, and its standard error.
+
+        >>> found = LogProb.mean_of(torch.tensor([-61.0, -67.0]), dimensions=64, space="noised latent")
+        >>> found.minus([-63.0, -68.0])
+        (1.5, 0.5)
+        """
+        pairs = torch.tensor(self.values, dtype=torch.float64, device="cpu") - torch.tensor(
+            list(values), dtype=torch.float64, device="cpu"
+        )
+        return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
 
 
 def density_space(config: PipelineConfig) -> str:

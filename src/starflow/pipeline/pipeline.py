@@ -57,6 +57,7 @@ from starflow.pipeline.inputs import (
 )
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
+from starflow.pipeline.memory import call_bytes, check_memory
 from starflow.pipeline.prompts import encode_prompts, remember_prompts
 from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
@@ -291,7 +292,7 @@ class StarFlowPipeline:
 
         Raises:
             UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
-                temperature of 0 or less, no candidates.
+                temperature of 0 or less, no candidates, more memory than is free, or pictures that are not finite.
         """
         check_whole("num_images", num_images)
         check_whole("batch_size", batch_size)
@@ -312,6 +313,10 @@ class StarFlowPipeline:
         cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
+        at_once = min(batch_size, len(prompts) * drawn_as.candidates)
+        needed = call_bytes(self.flow, shape, at_once, cache_dtype, decoder, tile)
+        factor = self.config.autoencoder.factor
+        check_memory(needed, self.device, (factor * shape[2], factor * shape[1]), at_once, tiled=tile is not None)
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
