@@ -120,6 +120,7 @@ class StarFlowPipeline:
         offload: bool = False,
         decoder: str | None = None,
         keep_text_encoder: bool | None = None,
+        conditioner: Conditioner | None = None,
         revision: str | None = None,
         cache: str | Path | None = None,
         offline: bool = False,
@@ -139,6 +140,7 @@ class StarFlowPipeline:
                 latents, such as TAESD for sd-vae's, or one with a decoder of `starflow train-decoder`.
             keep_text_encoder: whether it stays in memory between calls; None keeps one whose files are under a
                 gigabyte, and loads and releases a larger one where it is needed.
+            conditioner: one of your own in place of the stored one; see `starflow.conditioning.base.Conditioner`.
             revision: of the repository: a branch, tag or commit.
             cache: folder of downloads; None is huggingface_hub's own.
             offline: take only what is cached.
@@ -148,7 +150,7 @@ class StarFlowPipeline:
         """
         hub = HubOptions(revision, cache, offline)
         folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
-        pipeline = cls(*load_parts(folder, hub, keep_text_encoder))
+        pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
         flow = pipeline.flow

@@ -178,11 +178,11 @@ def _encode_texts(
         write_states(folder, n, torch.cat(states))
 
 
-def _add_time(folder: Path, pictures: float, seconds: float) -> None:
+def _add_time(folder: Path, images: float, seconds: float) -> None:
     """Add what this run encoded to what earlier ones did."""
     path = folder / TIMES_NAME
     before = read_json(path) if path.is_file() else {"pictures": 0, "seconds": 0.0}
-    write_json(path, {"pictures": before["pictures"] + int(pictures), "seconds": before["seconds"] + seconds})
+    write_json(path, {"pictures": before["pictures"] + int(images), "seconds": before["seconds"] + seconds})
 
 
 def _finish(
@@ -195,7 +195,7 @@ def _finish(
     """Join the parts' heads to an index, and say what the cache came to."""
     if job.conditioner is not None:
         write_null(job.folder, job.conditioner.null(1)[0].cpu())
-    pictures, places, skipped = [], [], dict[str, str]()
+    entries, places, skipped = [], [], dict[str, str]()
     for n in range(len(parts)):
         indices, unread = read_latents_header(job.folder, n)
         skipped |= dict(unread)
@@ -203,17 +203,17 @@ def _finish(
             entry = job.dataset.entry(index)
             condition = texts[condition_text(entry, job.conditioner)] if job.conditioner else 0
             split = "heldout" if entry.heldout else "train"
-            pictures.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
+            entries.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
         notify(f"skipped {name}: {reason}")
-    if not pictures:
+    if not entries:
         name, reason = next(iter(skipped.items()), ("", "the set is empty"))
         raise UserError(f"none of {len(job.dataset)} pictures could be read, first reason: {name}: {reason}")
     side = job.dataset.buckets.side
-    counts = _counts(job, len(pictures), len(texts), skipped)
+    counts = _counts(job, len(entries), len(texts), skipped)
     sides = {"image_size": side, "side": side // job.autoencoder.spec.factor}
-    finish_cache(job.folder, pictures, places, {**info, **counts, **sides})
+    finish_cache(job.folder, entries, places, {**info, **counts, **sides})
     notify(_summary(counts))
 
 

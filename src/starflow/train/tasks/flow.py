@@ -109,7 +109,7 @@ class FlowTask:
 
         Args:
             flow: may be on the meta device.
-            cache: of the latents and conditions.
+            cache: latents and conditions by index: a cache, or `LiveLatents`.
             objective: see `Objective`.
             settings: see `TrainSettings`.
             draw: writes a sample grid of the flow that it is handed.
@@ -170,12 +170,14 @@ class FlowTask:
         return self._noised(indices, seed, step, rows), self._conditions(indices, self._dropped(step, rows))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of `FlowLoss`, its terms, and bits per dimension."""
         with network_precision(self.settings, self._device):
             loss, squares, logdet, penalty = model(*batch)
         bits = bits_per_dim(squares.detach() - logdet.detach() + self._dequantisation_nats)
         return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
 
     def batch_names(self, step: int, rows: range) -> list[str]:
+        """Names of the images in these rows."""
         return [self.cache.name(i) for i in self._indices(step, rows).tolist()]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -218,14 +220,17 @@ class FlowTask:
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
+        """Write a sample grid of the flow."""
         assert isinstance(model, FlowLoss)
         self._draw(model.flow, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the flow as a pipeline."""
         assert isinstance(model, FlowLoss)
         self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """Nats and bits per dimension."""
         loss = terms["squares"] - terms["logdet"] + self._dequantisation_nats
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
 
@@ -258,9 +263,11 @@ class LiveLatents:
 
     @property
     def side(self) -> int:
+        """Side of a square latent of the buckets' area."""
         return self.dataset.buckets.side // self.autoencoder.spec.factor
 
     def indices(self, split: str) -> list[Tensor]:
+        """Indices of one split, a tensor a bucket."""
         return split_indices(self.dataset, heldout=split == "heldout")
 
     def images(self, indices: Tensor) -> Tensor:
@@ -269,14 +276,17 @@ class LiveLatents:
 
     @torch.no_grad()
     def posterior(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation (or None) of latents of one bucket, (B, C, h, w)."""
         return encode_images(self.autoencoder, self.images(indices))
 
     def conditions(self, indices: Tensor) -> Tensor:
+        """Condition tokens (B, S, D)."""
         assert self.conditioner is not None
         entries = [self.dataset.entry(index) for index in indices.tolist()]
         return self.conditioner.encode([condition_text(entry, self.conditioner) for entry in entries]).cpu()
 
     def name(self, index: int) -> str:
+        """The image's name."""
         return self.dataset.entry(index).name
 
 

@@ -96,6 +96,7 @@ class JointTask(LiveFlowTask):
         return to_float(images.to(self._device, non_blocking=True)), noise, condition
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bound of both parts, its terms, and how many images neighbours stand in for."""
         with network_precision(self.settings, self._device):
             loss, terms = model(*batch)
         return loss, terms | {"unreadable": loss.new_tensor(float(len(self.loader.unreadable) * self.world.size))}
@@ -121,9 +122,11 @@ class JointTask(LiveFlowTask):
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
+        """Write a sample grid of both networks together."""
         self._draw_both(*self._parts(model), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Write both networks as a pipeline."""
         self._save_both(*self._parts(model), folder)
 
     def _parts(self, model: nn.Module) -> tuple[SmallLatents, STARFlow | TarFlow]:
@@ -133,6 +136,7 @@ class JointTask(LiveFlowTask):
         return joint_latents(copy.deepcopy(model.autoencoder), self.objective), flow
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """Nats and bits per latent dimension, and the mean squared error of the images."""
         return {**super().describe(terms), "mse": f"{terms['squared']:.5f}"}
 
 
