@@ -180,6 +180,7 @@ def test_taesd_draws_previews_of_real_latents(taesd: Path, tmp_path: Path) -> No
     loaded = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(taesd))
     image = to_pil(drawing(128))[0]
     shown = loaded.decode(loaded.encode(image))
+    assert not isinstance(shown, list)
     error = ((from_pil(shown) - from_pil(image)) / 2).square().mean()
     assert -10 * torch.log10(error) > 28
     means = [numpy.asarray(one.resize((4, 4), Image.Resampling.BOX), dtype=float) for one in (shown, image)]

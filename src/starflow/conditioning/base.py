@@ -167,7 +167,7 @@ class _OneHot(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.eye(width), persistent=False)
+        self.register_buffer("rows", torch.eye(width, dtype=torch.float32, device="cpu"), persistent=False)
 
     def forward(self, numbers: Sequence[int]) -> Tensor:
         return self.rows[list(numbers)].unsqueeze(1)

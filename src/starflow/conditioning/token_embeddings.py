@@ -100,7 +100,7 @@ def read_embedding_table(folder: Path) -> Tensor:
                     if _TABLE_NAME.fullmatch(name):
                         table: Tensor = file.get_tensor(name)
                         # As Gemma does it: the factor is rounded to the table's precision first.
-                        return table * torch.tensor(math.sqrt(table.shape[1]), dtype=table.dtype)
+                        return table * torch.tensor(math.sqrt(table.shape[1]), dtype=table.dtype, device=table.device)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
     raise UserError(f"{folder} holds no token embeddings (embed_tokens.weight): fetch the model again")

@@ -87,16 +87,17 @@ def to_pil(images: Tensor) -> list[Image]:
 
 
 def from_pil(image: Image) -> Tensor:
-    """Convert an image to float (1, 3, H, W) in [-1, 1]; transparency is laid on white.
+    """Convert an image to float (1, 3, H, W) in [-1, 1], upright; transparency is laid on white.
 
     >>> from PIL import Image
     >>> from_pil(Image.new("RGBA", (8, 4), (255, 0, 0, 0))).amin()  # wholly transparent, so white
     tensor(1.)
     """
     import numpy
+    from PIL import ImageOps
 
-    rgba = image.convert("RGBA") if image.mode in ("RGBA", "LA", "P", "PA") else image
-    pixels = torch.from_numpy(numpy.array(on_background(rgba)))
+    upright = _as_colour(ImageOps.exif_transpose(image))  # as `open_image` reads a file
+    pixels = torch.from_numpy(numpy.array(on_background(upright)))
     return to_float(pixels.permute(2, 0, 1)[None])
 
 

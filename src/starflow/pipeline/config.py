@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class PipelineConfig:
     """Version of this file's layout."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if isinstance(self.temperature, str) or not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}, expected above 0 (1 is the model's own distribution)")
         if self.candidates < 1:
             raise UserError(f"candidates is {self.candidates}, expected at least 1 (1 keeps what is drawn)")
@@ -151,7 +151,12 @@ def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) 
     >>> guidance_weights(2.0, 3).tolist()
     [2.0, 2.0, 2.0]
     """
-    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    try:
+        weights = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"guidance is {guidance!r}, expected one weight, or one for each of {pictures} pictures"
+        ) from None
     if weights.shape not in ((), (1,), (pictures,)):
         got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
         raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
@@ -172,6 +177,8 @@ def choose_cleaning(
     Raises:
         UserError: a Tweedie step for a model without Gaussian noise.
     """
+    if asked is not None and asked not in get_args(Cleaning):
+        raise UserError(f"cleaning is {asked!r}, expected one of {', '.join(map(repr, get_args(Cleaning)))}")
     trained = decoder.noise_std > 0
     if asked == "tweedie" and not config.noise_std:
         raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
