@@ -183,6 +183,9 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
 
 def _local_encoder(source: str) -> Path | None:
     """The folder of a text encoder as far as it is on this machine; nothing is fetched."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
     try:
         return find_text_encoder(source, HubOptions(offline=True))
     except UserError:
