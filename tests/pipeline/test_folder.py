@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,8 @@ from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents
 from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
-from starflow.pipeline.folder import Parts, default_dtype
+from starflow.pipeline.folder import Parts, default_dtype, read_config
+from starflow.pipeline.locate import part_folders
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
@@ -202,3 +204,19 @@ def test_only_a_large_flow_stays_in_the_stored_half_precision(monkeypatch: pytes
     monkeypatch.setattr("starflow.pipeline.folder.LARGE", 1000)
     assert default_dtype(flow) == torch.bfloat16
     assert default_dtype(flow.to(torch.float32)) == torch.float32
+
+
+def test_the_folders_of_parts_that_lie_elsewhere_are_found(
+    reading: StarFlowPipeline,
+    vae: Path,
+    bert: Path,
+    tmp_path: Path,  # noqa: F811
+) -> None:
+    for name, parts, folders in (("own", "own", [vae, bert]), ("all", "all", [])):
+        folder = tmp_path / name
+        reading.save_pretrained(folder, parts=parts)  # type: ignore[arg-type]
+        assert part_folders(folder, read_config(folder)) == [folder, *folders]
+    shutil.copytree(tmp_path / "own", tmp_path / "lost")
+    lost = read_config(tmp_path / "lost")
+    gone = dataclasses.replace(lost, autoencoder=dataclasses.replace(lost.autoencoder, source="owner/nowhere"))
+    assert part_folders(tmp_path / "lost", gone) == [tmp_path / "lost", bert]
