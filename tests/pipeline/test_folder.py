@@ -209,8 +209,8 @@ def test_only_a_large_flow_stays_in_the_stored_half_precision(monkeypatch: pytes
 def test_the_folders_of_parts_that_lie_elsewhere_are_found(
     reading: StarFlowPipeline,
     vae: Path,
-    bert: Path,
-    tmp_path: Path,  # noqa: F811
+    bert: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     for name, parts, folders in (("own", "own", [vae, bert]), ("all", "all", [])):
         folder = tmp_path / name

@@ -288,8 +288,7 @@ class StarFlowPipeline:
         drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = latent_shape(self.config, self.flow.config, size)
-        decoder = (self.decoder or self.autoencoder).spec
-        cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
+        cleaning = self._cleaning(cleaning)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         remember_prompts(prompts, self.conditioner, self.config, shape)
@@ -377,6 +376,10 @@ class StarFlowPipeline:
             self.flow, temperature * noise.to(self.device), condition, null, settings, batch_size, progress
         )
         return drawn, condition
+
+    def _cleaning(self, asked: Cleaning | None) -> Cleaning:
+        decoder = (self.decoder or self.autoencoder).spec
+        return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
 
     def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         with torch.no_grad():
