@@ -59,6 +59,7 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True

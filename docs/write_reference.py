@@ -79,7 +79,7 @@ def room_pages() -> dict[str, str]:
             *_table(("name", "what it is"), rows),
             "",
             "Everything else is imported from its module, for instance "
-            "`from starflow.evaluate.distances import precision_recall`. A room is a folder of the package; the "
+            "`from starflow.flow.config import STARFlowConfig`. A room is a folder of the package; the "
             "[architecture](../architecture.md) shows which room may import which.",
             "",
             *_table(("room", "what is in it"), rooms),

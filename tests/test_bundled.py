@@ -11,7 +11,7 @@ import torch
 from starflow import StarFlowPipeline
 from starflow.conditioning.text import MINILM_MODULE
 from starflow.data.images import from_pil
-from starflow.pipeline.locate import BUNDLED, bundled_folder
+from starflow.pipeline.folder import BUNDLED, bundled_folder
 
 needs_encoder = pytest.mark.skipif(
     importlib.util.find_spec(MINILM_MODULE) is None, reason="the text encoder's package is not installed"

@@ -16,7 +16,7 @@ import torch
 from starflow.conditioning.text import MINILM_MODULE
 
 ROOT = Path(__file__).parent.parent / "src"
-AT_LEAST = 3
+AT_LEAST = 40
 """Docstrings with an example."""
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

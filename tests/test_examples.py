@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from starflow.pipeline.locate import BUNDLED
+from starflow.pipeline.folder import BUNDLED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

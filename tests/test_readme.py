@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from starflow.cli.main import main
-from starflow.pipeline.locate import BUNDLED
+from starflow.pipeline.folder import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -70,7 +70,7 @@ def reds(pictures: IndexedDataset, loader: TrainingLoader, parts: list[range], s
         for rows in parts:
             found = loader.batch(step, rows)
             shown = found.images[:, 0, 0, 0].tolist()
-            names = [pictures.entry(number).name for number in found.numbers.tolist()]
+            names = [pictures.entry(index).name for index in found.indices.tolist()]
             assert [f"{value:03d}.png" for value in shown] == names == loader.names(step, rows)
             seen.append(shown)
     return seen
@@ -157,19 +157,19 @@ def test_an_error_in_the_thread_is_raised_where_it_is_waited_for(pictures: Index
 
 
 def test_requests_end(pictures: IndexedDataset) -> None:
-    assert [one.numbers.tolist() for one in read_batches(pictures, [[1], [2, 4]], 0, replace=False)] == [[1], [2, 4]]
+    assert [one.indices.tolist() for one in read_batches(pictures, [[1], [2, 4]], 0, replace=False)] == [[1], [2, 4]]
 
 
 def test_nothing_is_prepared_beyond_the_last_update(pictures: IndexedDataset) -> None:
     loader, (rows,) = make_loader(pictures)
     loader.steps = 3
-    whole = [loader.batch(step, rows).numbers.tolist() for step in range(3)]
+    whole = [loader.batch(step, rows).indices.tolist() for step in range(3)]
     assert loader._batches is not None
     assert next(loader._batches, None) is None
-    assert loader.batch(3, rows).numbers.tolist() == loader.numbers(3, rows), "what is asked for all the same is read"
+    assert loader.batch(3, rows).indices.tolist() == loader.indices(3, rows), "what is asked for all the same is read"
     assert len(whole) == 3
     loader.close()
-    assert loader.batch(1, rows).numbers.tolist() == whole[1]
+    assert loader.batch(1, rows).indices.tolist() == whole[1]
 
 
 def test_steps_in_turn_use_one_stream(pictures: IndexedDataset) -> None:
@@ -179,7 +179,7 @@ def test_steps_in_turn_use_one_stream(pictures: IndexedDataset) -> None:
         loader.batch(step, rows)
         streams.append(loader._batches)
     assert [one is other for one, other in pairwise(streams)] == [True, True, False, True]
-    assert torch.equal(loader.batch(8, range(2)).numbers, loader.order(8)[:2]), "other rows are read on the spot"
+    assert torch.equal(loader.batch(8, range(2)).indices, loader.order(8)[:2]), "other rows are read on the spot"
 
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)

@@ -1,7 +1,7 @@
 """The table of commands is read here, and errors become exit codes.
 
-Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C; a bug keeps its traceback. The file of a
-command is imported when it is called, so that `starflow --help` needs neither torch nor the parser.
+Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C, 141 a closed pipe; a bug keeps its traceback.
+The file of a command is imported when it is called, so that `starflow --help` needs neither torch nor the parser.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import io
+import os
 import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from starflow.errors import UserError
 from starflow.version import __version__
 
-MISTAKE, INTERRUPTED = 2, 130
-"""Exit codes of a user's mistake and of Ctrl-C."""
+MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
+"""Exit codes of a user's mistake, of Ctrl-C, and of a reader of our output that is gone."""
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the system that no code of ours can help, wherever they come from."""
@@ -70,12 +73,40 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of what a console cannot show, its code is shown
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return _dispatch(words)
+            code = _dispatch([_checked_text(word) for word in words])
+            sys.stdout.flush()  # a closed pipe is noticed here rather than at the interpreter's end
+            return code
+        except BrokenPipeError:
+            return _leave_closed_pipe()
         except (UserError, OSError, KeyboardInterrupt) as error:
             return _exit_code(error)
+
+
+def _checked_text(word: str) -> str:
+    """A word of the command line, unless it is neither text nor the name of a file that is there.
+
+    Raises:
+        UserError: bytes that the console's encoding does not have.
+    """
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        if not Path(word).exists():
+            shown = word.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"'{shown}' is no UTF-8 text: write it in UTF-8, or set the console to it") from None
+    return word
+
+
+def _leave_closed_pipe() -> int:
+    """Whoever read our output is gone (`starflow info | head -1`): end without a word, as the signal would."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # for the flush at the interpreter's end
+    return CLOSED_PIPE
 
 
 def _exit_code(error: UserError | OSError | KeyboardInterrupt) -> int:
@@ -92,10 +123,12 @@ def _exit_code(error: UserError | OSError | KeyboardInterrupt) -> int:
 
 def _dispatch(words: list[str]) -> int:
     name = words[0] if words else ""
-    if name in ("-h", "--help"):
+    if name == "help" and words[1:]:
+        return _dispatch([*words[1:], "--help"])
+    if name in ("-h", "--help", "help"):
         print(_help())
         return 0
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"starflow {__version__}")
         return 0
     command = next((command for command in COMMANDS if words[: command.words] == command.name.split()), None)
@@ -140,7 +173,7 @@ def _unknown(name: str) -> str:
     known = [command.name for command in COMMANDS]
     if not name:
         return f"no command given, expected one of {', '.join(known)}; see starflow --help"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"unknown command '{name}': " + (f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}")
 
 

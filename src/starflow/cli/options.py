@@ -226,7 +226,8 @@ def _unknown_option(word: str, flags: Sequence[str], command: str) -> str:
     """What to say of a word that no parameter takes."""
     if not word.startswith("-"):
         return f"unexpected argument '{word}': put a text of several words in quotes"
-    near = difflib.get_close_matches(word, flags, n=1, cutoff=0.6)
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, [flag for flag in flags if flag != name], n=1, cutoff=0.7)
     return f"unknown option '{word}': " + (f"did you mean '{near[0]}'?" if near else f"see starflow {command} --help")
 
 

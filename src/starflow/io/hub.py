@@ -14,13 +14,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 from starflow.errors import UserError
+from starflow.io.files import cache_folder
 
 DEFAULT_REMEDY = "name a folder that is there, or a repository of the hub, and check the connection"
 
@@ -126,11 +127,19 @@ def snapshot(
     expected: tuple[type[BaseException], ...] = (_NotCached, HFValidationError, *hub_errors())
     try:
         folder = _cached(repository, settings)
-        if folder is not None and not _missing(folder, required) and _has_shards(folder):
+        usable = folder is not None and not _missing(folder, required) and _has_shards(folder)
+        if folder is not None and usable and (hub.offline or _is_completed(folder, files)):
             return folder
         if hub.offline:
             raise _NotCached
-        return _download(repository, settings)
+        try:
+            downloaded = _download(repository, settings)
+        except expected:
+            if folder is not None and usable:  # nobody can say whether it is whole: the loader will
+                return folder
+            raise
+        _mark_completed(downloaded, files)
+        return downloaded
     except expected as error:
         reason, better = explain_hub_error(error, repository, revision)
         remedy = better if better and remedy == DEFAULT_REMEDY else remedy
@@ -167,10 +176,14 @@ def _download(repository: str, settings: dict[str, Any]) -> Path:
     blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
     before = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
     folder = Path(snapshot_download(repository, local_files_only=False, **settings))
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.resolve().name not in before and is_intact(path) is False:
+    new = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve().name not in before]
+    copies = [path for path in new if path.resolve().parent.name != "blobs"]
+    digests = _hub_digests(repository, folder) if copies else {}
+    for path in new:
+        stated = digests.get(path.relative_to(folder).as_posix())
+        if (has_digest(path, stated) if path in copies else is_intact(path)) is False:
             path.resolve().unlink()
-            path.unlink()
+            path.unlink(missing_ok=True)
             name = path.relative_to(folder).as_posix()
             raise UserError(
                 f"'{name}' of '{repository}' came damaged, its digest is not the hub's: it was removed, "
@@ -179,24 +192,57 @@ def _download(repository: str, settings: dict[str, Any]) -> Path:
     return folder
 
 
+def _completion_mark(folder: Path, files: Sequence[str]) -> Path:
+    """The empty file that says that the hub was asked once for all of these files of a cached snapshot."""
+    name = hashlib.sha256("\n".join([str(folder.resolve()), *sorted(files)]).encode()).hexdigest()
+    return cache_folder() / "completed" / name
+
+
+def _is_completed(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a cached snapshot was completed by us; others fetch single files, and a download may have been killed."""
+    with suppress(UserError):  # no cache of ours: nobody knows
+        return _completion_mark(folder, files).is_file()
+    return False
+
+
+def _mark_completed(folder: Path, files: Sequence[str]) -> None:
+    with suppress(OSError, UserError):  # without a mark the hub is asked again
+        mark = _completion_mark(folder, files)
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+
+
 def is_intact(path: Path) -> bool | None:
     """Whether a file of the hub's cache is what the hub has; None where the cache does not tell.
 
     The cache keeps a file under its digest: sha256 of a large one, git's sha1 of a small one.
     """
     blob = path.resolve()
-    if blob.parent.name != "blobs":  # a file system without links, or no file of the cache
-        return None
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
+    return has_digest(blob, blob.name) if blob.parent.name == "blobs" else None  # no links, or no file of the cache
+
+
+def has_digest(path: Path, stated: str | None) -> bool | None:
+    """Whether a file has the digest that the hub states, sha256 or git's sha1; None where it states neither."""
+    if stated is not None and re.fullmatch("[0-9a-f]{64}", stated):
         digest = hashlib.sha256()
-    elif re.fullmatch("[0-9a-f]{40}", blob.name):
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    elif stated is not None and re.fullmatch("[0-9a-f]{40}", stated):
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     else:
         return None
-    with blob.open("rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest() == blob.name
+    return digest.hexdigest() == stated
+
+
+def _hub_digests(repository: str, folder: Path) -> dict[str, str]:
+    """The digests that the hub states of a snapshot's files, for a cache on a file system without links."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = HfApi().list_repo_tree(repository, recursive=True, revision=folder.name)
+    found = [entry for entry in tree if isinstance(entry, RepoFile)]
+    return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}
 
 
 def download_size(source: str, file: str, hub: HubOptions = DEFAULT_HUB) -> int:

@@ -8,7 +8,9 @@ of the hub, which is found, or fetched, when the pipeline is loaded.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +22,12 @@ from starflow.conditioning import (
     ConditionerSpec,
     OnDemandTextEncoder,
     TextEncoder,
+    TokenEmbeddings,
     load_conditioner,
 )
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
+from starflow.flow.config import KINDS, STARFlowConfig
 from starflow.flow.memory import parameter_count
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.io import files
@@ -35,11 +39,25 @@ from starflow.pipeline.config import PipelineConfig, size_multiple
 
 FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
 
+BUNDLED = ("glyphs",)
+"""Names of the models that ship with the package."""
+
 Parts = Literal["own", "local", "all"]
 """Which parts are written into a pipeline's folder: those that lie in it already, those of any folder here, or all."""
 
+KNOWN_CONDITIONERS = (ClassLabels, TextEncoder, OnDemandTextEncoder, TokenEmbeddings)
+"""The conditioners that config.json describes; any other is its user's own."""
+
 LARGE = 10**9
 """Parameters from which on a flow's stored bfloat16 is not widened to float32 unless that is asked for."""
+
+
+def bundled_folder(name: str) -> Path:
+    """Folder of a model that ships with the package."""
+    folder = Path(str(resources.files("starflow"))) / "bundled" / name
+    if not folder.is_dir():
+        raise UserError(f"the bundled model '{name}' is missing from this installation: install starflow again")
+    return folder
 
 
 def read_config(folder: Path) -> PipelineConfig:
@@ -50,23 +68,47 @@ def read_config(folder: Path) -> PipelineConfig:
     """
     values = files.read_json(folder / "config.json")
     if not isinstance(values, dict) or "autoencoder" not in values:
+        if isinstance(values, dict) and ("in_channels" in values or values.get("kind") in KINDS):
+            raise UserError(
+                f"{folder} holds a flow alone, expected a pipeline: give it an autoencoder by "
+                "`starflow convert FILE --options OPTIONS --autoencoder NAME`, or load it by STARFlow.from_pretrained"
+            )
         raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
     return from_dict(PipelineConfig, values)
 
 
 def load_parts(
-    folder: Path, hub: HubOptions, keep_text_encoder: bool | None
+    folder: Path, hub: HubOptions, keep_text_encoder: bool | None, own: Conditioner | None = None
 ) -> tuple[STARFlow | TarFlow, Autoencoder, Conditioner | None, PipelineConfig]:
-    """The flow, autoencoder, conditioner and configuration of a pipeline's folder.
+    """The flow, autoencoder, conditioner and configuration of a pipeline's folder; `own` stands for its conditioner.
 
     Raises:
         UserError: a part cannot be found, is damaged, or is another than described.
     """
     config = read_config(folder)
     flow = open_flow(folder).requires_grad_(False)
-    conditioner_spec = config.conditioner
+    autoencoder, conditioner_spec = open_autoencoder(config.autoencoder, folder, hub), config.conditioner
+    if own is not None:
+        _check_own_conditioner(own, flow)
+        return flow, autoencoder, own, dataclasses.replace(config, conditioner=own.spec)
+    if conditioner_spec is None and isinstance(flow.config, STARFlowConfig) and flow.config.txt_size:
+        raise UserError(
+            f"the flow of {folder} reads {flow.config.txt_size} condition tokens, and its config.json names no "
+            "conditioner: give the one that it was trained with, by from_pretrained(..., conditioner=YOURS)"
+        )
     conditioner = open_conditioner(conditioner_spec, folder, hub, keep_text_encoder) if conditioner_spec else None
-    return flow, open_autoencoder(config.autoencoder, folder, hub), conditioner, config
+    return flow, autoencoder, conditioner, config
+
+
+def _check_own_conditioner(own: Conditioner, flow: Flow) -> None:
+    """Raises UserError: a conditioner whose tokens are not those that the flow reads."""
+    if isinstance(flow.config, STARFlowConfig):
+        given, wanted = (own.spec.size, own.spec.dim), (flow.config.txt_size, flow.config.txt_dim)
+        if given != wanted:
+            raise UserError(
+                f"the conditioner gives {given[0]} tokens of width {given[1]}, the flow reads {wanted[0]} of width "
+                f"{wanted[1]}: give the one that it was trained with"
+            )
 
 
 def default_dtype(flow: Flow) -> torch.dtype:
@@ -185,6 +227,12 @@ def save_parts(
     flow.save_pretrained(folder / FLOW, dtype, shard_bytes=shard_bytes)
     autoencoder_spec = save_autoencoder(autoencoder, config.autoencoder, folder, parts, dtype)
     conditioner_spec = config.conditioner
+    if conditioner is not None and not isinstance(conditioner, KNOWN_CONDITIONERS):
+        conditioner_spec = None
+        warnings.warn(
+            f"the conditioner, a {type(conditioner).__name__}, is your own and is not saved: "
+            "load the model by from_pretrained(..., conditioner=YOURS)"
+        )
     if conditioner is not None and conditioner_spec is not None:
         conditioner_spec = save_conditioner(conditioner, conditioner_spec, folder, parts)
     stored = dataclasses.replace(config, autoencoder=autoencoder_spec, conditioner=conditioner_spec)
@@ -199,7 +247,7 @@ def _absolute(source: str) -> str:
 
 def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
     """The rows of a card's table, name and value: what a model is made of and its defaults."""
-    flow, autoencoder_spec, conditioner_spec = model.config, config.autoencoder, config.conditioner
+    flow, encoder, conditioner_spec = model.config, config.autoencoder, config.conditioner
     count = sum(parameter.numel() for parameter in model.parameters())
     layers = " ".join(str(flow.layers(block)) for block in range(flow.num_blocks))
     condition = (
@@ -213,8 +261,8 @@ def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
         "flow": f"{type(model).__name__}, {count:,} parameters, layers a block {layers}, width {flow.channels}",
         "pictures": f"{config.image_size} px, sides in multiples of {size_multiple(config, flow)}"
         + (f", ratios {' '.join(config.aspects)}" if config.aspects else ""),
-        "autoencoder": f"{autoencoder_spec.kind}, {autoencoder_spec.channels} channels, factor {autoencoder_spec.factor}"
-        + (f", {autoencoder_spec.source}" if autoencoder_spec.source else ""),
+        "autoencoder": f"{encoder.kind}, {encoder.channels} channels, factor {encoder.factor}"
+        + (f", {encoder.source}" if encoder.source else ""),
         "condition": condition.rstrip(", "),
         "training noise": f"{config.noise}, {config.noise_std:g}" if config.noise == "gaussian" else config.noise,
         "samples are cleaned by": config.cleaning,

@@ -7,6 +7,7 @@ no autoencoder and none is given, the flow is written alone.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 import torch
 
 from starflow.conditioning import ClassLabels, ConditionerSpec
-from starflow.conditioning.text import encoder_width
+from starflow.conditioning.text import encoder_width, find_text_encoder
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.memory import parameter_count
 from starflow.io import files
+from starflow.io.hub import HubOptions
 from starflow.latents import AutoencoderSpec
 from starflow.latents.load import load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
-from starflow.pipeline.folder import FLOW
+from starflow.pipeline.folder import AUTOENCODER, BUNDLED, FLOW, bundled_folder
 from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options
 from starflow.published.convert import SHARD_BYTES, ByteProgress, convert_flow, no_progress
 
@@ -119,6 +121,15 @@ def pipeline_config(
         UserError: an autoencoder or a text encoder that cannot be found, or does not fit.
     """
     autoencoder_spec = _autoencoder(overrides.autoencoder or stated.get("vae"), flow)
+    if overrides.noise_std is None and "noise_std" not in stated:
+        warnings.warn(
+            "the options name no noise level (noise_std): it is taken as 0, and samples are not cleaned; "
+            "published latent models have 0.3, give it by --noise-std"
+        )
+    if overrides.guidance is None and "cfg" not in stated:
+        warnings.warn(
+            "the options name no guidance weight (cfg): samples are unguided by default; give it by --guidance"
+        )
     noise = float(stated.get("noise_std", 0.0) if overrides.noise_std is None else overrides.noise_std)
     conditioner_spec = _conditioner(overrides.text_encoder or stated.get("text"), flow)
     guidance = float(stated.get("cfg", 0.0) if overrides.guidance is None else overrides.guidance)
@@ -131,6 +142,8 @@ def pipeline_config(
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
     if source is None:
         return AutoencoderSpec("pixels", flow.in_channels, 1)
+    if source in BUNDLED and not Path(source).is_dir():
+        source = str(bundled_folder(source) / AUTOENCODER)
     if source in AUTOENCODER_FACTORS and not Path(source).is_dir():
         found = AutoencoderSpec("diffusers_kl", 4, AUTOENCODER_FACTORS[source], SD_SCALING, 0.0, source)
     else:
@@ -159,14 +172,23 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
             f"the model reads {flow.txt_size} tokens of width {flow.txt_dim}, and its options name no text encoder: "
             "name it, as 'text' there or by --text-encoder"
         )
-    folder = Path(source).expanduser()
-    if folder.is_dir() and (width := encoder_width(folder)) != flow.txt_dim:
+    folder = _local_encoder(source)
+    if folder is not None and (width := encoder_width(folder)) != flow.txt_dim:
         raise UserError(
             f"the text encoder '{source}' has width {width}, the model expects {flow.txt_dim}: "
             "name the one that it was trained with"
         )
-    place = str(folder.resolve()) if folder.is_dir() else source
+    named = Path(source).expanduser()
+    place = str(named.resolve()) if named.is_dir() else source
     return ConditionerSpec("text", flow.txt_size, flow.txt_dim, place, dtype="bfloat16")
+
+
+def _local_encoder(source: str) -> Path | None:
+    """The folder of a text encoder as far as it is on this machine; nothing is fetched."""
+    try:
+        return find_text_encoder(source, HubOptions(offline=True))
+    except UserError:
+        return None
 
 
 def _numbered_classes(classes: int) -> ConditionerSpec:

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -43,12 +42,9 @@ from starflow.io.hub import (
     split_revision,
 )
 from starflow.pipeline.config import PipelineConfig
-from starflow.pipeline.folder import part_source
+from starflow.pipeline.folder import BUNDLED, bundled_folder, part_source
 from starflow.pipeline.from_published import convert
 from starflow.published.convert import RELEASES, ByteProgress, PublishedRelease
-
-BUNDLED = ("glyphs",)
-"""Names of the models that ship with the package."""
 
 PIPELINE_FILES = ("*.json", "*.safetensors", "*.md", "NOTICE", "LICENSE*", "*/*.model", "*/*.txt")
 """What is fetched of a pipeline's repository: its folders' configs, weights and tokenizers, and who made it."""
@@ -137,14 +133,6 @@ def is_release(name: str) -> bool:
     (True, False)
     """
     return name.partition("@")[0] in RELEASES and not Path(name).is_dir()
-
-
-def bundled_folder(name: str) -> Path:
-    """Folder of a model that ships with the package."""
-    folder = Path(str(resources.files("starflow"))) / "bundled" / name
-    if not folder.is_dir():
-        raise UserError(f"the bundled model '{name}' is missing from this installation: install starflow again")
-    return folder
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:

@@ -109,6 +109,7 @@ class StarFlowPipeline:
         offload: bool = False,
         decoder: str | None = None,
         keep_text_encoder: bool | None = None,
+        conditioner: Conditioner | None = None,
         revision: str | None = None,
         cache: str | Path | None = None,
         offline: bool = False,
@@ -128,6 +129,7 @@ class StarFlowPipeline:
                 latents, such as TAESD for sd-vae's, or one with a decoder of `starflow train-decoder`.
             keep_text_encoder: whether it stays in memory between calls; None keeps one whose files are under a
                 gigabyte, and loads and releases a larger one where it is needed.
+            conditioner: one of your own in place of the stored one; see `starflow.conditioning.base.Conditioner`.
             revision: of the repository: a branch, tag or commit.
             cache: folder of downloads; None is huggingface_hub's own.
             offline: take only what is cached.
@@ -137,11 +139,10 @@ class StarFlowPipeline:
         """
         hub = HubOptions(revision, cache, offline)
         folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
-        pipeline = cls(*load_parts(folder, hub, keep_text_encoder))
+        pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
-        flow = pipeline.flow
-        dtype = dtype or default_dtype(flow)
+        flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
@@ -295,7 +296,6 @@ class StarFlowPipeline:
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
-        batches = math.ceil(len(prompts) / batch_size)
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             drawn, condition = self._sample(
@@ -304,7 +304,7 @@ class StarFlowPipeline:
                 drawn_as.temperature,
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
-                offset_progress(progress, start // batch_size, batches),
+                offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
             images += to_pil(self._decode_clean(drawn, condition, cleaning, tile))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.config import unknown_key_message
+from starflow.config import read_mapping, unknown_key_message
 from starflow.errors import UserError
 from starflow.flow import checkpoint
 from starflow.flow.config import KINDS, ModelConfig, TarFlowConfig, config_from_dict
@@ -31,6 +31,9 @@ from starflow.io import files
 
 _DERIVED_KEYS = re.compile(r"blocks\.\d+\.attn_mask|feat_rope\..*")
 """Keys whose tensors follow from the options, and are made anew."""
+
+_WRAPPER_PREFIX = "module."
+"""How all keys start that torch's DistributedDataParallel has saved; it says nothing of the model."""
 
 _VIDEO_PREFIX = "learnable_self_denoiser."
 """How keys start that only video models have."""
@@ -63,14 +66,17 @@ class OpenCheckpoint:
     """Whether the other tensors lie in a file rather than in memory."""
 
 
-def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> STARFlow | TarFlow:
+def load_published(
+    source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any] | str | Path
+) -> STARFlow | TarFlow:
     """The model of a published checkpoint, on the CPU, in the checkpoint's precision.
 
     Args:
         source: a state dict (copied), or the path of a `.pth` or `.safetensors` file.
         options: the published configuration, by the constructor's names with "kind" "starflow" (the default)
             or "tarflow"; also nested, as {"kind": .., "config": {..}}, or in the published YAML's dialect,
-            {"arguments": [..]}. `txt_dim`, `num_classes` and hidden widths that are not given are the checkpoint's.
+            {"arguments": [..]}; or the path of a YAML or JSON file of them. `txt_dim`, `num_classes` and hidden widths
+            that are not given are the checkpoint's.
 
     Returns:
         The model, whose `forward` and `log_prob` are those of the published one (STARFlow, arXiv 2506.06276).
@@ -90,16 +96,22 @@ def load_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
     return read_published(source, options).model
 
 
-def read_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> LoadedCheckpoint:
+def read_published(
+    source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any] | str | Path
+) -> LoadedCheckpoint:
     """As `load_published`, together with the keys that were ignored."""
     found = open_published(source, options)
+    for key, tensor in found.tensors.items():
+        check_finite(key, tensor, found.name)
     with torch.device("meta"):
         model = build(found.config)
     checkpoint.assign_weights(model, found.tensors, _name(source))
     return LoadedCheckpoint(model, found.ignored)
 
 
-def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any]) -> OpenCheckpoint:
+def open_published(
+    source: Mapping[str, Tensor] | str | Path, options: Mapping[str, Any] | str | Path
+) -> OpenCheckpoint:
     """Open a checkpoint and compare its tensors with its options; a file is mapped, so that only what is used is read.
 
     Raises:
@@ -110,6 +122,9 @@ def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
         tensors = _read(Path(source))
     else:
         tensors = {key: tensor.clone() for key, tensor in _checked(source, name).items()}
+    if tensors and all(key.startswith(_WRAPPER_PREFIX) for key in tensors):
+        tensors = {key.removeprefix(_WRAPPER_PREFIX): tensor for key, tensor in tensors.items()}
+    options = read_mapping(Path(options)) if isinstance(options, (str, Path)) else options
     if any(key.startswith(_VIDEO_PREFIX) for key in tensors):
         raise UserError(
             f"{name} is a video model (it has {_VIDEO_PREFIX}*), and models of pictures alone are read: "
@@ -126,6 +141,16 @@ def open_published(source: Mapping[str, Tensor] | str | Path, options: Mapping[s
     checkpoint.check_keys(expected, used, name)
     ignored = [key for key in tensors if key not in used]
     return OpenCheckpoint(name, config, {key: used[key] for key in expected}, ignored, filled, _is_mapped(source))
+
+
+def check_finite(key: str, tensor: Tensor, name: str) -> None:
+    """Raises UserError: a tensor of the checkpoint `name` holds values that are not finite."""
+    wrong = int((~tensor.isfinite()).sum())
+    if wrong:
+        raise UserError(
+            f"'{key}' of {name} holds {wrong} of {tensor.numel()} values that are not finite: "
+            "the model is broken, fetch it again or take another checkpoint"
+        )
 
 
 def _is_mapped(source: Mapping[str, Tensor] | str | Path) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from starflow.flow import checkpoint
 from starflow.io import files
 from starflow.nn.cpu import drop_file_pages
-from starflow.published.checkpoint import OpenCheckpoint
+from starflow.published.checkpoint import OpenCheckpoint, check_finite
 
 SHARD_BYTES = 2**30
 """Bytes that a shard stays under; it waits in memory until it is full."""
@@ -65,6 +65,7 @@ def _cast(
 ) -> Iterator[tuple[str, Tensor]]:
     done = 0
     for name, tensor in opened.tensors.items():
+        check_finite(name, tensor, opened.name)
         yield name, tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if opened.mapped and name not in opened.filled:
             drop_file_pages(tensor)

@@ -37,7 +37,8 @@ from starflow.flow.model import STARFlow, TarFlow
 from starflow.io import files
 from starflow.io.hub import local_or_hub
 from starflow.latents.base import AutoencoderSpec
-from starflow.pipeline.locate import BUNDLED, find_pipeline
+from starflow.pipeline.folder import BUNDLED
+from starflow.pipeline.locate import find_pipeline
 from starflow.published.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
 from starflow.train.distributed.sharding import initialise
 from starflow.train.recipe import AutoencoderRecipe, ConditioningRecipe, FlowRecipe, Recipe

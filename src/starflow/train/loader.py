@@ -93,14 +93,14 @@ class TrainingLoader:
         self._next: tuple[int, range] | None = None
         self.unreadable: set[str] = set()
 
-    def numbers(self, step: int, rows: range) -> list[int]:
-        """Numbers of the images in these rows of a batch."""
-        numbers: list[int] = self.order(step)[rows.start : rows.stop].tolist()
-        return numbers
+    def indices(self, step: int, rows: range) -> list[int]:
+        """Indices of the images in these rows of a batch."""
+        indices: list[int] = self.order(step)[rows.start : rows.stop].tolist()
+        return indices
 
     def names(self, step: int, rows: range) -> list[str]:
         """Names of the images in these rows of a batch."""
-        return [self.dataset.entry(number).name for number in self.numbers(step, rows)]
+        return [self.dataset.entry(index).name for index in self.indices(step, rows)]
 
     def batch(self, step: int, rows: range) -> ImageBatch:
         """The images in these rows of a batch.
@@ -109,7 +109,7 @@ class TrainingLoader:
             ImageError: an image and all of its neighbours cannot be read.
         """
         if rows not in self.parts or step >= self.steps:
-            return self._count_unreadable(BatchReader(self.dataset, replace=True)[self.numbers(step, rows)])
+            return self._count_unreadable(BatchReader(self.dataset, replace=True)[self.indices(step, rows)])
         if self._batches is None or self._next != (step, rows):
             requests = self._requests(step, rows)
             self._batches = read_batches(self.dataset, requests, self.workers, replace=True, pin=self.pin)
@@ -124,7 +124,7 @@ class TrainingLoader:
     def _requests(self, step: int, rows: range) -> Iterator[list[int]]:
         part = self.parts.index(rows)
         while step < self.steps:
-            yield self.numbers(step, self.parts[part])
+            yield self.indices(step, self.parts[part])
             part = (part + 1) % len(self.parts)
             step += part == 0
 
@@ -150,7 +150,7 @@ def make_loader(
 
 
 class BatchOrder:
-    """The order in which images are seen: `order(step)` is the batch of that update, as numbers.
+    """The order in which images are seen: `order(step)` is the batch of that update, as indices.
 
     Example:
         >>> order = BatchOrder([torch.arange(6)], batch=3, seed=0)
@@ -162,7 +162,7 @@ class BatchOrder:
         """Set the order of these images.
 
         Args:
-            buckets: numbers of the images, a tensor a bucket; empty ones are never drawn.
+            buckets: indices of the images, a tensor a bucket; empty ones are never drawn.
             batch: images per update.
             seed: of the order.
             window: 0 shuffles all images of a bucket; otherwise the blocks of so many neighbours are shuffled, and
@@ -173,14 +173,14 @@ class BatchOrder:
         self._permutation = lru_cache(maxsize=2 * len(buckets))(self._draw_permutation)
 
     def __call__(self, step: int) -> Tensor:
-        """Numbers (batch,) of the images of an update, all of one bucket."""
+        """Indices (batch,) of the images of an update, all of one bucket."""
         bucket, index = self._find(step)
-        numbers = self.buckets[bucket]
+        indices = self.buckets[bucket]
         start, end = index * self.batch, (index + 1) * self.batch
-        epochs = range(start // len(numbers), (end - 1) // len(numbers) + 1)
+        epochs = range(start // len(indices), (end - 1) // len(indices) + 1)
         stream = torch.cat([self._permutation(bucket, epoch) for epoch in epochs])
-        first = start - epochs.start * len(numbers)
-        return numbers[stream[first : first + self.batch]]
+        first = start - epochs.start * len(indices)
+        return indices[stream[first : first + self.batch]]
 
     def bucket(self, step: int) -> int:
         """The bucket that an update's images are of."""
@@ -242,12 +242,12 @@ def batch_order(dataset: ImageDataset, batch: int, seed: int, window: int) -> Ba
 
 
 def check_splits(train: Sequence[Tensor], heldout: Sequence[Tensor]) -> None:
-    """Refuse a set in which a split has no images; each split is a tensor of numbers a bucket.
+    """Refuse a set in which a split has no images; each split is a tensor of indices a bucket.
 
     Raises:
         UserError: a split is empty.
     """
-    counts = [sum(map(len, numbers)) for numbers in (train, heldout)]
+    counts = [sum(map(len, indices)) for indices in (train, heldout)]
     if not all(counts):
         raise UserError(f"{counts[0]} training and {counts[1]} held-out pictures: both must be at least 1")
 
@@ -257,14 +257,14 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     """uint8 (B, 3, H, W)."""
-    numbers: Tensor
+    indices: Tensor
     """(B,) of the images that they are."""
     skipped: list[tuple[str, str]]
     """Names of those that could not be read, with the reasons."""
 
 
 class BatchReader(Dataset[ImageBatch]):
-    """Reads the images that a list of numbers of one bucket asks for.
+    """Reads the images that a list of indices of one bucket asks for.
 
     What cannot be read is left out, or replaced by its neighbour.
     """
@@ -279,22 +279,22 @@ class BatchReader(Dataset[ImageBatch]):
             ImageError: an image and all of its neighbours cannot be read, where they are to be replaced.
         """
         images: list[Tensor] = []
-        numbers: list[int] = []
+        indices: list[int] = []
         skipped: list[tuple[str, str]] = []
-        for number in request:
-            found = self._read(number, skipped)
+        for index in request:
+            found = self._read(index, skipped)
             if found is not None:
                 images.append(found[0])
-                numbers.append(found[1])
+                indices.append(found[1])
         stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-        return ImageBatch(stacked, torch.tensor(numbers, dtype=torch.long), skipped)
+        return ImageBatch(stacked, torch.tensor(indices, dtype=torch.long), skipped)
 
-    def _read(self, number: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, int] | None:
+    def _read(self, index: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, int] | None:
         try:
-            return self.dataset.read(number), number
+            return self.dataset.read(index), index
         except ImageError as error:
-            skipped.append((self.dataset.entry(number).name, error.reason))
-        for other in self.dataset.substitutes(number) if self.replace else ():
+            skipped.append((self.dataset.entry(index).name, error.reason))
+        for other in self.dataset.substitutes(index) if self.replace else ():
             try:
                 return self.dataset.read(other), other
             except ImageError:
@@ -311,7 +311,7 @@ def read_batches(
 
     Args:
         dataset: where images are read.
-        requests: lists of numbers, each of one bucket.
+        requests: lists of indices, each of one bucket.
         workers: processes; 0 is a thread of this one.
         replace: take a neighbour for what cannot be read, instead of leaving it out.
         pin: put the results where a GPU copies them from at once.

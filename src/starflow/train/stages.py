@@ -84,7 +84,7 @@ class Stages:
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        """The run's images by number: views in memory, or an index of what stays where it is.
+        """The run's images by index: views in memory, or an index of what stays where it is.
 
         Raises:
             UserError: there are no images, or sizes that autoencoder and patches cannot take.

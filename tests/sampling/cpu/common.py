@@ -52,7 +52,7 @@ class Solving:
         """The answer without an engine, unless the predictor has one."""
         return solve_sequential(self.predictor, self.noise_BNC, SolverOptions(), lambda _: None).x_BNC
 
-    def native(self, library: Library) -> Tensor:
+    def compiled(self, library: Library) -> Tensor:
         """The same by an engine."""
         with_engine = dataclasses.replace(self.predictor, engine=engine_for(library))
         return dataclasses.replace(self, predictor=with_engine).eager()

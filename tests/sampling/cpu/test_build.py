@@ -17,7 +17,7 @@ from torch import Tensor
 
 from starflow.flow.model import Flow
 from starflow.sampling.cpu import build
-from starflow.sampling.cpu import engine as native
+from starflow.sampling.cpu import engine as engine_module
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.engine import BUILD_SECONDS, CpuEngine
 from starflow.sampling.policy import SampleSettings
@@ -95,7 +95,8 @@ def test_it_is_built_when_as_much_was_spent_without_it(
 ) -> None:
     """What a picture takes adds up; the build itself is a copy here."""
     monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    monkeypatch.setattr(native, "TOKEN_SECONDS", BUILD_SECONDS / 100)  # this model has 3 layers and 16 tokens a block
+    # this model has 3 layers and 16 tokens a block
+    monkeypatch.setattr(engine_module, "TOKEN_SECONDS", BUILD_SECONDS / 100)
     model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
     assert engine.library is None

@@ -20,7 +20,7 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.nn.attention import CacheSlice
 from starflow.nn.kv_cache import CachePool, CacheShape
-from starflow.sampling.cpu import engine as native
+from starflow.sampling.cpu import engine as engine_module
 from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import layers_of
@@ -41,7 +41,7 @@ BFLOAT16_STEP = 2**-8
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many as a test asks for, however little there is to do; after it as many as before."""
-    monkeypatch.setattr(native, "THREAD_BYTES", 1)
+    monkeypatch.setattr(engine_module, "THREAD_BYTES", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -78,11 +78,11 @@ def test_a_picture_is_bit_for_bit_what_it_is_alone(library: Library, case: Case,
     )
     whole = solving(many, number % len(case.model.blocks), torch.linspace(0, 4, 9))
     torch.set_num_threads(threads)
-    together = whole.native(library)
+    together = whole.compiled(library)
     torch.set_num_threads(1)
     for row in range(9):
         alone = Solving(select_pictures(whole.predictor, torch.tensor([row]), 0), whole.noise_BNC[row : row + 1])
-        assert torch.equal(together[row : row + 1], alone.native(library))
+        assert torch.equal(together[row : row + 1], alone.compiled(library))
 
 
 @FEWER
@@ -169,7 +169,7 @@ def test_weights_and_cache_in_bfloat16(library: Library, case: Case, number: int
     case.model.bfloat16()
     given = solving(case, number, 1.5)
     assert given.predictor.cache.layers[0].keys_BNLH.dtype == torch.bfloat16
-    ours = given.native(library)
+    ours = given.compiled(library)
     case.model.float()
     exact = solving(case, number, 1.5).eager()
     change = torch.linalg.vector_norm(ours - exact) / torch.linalg.vector_norm(exact)
@@ -184,7 +184,7 @@ def test_bfloat16_weights_alone_are_exact(library: Library, case: Case, number: 
     case.model.bfloat16()
     ours = solving(case, number, pool=CachePool(torch.float32))
     exact = dataclasses.replace(ours, predictor=_in_float32(ours.predictor)).eager()
-    assert_close(ours.native(library), exact)
+    assert_close(ours.compiled(library), exact)
 
 
 def _in_float32(predictor: Predictor) -> Predictor:
@@ -307,7 +307,7 @@ def test_no_more_threads_than_there_is_work_for(library: Library, monkeypatch: p
     given = solving(text_case(), 1)
     engine, used = engine_for(library), []
     for size in (1, 4 << 20):
-        monkeypatch.setattr(native, "THREAD_BYTES", size)
+        monkeypatch.setattr(engine_module, "THREAD_BYTES", size)
         with engine._call(given.predictor, given.noise_BNC, given.noise_BNC, 1) as call:
             used.append(call.block.threads)
     assert used == [3, 1]
@@ -320,7 +320,7 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
     expected = run(model, noise, None, None, SampleSettings()).x
     whole, first = engine.bytes, engine._packed[next(model.iter_blocks())][False].bytes
     assert len(engine._packed) == 3
-    monkeypatch.setattr(native, "PACKED_BYTES_LIMIT", whole // 2)
+    monkeypatch.setattr(engine_module, "PACKED_BYTES_LIMIT", whole // 2)
     engine = model.runtime_cache["engine"] = engine_for(library)
     most = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from starflow.data.images import to_float
+from starflow.data.sources.base import ImageRecord
+from starflow.data.views import ViewConfig, make_views
 from starflow.errors import UserError
 from starflow.evaluate import kernel_distance
 from starflow.evaluate.features import FeatureExtractor
@@ -25,6 +28,25 @@ from starflow.train.tasks.decoder import DecoderLoss
 from starflow.train.tasks.decoder_run import DecoderSettings, run_decoder
 from tests.cli.conftest import random_pipeline
 from tests.train.tasks.test_decoder import CPU, SETTINGS, ours
+
+
+class Means(nn.Module):
+    """The mean of every channel, for features."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)).double()
+
+
+@pytest.fixture(autouse=True)
+def in_an_instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are drawn and features computed without what takes longer than the training: new processes, MobileNet."""
+
+    def here(records: list[ImageRecord], config: ViewConfig, *, progress: bool, workers: int) -> Any:
+        assert workers > 1
+        return make_views(records, config, progress=progress)
+
+    monkeypatch.setattr(decoder_run, "make_views", here)
+    monkeypatch.setattr(decoder_run, "load_extractor", lambda: FeatureExtractor("means", Means()))
 
 
 @pytest.fixture
@@ -65,6 +87,7 @@ def test_a_run_trains_the_decoder_and_nothing_else(settings: DecoderSettings, tm
     assert curve[-1] > curve[0]
     with Image.open(tmp_path / "run" / "samples" / "step_00000060.png") as grid:
         assert (grid.width // 16, grid.height // 16) == (2, 3), "two held-out images, and two reconstructions of each"
+    assert "kid_mobilenetv2 x 1000 at noise 0.3" in report.measures
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["measures"]["PSNR at noise 0.3 (dB)"] == [before, after]
 
@@ -86,17 +109,9 @@ def test_a_run_in_two_parts_is_the_same_run(settings: DecoderSettings, tmp_path:
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=0, msg=name)
 
 
-class Means(nn.Module):
-    """The mean of every channel, for features."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.mean((2, 3)).double()
-
-
 def test_the_report_has_a_kernel_distance_where_features_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     moved = [0.5 * to_float(batch) for batch in images.split(16)]
-    monkeypatch.setattr(decoder_run, "load_extractor", lambda: FeatureExtractor("means", Means()))
     found = decoder_run._kernel_distance(moved, images, 0.3, CPU)
     expected = kernel_distance(Means()(torch.cat(moved)), Means()(to_float(images))).value
     assert found == {"kid_mobilenetv2 x 1000 at noise 0.3": pytest.approx(1000 * expected)}

@@ -104,12 +104,14 @@ class AutoencoderTask:
         return to_float(images.to(self._device)), noise[rows.start : rows.stop]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction loss of noisy latents, and its terms."""
         images, noise = batch
         with network_precision(self.settings, self._device):
             output = model(images, noise)
         return self.reconstruction_loss(output, images)
 
     def batch_names(self, step: int, rows: range) -> list[str]:
+        """Names of the images in these rows."""
         return self.loader.names(step, rows)
 
     @torch.no_grad()
@@ -138,15 +140,17 @@ class AutoencoderTask:
         save_grid(torch.cat(rows), path, columns=len(images))
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the autoencoder, which is said to undo the mean of the noise's range."""
         low, high = self.noise
         save_small(self.autoencoder, folder, noise_std=(low + high) / 2)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """The loss and the mean squared error."""
         return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
 
 
 def heldout_images(dataset: ImageDataset) -> Tensor:
     """Held-out images of the fullest bucket, uint8 (N, 3, H, W), at most `MAX_HELDOUT` of them."""
-    numbers = max(split_indices(dataset, heldout=True), key=len)
-    chosen = numbers[:: max(1, -(-len(numbers) // MAX_HELDOUT))].tolist()
+    indices = max(split_indices(dataset, heldout=True), key=len)
+    chosen = indices[:: max(1, -(-len(indices) // MAX_HELDOUT))].tolist()
     return BatchReader(dataset, replace=True)[chosen].images

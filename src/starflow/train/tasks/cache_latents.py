@@ -60,7 +60,7 @@ class CacheJob:
 class CachePart:
     """Images of one bucket and split, plain or turned around, which one file holds."""
 
-    numbers: Tensor
+    indices: Tensor
     flipped: bool = False
 
 
@@ -70,8 +70,8 @@ def cache_parts(job: CacheJob) -> list[CachePart]:
     for flipped, heldout in ((False, False), (False, True), (True, False)):
         if flipped and not job.flipped:
             continue
-        for numbers in split_indices(job.dataset, heldout=heldout):
-            parts += [CachePart(part, flipped) for part in numbers.split(PART_SIZE) if len(part)]
+        for indices in split_indices(job.dataset, heldout=heldout):
+            parts += [CachePart(part, flipped) for part in indices.split(PART_SIZE) if len(part)]
     return parts
 
 
@@ -118,7 +118,7 @@ def distinct_texts(job: CacheJob) -> dict[str, int]:
     """The texts that the conditioner reads, each once, with its row in the cache; empty without a conditioner."""
     if job.conditioner is None:
         return {}
-    entries = (job.dataset.entry(number) for number in range(len(job.dataset)))
+    entries = (job.dataset.entry(index) for index in range(len(job.dataset)))
     texts = dict.fromkeys(condition_text(entry, job.conditioner) for entry in entries)
     return {text: row for row, text in enumerate(texts)}
 
@@ -131,13 +131,13 @@ def condition_text(entry: ImageEntry, conditioner: Conditioner) -> str:
 @torch.no_grad()
 def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int], show_progress: bool) -> int:
     """Encode and write these parts; returns how many images they hold."""
-    requests = [batch.tolist() for n in own for batch in parts[n].numbers.split(BATCH)]
+    requests = [batch.tolist() for n in own for batch in parts[n].indices.split(BATCH)]
     batches = read_batches(job.dataset, requests, job.workers, replace=False)
     done = 0
     with tqdm(total=sum(map(len, requests)), unit="picture", desc="latents", disable=not show_progress) as bar:
         for n in own:
-            means, stds, numbers, skipped = [], [], [], []
-            for asked in parts[n].numbers.split(BATCH):
+            means, stds, indices, skipped = [], [], [], []
+            for asked in parts[n].indices.split(BATCH):
                 images, found, unread = next(batches)
                 skipped += unread
                 if len(found):
@@ -145,15 +145,15 @@ def _encode_parts(job: CacheJob, parts: Sequence[CachePart], own: Sequence[int],
                     mean, std = encode_images(job.autoencoder, images)
                     means.append(mean)
                     stds += [] if std is None else [std]
-                    numbers.append(found)
+                    indices.append(found)
                 bar.update(len(asked))
-            if numbers:
+            if indices:
                 std = torch.cat(stds) if stds else None
-                write_latents(job.folder, n, torch.cat(means), std, torch.cat(numbers), skipped)
+                write_latents(job.folder, n, torch.cat(means), std, torch.cat(indices), skipped)
             else:
                 nothing = torch.empty(0, dtype=torch.long)
                 write_latents(job.folder, n, torch.empty(0), None, nothing, skipped)
-            done += sum(map(len, numbers))
+            done += sum(map(len, indices))
     return done
 
 
@@ -178,11 +178,11 @@ def _encode_texts(
         write_states(folder, n, torch.cat(states))
 
 
-def _add_time(folder: Path, pictures: float, seconds: float) -> None:
+def _add_time(folder: Path, images: float, seconds: float) -> None:
     """Add what this run encoded to what earlier ones did."""
     path = folder / TIMES_NAME
     before = read_json(path) if path.is_file() else {"pictures": 0, "seconds": 0.0}
-    write_json(path, {"pictures": before["pictures"] + int(pictures), "seconds": before["seconds"] + seconds})
+    write_json(path, {"pictures": before["pictures"] + int(images), "seconds": before["seconds"] + seconds})
 
 
 def _finish(
@@ -195,25 +195,25 @@ def _finish(
     """Join the parts' heads to an index, and say what the cache came to."""
     if job.conditioner is not None:
         write_null(job.folder, job.conditioner.null(1)[0].cpu())
-    pictures, places, skipped = [], [], dict[str, str]()
+    entries, places, skipped = [], [], dict[str, str]()
     for n in range(len(parts)):
-        numbers, unread = read_latents_header(job.folder, n)
+        indices, unread = read_latents_header(job.folder, n)
         skipped |= dict(unread)
-        for row, number in enumerate(numbers.tolist()):
-            entry = job.dataset.entry(number)
+        for row, index in enumerate(indices.tolist()):
+            entry = job.dataset.entry(index)
             condition = texts[condition_text(entry, job.conditioner)] if job.conditioner else 0
             split = "heldout" if entry.heldout else "train"
-            pictures.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
+            entries.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
     for name, reason in skipped.items():
         notify(f"skipped {name}: {reason}")
-    if not pictures:
+    if not entries:
         name, reason = next(iter(skipped.items()), ("", "the set is empty"))
         raise UserError(f"none of {len(job.dataset)} pictures could be read, first reason: {name}: {reason}")
     side = job.dataset.buckets.side
-    counts = _counts(job, len(pictures), len(texts), skipped)
+    counts = _counts(job, len(entries), len(texts), skipped)
     sides = {"image_size": side, "side": side // job.autoencoder.spec.factor}
-    finish_cache(job.folder, pictures, places, {**info, **counts, **sides})
+    finish_cache(job.folder, entries, places, {**info, **counts, **sides})
     notify(_summary(counts))
 
 

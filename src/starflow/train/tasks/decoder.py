@@ -266,11 +266,13 @@ class DecoderTask:
         return cut + self.noise_std * torch.randn(cut.shape, generator=draw), pixels
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of decoder and critic, and its terms; see `DecoderObjective`."""
         with network_precision(self.settings, self._device):
             loss: tuple[Tensor, dict[str, Tensor]] = model(*batch)
         return loss
 
     def batch_names(self, step: int, rows: range) -> list[str]:
+        """Names of the images in these rows."""
         return [self.train.names[index] for index in self._indices(step, rows).tolist()]
 
     @torch.no_grad()
@@ -313,6 +315,7 @@ class DecoderTask:
         save_trainable(autoencoder, folder, self.noise_std)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """The loss and the mean squared error."""
         return {"loss": f"{terms['loss']:.4f}", "mse": f"{terms['squared']:.5f}"}
 
 

@@ -27,7 +27,7 @@ from starflow.evaluate.dataset import evenly_spaced
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
-from starflow.pipeline.locate import BUNDLED
+from starflow.pipeline.folder import BUNDLED
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import fit
 from starflow.train.settings import TrainSettings, network_precision

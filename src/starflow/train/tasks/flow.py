@@ -109,7 +109,7 @@ class FlowTask:
 
         Args:
             flow: may be on the meta device.
-            cache: of the latents and conditions.
+            cache: latents and conditions by index: a cache, or `LiveLatents`.
             objective: see `Objective`.
             settings: see `TrainSettings`.
             draw: writes a sample grid of the flow that it is handed.
@@ -170,12 +170,14 @@ class FlowTask:
         return self._noised(indices, seed, step, rows), self._conditions(indices, self._dropped(step, rows))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of `FlowLoss`, its terms, and bits per dimension."""
         with network_precision(self.settings, self._device):
             loss, squares, logdet, penalty = model(*batch)
         bits = bits_per_dim(squares.detach() - logdet.detach() + self._dequantisation_nats)
         return loss, {"squares": squares, "logdet": logdet, "penalty": penalty, "bits_per_dim": bits}
 
     def batch_names(self, step: int, rows: range) -> list[str]:
+        """Names of the images in these rows."""
         return [self.cache.name(i) for i in self._indices(step, rows).tolist()]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -205,11 +207,11 @@ class FlowTask:
         return self.world.all_reduce(total)[0] / sum(map(len, buckets))
 
     def _own_batches(self, buckets: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, int]]:
-        """This process's batches, each of one bucket: the row of its first image, its numbers and its weight.
+        """This process's batches, each of one bucket: the row of its first image, its indices and its weight.
 
         A sharded model needs all processes in every pass, so that some batches may count for nothing.
         """
-        batches = [batch for numbers in buckets for batch in numbers.split(EVALUATION_BATCH) if len(batch)]
+        batches = [batch for indices in buckets for batch in indices.split(EVALUATION_BATCH) if len(batch)]
         starts = [0, *itertools.accumulate(map(len, batches))]
         for turn in range(-(-len(batches) // self.world.size)):
             index = turn * self.world.size + self.world.rank
@@ -218,30 +220,33 @@ class FlowTask:
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
+        """Write a sample grid of the flow."""
         assert isinstance(model, FlowLoss)
         self._draw(model.flow, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the flow as a pipeline."""
         assert isinstance(model, FlowLoss)
         self._save(model.flow, folder)
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """Nats and bits per dimension."""
         loss = terms["squares"] - terms["logdet"] + self._dequantisation_nats
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
 
 
 def random_subset(buckets: Sequence[Tensor], count: int) -> list[Tensor]:
-    """At most `count` of the numbers in these buckets, always the same ones, a tensor a bucket.
+    """At most `count` of the indices in these buckets, always the same ones, a tensor a bucket.
 
     Example:
         >>> buckets = [torch.arange(8), torch.arange(8, 12)]
         >>> sum(map(len, random_subset(buckets, 5)))
         5
     """
-    owners = torch.cat([torch.full((len(numbers),), bucket) for bucket, numbers in enumerate(buckets)])
+    owners = torch.cat([torch.full((len(indices),), bucket) for bucket, indices in enumerate(buckets)])
     chosen = torch.randperm(len(owners), generator=generator(0, "evaluation", 0))[:count]
-    numbers = torch.cat(list(buckets))
-    return [numbers[chosen[owners[chosen] == bucket]] for bucket in range(len(buckets))]
+    indices = torch.cat(list(buckets))
+    return [indices[chosen[owners[chosen] == bucket]] for bucket in range(len(buckets))]
 
 
 class LiveLatents:
@@ -258,26 +263,31 @@ class LiveLatents:
 
     @property
     def side(self) -> int:
+        """Side of a square latent of the buckets' area."""
         return self.dataset.buckets.side // self.autoencoder.spec.factor
 
     def indices(self, split: str) -> list[Tensor]:
+        """Indices of one split, a tensor a bucket."""
         return split_indices(self.dataset, heldout=split == "heldout")
 
-    def images(self, numbers: Tensor) -> Tensor:
+    def images(self, indices: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8, read when asked for."""
-        return self._reader[numbers.tolist()].images
+        return self._reader[indices.tolist()].images
 
     @torch.no_grad()
-    def posterior(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        return encode_images(self.autoencoder, self.images(numbers))
+    def posterior(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation (or None) of latents of one bucket, (B, C, h, w)."""
+        return encode_images(self.autoencoder, self.images(indices))
 
-    def conditions(self, numbers: Tensor) -> Tensor:
+    def conditions(self, indices: Tensor) -> Tensor:
+        """Condition tokens (B, S, D)."""
         assert self.conditioner is not None
-        entries = [self.dataset.entry(number) for number in numbers.tolist()]
+        entries = [self.dataset.entry(index) for index in indices.tolist()]
         return self.conditioner.encode([condition_text(entry, self.conditioner) for entry in entries]).cpu()
 
-    def name(self, number: int) -> str:
-        return self.dataset.entry(number).name
+    def name(self, index: int) -> str:
+        """The image's name."""
+        return self.dataset.entry(index).name
 
 
 class LiveFlowTask(FlowTask):
@@ -301,17 +311,17 @@ class LiveFlowTask(FlowTask):
         self.loader = make_loader(latents.dataset, self.order, settings, self.world, self.loading)
 
     def _images(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) uint8, half of them flipped where the recipe says so, and their numbers."""
-        images, numbers, _ = self.loader.batch(step, rows)
-        return random_flip(images, self.settings.seed, step, rows) if self.loading.flip else images, numbers
+        """Images (B, 3, H, W) uint8, half of them flipped where the recipe says so, and their indices."""
+        images, indices, _ = self.loader.batch(step, rows)
+        return random_flip(images, self.settings.seed, step, rows) if self.loading.flip else images, indices
 
     @torch.no_grad()
     def batch(self, step: int, rows: range) -> Any:
         """Noised latents (B, C, H, W) and their conditions."""
-        images, numbers = self._images(step, rows)
+        images, indices = self._images(step, rows)
         mean, std = encode_images(self.latents.autoencoder, images)
         noised = self._add_noise(mean, std, self.settings.seed, step, rows)
-        return noised, self._conditions(numbers, self._dropped(step, rows))
+        return noised, self._conditions(indices, self._dropped(step, rows))
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task.loss`; `unreadable` counts the images that neighbours stand in for, over all processes."""

@@ -90,12 +90,13 @@ class JointTask(LiveFlowTask):
 
     def batch(self, step: int, rows: range) -> Any:
         """Images in [-1, 1], the noise of their latents, and their conditions."""
-        images, numbers = self._images(step, rows)
+        images, indices = self._images(step, rows)
         noise = self._latent_noise(images, self.settings.seed, step, rows)
-        condition = self._conditions(numbers, self._dropped(step, rows))
+        condition = self._conditions(indices, self._dropped(step, rows))
         return to_float(images.to(self._device, non_blocking=True)), noise, condition
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bound of both parts, its terms, and how many images neighbours stand in for."""
         with network_precision(self.settings, self._device):
             loss, terms = model(*batch)
         return loss, terms | {"unreadable": loss.new_tensor(float(len(self.loader.unreadable) * self.world.size))}
@@ -103,10 +104,10 @@ class JointTask(LiveFlowTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The held-out loss, the flow's nats and bits per latent dimension, and the PSNR in dB of noised latents."""
         total = torch.zeros(3, device=self._device)
-        for start, numbers, weight in self._own_batches(self.heldout):
-            images = self.latents.images(numbers)
-            noise = self._latent_noise(images, 0, 0, range(start, start + len(numbers)))
-            condition = self._conditions(numbers, None)
+        for start, indices, weight in self._own_batches(self.heldout):
+            images = self.latents.images(indices)
+            noise = self._latent_noise(images, 0, 0, range(start, start + len(indices)))
+            condition = self._conditions(indices, None)
             with network_precision(self.settings, self._device):
                 loss, terms = model(to_float(images.to(self._device)), noise, condition)
             total += weight * torch.stack([loss, terms["squares"] - terms["logdet"], terms["squared"]]).float()
@@ -121,9 +122,11 @@ class JointTask(LiveFlowTask):
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
+        """Write a sample grid of both networks together."""
         self._draw_both(*self._parts(model), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Write both networks as a pipeline."""
         self._save_both(*self._parts(model), folder)
 
     def _parts(self, model: nn.Module) -> tuple[SmallLatents, STARFlow | TarFlow]:
@@ -133,6 +136,7 @@ class JointTask(LiveFlowTask):
         return joint_latents(copy.deepcopy(model.autoencoder), self.objective), flow
 
     def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """Nats and bits per latent dimension, and the mean squared error of the images."""
         return {**super().describe(terms), "mse": f"{terms['squared']:.5f}"}
 
 
