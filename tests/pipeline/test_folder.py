@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import Parts, default_dtype, read_config
+
+
+from starflow.pipeline.locate import part_folders
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
@@ -243,3 +247,19 @@ def test_a_flow_alone_is_told_how_it_becomes_a_pipeline(tmp_path: Path) -> None:
     random_pipeline("flow", PixelLatents(), None).flow.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds a flow alone.*convert FILE --options OPTIONS --autoencoder NAME"):
         StarFlowPipeline.from_pretrained(tmp_path)
+
+
+def test_the_folders_of_parts_that_lie_elsewhere_are_found(
+    reading: StarFlowPipeline,
+    vae: Path,
+    bert: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for name, parts, folders in (("own", "own", [vae, bert]), ("all", "all", [])):
+        folder = tmp_path / name
+        reading.save_pretrained(folder, parts=parts)  # type: ignore[arg-type]
+        assert part_folders(folder, read_config(folder)) == [folder, *folders]
+    shutil.copytree(tmp_path / "own", tmp_path / "lost")
+    lost = read_config(tmp_path / "lost")
+    gone = dataclasses.replace(lost, autoencoder=dataclasses.replace(lost.autoencoder, source="owner/nowhere"))
+    assert part_folders(tmp_path / "lost", gone) == [tmp_path / "lost", bert]

@@ -183,7 +183,7 @@ def choose_cleaning(
     if asked == "tweedie" and not config.noise_std:
         raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
     if asked == "decoder" and config.noise_std and not trained:
-        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=3)
+        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=4)
     if asked is not None or not replaced or config.cleaning == "none":
         return asked or config.cleaning
     return "decoder" if trained else "tweedie"

@@ -153,8 +153,7 @@ class StarFlowPipeline:
         pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
-        flow = pipeline.flow
-        dtype = dtype or default_dtype(flow)
+        flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
@@ -311,8 +310,7 @@ class StarFlowPipeline:
         drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = latent_shape(self.config, self.flow.config, size)
-        decoder = (self.decoder or self.autoencoder).spec
-        cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
+        cleaning = self._cleaning(cleaning)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
@@ -323,7 +321,6 @@ class StarFlowPipeline:
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
-        batches = math.ceil(len(prompts) / batch_size)
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             drawn, condition = self._sample(
@@ -332,7 +329,7 @@ class StarFlowPipeline:
                 drawn_as.temperature,
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
-                offset_progress(progress, start // batch_size, batches),
+                offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
             images += to_pil(self._decode_clean(drawn, condition, cleaning, tile))
@@ -432,6 +429,10 @@ class StarFlowPipeline:
             self.flow, temperature * noise.to(self.device), condition, null, settings, batch_size, progress
         )
         return drawn, condition
+
+    def _cleaning(self, asked: Cleaning | None) -> Cleaning:
+        decoder = (self.decoder or self.autoencoder).spec
+        return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
 
     def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         with torch.no_grad():
