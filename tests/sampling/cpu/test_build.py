@@ -95,7 +95,8 @@ def test_it_is_built_when_as_much_was_spent_without_it(
 ) -> None:
     """What a picture takes adds up; the build itself is a copy here."""
     monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    monkeypatch.setattr(engine_module, "TOKEN_SECONDS", BUILD_SECONDS / 100)  # this model has 3 layers and 16 tokens a block
+    # The model has 3 layers and 16 tokens a block.
+    monkeypatch.setattr(engine_module, "TOKEN_SECONDS", BUILD_SECONDS / 100)
     model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
     assert engine.library is None
