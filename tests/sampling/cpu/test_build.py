@@ -152,7 +152,7 @@ def test_the_name_holds_the_source_the_flags_and_the_compiler(empty_cache: Path,
     for version in ("one", "two"):
         compiler(tmp_path, f"echo {version}", monkeypatch)
         names.add(BuildCommand.here().path.name)
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "cpu_lines", lambda *_fields: ["another processor"])
     names.add(BuildCommand.here().path.name)
     other = tmp_path / "step.cpp"
     other.write_text("// another source\n")
