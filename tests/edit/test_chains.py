@@ -1,0 +1,218 @@
+"""Chains have the stationary distribution that they state: in closed form, by quadrature, and step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step, redraw_step
+from starflow.edit.density import Density, GuidedFlow
+from starflow.flow.model import STARFlow
+from tests.edit.conftest import STANDARD_ERRORS, Affine, far, log_uniform, normal, quadrature
+
+ROWS = 1500
+HOLE = torch.tensor([False, True, False, True]).view(1, 1, 1, 4)
+EVERYTHING = torch.ones_like(HOLE)
+KNOWN = torch.tensor([1.2, 0, 1.5, 0], dtype=torch.float64).view(1, 1, 1, 4)
+
+Chain = Callable[[Problem, torch.Generator, int], Tensor]
+
+
+def by_noise(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
+    """Fillings (ROWS, C, H, W) of chains that start from draws."""
+    shape = (ROWS, *problem.known.shape[1:])
+    z = normal(generator, *shape)
+    for step in range(steps):
+        part = problem.hole if step % 2 else torch.ones_like(problem.hole)
+        z = noise_step(problem, z, part, 0.7, normal(generator, *shape), log_uniform(generator, ROWS)).x
+    return problem.paste(problem.density.decode(z))
+
+
+def by_force(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
+    shape = (ROWS, *problem.known.shape[1:])
+    x = problem.paste(normal(generator, *shape))
+    for _ in range(steps):
+        x = hamiltonian_step(problem, x, 0.35, 4, normal(generator, *shape), log_uniform(generator, ROWS)).x
+    return x
+
+
+def by_redraw(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
+    assert isinstance(problem.density, GuidedFlow)
+    shape = (ROWS, *problem.known.shape[1:])
+    x = problem.paste(normal(generator, *shape))
+    tokens = problem.density.halfway(x[:1]).z_BND.shape[1:]
+    for step in range(steps):
+        b = 1.0 if step % 2 else 0.6
+        noise = normal(generator, ROWS, *tokens)
+        uniform = log_uniform(generator, ROWS)
+        x = redraw_step(problem, problem.density, x, b, normal(generator, *shape), noise, uniform).x
+    return x
+
+
+def moments_apart(affine: Affine, x: Tensor) -> float:
+    """How far means and second moments of the hole are from the closed form, in standard errors."""
+    mean, covariance = affine.conditional(KNOWN, HOLE)
+    gap = x.flatten(1)[:, HOLE.flatten()] - mean
+    products = torch.stack((gap[:, 0].square(), gap[:, 1].square(), gap[:, 0] * gap[:, 1]), 1)
+    truth = torch.stack((covariance[0, 0], covariance[1, 1], covariance[0, 1]))
+    return max(far(gap, torch.zeros(2).double()), far(products, truth))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("chain", [by_noise, by_force])
+def test_a_gaussian_is_filled_as_its_closed_form_says(affine: Affine, chain: Chain, seed: int) -> None:
+    problem = Problem(affine, KNOWN, HOLE, spread=0.8)
+    x = chain(problem, torch.Generator().manual_seed(seed), 80)
+    assert torch.equal(x[:, :, :, [0, 2]], KNOWN[:, :, :, [0, 2]].expand(ROWS, 1, 1, 2))
+    assert moments_apart(affine, x) < STANDARD_ERRORS
+
+
+class WithoutProposalDensity(Problem):
+    """A wrong weight: p(y) is left out."""
+
+    def log_weight(self, y: Tensor) -> Tensor:
+        return self.log_hole(y) + self.log_q(y)
+
+
+class WithoutTheKnownPart(Problem):
+    """A wrong weight: the density is that of y as it was drawn, the known part not in its place."""
+
+    def paste(self, y: Tensor) -> Tensor:
+        return y
+
+
+@pytest.mark.parametrize("wrong", [WithoutProposalDensity, WithoutTheKnownPart])
+def test_a_wrong_weight_is_seen(affine: Affine, wrong: type[Problem]) -> None:
+    x = by_noise(wrong(affine, KNOWN, HOLE, spread=0.8), torch.Generator().manual_seed(0), 80)
+    assert moments_apart(affine, x) > 2 * STANDARD_ERRORS
+
+
+def histogram_apart(flow: STARFlow, x: Tensor, known: float, hole: int) -> float:
+    """How far the shares of rows in each interval are from quadrature, in standard errors."""
+    edges = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    exact = quadrature(flow, known, hole, edges).cumsum(0)
+    cuts = torch.searchsorted(exact, torch.arange(0.1, 0.95, 0.1, dtype=torch.float64))
+    below = (x[:, 0, 0, hole][:, None] <= edges[cuts + 1]).double()
+    error = (exact[cuts] * (1 - exact[cuts]) / len(x)).sqrt()
+    return float(((below.mean(0) - exact[cuts]) / error).abs().max())
+
+
+CASES = [(0.7, 1), (1.0, 0)]
+"""The known coordinate's value, and which one is the hole; given the second, the first has two modes."""
+
+
+def problem_of(flow: STARFlow, known: float, hole: int, spread: float, density: Density | None = None) -> Problem:
+    given = torch.full((1, 1, 1, 2), known, dtype=torch.float64)
+    return Problem(density or GuidedFlow(flow), given, (torch.arange(2) == hole).view(1, 1, 1, 2), spread)
+
+
+@pytest.mark.parametrize(("known", "hole"), CASES)
+@pytest.mark.parametrize("chain", [by_noise, by_force, by_redraw])
+def test_a_trained_density_is_filled_as_quadrature_says(banana: STARFlow, chain: Chain, known: float, hole: int) -> None:
+    x = chain(problem_of(banana, known, hole, 0.5), torch.Generator().manual_seed(5), 40)
+    assert histogram_apart(banana, x, known, hole) < STANDARD_ERRORS
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutJacobian(GuidedFlow):
+    """A wrong density: log |det dz/dx| is left out."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, logdet = super().encode(x)
+        return z, 0 * logdet
+
+
+@pytest.mark.parametrize("chain", [by_noise, by_force])
+def test_a_wrong_jacobian_is_seen(banana: STARFlow, chain: Chain) -> None:
+    x = chain(problem_of(banana, 0.7, 1, 0.5, WithoutJacobian(banana)), torch.Generator().manual_seed(5), 40)
+    assert histogram_apart(banana, x, 0.7, 1) > 2 * STANDARD_ERRORS
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutTheOthers(GuidedFlow):
+    """A wrong redraw: the blocks before the last have no Jacobian."""
+
+    def halfway(self, x: Tensor) -> object:  # type: ignore[override]
+        found = super().halfway(x)
+        return found._replace(logdet=0 * found.logdet)
+
+
+def test_a_wrong_jacobian_of_the_redraw_is_seen(banana: STARFlow) -> None:
+    x = by_redraw(problem_of(banana, 0.7, 1, 0.5, WithoutTheOthers(banana)), torch.Generator().manual_seed(5), 40)
+    assert histogram_apart(banana, x, 0.7, 1) > 2 * STANDARD_ERRORS
+
+
+def ratios_are_inverse(forth: Step, back: Step, x: Tensor) -> bool:
+    returned = torch.allclose(back.proposal, x, atol=1e-8)
+    return returned and torch.allclose(back.log_ratio, -forth.log_ratio, atol=1e-6)
+
+
+def test_the_reverse_of_a_noise_step_has_the_inverse_ratio(affine: Affine) -> None:
+    problem, generator = Problem(affine, KNOWN, HOLE, 0.8), torch.Generator().manual_seed(0)
+    z, noise, b = normal(generator, 8, 1, 1, 4), normal(generator, 8, 1, 1, 4), 0.6
+    never = torch.full((8,), torch.inf, dtype=torch.float64)
+    forth = noise_step(problem, z, EVERYTHING, b, noise, never)
+    assert torch.equal(forth.x, z)
+    reverse = (z - (1 - b * b) ** 0.5 * forth.proposal) / b
+    assert ratios_are_inverse(forth, noise_step(problem, forth.proposal, EVERYTHING, b, reverse, never), z)
+
+
+def test_the_reverse_of_a_hamiltonian_step_has_the_inverse_ratio(banana: STARFlow) -> None:
+    problem, generator = problem_of(banana, 0.7, 1, 0.5), torch.Generator().manual_seed(0)
+    x, momentum = problem.paste(normal(generator, 8, 1, 1, 2)), normal(generator, 8, 1, 1, 2)
+    never = torch.full((8,), torch.inf, dtype=torch.float64)
+    forth = hamiltonian_step(problem, x, 0.2, 3, momentum, never)
+    assert bool((forth.log_ratio.abs() > 1e-6).any()), "a step that loses nothing proves nothing"
+    arrived = final_momentum(problem, x, 0.2, 3, momentum)
+    assert ratios_are_inverse(forth, hamiltonian_step(problem, forth.proposal, 0.2, 3, -arrived, never), x)
+
+
+def final_momentum(problem: Problem, x: Tensor, size: float, leapfrogs: int, momentum: Tensor) -> Tensor:
+    """The momentum after a trajectory, from the positions of one that is a leapfrog longer: x(n+1) - x(n-1) = 2 s v."""
+    never = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    before, after = (
+        hamiltonian_step(problem, x, size, count, momentum, never).proposal for count in (leapfrogs - 1, leapfrogs + 1)
+    )
+    return (after - before) / (2 * size)
+
+
+def test_the_reverse_of_a_redraw_has_the_inverse_ratio(banana: STARFlow) -> None:
+    """From a y whose known part is what the proposal's is, the other way."""
+    problem, generator = problem_of(banana, 0.7, 1, 0.5), torch.Generator().manual_seed(0)
+    density = GuidedFlow(banana)
+    x, refresh, noise, b = problem.paste(normal(generator, 8, 1, 1, 2)), normal(generator, 8, 1, 1, 2), normal(generator, 8, 2, 1), 0.6
+    never = torch.full((8,), torch.inf, dtype=torch.float64)
+    y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
+    here = density.halfway(y)
+    z = (1 - b * b) ** 0.5 * here.z_BND + b * noise
+    there = density.redraw(here.u_BND, z, density.tokens_of(problem.hole), (1, 2))
+    forth = redraw_step(problem, density, x, b, refresh, noise, never)
+    assert torch.allclose(problem.paste(there), forth.proposal)
+    back_refresh = torch.where(problem.hole, 0, (there - problem.known) / problem.spread)
+    back_noise = (here.z_BND - (1 - b * b) ** 0.5 * density.halfway(there).z_BND) / b
+    back = redraw_step(problem, density, problem.paste(there), b, back_refresh, back_noise, never)
+    assert ratios_are_inverse(forth, back, x)
+
+
+def test_what_is_not_a_number_is_never_accepted(affine: Affine) -> None:
+    problem = Problem(affine, KNOWN, HOLE, 0.8)
+    momentum = torch.full((1, 1, 1, 4), torch.nan, dtype=torch.float64)
+    step = hamiltonian_step(problem, KNOWN, 0.1, 1, momentum, torch.tensor([-1e9], dtype=torch.float64))
+    assert not step.accepted.item() and torch.equal(step.x, KNOWN) and step.probability.item() == 0
+
+
+def test_effective_samples_count_equal_weights_and_a_single_one() -> None:
+    assert effective_samples(torch.full((8,), -700.0)) == pytest.approx(8)
+    assert effective_samples(torch.tensor([0.0, -1000, -1000])) == pytest.approx(1)
+
+
+def test_a_size_grows_where_everything_is_accepted_and_has_a_bound(affine: Affine) -> None:
+    sure = Step(KNOWN, torch.zeros(1), KNOWN, torch.ones(1, dtype=torch.bool))
+    never = dataclasses.replace(sure, log_ratio=torch.tensor([-torch.inf]))
+    size = Adapted(0.5, target=0.65, largest=0.6)
+    assert size.after(never).size < 0.5 < size.after(sure).size <= 0.6
+    assert size.after(sure).after(sure).size == 0.6
