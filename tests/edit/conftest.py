@@ -41,14 +41,19 @@ class Affine:
 def affine() -> Affine:
     generator = torch.Generator().manual_seed(3)
     root = torch.randn(4, 4, generator=generator, dtype=torch.float64).tril(-1) * 0.7
-    return Affine(torch.tensor([0.5, -1, 0.2, 1], dtype=torch.float64), root + torch.diag(torch.rand(4, generator=generator).double() + 0.5))
+    return Affine(
+        torch.tensor([0.5, -1, 0.2, 1], dtype=torch.float64),
+        root + torch.diag(torch.rand(4, generator=generator).double() + 0.5),
+    )
 
 
 @pytest.fixture(scope="session")
 def banana() -> STARFlow:
     """A flow of two tokens in float64, trained for a moment on a bent band."""
     torch.manual_seed(0)
-    config = STARFlowConfig(in_channels=1, img_size=2, channels=32, num_blocks=3, layers_per_block=1, head_dim=16, rope=True, sos=True)
+    config = STARFlowConfig(
+        in_channels=1, img_size=2, channels=32, num_blocks=3, layers_per_block=1, head_dim=16, rope=True, sos=True
+    )
     model = STARFlow(config)
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)

@@ -112,7 +112,9 @@ def problem_of(flow: STARFlow, known: float, hole: int, spread: float, density: 
 
 @pytest.mark.parametrize(("known", "hole"), CASES)
 @pytest.mark.parametrize("chain", [by_noise, by_force, by_redraw])
-def test_a_trained_density_is_filled_as_quadrature_says(banana: STARFlow, chain: Chain, known: float, hole: int) -> None:
+def test_a_trained_density_is_filled_as_quadrature_says(
+    banana: STARFlow, chain: Chain, known: float, hole: int
+) -> None:
     x = chain(problem_of(banana, known, hole, 0.5), torch.Generator().manual_seed(5), 40)
     assert histogram_apart(banana, x, known, hole) < STANDARD_ERRORS
 
@@ -184,7 +186,12 @@ def test_the_reverse_of_a_redraw_has_the_inverse_ratio(banana: STARFlow) -> None
     """From a y whose known part is what the proposal's is, the other way."""
     problem, generator = problem_of(banana, 0.7, 1, 0.5), torch.Generator().manual_seed(0)
     density = GuidedFlow(banana)
-    x, refresh, noise, b = problem.paste(normal(generator, 8, 1, 1, 2)), normal(generator, 8, 1, 1, 2), normal(generator, 8, 2, 1), 0.6
+    x, refresh, noise, b = (
+        problem.paste(normal(generator, 8, 1, 1, 2)),
+        normal(generator, 8, 1, 1, 2),
+        normal(generator, 8, 2, 1),
+        0.6,
+    )
     never = torch.full((8,), torch.inf, dtype=torch.float64)
     y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
     here = density.halfway(y)

@@ -48,7 +48,9 @@ class Problem:
         """log q(y_O) of each row, nats."""
         gap = torch.where(self.hole, 0, (y - self.known) / self.spread)
         dimensions = int((~self.hole).sum()) * self.known.shape[1]
-        return -0.5 * gap.square().flatten(1).sum(1) - dimensions * (math.log(self.spread) + 0.5 * math.log(2 * math.pi))
+        return -0.5 * gap.square().flatten(1).sum(1) - dimensions * (
+            math.log(self.spread) + 0.5 * math.log(2 * math.pi)
+        )
 
     @torch.no_grad()
     def log_hole(self, y: Tensor) -> Tensor:

@@ -190,9 +190,7 @@ class GuidedFlow:
         scale = like.new_tensor(math.log(self.temperature))
         return scale if prior_ND is None else prior_ND + scale
 
-    def _forward(
-        self, number: int, block: AutoregressiveBlock, x_BND: Tensor, grid: Grid
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, number: int, block: AutoregressiveBlock, x_BND: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """One block from data to noise: z in raster order and log sigma in the block's own, both guided."""
         rotary = self.flow.block_rotary(block, self.flow.rotary(grid))
         guidance = self._guidance(x_BND) if self.flow.guided[number] else None
@@ -218,9 +216,7 @@ class GuidedFlow:
         passed = block(*given) if self.flow.offloaded_to is None else run_offloaded(block, self.flow.at_work, *given)
         return passed
 
-    def _predictor(
-        self, number: int, block: AutoregressiveBlock, like_BND: Tensor, grid: Grid
-    ) -> Predictor:
+    def _predictor(self, number: int, block: AutoregressiveBlock, like_BND: Tensor, grid: Grid) -> Predictor:
         guided, conditions = self.flow.guided[number], self._conditions(like_BND)
         return Predictor.of(
             block,
