@@ -6,6 +6,7 @@ CPU time, on one thread, so that they mean the same on a busy machine.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ FEATURE = "kid_mobilenetv2"
 MASKS = ("half", "centre", "strokes", "corner")
 """The right half; a square; thin strokes; all but a quarter."""
 
+EVENLY, STRIDE = 48, 19
+"""Pictures that lie evenly over the split, and the step that takes the first few of them evenly too."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -42,7 +46,7 @@ class Budget:
 
     pictures: int = 48
     references: int = 480
-    chunk: int = 6
+    chunk: int = 3
     """Pictures a cell."""
     pairs: int = 1
     """Pictures of a cell that are filled under a second seed too, for diversity."""
@@ -53,8 +57,8 @@ QUICK = Budget(pictures=2, references=4, chunk=2)
 # The draws of "resample" and the steps of "paper" are as many as take the seconds of "auto".
 METHODS = {
     "auto": InpaintSettings("auto"),
-    "resample": InpaintSettings("resample", candidates=112),
-    "paper": InpaintSettings("paper", steps=58),
+    "resample": InpaintSettings("resample", candidates=80),
+    "paper": InpaintSettings("paper", steps=45),
     "likeliest of 16": InpaintSettings("resample", candidates=16, temperature=0.8, keep="likeliest"),
     "hmc": InpaintSettings("hmc"),
     "chain": InpaintSettings("chain", steps=40),
@@ -105,7 +109,8 @@ class Material:
         records = read_folder(data)
         for split, count in (("heldout", budget.pictures), ("train", budget.references)):
             some = [record for record in records if record.split == split]
-            kept = [some[row] for row in spread(len(some), count)]
+            chosen = spread(len(some), budget.references if split == "train" else EVENLY)
+            kept = [some[chosen[STRIDE * row % len(chosen)]] for row in range(min(count, len(chosen)))]
             found.append(make_views(kept, ViewConfig(size=size, views=1, heldout_views=1), progress=False)[0])
         return Material(pipeline, found[0].images, found[0].captions, found[1].images)
 
@@ -118,7 +123,7 @@ def run(
     Raises:
         UserError: no glyphs there, or the folder was started with another budget.
     """
-    keep_budget(folder, budget)
+    keep_budget(folder, dataclasses.replace(budget, pictures=0))  # more pictures may come later
     torch.set_num_threads(1)
     material = Material.read(budget, data)
     material.pipeline.to(device)

@@ -1,4 +1,4 @@
-"""Two densities whose conditional distributions are known: a Gaussian in closed form, and a trained one by quadrature."""
+"""Densities whose conditional distributions are known: a Gaussian in closed form, a funnel and a trained one by quadrature."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from starflow.edit.density import Density, log_density
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 
@@ -47,6 +48,22 @@ def affine() -> Affine:
     )
 
 
+@dataclass(frozen=True)
+class Funnel:
+    """x_2 = exp(2 z_1) z_2, x_1 = exp(tanh x_2) z_1: the Jacobian changes much with both; pictures (B, 1, 1, 2)."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.unbind(-1)
+        z_1 = first * torch.exp(-torch.tanh(second))
+        logdet = -torch.tanh(second) - 2 * z_1
+        return torch.stack((z_1, second * torch.exp(-2 * z_1)), -1), logdet.flatten()
+
+    def decode(self, z: Tensor) -> Tensor:
+        z_1, z_2 = z.unbind(-1)
+        second = torch.exp(2 * z_1) * z_2
+        return torch.stack((torch.exp(torch.tanh(second)) * z_1, second), -1)
+
+
 @pytest.fixture(scope="session")
 def banana() -> STARFlow:
     """A flow of two tokens in float64, trained for a moment on a bent band."""
@@ -67,15 +84,25 @@ def banana() -> STARFlow:
     return model.double().eval().requires_grad_(False)
 
 
-def quadrature(flow: STARFlow, known: float, hole: int, edges: Tensor) -> Tensor:
+def quadrature(density: Density, known: float, hole: int, edges: Tensor) -> Tensor:
     """Probability of each interval of the hole's coordinate, given that the other one is `known`."""
     fine = torch.linspace(float(edges[0]), float(edges[-1]), 40 * (len(edges) - 1) + 1, dtype=torch.float64)
     points = torch.full((len(fine), 1, 1, 2), known, dtype=torch.float64)
     points[:, 0, 0, hole] = fine
-    density = flow.log_prob(points).exp()
-    cells = 0.5 * (density[1:] + density[:-1]) * (fine[1] - fine[0])
+    values = log_density(density, points).exp()
+    cells = 0.5 * (values[1:] + values[:-1]) * (fine[1] - fine[0])
     mass = cells.view(-1, 40).sum(1)
     return mass / mass.sum()
+
+
+def histogram_apart(density: Density, x: Tensor, known: float, hole: int) -> float:
+    """How far the shares of rows below each tenth are from quadrature, in standard errors."""
+    edges = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    exact = quadrature(density, known, hole, edges).cumsum(0)
+    cuts = torch.searchsorted(exact, torch.arange(0.1, 0.95, 0.1, dtype=torch.float64))
+    below = (x[:, 0, 0, hole][:, None] <= edges[cuts + 1]).double()
+    error = (exact[cuts] * (1 - exact[cuts]) / len(x)).sqrt()
+    return float(((below.mean(0) - exact[cuts]) / error).abs().max())
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -10,46 +10,41 @@ import torch
 from torch import Tensor
 
 from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step, redraw_step
-from starflow.edit.density import Density, GuidedFlow
+from starflow.edit.density import Density, GuidedFlow, Halfway
 from starflow.flow.model import STARFlow
-from tests.edit.conftest import STANDARD_ERRORS, Affine, far, log_uniform, normal, quadrature
+from tests.edit.conftest import STANDARD_ERRORS, Affine, Funnel, far, histogram_apart, log_uniform, normal, quadrature
 
 ROWS = 1500
 HOLE = torch.tensor([False, True, False, True]).view(1, 1, 1, 4)
 EVERYTHING = torch.ones_like(HOLE)
 KNOWN = torch.tensor([1.2, 0, 1.5, 0], dtype=torch.float64).view(1, 1, 1, 4)
 
-Chain = Callable[[Problem, torch.Generator, int], Tensor]
+Chain = Callable[[Problem, torch.Generator, Tensor, int], Tensor]
+"""Takes fillings (B, C, H, W) through some steps of independent chains."""
 
 
-def by_noise(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
-    """Fillings (ROWS, C, H, W) of chains that start from draws."""
-    shape = (ROWS, *problem.known.shape[1:])
-    z = normal(generator, *shape)
+def by_noise(problem: Problem, generator: torch.Generator, x: Tensor, steps: int) -> Tensor:
+    z, _ = problem.density.encode(torch.where(problem.hole, x, x + problem.spread * normal(generator, *x.shape)))
     for step in range(steps):
         part = problem.hole if step % 2 else torch.ones_like(problem.hole)
-        z = noise_step(problem, z, part, 0.7, normal(generator, *shape), log_uniform(generator, ROWS)).x
+        z = noise_step(problem, z, part, 0.7, normal(generator, *x.shape), log_uniform(generator, len(x))).x
     return problem.paste(problem.density.decode(z))
 
 
-def by_force(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
-    shape = (ROWS, *problem.known.shape[1:])
-    x = problem.paste(normal(generator, *shape))
+def by_force(problem: Problem, generator: torch.Generator, x: Tensor, steps: int) -> Tensor:
+    x = problem.paste(x)
     for _ in range(steps):
-        x = hamiltonian_step(problem, x, 0.35, 4, normal(generator, *shape), log_uniform(generator, ROWS)).x
+        x = hamiltonian_step(problem, x, 0.35, 3, normal(generator, *x.shape), log_uniform(generator, len(x))).x
     return x
 
 
-def by_redraw(problem: Problem, generator: torch.Generator, steps: int) -> Tensor:
+def by_redraw(problem: Problem, generator: torch.Generator, x: Tensor, steps: int) -> Tensor:
     assert isinstance(problem.density, GuidedFlow)
-    shape = (ROWS, *problem.known.shape[1:])
-    x = problem.paste(normal(generator, *shape))
     tokens = problem.density.halfway(x[:1]).z_BND.shape[1:]
     for step in range(steps):
-        b = 1.0 if step % 2 else 0.6
-        noise = normal(generator, ROWS, *tokens)
-        uniform = log_uniform(generator, ROWS)
-        x = redraw_step(problem, problem.density, x, b, normal(generator, *shape), noise, uniform).x
+        b, noise = 1.0 if step % 2 else 0.6, normal(generator, len(x), *tokens)
+        uniform = log_uniform(generator, len(x))
+        x = redraw_step(problem, problem.density, x, b, normal(generator, *x.shape), noise, uniform).x
     return x
 
 
@@ -66,7 +61,8 @@ def moments_apart(affine: Affine, x: Tensor) -> float:
 @pytest.mark.parametrize("chain", [by_noise, by_force])
 def test_a_gaussian_is_filled_as_its_closed_form_says(affine: Affine, chain: Chain, seed: int) -> None:
     problem = Problem(affine, KNOWN, HOLE, spread=0.8)
-    x = chain(problem, torch.Generator().manual_seed(seed), 80)
+    generator = torch.Generator().manual_seed(seed)
+    x = chain(problem, generator, affine.decode(normal(generator, ROWS, 1, 1, 4)), 200)
     assert torch.equal(x[:, :, :, [0, 2]], KNOWN[:, :, :, [0, 2]].expand(ROWS, 1, 1, 2))
     assert moments_apart(affine, x) < STANDARD_ERRORS
 
@@ -87,40 +83,53 @@ class WithoutTheKnownPart(Problem):
 
 @pytest.mark.parametrize("wrong", [WithoutProposalDensity, WithoutTheKnownPart])
 def test_a_wrong_weight_is_seen(affine: Affine, wrong: type[Problem]) -> None:
-    x = by_noise(wrong(affine, KNOWN, HOLE, spread=0.8), torch.Generator().manual_seed(0), 80)
+    problem, generator = Problem(affine, KNOWN, HOLE, 0.8), torch.Generator().manual_seed(0)
+    x = by_noise(wrong(affine, KNOWN, HOLE, 0.8), generator, affine.decode(normal(generator, ROWS, 1, 1, 4)), 200)
     assert moments_apart(affine, x) > 2 * STANDARD_ERRORS
 
 
-def histogram_apart(flow: STARFlow, x: Tensor, known: float, hole: int) -> float:
-    """How far the shares of rows in each interval are from quadrature, in standard errors."""
-    edges = torch.linspace(-6, 6, 241, dtype=torch.float64)
-    exact = quadrature(flow, known, hole, edges).cumsum(0)
-    cuts = torch.searchsorted(exact, torch.arange(0.1, 0.95, 0.1, dtype=torch.float64))
-    below = (x[:, 0, 0, hole][:, None] <= edges[cuts + 1]).double()
-    error = (exact[cuts] * (1 - exact[cuts]) / len(x)).sqrt()
-    return float(((below.mean(0) - exact[cuts]) / error).abs().max())
+def exact_draws(density: Density, problem: Problem, generator: torch.Generator, rows: int) -> Tensor:
+    """Fillings drawn from the conditional distribution itself, by the inverse of its distribution function."""
+    hole = int(problem.hole.flatten().nonzero())
+    edges = torch.linspace(-6, 6, 961, dtype=torch.float64)
+    below = quadrature(density, float(problem.known[0, 0, 0, 1 - hole]), hole, edges).cumsum(0)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    x = problem.known.repeat(rows, 1, 1, 1)
+    x[:, 0, 0, hole] = edges[torch.searchsorted(below, uniform).clamp(max=959)] + 0.00625
+    return x
 
 
 CASES = [(0.7, 1), (1.0, 0)]
 """The known coordinate's value, and which one is the hole; given the second, the first has two modes."""
+FEW = 600
 
 
-def problem_of(flow: STARFlow, known: float, hole: int, spread: float, density: Density | None = None) -> Problem:
+def problem_of(density: Density, known: float, hole: int) -> Problem:
     given = torch.full((1, 1, 1, 2), known, dtype=torch.float64)
-    return Problem(density or GuidedFlow(flow), given, (torch.arange(2) == hole).view(1, 1, 1, 2), spread)
+    return Problem(density, given, (torch.arange(2) == hole).view(1, 1, 1, 2), 0.5)
+
+
+def drift(
+    right: Density, used: Density, chain: Chain, known: float, hole: int, rows: int = FEW, steps: int = 6
+) -> float:
+    """How far from quadrature a chain of the density `used` leads that starts from the right one, in standard errors."""
+    generator, problem = torch.Generator().manual_seed(5), problem_of(used, known, hole)
+    x = chain(problem, generator, exact_draws(right, problem, generator, rows), steps)
+    return histogram_apart(right, x, known, hole)
 
 
 @pytest.mark.parametrize(("known", "hole"), CASES)
 @pytest.mark.parametrize("chain", [by_noise, by_force, by_redraw])
-def test_a_trained_density_is_filled_as_quadrature_says(
-    banana: STARFlow, chain: Chain, known: float, hole: int
-) -> None:
-    x = chain(problem_of(banana, known, hole, 0.5), torch.Generator().manual_seed(5), 40)
-    assert histogram_apart(banana, x, known, hole) < STANDARD_ERRORS
+def test_a_trained_density_stays_as_quadrature_says(banana: STARFlow, chain: Chain, known: float, hole: int) -> None:
+    assert drift(GuidedFlow(banana), GuidedFlow(banana), chain, known, hole) < STANDARD_ERRORS
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutJacobian(GuidedFlow):
+@pytest.mark.parametrize("chain", [by_noise, by_force])
+def test_a_funnel_stays_as_quadrature_says(chain: Chain) -> None:
+    assert drift(Funnel(), Funnel(), chain, -0.5, 0, 6000, 30) < STANDARD_ERRORS
+
+
+class WithoutJacobian(Funnel):
     """A wrong density: log |det dz/dx| is left out."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,23 +138,31 @@ class WithoutJacobian(GuidedFlow):
 
 
 @pytest.mark.parametrize("chain", [by_noise, by_force])
-def test_a_wrong_jacobian_is_seen(banana: STARFlow, chain: Chain) -> None:
-    x = chain(problem_of(banana, 0.7, 1, 0.5, WithoutJacobian(banana)), torch.Generator().manual_seed(5), 40)
-    assert histogram_apart(banana, x, 0.7, 1) > 2 * STANDARD_ERRORS
+def test_a_wrong_jacobian_is_seen(chain: Chain) -> None:
+    assert drift(Funnel(), WithoutJacobian(), chain, -0.5, 0, 6000, 30) > 2 * STANDARD_ERRORS
 
 
 @dataclasses.dataclass(frozen=True)
-class WithoutTheOthers(GuidedFlow):
-    """A wrong redraw: the blocks before the last have no Jacobian."""
+class AllTokens(GuidedFlow):
+    """A wrong redraw: the known tokens count as drawn too."""
 
-    def halfway(self, x: Tensor) -> object:  # type: ignore[override]
+    def halfway(self, x: Tensor) -> Halfway:
         found = super().halfway(x)
-        return found._replace(logdet=0 * found.logdet)
+        return found._replace(nats_BN=found.nats_BN.sum(1, keepdim=True).expand(-1, 2))
 
 
-def test_a_wrong_jacobian_of_the_redraw_is_seen(banana: STARFlow) -> None:
-    x = by_redraw(problem_of(banana, 0.7, 1, 0.5, WithoutTheOthers(banana)), torch.Generator().manual_seed(5), 40)
-    assert histogram_apart(banana, x, 0.7, 1) > 2 * STANDARD_ERRORS
+def test_a_redraw_that_counts_the_known_tokens_as_drawn_is_seen(banana: STARFlow) -> None:
+    right, wrong = (
+        drift(GuidedFlow(banana), GuidedFlow(banana), by_redraw, -1.5, 1),
+        drift(GuidedFlow(banana), AllTokens(banana), by_redraw, -1.5, 1),
+    )
+    assert right < STANDARD_ERRORS < 1.5 * STANDARD_ERRORS < wrong
+
+
+def test_chains_from_anywhere_come_to_what_quadrature_says(banana: STARFlow) -> None:
+    generator, problem = torch.Generator().manual_seed(6), problem_of(GuidedFlow(banana), 0.7, 1)
+    x = by_redraw(problem, generator, problem.paste(normal(generator, FEW, 1, 1, 2)), 12)
+    assert histogram_apart(problem.density, x, 0.7, 1) < STANDARD_ERRORS
 
 
 def ratios_are_inverse(forth: Step, back: Step, x: Tensor) -> bool:
@@ -164,7 +181,7 @@ def test_the_reverse_of_a_noise_step_has_the_inverse_ratio(affine: Affine) -> No
 
 
 def test_the_reverse_of_a_hamiltonian_step_has_the_inverse_ratio(banana: STARFlow) -> None:
-    problem, generator = problem_of(banana, 0.7, 1, 0.5), torch.Generator().manual_seed(0)
+    problem, generator = problem_of(GuidedFlow(banana), 0.7, 1), torch.Generator().manual_seed(0)
     x, momentum = problem.paste(normal(generator, 8, 1, 1, 2)), normal(generator, 8, 1, 1, 2)
     never = torch.full((8,), torch.inf, dtype=torch.float64)
     forth = hamiltonian_step(problem, x, 0.2, 3, momentum, never)
@@ -184,7 +201,7 @@ def final_momentum(problem: Problem, x: Tensor, size: float, leapfrogs: int, mom
 
 def test_the_reverse_of_a_redraw_has_the_inverse_ratio(banana: STARFlow) -> None:
     """From a y whose known part is what the proposal's is, the other way."""
-    problem, generator = problem_of(banana, 0.7, 1, 0.5), torch.Generator().manual_seed(0)
+    problem, generator = problem_of(GuidedFlow(banana), 0.7, 1), torch.Generator().manual_seed(0)
     density = GuidedFlow(banana)
     x, refresh, noise, b = (
         problem.paste(normal(generator, 8, 1, 1, 2)),
@@ -209,7 +226,9 @@ def test_what_is_not_a_number_is_never_accepted(affine: Affine) -> None:
     problem = Problem(affine, KNOWN, HOLE, 0.8)
     momentum = torch.full((1, 1, 1, 4), torch.nan, dtype=torch.float64)
     step = hamiltonian_step(problem, KNOWN, 0.1, 1, momentum, torch.tensor([-1e9], dtype=torch.float64))
-    assert not step.accepted.item() and torch.equal(step.x, KNOWN) and step.probability.item() == 0
+    assert not step.accepted.item()
+    assert torch.equal(step.x, KNOWN)
+    assert step.probability.item() == 0
 
 
 def test_effective_samples_count_equal_weights_and_a_single_one() -> None:

@@ -181,14 +181,25 @@ def redraw_step(
     Returns:
         The step in x, with the known part in place.
     """
-    y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
+    y, here = refreshed(problem, density, x, refresh)
     hole_N = density.tokens_of(problem.hole)
-    here = density.halfway(y)
-    z_BND = math.sqrt(1 - b * b) * here.z_BND + b * noise
-    proposal = density.redraw(here.u_BND, z_BND, hole_N, density.grid_of(y))
+    proposal = redrawn(density, here, hole_N, b, noise, density.grid_of(y))
     before = _log_redrawn(problem, y, here, hole_N)
     after = _log_redrawn(problem, proposal, density.halfway(proposal), hole_N)
     return accept(x, problem.paste(proposal), after - before, log_uniform)
+
+
+def refreshed(problem: Problem, density: GuidedFlow, x: Tensor, refresh: Tensor) -> tuple[Tensor, Halfway]:
+    """y of x_M and of y_O drawn from q, and what the last block makes of it."""
+    y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
+    return y, density.halfway(y)
+
+
+def redrawn(
+    density: GuidedFlow, here: Halfway, hole_N: Tensor, b: float, noise: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """The proposal of a redraw, y' (B, C, H, W)."""
+    return density.redraw(here.u_BND, math.sqrt(1 - b * b) * here.z_BND + b * noise, hole_N, grid)
 
 
 def _log_redrawn(problem: Problem, y: Tensor, halfway: Halfway, hole_N: Tensor) -> Tensor:

@@ -26,7 +26,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step, redraw_step
+from starflow.edit.chains import (
+    Adapted,
+    Problem,
+    Step,
+    effective_samples,
+    hamiltonian_step,
+    noise_step,
+    redraw_step,
+    redrawn,
+    refreshed,
+)
 from starflow.edit.density import GuidedFlow, log_density
 from starflow.errors import UserError
 from starflow.flow.model import Flow
@@ -55,7 +65,7 @@ class InpaintSettings:
     """Of the chain; the first third adapts its size and is not counted in the acceptance."""
     sweeps: int = 3
     """How often `auto` draws the hole anew, all candidates at once, before it chooses one."""
-    leapfrogs: int = 5
+    leapfrogs: int = 3
     """Of a Hamiltonian step."""
     spread: float = 0.3
     """s of q = N(x_O, s^2 I), in the latents' units."""
@@ -151,6 +161,8 @@ class Random:
     """Random numbers of one seed, like a latent."""
 
     def __init__(self, seed: int, like: Tensor) -> None:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"the seed is {seed}, expected 0 to {2**63 - 1}")
         self.generator, self.like = torch.Generator().manual_seed(seed), like
         self.normal(1)
 
@@ -243,11 +255,13 @@ class _Filling:
 
         The sweeps accept everything: they only find a place to start from.
         """
-        settings, start = self.settings, self.problem.paste(self.density.decode(self.draws()))
-        always = start.new_full((len(start),), -math.inf)
+        settings, start = self.settings, self.density.decode(self.draws())
+        hole_N, grid = self.density.tokens_of(self.problem.hole), self.density.grid_of(start)
         for sweep in range(settings.sweeps):
-            start = self.redrawn(start, 1.0, always).x
+            _, here = refreshed(self.problem, self.density, start, self.random.normal(len(start)))
+            start = redrawn(self.density, here, hole_N, 1.0, self.token_noise(len(start)), grid)
             self.report(0.5 * (sweep + 1) / settings.sweeps)
+        start = self.problem.paste(start)
         weight = self.problem.log_hole(start)
         self.effective = effective_samples(weight)
         x = start[self.random.choose(weight)]
@@ -257,16 +271,15 @@ class _Filling:
             if number % 2:
                 step = self.moved(x, sizes[1].size, uniform)
             else:
-                step = self.redrawn(x, sizes[0].size, uniform)
+                refresh, noise = self.random.normal(1), self.token_noise(1)
+                step = redraw_step(self.problem, self.density, x, sizes[0].size, refresh, noise, uniform)
             x, sizes[number % 2] = step.x, self.told(number, step, sizes[number % 2])
             self.report(0.5 + 0.5 * number / settings.steps)
         return x
 
-    def redrawn(self, x: Tensor, b: float, log_uniform: Tensor) -> Step:
-        """A redraw of every row."""
-        refresh = self.random.normal(len(x))
-        noise = patchify(self.random.normal(len(x)), self.density.flow.config.patch_size)
-        return redraw_step(self.problem, self.density, x, b, refresh, noise, log_uniform)
+    def token_noise(self, rows: int) -> Tensor:
+        """Standard normal noise of every token, (rows, N, D)."""
+        return patchify(self.random.normal(rows), self.density.flow.config.patch_size)
 
     def moved(self, x: Tensor, size: float, log_uniform: Tensor) -> Step:
         """A Hamiltonian step of every row."""
