@@ -104,8 +104,8 @@ def interpolate(
     made = []
     for step in range(steps):
         share = step / (steps - 1)
-        mixed = mixed(first_condition, second_condition, share)
-        made.append(GuidedFlow(flow, mixed, null_condition, guidance).decode(slerp(z_a, z_b, share)))
+        between = mixed(first_condition, second_condition, share)
+        made.append(GuidedFlow(flow, between, null_condition, guidance).decode(slerp(z_a, z_b, share)))
     return torch.cat(made)
 
 
