@@ -184,11 +184,14 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
         part = (..., slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
         real, real_part = features(material.references), features(material.references[part])
         pasted = torch.where(hole, torch.cat(coded), material.images)
-        found = {"true pictures": ([], material.images), "autoencoder": ([], pasted)}
+        found: dict[str, tuple[list[Cell], Tensor]] = {
+            "true pictures": ([], material.images),
+            "autoencoder": ([], pasted),
+        }
         for method in METHODS:
             names = [cell_name(method, mask, start) for start in starts]
-            images = [read_tensors(folder / "fillings" / f"{name}.safetensors")["images"] for name in names]
-            found[method] = ([cell(folder, name, dict, lambda _: None) for name in names], torch.cat(images))
+            parts = [read_tensors(folder / "fillings" / f"{name}.safetensors")["images"] for name in names]
+            found[method] = ([cell(folder, name, dict, lambda _: None) for name in names], torch.cat(parts))
         for method, (cells, images) in found.items():
             whole = jackknife(features(images), real)
             crops = jackknife(features(images[part]), real_part)

@@ -1,4 +1,4 @@
-"""Densities whose conditional distributions are known: a Gaussian in closed form, a funnel and a trained one by quadrature."""
+"""Densities whose conditional distributions are known: a Gaussian in closed form, two others by quadrature."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class WithoutTheKnownPart(Problem):
 
 @pytest.mark.parametrize("wrong", [WithoutProposalDensity, WithoutTheKnownPart])
 def test_a_wrong_weight_is_seen(affine: Affine, wrong: type[Problem]) -> None:
-    problem, generator = Problem(affine, KNOWN, HOLE, 0.8), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     x = by_noise(wrong(affine, KNOWN, HOLE, 0.8), generator, affine.decode(normal(generator, ROWS, 1, 1, 4)), 200)
     assert moments_apart(affine, x) > 2 * STANDARD_ERRORS
 
@@ -113,7 +113,7 @@ def problem_of(density: Density, known: float, hole: int) -> Problem:
 def drift(
     right: Density, used: Density, chain: Chain, known: float, hole: int, rows: int = FEW, steps: int = 6
 ) -> float:
-    """How far from quadrature a chain of the density `used` leads that starts from the right one, in standard errors."""
+    """How far a chain of the density `used` leads from the right one, where it starts, in standard errors."""
     generator, problem = torch.Generator().manual_seed(5), problem_of(used, known, hole)
     x = exact_draws(right, problem, generator, rows)
     y = torch.where(problem.hole, x, x + problem.spread * normal(generator, *x.shape))

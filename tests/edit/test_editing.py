@@ -57,8 +57,8 @@ def test_the_way_between_two_latents_starts_and_ends_at_them(flow: Flow) -> None
     assert torch.allclose(way[0], x[0], atol=1e-4)
     assert torch.allclose(way[-1], x[1], atol=1e-4)
     middle = GuidedFlow(flow, (a[:1] + a[1:]) / 2).encode(way[2:3])[0]
-    ends = [GuidedFlow(flow, a[row : row + 1]).encode(x[row : row + 1])[0] for row in range(2)]
-    assert torch.allclose(middle, slerp(*ends, 0.5), atol=1e-3)
+    first, last = (GuidedFlow(flow, a[row : row + 1]).encode(x[row : row + 1])[0] for row in range(2))
+    assert torch.allclose(middle, slerp(first, last, 0.5), atol=1e-3)
 
 
 def test_the_great_circle_keeps_the_length_and_meets_the_angle() -> None:

@@ -86,13 +86,13 @@ def test_the_likeliest_is_the_likeliest_and_the_weighted_one_is_a_draw(flow: Flo
     assert math.isnan(weighted.acceptance.item())
 
 
-@pytest.mark.parametrize("method", ["resample", "chain", "auto"])
+@pytest.mark.parametrize("method", ["resample", "auto"])
 def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow, method: Method) -> None:
-    """With many draws and steps; 120 fillings against quadrature."""
-    known = torch.full((120, 1, 1, 2), 0.7, dtype=torch.float64)
-    hole = torch.tensor([False, True]).view(1, 1, 1, 2).expand(120, -1, -1, -1)
+    """With many draws and steps, against quadrature."""
+    known = torch.full((40, 1, 1, 2), 0.7, dtype=torch.float64)
+    hole = torch.tensor([False, True]).view(1, 1, 1, 2).expand(40, -1, -1, -1)
     settings = InpaintSettings(method, candidates=32 if method == "resample" else 4, steps=8, sweeps=1, spread=0.6)
-    filled = inpaint(banana, known, hole, seeds=range(120), settings=settings)
+    filled = inpaint(banana, known, hole, seeds=range(40), settings=settings)
     assert histogram_apart(GuidedFlow(banana), filled.x, 0.7, 1) < STANDARD_ERRORS
 
 

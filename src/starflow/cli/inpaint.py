@@ -144,7 +144,11 @@ def progress_bar(unit: str, count: int) -> Iterator[Callable[[int, int], None]]:
 
     form = "{l_bar}{bar}| {n:.1f}/{total} " + unit + " [{elapsed}<{remaining}]"
     with tqdm(total=count, bar_format=form, disable=None) as bar:
-        yield lambda done, total: bar.update(count * done / total - bar.n) and None
+
+        def progress(done: int, total: int) -> None:
+            bar.update(count * done / total - bar.n)
+
+        yield progress
 
 
 def write_edited(made: Edited, target: OutputTarget, stem: str, known: dict[str, str]) -> list[dict[str, Any]]:

@@ -29,12 +29,12 @@ from starflow.flow.offload import run_offloaded
 from starflow.flow.tokens import Grid, in_order, patchify
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling import guidance as rules
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import IterationLimits, Predictor
 from starflow.sampling.sampler import conditions_of, run
 from starflow.sampling.sequential import solve_sequential
-from starflow.sampling.cpu.engine import cpu_engine_of
 
 
 class Density(Protocol):

@@ -118,7 +118,8 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     sine = angle.sin()
     curved = (((1 - share) * angle).sin() * unit_a + (share * angle).sin() * unit_b) / sine.clamp_min(1e-12)
     unit = torch.where(sine > 1e-6, curved, (1 - share) * unit_a + share * unit_b)
-    return (((1 - share) * long_a + share * long_b) * unit).view_as(a).to(a.dtype)
+    between: Tensor = ((1 - share) * long_a + share * long_b) * unit
+    return between.view_as(a).to(a.dtype)
 
 
 def mixed(a: Tensor | None, b: Tensor | None, share: float) -> Tensor | None:

@@ -36,8 +36,9 @@ def read_mask(mask: Image, size: tuple[int, int], *, invert: bool = False) -> tu
     """
     import numpy
 
-    transparent = mask.has_transparency_data and mask.convert("RGBA").getchannel("A").getextrema()[0] < HALF
-    channel = mask.convert("RGBA").getchannel("A") if transparent else mask.convert("L")
+    alpha = mask.convert("RGBA").getchannel("A")
+    transparent = mask.has_transparency_data and int(numpy.array(alpha).min()) < HALF
+    channel = alpha if transparent else mask.convert("L")
     said = "transparent" if transparent else "white"
     if channel.size != size:
         said += f", scaled from {channel.width}x{channel.height} to {size[0]}x{size[1]}"
