@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from experiments.cells import Cell, Mean, Result, cell, keep_budget
-from starflow.data.images import from_pil, grid, save_png, to_bytes, to_pil, to_unit
+from starflow.data.images import from_pil, make_grid, save_png, to_float, to_pil, to_uint8
 from starflow.edit.inpainting import InpaintSettings
-from starflow.edit.pictures import Scene
 from starflow.evaluate.distances import kernel_distance
 from starflow.evaluate.features import extract_features, load_mobilenet
 from starflow.io.files import read_tensors, write_tensors
@@ -149,7 +148,7 @@ def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tu
     rows: list[dict[str, float]] = []
     made, again = [], []
     for row in range(start, min(start + budget.chunk, len(material.images))):
-        image, count = to_pil(to_unit(material.images[row : row + 1]))[0], 2 if row - start < budget.pairs else 1
+        image, count = to_pil(to_float(material.images[row : row + 1]))[0], 2 if row - start < budget.pairs else 1
         started = time.process_time()
         out = inpaint_picture(
             pipeline, image, hole, material.captions[row], count, 1000 * row, METHODS[method], 2, None, None
@@ -159,7 +158,7 @@ def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tu
         found = {"nats": out.log_prob[0], "acceptance": out.acceptance[0], "effective": out.effective_samples[0]}
         finite = {key: value for key, value in found.items() if math.isfinite(value)}
         rows.append({"true": true, "dimensions": out.dimensions, "seconds": seconds, **finite})
-        pictures = [to_bytes(from_pil(one)) for one in out.images]
+        pictures = [to_uint8(from_pil(one)) for one in out.images]
         made.append(pictures[0])
         if count > 1:
             gap = (pictures[0].float() - pictures[1].float())[hole.expand(1, 3, -1, -1)]
@@ -173,7 +172,7 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
     network, numbers = load_mobilenet(), {}
 
     def features(images: Tensor) -> Tensor:
-        return extract_features(network, (to_unit(some) for some in images.split(32))).double()
+        return extract_features(network, (to_float(some) for some in images.split(32))).double()
 
     side = material.images.shape[-1]
     with torch.no_grad():
@@ -200,15 +199,9 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
 
 
 def _reconstructed(pipeline: StarFlowPipeline, row: int, image: Tensor) -> Tensor:
-    scene = Scene.of(
-        to_pil(to_unit(image))[0],
-        torch.ones(1, 1, *image.shape[-2:], dtype=torch.bool),
-        image.shape[-1],
-        (8, 8),
-        keep=True,
-    )
-    latents = pipeline._noised(scene.seen.to(pipeline.device), [1000 * row])
-    return to_bytes(pipeline._picture(latents, None, "decoder"))
+    latents = pipeline._noised(to_float(image).to(pipeline.device), [1000 * row])
+    made: Tensor = to_uint8(pipeline._picture(latents, None, "decoder"))
+    return made
 
 
 def jackknife(samples: Tensor, references: Tensor, groups: int = 8) -> tuple[float, float]:
@@ -261,11 +254,12 @@ def verdict(numbers: dict[str, dict[str, Any]]) -> str:
     shown = ", ".join(f"{name} {1000 * one.value:.0f} ± {1000 * one.error:.0f}" for name, one in crops.items())
     beaten = [name for name in ("resample", "paper") if crops["auto"].value < crops[name].value]
     nearest = min(gaps, key=lambda name: gaps[name])
+    took = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return (
-        f"At about equal seconds ({', '.join(f'{name} {value:.1f}' for name, value in seconds.items())} of CPU time) the "
-        f"distance of hole crops ({FEATURE} x 1000) is {shown}: auto is nearer than {' and '.join(beaten) or 'neither'}. "
-        f"The mean distance of log p per dimension from the true picture's is smallest for {nearest} "
-        f"({gaps[nearest]:.3f}; auto {gaps['auto']:.3f}, resample {gaps['resample']:.3f}, paper {gaps['paper']:.3f})."
+        f"At about equal seconds ({took} of CPU time) the distance of hole crops ({FEATURE} x 1000) is {shown}: auto is "
+        f"nearer than {' and '.join(beaten) or 'neither'}. The mean distance of log p per dimension from the true "
+        f"picture's is smallest for {nearest} ({gaps[nearest]:.3f}; auto {gaps['auto']:.3f}, resample "
+        f"{gaps['resample']:.3f}, paper {gaps['paper']:.3f})."
     )
 
 
@@ -299,7 +293,7 @@ def draw_sheet(folder: Path, material: Material, budget: Budget) -> None:
             name = cell_name(method, mask, start)
             rows[row].append(read_tensors(folder / "fillings" / f"{name}.safetensors")["images"][:count])
         rows[-1].append(true)
-    sheet = to_unit(torch.cat([torch.cat(row) for row in rows]))
+    sheet = to_float(torch.cat([torch.cat(row) for row in rows]))
     columns = count * len(MASKS)
-    made = grid(sheet, columns)
+    made = make_grid(sheet, columns)
     save_png(made.resize((2 * made.width, 2 * made.height)), folder / f"{NAME}.png")

@@ -17,7 +17,7 @@ from tests.registry import Case, cases
 def guided(case: Case, guidance: float, temperature: float) -> GuidedFlow:
     """The density of a case's first row, guided where it can be."""
     condition, null = (None if one is None else one[:1] for one in (case.condition, case.null_condition))
-    can = condition is not None and any(case.model.guided)
+    can = condition is not None and any(case.model.guided_blocks)
     return GuidedFlow(case.model, condition, null, guidance if can else 0.0, temperature)
 
 

@@ -27,13 +27,11 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.flow.offload import run_offloaded
 from starflow.flow.tokens import Grid, in_order, patchify
-from starflow.nn.kv_cache import CachePool
 from starflow.sampling import guidance as rules
-from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import IterationLimits, Predictor
-from starflow.sampling.sampler import conditions_of, run
+from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult
+from starflow.sampling.sampler import branch_conditions, run, solve_blocks
 from starflow.sampling.sequential import solve_sequential
 
 
@@ -88,15 +86,15 @@ class GuidedFlow:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data (B, C, H, W) to this density's noise, and log |det dz/dx| (B,) in nats; gradients reach x."""
-        tokens_BND, grid = self.flow.tokens(x)
+        tokens_BND, grid = self.flow.to_tokens(x)
         logdet = tokens_BND.new_zeros(len(x))
-        for number, block in enumerate(self.flow.stack()):
+        for number, block in enumerate(self.flow.iter_blocks()):
             tokens_BND, log_sigma = self._forward(number, block, tokens_BND, grid)
             logdet = logdet - log_sigma.sum((1, 2))
         prior_ND = self.flow.prior_log_std()
         if prior_ND is not None:
             tokens_BND, logdet = tokens_BND * torch.exp(-prior_ND), logdet - prior_ND.sum()
-        z = self.flow.picture(tokens_BND, grid) / self.temperature
+        z = self.flow.from_tokens(tokens_BND, grid) / self.temperature
         return z, logdet - z[0].numel() * math.log(self.temperature)
 
     @torch.no_grad()
@@ -109,9 +107,9 @@ class GuidedFlow:
     @torch.no_grad()
     def halfway(self, x: Tensor) -> Halfway:
         """What the last block makes of x, token by token."""
-        u_BND, grid = self.flow.tokens(x)
+        u_BND, grid = self.flow.to_tokens(x)
         logdet = u_BND.new_zeros(len(x))
-        *first, last = enumerate(self.flow.stack())
+        *first, last = enumerate(self.flow.iter_blocks())
         for number, block in first:
             u_BND, log_sigma = self._forward(number, block, u_BND, grid)
             logdet = logdet - log_sigma.sum((1, 2))
@@ -135,37 +133,22 @@ class GuidedFlow:
         Returns:
             Data (B, C, H, W): the new tokens taken through the other blocks.
         """
-        *first, last = enumerate(self.flow.stack())
-        u_BND = self._redraw_last(last, u_BND, z_BND, hole_N, grid)
-        for number, block in reversed(first):
-            with self.flow.at_work(block):
-                predictor = self._predictor(number, block, u_BND, grid)
-                own_BNC = in_order(u_BND, backwards=block.spec.backwards)
-                solved_BNC = solve_sequential(predictor, own_BNC, IterationLimits(), lambda _: None).x_BNC
-            u_BND = in_order(solved_BNC, backwards=block.spec.backwards)
-        return self.flow.picture(u_BND, grid)
+        given, null = self._rows(len(u_BND))
+        noise = self.temperature * self.flow.from_tokens(z_BND, grid)
 
-    def _redraw_last(
-        self, last: tuple[int, AutoregressiveBlock], u_BND: Tensor, z_BND: Tensor, hole_N: Tensor, grid: Grid
-    ) -> Tensor:
-        backwards = last[1].spec.backwards
-        noise_BNC = in_order(z_BND * torch.exp(self._last_log_scale(u_BND)), backwards=backwards)
-        x_BNC = in_order(u_BND, backwards=backwards).clone()
-        hole = in_order(hole_N[None, :, None], backwards=backwards).flatten().tolist()
-        with self.flow.at_work(last[1]):
-            predictor = self._predictor(*last, u_BND, grid)
-            predictor.prefill()
-            if predictor.first and hole[0]:
-                x_BNC[:, :1] = noise_BNC[:, :1]  # without a start token the first one is the noise itself
-            for start, stop in _runs(hole, predictor.first):
-                mu, log_sigma = predictor.predict(predictor.before(x_BNC, start, stop), start)
-                if hole[start]:
-                    x_BNC[:, start:stop] = affine.inverse(noise_BNC[:, start:stop], mu, log_sigma)
-        return in_order(x_BNC, backwards=backwards)
+        def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+            if number < len(self.flow.blocks) - 1:
+                return solve_sequential(predictor, noise_BNC, SolverOptions(), lambda _: None)
+            backwards = predictor.block.spec.backwards
+            own_u, hole_1N1 = (in_order(one, backwards=backwards) for one in (u_BND, hole_N[None, :, None]))
+            return _redraw_block(predictor, own_u, noise_BNC, hole_1N1.flatten().tolist())
+
+        settings = SampleSettings(self.guidance, "sequential")
+        return solve_blocks(self.flow, noise, given, null, settings, solve_block).x
 
     def grid_of(self, x: Tensor) -> Grid:
         """Rows and columns of tokens of x (B, C, H, W)."""
-        return self.flow.tokens(x[:1])[1]
+        return self.flow.to_tokens(x[:1])[1]
 
     def tokens_of(self, hole: Tensor) -> Tensor:
         """(1, 1, H, W) of latents to (N,) of tokens: those that hold any latent of the hole."""
@@ -182,7 +165,7 @@ class GuidedFlow:
 
     def _conditions(self, like: Tensor) -> list[Tensor | None]:
         given, null = self._rows(len(like))
-        return conditions_of(self.flow, given, null, len(like), self._guidance(like))
+        return branch_conditions(self.flow, given, null, len(like), self._guidance(like))
 
     def _last_log_scale(self, like: Tensor) -> Tensor:
         """log of what standard normal noise is multiplied by before the last block: temperature and prior."""
@@ -193,7 +176,7 @@ class GuidedFlow:
     def _forward(self, number: int, block: AutoregressiveBlock, x_BND: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """One block from data to noise: z in raster order and log sigma in the block's own, both guided."""
         rotary = self.flow.block_rotary(block, self.flow.rotary(grid))
-        guidance = self._guidance(x_BND) if self.flow.guided[number] else None
+        guidance = self._guidance(x_BND) if self.flow.guided_blocks[number] else None
         conditions = self._conditions(x_BND)
         if guidance is None:
             return self._pass(block, x_BND, conditions[0], rotary)
@@ -213,21 +196,25 @@ class GuidedFlow:
     ) -> tuple[Tensor, Tensor]:
         given = (x_BND, condition, rotary)
         passed: tuple[Tensor, Tensor]
-        passed = block(*given) if self.flow.offloaded_to is None else run_offloaded(block, self.flow.at_work, *given)
+        passed = (
+            block(*given)
+            if self.flow.offloaded_to is None
+            else run_offloaded(block, self.flow.weights_on_device, *given)
+        )
         return passed
 
-    def _predictor(self, number: int, block: AutoregressiveBlock, like_BND: Tensor, grid: Grid) -> Predictor:
-        guided, conditions = self.flow.guided[number], self._conditions(like_BND)
-        return Predictor.of(
-            block,
-            len(like_BND),
-            like_BND.shape[1],
-            conditions if guided else conditions[:1],
-            self.flow.block_rotary(block, self.flow.rotary(grid)),
-            self._guidance(like_BND) if guided else None,
-            CachePool(),
-            cpu_engine_of(self.flow),
-        )
+
+def _redraw_block(predictor: Predictor, u_BNC: Tensor, noise_BNC: Tensor, hole: list[bool]) -> SolverResult:
+    """The tokens of a block, in its own order: those in the hole from their noise, the others as they are in u."""
+    x_BNC = u_BNC.clone()
+    predictor.prefill()
+    if predictor.first and hole[0]:
+        x_BNC[:, :1] = noise_BNC[:, :1]  # without a start token the first one is the noise itself
+    for start, stop in _runs(hole, predictor.first):
+        mu, log_sigma = predictor.predict(predictor.inputs(x_BNC, start, stop), start)
+        if hole[start]:
+            x_BNC[:, start:stop] = affine.inverse(noise_BNC[:, start:stop], mu, log_sigma)
+    return SolverResult(x_BNC, predictor.tokens - predictor.first, x_BNC.new_zeros(len(x_BNC)))
 
 
 def _runs(hole: list[bool], first: int) -> Iterator[tuple[int, int]]:

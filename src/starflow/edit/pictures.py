@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.data.images import from_pil, to_bytes
+from starflow.data.images import from_pil, to_uint8
 from starflow.edit.masks import latent_mask
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Scene:
         made = resized(filled.cpu(), (self.crop.height, self.crop.width))
         gap = spread_known(self.crop.of(from_pil(self.picture)) - made, ~part)
         made = made + gap * nearness(~part, feather)
-        painted = Image.fromarray(to_bytes(made)[0].permute(1, 2, 0).numpy(), "RGB")
+        painted = Image.fromarray(to_uint8(made)[0].permute(1, 2, 0).numpy(), "RGB")
         mode = "RGBA" if self.picture.has_transparency_data else "RGB"
         whole = self.picture.convert(mode)
         stencil = Image.fromarray(part[0, 0].numpy().astype("uint8") * 255, "L")
