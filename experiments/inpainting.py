@@ -256,8 +256,8 @@ def verdict(numbers: dict[str, dict[str, Any]]) -> str:
     nearest = min(gaps, key=lambda name: gaps[name])
     took = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return (
-        f"At about equal seconds ({took} of CPU time) the distance of hole crops ({FEATURE} x 1000) is {shown}: auto is "
-        f"nearer than {' and '.join(beaten) or 'neither'}. The mean distance of log p per dimension from the true "
+        f"At about equal seconds ({took} of CPU time) the distance of hole crops ({FEATURE} x 1000) is {shown}: auto "
+        f"is nearer than {' and '.join(beaten) or 'neither'}. The mean distance of log p per dimension from the true "
         f"picture's is smallest for {nearest} ({gaps[nearest]:.3f}; auto {gaps['auto']:.3f}, resample "
         f"{gaps['resample']:.3f}, paper {gaps['paper']:.3f})."
     )

@@ -83,6 +83,8 @@ def test_the_mask_may_be_the_pictures_own_transparency(small: StarFlowPipeline) 
         small.inpaint(picture())
     with pytest.raises(UserError, match="both a mask and a box"):
         small.inpaint(picture(), Image.new("L", (8, 8), 255), box=BOX)
+    with pytest.raises(UserError, match="inverted it repaints nothing"):
+        small.inpaint(picture(), box=(0, 0, 8, 8), invert_mask=True)
 
 
 def test_a_full_mask_is_a_new_picture_and_one_pixel_is_a_hole(small: StarFlowPipeline) -> None:

@@ -78,8 +78,10 @@ def hole_of(image: Image, mask: Image | None, box: Box | None, *, invert: bool =
     if mask is not None and box is not None:
         raise UserError("both a mask and a box are given: choose one")
     if box is not None:
-        hole = box_mask(box, image.size)
-        return (~hole if invert else hole), f"the box {','.join(map(str, box))} is {'kept' if invert else 'repainted'}"
+        hole, shown = box_mask(box, image.size), ",".join(map(str, box))
+        if invert and bool(hole.all()):
+            raise UserError(f"the box {shown} covers the picture, and inverted it repaints nothing: make it smaller")
+        return (~hole if invert else hole), f"the box {shown} is {'kept' if invert else 'repainted'}"
     if mask is None and not image.has_transparency_data:
         raise UserError("no mask: give one (white is repainted), a box, or a picture that is transparent there")
     return read_mask(image if mask is None else mask, image.size, invert=invert)
