@@ -75,8 +75,8 @@ def banana() -> STARFlow:
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
-        first = 1.2 * torch.randn(256, generator=generator)
-        second = first.square() - 1 + 0.4 * torch.randn(256, generator=generator)
+        first = 1.2 * torch.randn(128, generator=generator)
+        second = first.square() - 1 + 0.4 * torch.randn(128, generator=generator)
         loss = -model.log_prob(torch.stack((first, second), 1).view(-1, 1, 1, 2)).mean()
         optimiser.zero_grad()
         loss.backward()

@@ -102,7 +102,7 @@ def exact_draws(density: Density, problem: Problem, generator: torch.Generator, 
 
 CASES = [(0.7, 1), (1.0, 0)]
 """The known coordinate's value, and which one is the hole; given the second, the first has two modes."""
-FEW = 600
+FEW = 300
 
 
 def problem_of(density: Density, known: float, hole: int) -> Problem:
@@ -111,7 +111,7 @@ def problem_of(density: Density, known: float, hole: int) -> Problem:
 
 
 def drift(
-    right: Density, used: Density, chain: Chain, known: float, hole: int, rows: int = FEW, steps: int = 6
+    right: Density, used: Density, chain: Chain, known: float, hole: int, rows: int = FEW, steps: int = 5
 ) -> float:
     """How far a chain of the density `used` leads from the right one, where it starts, in standard errors."""
     generator, problem = torch.Generator().manual_seed(5), problem_of(used, known, hole)

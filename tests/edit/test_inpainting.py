@@ -86,7 +86,7 @@ def test_the_likeliest_is_the_likeliest_and_the_weighted_one_is_a_draw(flow: Flo
     assert math.isnan(weighted.acceptance.item())
 
 
-@pytest.mark.parametrize("method", ["resample", "auto"])
+@pytest.mark.parametrize("method", ["resample", pytest.param("auto", marks=pytest.mark.slow)])
 def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow, method: Method) -> None:
     """With many draws and steps, against quadrature."""
     known = torch.full((40, 1, 1, 2), 0.7, dtype=torch.float64)
