@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.cells import Cell, Mean, Result, cell, keep_budget
+from experiments.results import Measurements, Result, check_budget, measure_once
 from starflow.data.images import from_pil, make_grid, save_png, to_float, to_pil, to_uint8
 from starflow.edit.inpainting import InpaintSettings
-from starflow.evaluate.distances import kernel_distance
-from starflow.evaluate.features import extract_features, load_mobilenet
+from starflow.evaluate import extract_features, kernel_distance, load_extractor
 from starflow.io.files import read_tensors, write_tensors
 from starflow.pipeline.editing import inpaint_picture
+from starflow.pipeline.likelihood import add_training_noise
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 NAME = "inpainting"
@@ -101,28 +101,28 @@ class Material:
         """
         from starflow.data.sources.folder import read_folder
         from starflow.data.views import ViewConfig, make_views
-        from starflow.evaluate.dataset import spread
+        from starflow.evaluate.dataset import evenly_spaced
 
         pipeline = StarFlowPipeline.from_pretrained("glyphs")
         size, found = pipeline.config.image_size, []
         records = read_folder(data)
         for split, count in (("heldout", budget.pictures), ("train", budget.references)):
             some = [record for record in records if record.split == split]
-            chosen = spread(len(some), budget.references if split == "train" else EVENLY)
+            chosen = evenly_spaced(len(some), budget.references if split == "train" else EVENLY)
             kept = [some[chosen[STRIDE * row % len(chosen)]] for row in range(min(count, len(chosen)))]
             found.append(make_views(kept, ViewConfig(size=size, views=1, heldout_views=1), progress=False)[0])
         return Material(pipeline, found[0].images, found[0].captions, found[1].images)
 
 
 def run(
-    folder: Path, budget: Budget, say: Callable[[str], None], command: str, data: Path, device: torch.device
+    folder: Path, budget: Budget, log: Callable[[str], None], command: str, data: Path, device: torch.device
 ) -> Result:
-    """Compute what is missing, draw the sheet, and say what the numbers say.
+    """Compute what is missing, draw the sheet, and return the tables.
 
     Raises:
         UserError: no glyphs there, or the folder was started with another budget.
     """
-    keep_budget(folder, dataclasses.replace(budget, pictures=0))  # more pictures may come later
+    check_budget(folder, dataclasses.replace(budget, pictures=0))  # more pictures may come later
     torch.set_num_threads(1)
     material = Material.read(budget, data)
     material.pipeline.to(device)
@@ -131,17 +131,17 @@ def run(
         for mask in MASKS:
             for method in METHODS:
                 name = cell_name(method, mask, start)
-                cell(folder, name, lambda: _fill(folder, name, material, budget, (method, mask, start)), say)  # noqa: B023
+                measure_once(folder, name, lambda: _fill(folder, name, material, budget, (method, mask, start)), log)  # noqa: B023
     numbers = collect(folder, material, starts)
     draw_sheet(folder, material, budget)
-    return Result(NAME, "Inpainting", CLAIM, verdict(numbers), table(numbers), command, {"numbers": numbers})
+    return Result(NAME, "Inpainting", CLAIM, [table(numbers)], command, {"measures": numbers})
 
 
 def cell_name(method: str, mask: str, start: int) -> str:
     return f"{start:02d}-{mask}-{method.replace(' ', '-')}"
 
 
-def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tuple[str, str, int]) -> Cell:
+def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tuple[str, str, int]) -> Measurements:
     """Fill some pictures; the number of picture i is also its seed."""
     method, mask, start = which
     pipeline, hole = material.pipeline, mask_of(mask, material.images.shape[-1])
@@ -169,10 +169,11 @@ def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tu
 
 def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str, dict[str, Any]]:
     """By mask and method, all numbers; the true pictures and what the autoencoder makes of them as methods too."""
-    network, numbers = load_mobilenet(), {}
+    extractor = load_extractor()
+    numbers: dict[str, dict[str, Any]] = {}
 
     def features(images: Tensor) -> Tensor:
-        return extract_features(network, (to_float(some) for some in images.split(32))).double()
+        return extract_features(extractor, (to_float(some) for some in images.split(32))).features
 
     side = material.images.shape[-1]
     with torch.no_grad():
@@ -183,14 +184,14 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
         part = (..., slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
         real, real_part = features(material.references), features(material.references[part])
         pasted = torch.where(hole, torch.cat(coded), material.images)
-        found: dict[str, tuple[list[Cell], Tensor]] = {
+        found: dict[str, tuple[list[Measurements], Tensor]] = {
             "true pictures": ([], material.images),
             "autoencoder": ([], pasted),
         }
         for method in METHODS:
             names = [cell_name(method, mask, start) for start in starts]
             parts = [read_tensors(folder / "fillings" / f"{name}.safetensors")["images"] for name in names]
-            found[method] = ([cell(folder, name, dict, lambda _: None) for name in names], torch.cat(parts))
+            found[method] = ([measure_once(folder, name, dict, lambda _: None) for name in names], torch.cat(parts))
         for method, (cells, images) in found.items():
             whole = jackknife(features(images), real)
             crops = jackknife(features(images[part]), real_part)
@@ -199,9 +200,8 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
 
 
 def _reconstructed(pipeline: StarFlowPipeline, row: int, image: Tensor) -> Tensor:
-    latents = pipeline._noised(to_float(image).to(pipeline.device), [1000 * row])
-    made: Tensor = to_uint8(pipeline._picture(latents, None, "decoder"))
-    return made
+    latents = pipeline.autoencoder.encode(to_float(image).to(pipeline.device))
+    return to_uint8(pipeline.autoencoder.decode(add_training_noise(latents, pipeline.config, [1000 * row])))
 
 
 def jackknife(samples: Tensor, references: Tensor, groups: int = 8) -> tuple[float, float]:
@@ -217,7 +217,7 @@ def jackknife(samples: Tensor, references: Tensor, groups: int = 8) -> tuple[flo
     return value, math.sqrt((groups - 1) / groups * sum((one - mean) ** 2 for one in left))
 
 
-def _summary(cells: Sequence[Cell]) -> dict[str, float]:
+def _summary(cells: Sequence[Measurements]) -> dict[str, float]:
     rows = [row for one in cells for row in one["rows"]]
     if not rows:
         return {}
@@ -235,32 +235,6 @@ def _summary(cells: Sequence[Cell]) -> dict[str, float]:
         "effective": mean([row["effective"] for row in rows if "effective" in row]),
         "seconds": mean([row["seconds"] for row in rows]),
     }
-
-
-def over_masks(numbers: dict[str, dict[str, Any]], method: str, key: str) -> Mean:
-    """A number's mean over the masks; of a distance with the standard error."""
-    found = [numbers[f"{mask}/{method}"][key] for mask in MASKS]
-    if key in ("whole", "crops"):
-        error = math.sqrt(sum(one[1] ** 2 for one in found)) / len(found)
-        return Mean(sum(one[0] for one in found) / len(found), error, len(found))
-    return Mean(sum(found) / len(found), 0.0, len(found))
-
-
-def verdict(numbers: dict[str, dict[str, Any]]) -> str:
-    """Whether `auto` is nearest to the true pictures, of what takes as long."""
-    crops = {name: over_masks(numbers, name, "crops") for name in ("auto", "resample", "paper")}
-    gaps = {name: over_masks(numbers, name, "gap").value for name in METHODS}
-    seconds = {name: over_masks(numbers, name, "seconds").value for name in crops}
-    shown = ", ".join(f"{name} {1000 * one.value:.0f} ± {1000 * one.error:.0f}" for name, one in crops.items())
-    beaten = [name for name in ("resample", "paper") if crops["auto"].value < crops[name].value]
-    nearest = min(gaps, key=lambda name: gaps[name])
-    took = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return (
-        f"At about equal seconds ({took} of CPU time) the distance of hole crops ({FEATURE} x 1000) is {shown}: auto "
-        f"is nearer than {' and '.join(beaten) or 'neither'}. The mean distance of log p per dimension from the true "
-        f"picture's is smallest for {nearest} ({gaps[nearest]:.3f}; auto {gaps['auto']:.3f}, resample "
-        f"{gaps['resample']:.3f}, paper {gaps['paper']:.3f})."
-    )
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from starflow.conditioning import ClassLabels
+from starflow.data.images import from_pil
 from starflow.errors import UserError
 from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
+from starflow.pipeline.likelihood import add_training_noise
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 
@@ -97,7 +99,7 @@ def test_a_full_mask_is_a_new_picture_and_one_pixel_is_a_hole(small: StarFlowPip
 def test_an_edit_that_changes_nothing_gives_the_same_latent(pixels: StarFlowPipeline) -> None:
     image = picture()
     same = pixels.edit(image, "star", "star", cleaning="none", feather=0)
-    noised = pixels._noised(torch.tensor(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1, [0])
+    noised = add_training_noise(from_pil(image), pixels.config, [0])
     assert torch.allclose(same.latents, noised, atol=1e-3)
     assert not torch.allclose(pixels.edit(image, "star", "star", guidance=2.0).latents, noised, atol=1e-2)
     assert not torch.allclose(pixels.edit(image, "star", "circle").latents, noised, atol=1e-2)

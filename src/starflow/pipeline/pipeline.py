@@ -44,6 +44,7 @@ from starflow.pipeline.config import (
     untrained_size_warning,
     with_sampling_options,
 )
+from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
@@ -70,7 +71,7 @@ class Generated:
     seeds: list[int]
 
 
-class StarFlowPipeline:
+class StarFlowPipeline(PictureEditing):
     """A conditioner, a flow and an autoencoder that belong together.
 
     >>> from starflow.conditioning import ClassLabels
