@@ -46,6 +46,7 @@ from starflow.pipeline.config import (
     untrained_size_warning,
     with_sampling_options,
 )
+from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.inputs import (
     check_pair,
@@ -81,7 +82,7 @@ class Generated:
     seeds: list[int]
 
 
-class StarFlowPipeline:
+class StarFlowPipeline(PictureEditing):
     """A conditioner, a flow and an autoencoder that belong together.
 
     >>> from starflow.conditioning import ClassLabels
