@@ -25,8 +25,6 @@ from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import Parts, default_dtype, read_config
-
-
 from starflow.pipeline.locate import part_folders
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline

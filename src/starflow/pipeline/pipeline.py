@@ -315,6 +315,7 @@ class StarFlowPipeline(PictureEditing):
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
+        decoder = (self.decoder or self.autoencoder).spec
         needed = call_bytes(self.flow, shape, at_once, cache_dtype, decoder, tile)
         factor = self.config.autoencoder.factor
         check_memory(needed, self.device, (factor * shape[2], factor * shape[1]), at_once, tiled=tile is not None)
