@@ -14,6 +14,7 @@ from starflow.cli.options import OutputTarget, parse_size, slug
 from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
+from starflow.pipeline import memory
 from starflow.pipeline.config import Cleaning
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import Run, fails
@@ -342,3 +343,33 @@ def test_sizes() -> None:
     for text in ("64", "64x", "x64", "-1x4", "6.5x4", "64x64x3", ""):
         with pytest.raises(UserError, match="WIDTHxHEIGHT"):
             parse_size(text)
+
+
+def test_files_of_another_setting_are_not_replaced(run: Run, classes: Path, tmp_path: Path) -> None:
+    """The same command again writes the same files; another setting takes the next free names."""
+    arguments = ("generate", "star", "--num-images", 2, "--grid", "--model", classes, "--output", tmp_path)
+    names = ["star-0000.png", "star-0001.png", "grid.png"]
+    for _ in range(2):
+        assert [Path(line).name for line in run(*arguments).out.splitlines()] == names
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = run(*arguments, "--guidance", 3)
+    assert [Path(line).name for line in other.out.splitlines()] == ["star-0000-2.png", "star-0001-2.png", "grid-2.png"]
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    third = run(*arguments, "--guidance", 2)
+    assert Path(third.out.splitlines()[0]).name == "star-0000-3.png"
+    replaced = run(*arguments, "--guidance", 3, "--overwrite")
+    assert [Path(line).name for line in replaced.out.splitlines()] == names
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / "star-0000-2.png").read_bytes()
+
+
+def test_what_does_not_fit_the_memory_is_refused_before_it_starts(
+    run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    arguments = ("generate", "star", "--model", classes, "--output", tmp_path)
+    assert run(*arguments).code == 0
+    result = run(*arguments, "--size", "1024x1024")
+    assert result.code == 2
+    assert "at once of 1024x1024 pixels need about" in result.err.splitlines()[-1]
+    assert "or tile" in result.err.splitlines()[-1]
+    assert len(list(tmp_path.iterdir())) == 1

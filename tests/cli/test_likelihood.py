@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
 
+from starflow.io import weights
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import Run, fails
 
@@ -30,7 +33,7 @@ def rows(result: str) -> list[list[str]]:
 
 
 def test_one_row_a_picture(run: Run, text: Path, pictures: list[Path]) -> None:
-    result = run("likelihood", *pictures, "--prompt", "a red apple", "--seed", 3, "--model", text)
+    result = run("likelihood", *pictures, "--prompt", "a red apple", "--seed", 3, "--draws", 1, "--model", text)
     head, *found = rows(result.out)
     assert result.code == 0
     assert head == ["nats", "bits/dim", "dimensions", "of", "image", "prompt"]
@@ -60,7 +63,8 @@ def test_several_draws_have_an_error(run: Run, text: Path, pictures: list[Path])
     several = run("likelihood", pictures[0], "--draws", 3, *options, "--json")
     (found,) = json.loads(several.out)
     each = [
-        json.loads(run("likelihood", pictures[0], "--seed", seed, "--model", text, "--json").out) for seed in (3, 4, 5)
+        json.loads(run("likelihood", pictures[0], "--seed", seed, "--draws", 1, "--model", text, "--json").out)
+        for seed in (3, 4, 5)
     ]
     nats = [row["nats"] for (row,) in each]
     assert found["nats"] == pytest.approx(statistics.mean(nats))
@@ -118,7 +122,7 @@ def test_bad_input(run: Run, classes: Path, pictures: list[Path], tmp_path: Path
     good = pictures[0]
     for arguments, parts in (
         ([good, tmp_path / "missing.png"], ["missing.png", "no such file"]),
-        ([good, words], ["words.png", "no known image format"]),
+        ([words], ["words.png", "no known image format"]),
         ([half], ["half.png", "not a readable image"]),
         ([tmp_path], [str(tmp_path), "not a readable image"]),
         ([good, "--prompt", "star", "--prompt", "circle"], ["2 prompts for 1 pictures", "one for all"]),
@@ -131,3 +135,47 @@ def test_bad_input(run: Run, classes: Path, pictures: list[Path], tmp_path: Path
         ([good, "--model", "nowhere"], ["no model 'nowhere'"]),
     ):
         fails(run("likelihood", "--model", classes, *arguments), *parts)
+
+
+def test_a_broken_picture_among_others_is_named_and_skipped(run: Run, classes: Path, pictures: list[Path]) -> None:
+    words = pictures[0].with_name("words.png")
+    words.write_text("no picture")
+    result = run("likelihood", words, *pictures, "--model", classes, "--json")
+    assert result.code == 0
+    assert [row["image"] for row in json.loads(result.out)] == list(map(str, pictures))
+    assert result.err.startswith(f"skipped: {words} is not a readable image")
+    none = run("likelihood", words, words, "--model", classes, "--json")
+    assert (none.code, none.out) == (2, "")
+    assert "not one of 2 pictures" in none.err.splitlines()[-1]
+
+
+def test_pictures_are_compared_under_the_same_noise(run: Run, text: Path, pictures: list[Path]) -> None:
+    result = run("likelihood", *pictures, "--draws", 4, "--model", text, "--json")
+    pipeline = StarFlowPipeline.from_pretrained(text)
+    first, second = ([pipeline.log_prob(str(path), seed=seed).nats for seed in range(4)] for path in pictures)
+    paired = [later - earlier for earlier, later in zip(first, second, strict=True)]
+    mean, error = statistics.mean(paired), statistics.stdev(paired) / 2
+    assert f"note: {pictures[1]} less {pictures[0]}: {mean:+.3f} nats ± {error:.3f}" in result.err.splitlines()
+    head, *_ = rows(run("likelihood", *pictures, "--model", text).out)
+    assert "± of the draws" in head, "several draws are the default"
+
+
+def test_a_size_that_was_not_trained_is_warned_of(run: Run, classes: Path, pictures: list[Path]) -> None:
+    result = run("likelihood", pictures[0], "--size", "16x8", "--model", classes, "--draws", 1)
+    assert "was trained at 8x8 pixels, not at 16x8" in result.err
+
+
+def test_a_density_that_is_no_number_is_named_and_not_printed(
+    run: Run, classes: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """The same model draws nothing either."""
+    broken = shutil.copytree(classes, tmp_path / "broken")
+    tensors = weights.read(broken / "flow")
+    tensors["blocks.1.proj_out.bias"] = tensors["blocks.1.proj_out.bias"] * math.nan
+    weights.write(broken / "flow", tensors.items())
+    out = tmp_path / "out"
+    for arguments in (("likelihood", pictures[0], "--json"), ("generate", "star", "--output", out)):
+        result = run(*arguments, "--model", broken)
+        fails(result, "from block 1 on: the weights 'blocks.1.proj_out.bias' are not finite")
+        assert not result.out
+    assert not list(out.iterdir())

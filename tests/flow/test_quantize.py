@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ def test_only_the_deep_blocks_maps_are_rounded_and_little_is_lost() -> None:
     pytest.importorskip("torchao")
     model, plain = starflow(), starflow()
     x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    logger = logging.getLogger("torchao")
+    level = logger.level
     quantize_int8(model)
+    assert logger.level == level, "the caller's logger is as it was"
     assert is_quantized(model)
     assert not is_quantized(plain)
     shallow, deep = model.iter_blocks()

@@ -72,7 +72,7 @@ def test_cached_equals_uncached_however_the_tokens_come(kv_heads: int, pieces: t
     for start, count in zip(starts, pieces, strict=False):
         position = CacheSlice.at(cache, start, count)
         rows = slice(start, start + count)
-        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], position))
+        outs.append(layer(x[:, rows], rotary[rows], cache.layers[0], position))
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
 
 
@@ -81,9 +81,9 @@ def test_writing_further_back_rewinds() -> None:
     layer, rotary = Layer(spec()).double(), table()
     first, second = torch.randn(2, 1, TOKENS, 24, dtype=torch.float64)
     cache = cache_for(spec(), batch=1)
-    layer.extend(first, rotary, cache.layers[0], CacheSlice.at(cache, 0, TOKENS))
+    layer(first, rotary, cache.layers[0], CacheSlice.at(cache, 0, TOKENS))
     mixed = torch.cat((first[:, :2], second[:, 2:4]), dim=1)
-    out = layer.extend(second[:, 2:4], rotary[2:4], cache.layers[0], CacheSlice.at(cache, 2, 2))
+    out = layer(second[:, 2:4], rotary[2:4], cache.layers[0], CacheSlice.at(cache, 2, 2))
     torch.testing.assert_close(out, layer(mixed, rotary[:4])[:, 2:])
 
 
@@ -99,7 +99,7 @@ def test_a_position_in_a_tensor_is_the_same_as_one_in_a_number() -> None:
     for number in range(TOKENS):
         position = CacheIndex.at(cache, torch.tensor([number]), limit=TOKENS)
         rows = slice(number, number + 1)
-        outs.append(layer.extend(x[:, rows], rotary[rows], cache.layers[0], position))
+        outs.append(layer(x[:, rows], rotary[rows], cache.layers[0], position))
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x, rotary))
 
 
@@ -107,7 +107,7 @@ def test_query_scale_divides_the_logits_of_its_row_alone() -> None:
     attention, x = Attention(spec()).double(), torch.randn(2, TOKENS, 24, dtype=torch.float64)
     scale = torch.tensor([1.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
     cache = cache_for(spec(), batch=2)
-    out = attention.extend(x, None, cache.layers[0], CacheSlice.at(cache, 0, TOKENS, scale))
+    out = attention(x, None, cache.layers[0], CacheSlice.at(cache, 0, TOKENS, scale))
     plain = attention(x, None)
     torch.testing.assert_close(out[0], plain[0])
     with torch.no_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -86,6 +87,7 @@ class GenerateOptions:
     offload: Annotated[bool, Flag("only the block at work on the device, the others on the CPU, for memory")] = False
     cache_dtype: Annotated[CacheDtype, Flag("precision of the attention's cache")] = "network"
     tile: Annotated[int | None, Flag("decode in tiles of so many latent pixels, for memory", "N")] = None
+    overwrite: Annotated[bool, Flag("replace files of another setting, rather than take the next free name")] = False
     json: Annotated[bool, Flag("print paths, prompts, seeds and seconds as JSON")] = False
 
     def __post_init__(self) -> None:
@@ -201,9 +203,29 @@ def _write(
 
             out = _sample(pipeline, some, options, options.seed + start, size, progress)
             for image, prompt, seed in zip(out.images, out.prompts, out.seeds, strict=True):
+                texts = {"prompt": prompt, "seed": str(seed), **known}
                 path = target.path(prompt, seed)
-                save_png(image, path, {"prompt": prompt, "seed": str(seed), **known})
+                path = path if options.overwrite else free_path(path, image, texts)
+                save_png(image, path, texts)
                 yield WrittenImage(path, prompt, seed, image)
+
+
+def free_path(path: Path, image: Image, texts: Mapping[str, str]) -> Path:
+    """The path itself where nothing or this very picture is there, else the first that is free: NAME-2, NAME-3, ..."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists() or _holds(one, image, texts))
+
+
+def _holds(path: Path, image: Image, texts: Mapping[str, str]) -> bool:
+    """Whether a file holds this picture with these texts."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as held:
+            same = held.size == image.size and held.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+            return same and all(held.info.get(key) == value for key, value in texts.items())
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _sample(
@@ -244,12 +266,14 @@ def _write_grid(written: list[WrittenImage], options: GenerateOptions, target: O
     """Write all images side by side: a row a prompt where each has several, else about as many columns as rows."""
     import torch
 
-    from starflow.data.images import from_pil, save_grid
+    from starflow.data.images import from_pil, make_grid, save_png
 
     several = 1 < options.num_images < len(written)
     columns = options.num_images if several else math.ceil(math.sqrt(len(written)))
-    save_grid(torch.cat([from_pil(one.image) for one in written]), target.grid_path, columns)
-    return target.grid_path
+    sheet = make_grid(torch.cat([from_pil(one.image) for one in written]), columns)
+    path = target.grid_path if options.overwrite else free_path(target.grid_path, sheet, {})
+    save_png(sheet, path)
+    return path
 
 
 def _print_result(

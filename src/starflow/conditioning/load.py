@@ -144,7 +144,7 @@ class _DeviceMarker(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("place", torch.empty(0), persistent=False)
+        self.register_buffer("place", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
 
 
 def _free_memory(device: torch.device) -> None:

@@ -70,7 +70,8 @@ def log_likelihoods(log_likelihood: LogLikelihood, rows: Sequence[int], draws: i
         for at in range(0, len(own), batch)
     ]
     found = [torch.stack([nats.double().cpu() for nats in part], dim=1) for part in parts]
-    return gather_rows(torch.cat(found) if found else torch.zeros(0, draws, dtype=torch.float64), len(rows))
+    nothing = torch.zeros(0, draws, dtype=torch.float64, device="cpu")
+    return gather_rows(torch.cat(found) if found else nothing, len(rows))
 
 
 def mean_bits_per_dim(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
@@ -144,7 +145,7 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
     if unknown:
         raise UserError(f"the model has no class '{unknown[0]}': its classes are {', '.join(names[:8])}")
     own = [rows[index] for index in own_rows(len(rows))]
-    found = torch.empty(len(own), len(names), dtype=torch.float64)
+    found = torch.empty(len(own), len(names), dtype=torch.float64, device="cpu")
     for start in range(0, len(own), BATCH):
         some = own[start : start + BATCH]
         for number, name in enumerate(names):
@@ -153,7 +154,8 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
                 for draw in range(draws)
             ]
             found[start : start + len(some), number] = torch.stack(several).double().mean(0)
-    labels = torch.tensor([numbers[str(views.labels[row]).casefold()] for row in rows])
+    known = [numbers[str(views.labels[row]).casefold()] for row in rows]
+    labels = torch.tensor(known, dtype=torch.long, device="cpu")
     return classify(gather_rows(found, len(rows)), labels)
 
 

@@ -31,7 +31,7 @@ COLOURS = ((-0.74, -0.42, 0.24), (0.96, 0.96, 0.96), (0.4, -0.8, -0.66))
 def heat_colours(values: Tensor, low: float, high: float) -> Tensor:
     """(h, w) to a picture (3, h, w) in [-1, 1]; values outside low .. high take the end's colour, NaN is black."""
     place = ((values.double() - low) / (high - low if high > low else 1.0)).clamp(0, 1)
-    points = torch.tensor(COLOURS, dtype=torch.float64)
+    points = torch.tensor(COLOURS, dtype=torch.float64, device="cpu")
     upper = place > COLOUR_STOPS[1]
     share = torch.where(upper, (place - COLOUR_STOPS[1]) / COLOUR_STOPS[1], place / COLOUR_STOPS[1])[..., None]
     found = torch.where(

@@ -101,8 +101,8 @@ def noisy_reconstruction(
 
     def reconstruct(images: Tensor) -> Tensor:
         latents = encode(images)
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
-        return decode(latents + noise_std * noise)
+        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32, device=generator.device)
+        return decode(latents + noise_std * noise.to(latents))
 
     return reconstruct
 

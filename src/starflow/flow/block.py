@@ -11,6 +11,7 @@ Shapes: B batch, N tokens, T some of them, C token channels, D width, S conditio
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from starflow.flow import affine
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePosition, Layer, computes_in_float32, float32_copy
-from starflow.nn.layers import LayerSpec, RMSNorm
+from starflow.nn.layers import LayerSpec, RMSNorm, runs_as_written
 
 WeightMover = Callable[[nn.Module], AbstractContextManager[object]]
 """Given a module, a context in which its weights are where it computes; see `starflow.flow.offload`."""
@@ -212,18 +213,26 @@ class AutoregressiveBlock(nn.Module):
         assert label is not None
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
+    @property
+    def as_built(self) -> bool:
+        """Whether it has the parts and the parameters of a new block of its spec, and nothing is hooked into them.
+
+        Code that computes a block in another way than by calling its parts is for such blocks alone.
+        """
+        return runs_as_written(self) and _describe_parts(self) == _parts_of(self.spec)
+
     def extend(self, hidden_BTD: Tensor, rotary: Tensor | None, position: CachePosition) -> Tensor:
         """The layers, for hidden states (B, T, D) that continue a cache."""
-        wide = computes_in_float32(self, hidden_BTD)
+        wide = computes_in_float32(self, hidden_BTD) and self.as_built
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
         for layer, cache in zip(self.attn_blocks, position.cache.layers, strict=True):
             assert isinstance(layer, Layer)
-            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer).extend(out_BTD, rotary, cache, position)
+            out_BTD = (float32_copy(layer, self.spec.layer) if wide else layer)(out_BTD, rotary, cache, position)
         return out_BTD.to(hidden_BTD.dtype)
 
     def run_layers(self, hidden_BTD: Tensor, rotary: Tensor | None, move_weights: WeightMover | None = None) -> Tensor:
         """The layers over a whole sequence (B, T, D); `move_weights` as in `forward`."""
-        wide = computes_in_float32(self, hidden_BTD)
+        wide = computes_in_float32(self, hidden_BTD) and self.as_built
         again = (wide or move_weights is not None) and torch.is_grad_enabled() and hidden_BTD.requires_grad
         place: WeightMover = move_weights if again and move_weights is not None else contextlib.nullcontext
         out_BTD = hidden_BTD.float() if wide else hidden_BTD
@@ -247,6 +256,30 @@ class AutoregressiveBlock(nn.Module):
         """mu and log sigma, (B, T, C) each, of the network's outputs."""
         scale, mu = outputs_BTO.chunk(2, dim=-1)
         return mu, affine.log_sigma_of(scale, softplus=self.spec.softplus)
+
+
+WRAPPER = "_checkpoint_wrapped_module"
+"""The name under which activation checkpointing keeps a part that it wraps."""
+
+
+@functools.lru_cache(maxsize=64)
+def _parts_of(spec: BlockSpec) -> dict[str, tuple[type, str, tuple[tuple[str, torch.Size], ...]]]:
+    """The parts of a new block."""
+    with torch.device("meta"):
+        return _describe_parts(AutoregressiveBlock(spec))
+
+
+def _describe_parts(block: AutoregressiveBlock) -> dict[str, tuple[type, str, tuple[tuple[str, torch.Size], ...]]]:
+    """The type, the options and the parameters' shapes of every part, by its name."""
+    return {
+        name.replace(f".{WRAPPER}", ""): (
+            type(part),
+            part.extra_repr(),
+            tuple((key, held.shape) for key, held in part._parameters.items() if held is not None),
+        )
+        for name, part in block.named_modules()
+        if not hasattr(part, WRAPPER)
+    }
 
 
 def _small_table(*shape: int) -> nn.Parameter:

@@ -114,6 +114,12 @@ def check_keys(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
         for key in expected
         if tensors[key].shape != expected[key].shape
     ]
+    whole = [key for key in expected if expected[key].is_floating_point() and not tensors[key].is_floating_point()]
+    if whole:
+        kind = str(tensors[whole[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source} holds {_list('of whole numbers', whole)} ({kind}), expected floats: convert it again"
+        )
     if wrong:
         raise UserError(f"{source} has {_list('other shapes', wrong)}; check the options it was made with")
 

@@ -25,7 +25,7 @@ from starflow.flow import affine, checkpoint
 from starflow.flow.block import AutoregressiveBlock, BlockSpec, starflow_block_spec, tarflow_block_spec
 from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.offload import moved_to, run_offloaded
-from starflow.flow.tokens import Grid, grid_of, in_order, patchify, unpatchify
+from starflow.flow.tokens import Grid, check_tensor, grid_of, in_order, patchify, unpatchify
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.nn.rope import condition_positions, grid_positions, rotary_table
@@ -288,6 +288,8 @@ class STARFlow(Flow):
 
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
         expected = (batch, self.config.txt_size, self.config.txt_dim) if self.config.txt_size else None
+        if condition is not None:
+            check_tensor("the condition", condition)
         received = None if condition is None else tuple(condition.shape)
         if received != expected:
             raise UserError(f"the condition's shape is {received}, expected {expected}: pass {self.condition_help}")
@@ -341,8 +343,10 @@ class TarFlow(Flow):
     def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
         classes = self.config.num_classes
         if condition is None:
-            return torch.full((batch,), -1, device=self.device) if classes else None
-        if not classes or condition.shape != (batch,) or condition.is_floating_point():
+            return torch.full((batch,), -1, dtype=torch.long, device=self.device) if classes else None
+        if not isinstance(condition, Tensor):
+            raise UserError(f"the label is a {type(condition).__name__}: pass {self.condition_help}")
+        if not classes or condition.shape != (batch,) or condition.is_floating_point() or condition.dtype == torch.bool:
             shape, dtype = tuple(condition.shape), condition.dtype
             raise UserError(f"the label is {dtype} of shape {shape} for a batch of {batch}: pass {self.condition_help}")
         on_host = condition.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -24,12 +26,24 @@ def quantize_int8(model: Flow) -> None:
     """
     if importlib.util.find_spec("torchao") is None:
         raise UserError("int8 weights need torchao, which is not installed: pip install 'starflow[int8]'")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that this machine cannot use
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
     block = list(model.iter_blocks())[-1]
-    quantize_(block.attn_blocks, Int8WeightOnlyConfig())
+    with _only_errors("torchao"):  # it warns of kernels that this machine cannot use
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(block.attn_blocks, Int8WeightOnlyConfig())
     model.runtime_cache.clear()  # what was measured or packed was of the other weights
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    """A context in which a logger keeps warnings to itself; afterwards its level is the caller's again."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def is_quantized(model: Flow) -> bool:

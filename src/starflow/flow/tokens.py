@@ -5,6 +5,8 @@ Shapes: B batch, C channels, H x W image or latent, p patch side, h = H/p and w 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from starflow.errors import UserError
@@ -23,12 +25,30 @@ def grid_of(x: Tensor, channels: int, patch: int) -> Grid:
     >>> grid_of(torch.zeros(1, 4, 8, 16), channels=4, patch=2)
     (4, 8)
     """
+    check_tensor("the input", x)
     if x.dim() != 4 or x.shape[1] != channels:
         raise UserError(f"the input has shape {tuple(x.shape)}, expected (batch, {channels}, height, width)")
     height, width = x.shape[2:]
     if height % patch or width % patch or not height or not width:
         raise UserError(f"the input is {height} x {width}, expected sides that are multiples of the patch, {patch}")
     return height // patch, width // patch
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Refuse what is no tensor of floats.
+
+    Raises:
+        UserError: an array, a list, a picture, None, or whole numbers such as the levels of uint8 pictures.
+
+    >>> check_tensor("the input", [0.0])
+    Traceback (most recent call last):
+    starflow.errors.UserError: the input is a list, expected a tensor of floats: torch.as_tensor makes one
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"{name} is a {type(x).__name__}, expected a tensor of floats: torch.as_tensor makes one")
+    if not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UserError(f"{name} is of {kind}, expected floats: pictures of 0..255 become x / 127.5 - 1")
 
 
 def patchify(x: Tensor, patch: int, *, channel_first: bool = False) -> Tensor:
@@ -47,7 +67,8 @@ def patchify(x: Tensor, patch: int, *, channel_first: bool = False) -> Tensor:
     batch, channels, height, width = x.shape
     cells = x.reshape(batch, channels, height // patch, patch, width // patch, patch)
     axes = (0, 2, 4, 1, 3, 5) if channel_first else (0, 2, 4, 3, 5, 1)
-    return cells.permute(axes).reshape(batch, -1, channels * patch * patch)
+    tokens = (height // patch) * (width // patch)
+    return cells.permute(axes).reshape(batch, tokens, channels * patch * patch)
 
 
 def unpatchify(tokens_BND: Tensor, grid: Grid, patch: int, *, channel_first: bool = False) -> Tensor:

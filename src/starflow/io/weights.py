@@ -98,7 +98,8 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._bytes + size > self.limit:
             self._flush()
-        self._waiting[name] = tensor
+        shared = any(_same_memory(tensor, other) for other in self._waiting.values())
+        self._waiting[name] = tensor.clone() if shared else tensor  # tied weights are written once for each name
         self._bytes += size
         self._total += size
 
@@ -140,6 +141,12 @@ class ShardWriter:
             if old.name not in names:
                 old.unlink(missing_ok=True)
         files.write_json(self.folder / CHECKSUMS, sums)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.device.type == "meta" or not one.numel() or not other.numel():
+        return False
+    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:

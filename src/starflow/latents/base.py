@@ -88,6 +88,11 @@ def check_images(images: Tensor, spec: AutoencoderSpec) -> None:
     Raises:
         UserError: not (B, 3, H, W), or a side that is no multiple of the factor.
     """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.") if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(
+            f"pictures are {kind}, expected a tensor of floats in [-1, 1]: x / 127.5 - 1 makes it of 0..255"
+        )
     if images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"pictures have shape {tuple(images.shape)}, expected (B, 3, H, W): convert them to RGB first")
     height, width = images.shape[2:]
@@ -104,6 +109,9 @@ def check_latents(latents: Tensor, spec: AutoencoderSpec) -> None:
     Raises:
         UserError: not (B, C, h, w) with the autoencoder's C.
     """
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        kind = str(latents.dtype).removeprefix("torch.") if isinstance(latents, Tensor) else type(latents).__name__
+        raise UserError(f"latents are {kind}, expected a tensor of floats: encode makes them of pictures")
     if latents.ndim != 4 or latents.shape[1] != spec.channels:
         raise UserError(
             f"latents have shape {tuple(latents.shape)}, expected (B, {spec.channels}, h, w) for the autoencoder "

@@ -105,7 +105,8 @@ class KLLatents(_DiffusersLatents):
         mean, std = self.posterior(images)
         if generator is None:
             return mean
-        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+        draw = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device=generator.device)
+        return mean + std * draw.to(mean.device)
 
 
 class TinyLatents(_DiffusersLatents):

@@ -114,13 +114,17 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(spec.head_dim) if spec.qk_norm else None
         self.post_norm = RMSNorm(spec.width) if spec.post_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: Tensor | None,
+        cache: LayerCache | None = None,
+        position: CachePosition | None = None,
+    ) -> Tensor:
+        """A whole sequence, or with a cache the tokens that continue it, whose keys and values it stores."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
-        return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
-
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
-        """As `forward`, for tokens that continue a cache, which stores their keys and values."""
-        q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
+        if cache is None or position is None:
+            return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
         if position.query_scale is not None:
             q_BNTH = q_BNTH * position.query_scale.to(q_BNTH.dtype)
         k_BKLH, v_BKLH = position.write(cache, k_BKTH, v_BKTH)
@@ -160,14 +164,15 @@ class Layer(nn.Module):
         self.attention = Attention(spec)
         self.mlp = GatedMLP(spec) if spec.swiglu else MLP(spec)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(x_BTD, rotary)
-        out: Tensor = x_BTD + self.mlp(x_BTD)
-        return out
-
-    def extend(self, x_BTD: Tensor, rotary: Tensor | None, cache: LayerCache, position: CachePosition) -> Tensor:
-        """As `forward`, for tokens that continue a cache."""
-        x_BTD = x_BTD + self.attention.extend(x_BTD, rotary, cache, position)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: Tensor | None,
+        cache: LayerCache | None = None,
+        position: CachePosition | None = None,
+    ) -> Tensor:
+        """A whole sequence, or with a cache the tokens that continue it."""
+        x_BTD = x_BTD + self.attention(x_BTD, rotary, cache, position)
         out: Tensor = x_BTD + self.mlp(x_BTD)
         return out
 

@@ -64,6 +64,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(wide), scale.shape, scale, RMS_EPS).to(x.dtype)
 
 
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call runs the code of the classes alone: no hook and no forward of its own on any part of a module.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> hook = linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    >>> runs_as_written(linear), hook.remove(), runs_as_written(linear)
+    (False, None, True)
+    """
+    everywhere = torch.nn.modules.module
+    hooked = bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    return not hooked and not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules()
+    )
+
+
 def make_norm(spec: LayerSpec) -> nn.Module:
     """The norm that stands before attention and MLP."""
     return nn.LayerNorm(spec.width) if spec.norm_type == "layer_norm" else RMSNorm(spec.width)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from starflow.data.buckets import Aspect, Size, aspect_size
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
+
+FORMAT = 1
+"""The newest format of config.json that is read."""
 
 Cleaning = Literal["decoder", "tweedie", "none"]
 """How samples lose the noise of the training data: see `PipelineConfig.cleaning`."""
@@ -53,11 +56,11 @@ class PipelineConfig:
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     candidates: int = 1
     """Default number of pictures drawn for each one that is kept; see `starflow.sampling.sampler`."""
-    format: int = 1
+    format: int = FORMAT
     """Version of this file's layout."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if isinstance(self.temperature, str) or not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}, expected above 0 (1 is the model's own distribution)")
         if self.candidates < 1:
             raise UserError(f"candidates is {self.candidates}, expected at least 1 (1 keeps what is drawn)")
@@ -148,7 +151,12 @@ def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) 
     >>> guidance_weights(2.0, 3).tolist()
     [2.0, 2.0, 2.0]
     """
-    weights = torch.as_tensor(guidance, dtype=torch.float64).cpu()
+    try:
+        weights = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"guidance is {guidance!r}, expected one weight, or one for each of {pictures} pictures"
+        ) from None
     if weights.shape not in ((), (1,), (pictures,)):
         got = f"{len(weights)} weights" if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
         raise UserError(f"guidance has {got}, expected one weight, or one for each of {pictures} pictures")
@@ -169,11 +177,13 @@ def choose_cleaning(
     Raises:
         UserError: a Tweedie step for a model without Gaussian noise.
     """
+    if asked is not None and asked not in get_args(Cleaning):
+        raise UserError(f"cleaning is {asked!r}, expected one of {', '.join(map(repr, get_args(Cleaning)))}")
     trained = decoder.noise_std > 0
     if asked == "tweedie" and not config.noise_std:
         raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
     if asked == "decoder" and config.noise_std and not trained:
-        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=3)
+        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=4)
     if asked is not None or not replaced or config.cleaning == "none":
         return asked or config.cleaning
     return "decoder" if trained else "tweedie"

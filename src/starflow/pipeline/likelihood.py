@@ -17,6 +17,7 @@ from torch import Tensor
 from starflow.data.images import dequantise
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
 from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.inputs import check_seeds
 from starflow.sampling.sampler import noise_from_seeds
 
 
@@ -40,6 +41,8 @@ class LogProb:
     """Draws of the noise that nats is the mean of."""
     standard_error: float | None = None
     """Of nats, over the draws; None for a single one."""
+    values: tuple[float, ...] = ()
+    """nats of each draw."""
 
     @staticmethod
     def mean_of(nats: Tensor, dimensions: int, space: str) -> LogProb:
@@ -57,7 +60,20 @@ class LogProb:
         values, draws = nats.double(), len(nats)
         mean = float(values.mean())
         error = float(values.std()) / math.sqrt(draws) if draws > 1 else None
-        return LogProb(mean, -mean / (dimensions * math.log(2)), dimensions, space, draws, error)
+        each = tuple(values.tolist())
+        return LogProb(mean, -mean / (dimensions * math.log(2)), dimensions, space, draws, error, each)
+
+    def minus(self, values: Sequence[float]) -> tuple[float, float | None]:
+        """The mean difference to another picture's or prompt's nats under the same draws, and its standard error.
+
+        >>> found = LogProb.mean_of(torch.tensor([-61.0, -67.0]), dimensions=64, space="noised latent")
+        >>> found.minus([-63.0, -68.0])
+        (1.5, 0.5)
+        """
+        pairs = torch.tensor(self.values, dtype=torch.float64, device="cpu") - torch.tensor(
+            list(values), dtype=torch.float64, device="cpu"
+        )
+        return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
 
 
 def density_space(config: PipelineConfig) -> str:
@@ -73,22 +89,29 @@ def density_space(config: PipelineConfig) -> str:
 
 
 def add_training_noise(latents: Tensor, config: PipelineConfig, seeds: Sequence[int]) -> Tensor:
-    """Latents (B, C, h, w) as the flow was trained on them: each with the noise of its seed."""
+    """Latents (B, C, h, w) as the flow was trained on them: each with the noise of its seed.
+
+    Raises:
+        UserError: not one seed for each, or one that no generator takes.
+    """
+    seeds = check_seeds(seeds, len(latents))
     if config.noise == "uniform":
-        draws = [torch.rand(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shape = latents.shape[1:]
+        draws = [torch.rand(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators]
         return dequantise(latents, torch.stack(draws).to(latents.device))
     return latents + config.noise_std * noise_from_seeds(seeds, tuple(latents.shape[1:])).to(latents.device)
 
 
 def log_probs(flow: STARFlow | TarFlow, config: PipelineConfig, noised: Tensor, condition: Tensor | None) -> Tensor:
     """Log-densities (B,) in nats of noised latents (B, C, h, w)."""
-    return flow.log_prob(noised, condition) - noised[0].numel() * _nats_per_level(config)
+    return flow.log_prob(noised, condition) - math.prod(noised.shape[1:]) * _nats_per_level(config)
 
 
 def log_prob_maps(flow: STARFlow | TarFlow, config: PipelineConfig, noised: Tensor, condition: Tensor | None) -> Tensor:
     """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model.token_log_prob`."""
     maps = token_log_prob(flow, noised, condition)
-    return maps - noised[0].numel() / maps[0].numel() * _nats_per_level(config)
+    return maps - math.prod(noised.shape[1:]) / math.prod(maps.shape[1:]) * _nats_per_level(config)
 
 
 def _nats_per_level(config: PipelineConfig) -> float:

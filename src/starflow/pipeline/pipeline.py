@@ -25,15 +25,17 @@ import torch
 from torch import Tensor
 
 from starflow.conditioning import Conditioner
-from starflow.data.images import from_pil, to_pil
+from starflow.data.images import to_pil
 from starflow.errors import UserError
+from starflow.flow.finite import broken_rows, check_finite, check_trace
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.flow.quantize import is_quantized, quantize_int8
+from starflow.flow.tokens import check_tensor
 from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.latents import Autoencoder
-from starflow.latents.tiled import decode_in_tiles
+from starflow.latents.tiled import MIN_TILE, decode_in_tiles
 from starflow.pipeline.config import (
     Cleaning,
     PipelineConfig,
@@ -44,9 +46,19 @@ from starflow.pipeline.config import (
     untrained_size_warning,
     with_sampling_options,
 )
+from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
+from starflow.pipeline.inputs import (
+    check_pair,
+    check_prompts,
+    check_range,
+    check_seed,
+    check_whole,
+    read_image,
+)
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
+from starflow.pipeline.memory import call_bytes, check_memory
 from starflow.pipeline.prompts import encode_prompts, remember_prompts
 from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
@@ -70,7 +82,7 @@ class Generated:
     seeds: list[int]
 
 
-class StarFlowPipeline:
+class StarFlowPipeline(PictureEditing):
     """A conditioner, a flow and an autoencoder that belong together.
 
     >>> from starflow.conditioning import ClassLabels
@@ -142,8 +154,7 @@ class StarFlowPipeline:
         pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
-        flow = pipeline.flow
-        dtype = dtype or default_dtype(flow)
+        flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
@@ -210,7 +221,7 @@ class StarFlowPipeline:
             if self.flow.offloaded_to is None:
                 self.flow.to(device=device, dtype=dtype)
             else:
-                torch.empty(0, device=device)  # whether there is one
+                torch.empty(0, dtype=torch.float32, device=device)  # whether there is one
                 self.flow.to(dtype=dtype or self.flow.network_dtype).offload(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device '{device}': {str(error).splitlines()[0]}; try --device cpu") from None
@@ -236,7 +247,9 @@ class StarFlowPipeline:
         Raises:
             UserError: a size that the model cannot make.
         """
-        remember_prompts(prompts, self.conditioner, self.config, latent_shape(self.config, self.flow.config, size))
+        remember_prompts(
+            check_prompts(prompts), self.conditioner, self.config, latent_shape(self.config, self.flow.config, size)
+        )
 
     def __call__(
         self,
@@ -281,24 +294,35 @@ class StarFlowPipeline:
 
         Raises:
             UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
-                temperature of 0 or less, no candidates.
+                temperature of 0 or less, no candidates, more memory than is free, or pictures that are not finite.
         """
-        prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
-        if not prompts or batch_size < 1:
-            raise UserError(f"{len(prompts)} pictures in batches of {batch_size}: both must be at least 1")
+        check_whole("num_images", num_images)
+        check_whole("batch_size", batch_size)
+        prompts = [text for text in check_prompts(prompt) for _ in range(num_images)]
+        if not prompts:
+            raise UserError("there are no prompts, expected at least one ('' is unconditional)")
+        if tile is not None:
+            check_whole("tile", tile, MIN_TILE)
+        if candidates is not None:
+            check_whole("candidates", candidates)
+        size = None if size is None else check_pair(size)
+        check_seed(check_seed(seed) + len(prompts) - 1)
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
         drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = latent_shape(self.config, self.flow.config, size)
-        decoder = (self.decoder or self.autoencoder).spec
-        cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
+        cleaning = self._cleaning(cleaning)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
+        at_once = min(batch_size, len(prompts) * drawn_as.candidates)
+        decoder = (self.decoder or self.autoencoder).spec
+        needed = call_bytes(self.flow, shape, at_once, cache_dtype, decoder, tile)
+        factor = self.config.autoencoder.factor
+        check_memory(needed, self.device, (factor * shape[2], factor * shape[1]), at_once, tiled=tile is not None)
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
-        batches = math.ceil(len(prompts) / batch_size)
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             drawn, condition = self._sample(
@@ -307,28 +331,29 @@ class StarFlowPipeline:
                 drawn_as.temperature,
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
-                offset_progress(progress, start // batch_size, batches),
+                offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
             )
             latents.append(drawn)
             images += to_pil(self._decode_clean(drawn, condition, cleaning, tile))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
-    def log_prob(self, image: Image, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
+    def log_prob(self, image: Image | str | Path, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
         """Exact log-density of a picture's latent with the model's training noise added under `seed`.
 
         Args:
-            image: its sides must fit the model.
+            image: of Pillow's, or a file; its sides must fit the model.
             prompt: what it is said to show.
             seed: of the noise; draw d has the seed `seed + d`.
             draws: of the noise, to average over.
 
         Raises:
-            UserError: the picture's sides do not fit the model, or no draws.
+            UserError: no picture, sides that do not fit the model, no draws, or a density that is not finite.
         """
-        if draws < 1:
-            raise UserError(f"draws is {draws}, expected at least 1")
-        picture = from_pil(image).to(self.device)
-        found = [self.log_probs(picture, [prompt], [seed + draw]) for draw in range(draws)]
+        check_whole("draws", draws)
+        picture, prompts = read_image(image).to(self.device), check_prompts(prompt, 1)
+        found = [self.log_probs(picture, prompts, [check_seed(seed) + draw]) for draw in range(draws)]
+        if not all(bool(nats.isfinite().all()) for nats, _ in found):
+            self._check_pass(self.autoencoder.encode(picture), prompts)
         return LogProb.mean_of(torch.cat([nats for nats, _ in found]), found[0][1], self.density_space)
 
     @property
@@ -337,32 +362,59 @@ class StarFlowPipeline:
         return density_space(self.config)
 
     @torch.no_grad()
-    def log_probs(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
-        """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent."""
-        noised = add_training_noise(self.autoencoder.encode(images), self.config, seeds)
-        condition, _ = self._condition(prompts, noised.shape)
-        return log_probs(self.flow, self.config, noised, condition), noised[0].numel()
+    def log_probs(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
+        """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent.
+
+        Args:
+            images: floats.
+            prompts: one for each, or one text for all.
+            seeds: one for each.
+
+        Raises:
+            UserError: no such tensor, or not as many prompts or seeds.
+        """
+        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
+        return log_probs(self.flow, self.config, noised, condition), math.prod(noised.shape[1:])
 
     @torch.no_grad()
-    def log_prob_maps(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def log_prob_maps(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model`."""
-        noised = add_training_noise(self.autoencoder.encode(images), self.config, seeds)
-        condition, _ = self._condition(prompts, noised.shape)
+        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
         return log_prob_maps(self.flow, self.config, noised, condition)
 
     @torch.no_grad()
-    def encode(self, image: Image, prompt: str = "") -> Tensor:
-        """A picture to the flow's noise z (1, C, h, w), through its latent, without added noise."""
-        latents = self.autoencoder.encode(from_pil(image).to(self.device))
-        condition, _ = self._condition([prompt], latents.shape)
-        z: Tensor = self.flow(latents, condition)[0]
-        return z
+    def encode(self, image: Image | str | Path, prompt: str = "") -> Tensor:
+        """A picture, or a file of one, to the flow's noise z (1, C, h, w), through its latent, without added noise."""
+        latents = self.autoencoder.encode(read_image(image).to(self.device))
+        return self._check_pass(latents, check_prompts(prompt, 1))
 
-    def decode(self, z: Tensor, prompt: str = "") -> Image:
-        """Noise z (1, C, h, w) to a picture: the exact inverse of `encode` on latents, not through the autoencoder."""
-        condition, _ = self._condition([prompt] * len(z), z.shape)
+    def decode(self, z: Tensor, prompt: str | Sequence[str] = "") -> Image | list[Image]:
+        """Noise z (B, C, h, w) to a picture, or to a list of them where B is not 1.
+
+        It is the exact inverse of `encode` on latents, not through the autoencoder.
+
+        Args:
+            z: floats.
+            prompt: one for each, or one text for all.
+
+        Raises:
+            UserError: a shape that the model cannot take, values that are not finite, or not as many prompts.
+        """
+        check_tensor("z", z)
+        condition, _ = self._condition(check_prompts(prompt, len(z)), z.shape)
         latents = sample(self.flow, z.to(self.device), condition)
-        return to_pil(self._decode(latents))[0]
+        pictures = to_pil(self._decode(latents)) if len(latents) else []
+        return pictures[0] if len(pictures) == 1 else pictures
+
+    @torch.no_grad()
+    def _check_pass(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Noise z of latents; UserError where it is not finite."""
+        condition, _ = self._condition(prompts, latents.shape)
+        trace = self.flow.trace(latents, condition)
+        check_trace(self.flow, trace, {"latent": latents, "condition": condition})
+        return trace.z
 
     def _sample(
         self,
@@ -380,10 +432,17 @@ class StarFlowPipeline:
         )
         return drawn, condition
 
+    def _cleaning(self, asked: Cleaning | None) -> Cleaning:
+        decoder = (self.decoder or self.autoencoder).spec
+        return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
+
     def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         with torch.no_grad():
             decoder = self.decoder or self.autoencoder
-            return decode_in_tiles(decoder, latents, tile) if tile else decoder.decode(latents)
+            images = decoder.decode(latents) if tile is None else decode_in_tiles(decoder, latents, tile)
+        if broken := broken_rows(images):
+            raise UserError(f"picture {broken[0]} was decoded to values that are not finite: use another autoencoder")
+        return images
 
     def _decode_clean(
         self, latents: Tensor, condition: Tensor | None, cleaning: Cleaning, tile: int | None = None
@@ -391,6 +450,7 @@ class StarFlowPipeline:
         """Sampled latents to pictures (B, 3, H, W) in [-1, 1], cleaned of the noise."""
         if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
+            check_finite(self.flow, latents, {"condition": condition}, {}, "cleaning overflows, use cleaning 'none'")
         return self._decode(latents, tile)
 
     def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:

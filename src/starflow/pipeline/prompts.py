@@ -39,7 +39,7 @@ def encode_prompts(
         return None, None
     if isinstance(flow, TarFlow):
         assert isinstance(conditioner, ClassLabels)
-        labels = torch.tensor([conditioner.number(prompt) for prompt in prompts], device=flow.device)
+        labels = torch.tensor(list(map(conditioner.number, prompts)), dtype=torch.long, device=flow.device)
         return labels.where(labels < flow.config.num_classes, -1), None
     if conditioner.spec.kind != "class":
         prompts = add_aspect_ratio(prompts, config, latent_shape)

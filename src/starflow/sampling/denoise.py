@@ -9,6 +9,7 @@ from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.flow.model import Flow
+from starflow.flow.tokens import check_tensor
 
 
 def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: float = 0.3) -> Tensor:
@@ -36,6 +37,7 @@ def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: floa
     """
     if not (sigma >= 0 and math.isfinite(sigma)):
         raise UserError(f"sigma is {sigma}, expected a standard deviation of at least 0")
+    check_tensor("the input", x)
     with torch.inference_mode(mode=False), torch.enable_grad():
         noisy = x.detach().to(model.work_dtype).clone().requires_grad_()  # clones leave a caller's inference mode
         given = None if condition is None else condition.detach().clone()

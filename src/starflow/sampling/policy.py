@@ -99,7 +99,10 @@ class SampleSettings:
         Raises:
             UserError: negative weights, or not one for all or one a picture.
         """
-        weight_B = torch.as_tensor(self.guidance, dtype=like.dtype, device=like.device)
+        try:
+            weight_B = torch.as_tensor(self.guidance, dtype=like.dtype, device=like.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"guidance is {self.guidance!r}, expected one weight, or one for each picture") from None
         if weight_B.shape not in ((), (1,), (len(like),)):
             shape = tuple(weight_B.shape)
             raise UserError(f"guidance has shape {shape}, expected one weight, or one for each of {len(like)} pictures")

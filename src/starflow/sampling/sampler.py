@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from starflow.errors import UserError
+from starflow.flow.finite import broken_block, broken_rows, check_finite
 from starflow.flow.model import Flow
-from starflow.flow.tokens import in_order
+from starflow.flow.tokens import check_tensor, in_order
 from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
@@ -90,7 +91,15 @@ def sample(
     settings = SampleSettings(
         guidance, solver, guidance_rule, guidance_schedule, attention_temperature, tolerance, segment, cache_dtype
     )
-    return run(model, noise, condition, null_condition, settings, progress).x
+    result = run(model, noise, condition, null_condition, settings, progress)
+    given = {"noise": noise, "condition": condition, "null condition": null_condition}
+    check_finite(model, result.x, given, result.broken_blocks(), _remedy(settings))
+    return result.x
+
+
+def _remedy(settings: SampleSettings) -> str:
+    highest = float(torch.as_tensor(settings.guidance, dtype=torch.float64, device="cpu").max())
+    return f"guidance is {highest:g}, lower it" if highest else "the model is broken, use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,13 @@ class SamplingResult:
     """(B, C, H, W)"""
     solutions: list[SolverResult]
     """`solutions[i]` is that of `model.blocks[i]`."""
+
+    def broken_blocks(self) -> dict[int, int]:
+        """For each picture that is not finite, the first block that made it so, counted from the data."""
+        last = len(self.solutions) - 1
+        states = [solution.x_BNC for solution in self.solutions[::-1]]
+        first = {row: broken_block(states, row) for row in broken_rows(self.x)}
+        return {row: last - place for row, place in first.items() if place is not None}
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -125,9 +141,15 @@ def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) ->
     wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
     if wrong:
         raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = [torch.stack([torch.randn(shape, generator=one) for _ in range(count)]) for one in generators]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if not generators:
+        return torch.zeros(0, count, *shape, dtype=torch.float32, device="cpu")
+    draws = [torch.stack([_draw_normal(shape, one) for _ in range(count)]) for one in generators]
     return torch.stack(draws)
+
+
+def _draw_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -158,19 +180,25 @@ def best_candidates(
         UserError: see `starflow.sample`.
     """
     pictures, candidates = noise.shape[:2]
-    weight_B = torch.as_tensor(settings.guidance).expand(pictures)
-    batches = torch.arange(pictures * candidates).split(batch_size)
+    weight_B = torch.as_tensor(settings.guidance, dtype=torch.float64, device="cpu").expand(pictures)
+    batches = torch.arange(pictures * candidates, device="cpu").split(batch_size)
     drawn, scores = [], []
+    broken: dict[int, int] = {}
     for number, rows in enumerate(batches):
         of = rows // candidates
         given, null = _select_rows(condition, of), _select_rows(null_condition, of)
-        own = dataclasses.replace(settings, guidance=weight_B[of.to(weight_B.device)])
-        x = run(model, noise.flatten(0, 1)[rows], given, null, own, offset_progress(progress, number, len(batches))).x
+        own = dataclasses.replace(settings, guidance=weight_B[of])
+        told = offset_progress(progress, number, len(batches))
+        result = run(model, noise.flatten(0, 1)[rows], given, null, own, told)
+        broken |= {int(of[row]): block for row, block in result.broken_blocks().items()}
+        x = result.x
         drawn.append(x)
         scores.append(model.log_prob(x, given) if candidates > 1 else x.new_zeros(len(x)))
     x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
     best_B = torch.cat(scores).view(pictures, candidates).nan_to_num(nan=-torch.inf).argmax(1)
     kept: Tensor = x_BKCHW[torch.arange(pictures, device=best_B.device), best_B]
+    inputs = {"noise": noise, "condition": condition, "null condition": null_condition}
+    check_finite(model, kept, inputs, broken, _remedy(settings))
     return kept
 
 
@@ -198,6 +226,7 @@ def run(
         progress: called with the tokens solved so far and in all.
         caches: where caches are taken from; a caller that samples again may keep them.
     """
+    check_tensor("the noise", noise)
     policies = block_policies(model, settings, noise.device)
     count = _count_tokens(progress, model.to_tokens(noise)[0].shape[1] * len(model.blocks))
 
@@ -220,6 +249,8 @@ def solve_blocks(
     """Map noise to data, block after block, each by `solve_block`; what it is given holds for that call alone."""
     tokens_BND, grid = model.to_tokens(noise)
     batch, tokens = tokens_BND.shape[:2]
+    if not batch:
+        return SamplingResult(model.from_tokens(tokens_BND, grid), [])
     guidance = settings.guidance_for(tokens_BND)
     conditions = branch_conditions(model, condition, null_condition, batch, guidance)
     rotary, prior = model.rotary(grid), model.prior_log_std()

@@ -89,7 +89,7 @@ def solve_in_spans(
     predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress, record: RecordGraph
 ) -> None:
     """Solve all predicted tokens in place: the first of a span runs, and its recording is replayed for the others."""
-    index_1 = torch.full((1,), predictor.first, device=x_BNC.device)
+    index_1 = torch.full((1,), predictor.first, dtype=torch.long, device=x_BNC.device)
     for start, stop in spans(predictor.first, predictor.tokens):
         limit = predictor.prefix_length + stop - predictor.first
         step = functools.partial(_solve_next, predictor, x_BNC, noise_BNC, index_1, limit)

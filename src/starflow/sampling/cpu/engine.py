@@ -3,8 +3,9 @@
 Contract: the answer is that of the eager path up to rounding, and a picture's is bit for bit the same whatever its
 batch and the number of threads, given the same condition. It works on the predictor's own cache, in its layout, so
 either path may go on where the other stopped. What it does not cover goes the eager way: devices other than a CPU,
-precisions other than float32 and bfloat16, and linear layers that are not plain ones (quantised weights). Networks in
-bfloat16 are computed in float32 from their bfloat16 weights and cache.
+precisions other than float32 and bfloat16, and blocks that are no longer as they were built: quantised weights, other
+layers, forward hooks. Networks in bfloat16 are computed in float32 from their bfloat16 weights and cache. Nothing
+depends on torch's default precision and device, and every address is checked before it is handed on.
 
 An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights and decides whether to
 build the library. It builds where that takes less time than it saves: at once for a large model, and for a small one
@@ -39,9 +40,8 @@ from starflow.sampling.cpu.pack import (
     BlockStruct,
     LayerStruct,
     PackedBlock,
+    address_of,
     bytes_of,
-    layers_of,
-    linears_of,
     pack,
     parameter_versions,
 )
@@ -113,9 +113,11 @@ class CpuEngine:
 
     def _covers(self, predictor: Predictor) -> bool:
         block = predictor.block
-        if block not in self._covered:
-            self._covered[block] = covers_block(block)
-        return self._covered[block] and covers_cache(predictor.cache)
+        with self._lock:  # another thread's call may forget it between two looks
+            covered = self._covered.get(block)
+            if covered is None:
+                covered = self._covered[block] = covers_block(block)
+        return covered and covers_cache(predictor.cache, block)
 
     def build(self) -> None:
         """Build the library now, whether or not that pays for this model."""
@@ -158,8 +160,10 @@ class CpuEngine:
     ) -> None:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
-        assert all(one.shape == wanted and one.dtype == torch.float32 for one in (x_BNC, noise_BNC)), x_BNC.shape
-        assert predictor.prefix_length + predictor.tokens - predictor.first <= _cache_length(predictor)
+        inputs = predictor.prefix_length + predictor.tokens - predictor.first
+        if not (x_BNC.shape == noise_BNC.shape == wanted and inputs <= _cache_length(predictor)):
+            shapes = tuple(x_BNC.shape), tuple(noise_BNC.shape)
+            raise ValueError(f"tokens {shapes} and {inputs} inputs, expected {wanted} and {_cache_length(predictor)}")
         with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
             start, count = tokens.start, 1
             while start < tokens.stop:
@@ -191,14 +195,15 @@ class CpuEngine:
         """Run the layers over hidden states that continue the cache at `position`; as `AutoregressiveBlock.extend`."""
         assert self.library is not None
         rows, count, width = hidden_RTD.shape
-        assert (rows, width) == (_rows(predictor), predictor.block.spec.layer.width), hidden_RTD.shape
-        assert 0 <= position <= _cache_length(predictor) - count, (
-            f"{count} tokens at {position} of {_cache_length(predictor)}"
-        )
+        wanted = (_rows(predictor), predictor.block.spec.layer.width)
+        if (rows, width) != wanted or not 0 <= position <= _cache_length(predictor) - count:
+            shape, length = tuple(hidden_RTD.shape), _cache_length(predictor)
+            raise ValueError(f"hidden states {shape} at {position} of {length}, expected rows and width {wanted}")
         out_RTD = hidden_RTD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         nothing = out_RTD.new_zeros(0)
         with self._call(predictor, nothing, nothing, count) as call:
-            self.library.extend(call.block, out_RTD.data_ptr(), position, count)
+            address = address_of("hidden states", out_RTD, rows * count * width, torch.float32)
+            self.library.extend(call.block, address, position, count)
         return out_RTD.to(hidden_RTD.dtype)
 
     def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
@@ -210,8 +215,9 @@ class CpuEngine:
             if found is None or found.versions != parameter_versions(block):
                 both.pop(rounded, None)
                 self._make_room(block)
+                checksums = self._checksums(block)  # before anything is copied, as the versions
                 found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
-                found = both[rounded] = replace(found, checksums=self._checksums(block))
+                found = both[rounded] = replace(found, checksums=checksums)
             return found
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
@@ -244,10 +250,10 @@ class CpuEngine:
         call = _make_call(predictor, packed, x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
         with self._lock:
-            work = self._work.pop() if self._work else torch.empty(0)
-        if work.numel() < needed:
-            work = torch.empty(needed)
-        call.block.work = work.data_ptr()
+            work = self._work.pop() if self._work else None
+        if work is None or work.numel() < needed:
+            work = torch.empty(needed, dtype=torch.float32, device="cpu")
+        call.block.work = address_of("the workspace", work, needed, torch.float32)
         try:
             yield call
         finally:
@@ -311,16 +317,19 @@ def covers_block(block: AutoregressiveBlock) -> bool:
     return (
         dtype in SUPPORTED_DTYPES
         and block.spec.layer.head_dim % 2 == 0
-        and all(type(linear) is nn.Linear for layer in layers_of(block) for linear in linears_of(layer))
+        and block.as_built
         and all(_is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
 
 
-def covers_cache(cache: KVCache) -> bool:
-    """Whether keys and values have a precision and a layout that the compiled loop reads."""
-    dtype = cache.layers[0].keys_BNLH.dtype
+def covers_cache(cache: KVCache, block: AutoregressiveBlock) -> bool:
+    """Whether keys and values have a place, a precision and a layout that the compiled loop reads."""
+    first, spec = cache.layers[0].keys_BNLH, block.spec.layer
+    wanted = (len(first), spec.kv_heads, first.shape[2], spec.head_dim)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys_BNLH, layer.values_BNLH)]
-    return dtype in SUPPORTED_DTYPES and all(one.is_contiguous() and one.dtype == dtype for one in tensors)
+    alike = all(one.dtype == first.dtype and one.shape == wanted and one.is_contiguous() for one in tensors)
+    on_host = all(one.device.type == "cpu" for one in tensors)
+    return alike and on_host and first.dtype in SUPPORTED_DTYPES and len(cache.layers) == block.spec.layers
 
 
 def _is_plain_parameter(parameter: Tensor) -> bool:
@@ -361,17 +370,24 @@ def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_B
     layers = (LayerStruct * spec.layers)(
         *(
             LayerStruct(
-                **{name: tensor.data_ptr() for name, tensor in weights.items()},
-                keys=cache.keys_BNLH.data_ptr(),
-                values=cache.values_BNLH.data_ptr(),
+                **{name: address_of(name, tensor, 1, *SUPPORTED_DTYPES) for name, tensor in weights.items()},
+                keys=address_of("keys", cache.keys_BNLH, keys.numel(), keys.dtype),
+                values=address_of("values", cache.values_BNLH, keys.numel(), keys.dtype),
             )
             for weights, cache in zip(packed.layers, predictor.cache.layers, strict=True)
         )
     )
     struct.layer = ctypes.addressof(layers)
+    inputs, width = predictor.tokens - predictor.first, library.panels.padded(layer.width)
+    counts = {
+        "rotary": (predictor.prefix_length + inputs) * layer.head_dim,
+        "table": inputs * width,
+        "class_vector": struct.rows * width,
+        "query_scale": struct.rows,
+        "weight": struct.pictures * predictor.tokens,
+    }
     for name, tensor in given.items():
-        assert tensor.is_contiguous()
-        setattr(struct, name, tensor.data_ptr())
+        setattr(struct, name, address_of(name, tensor, counts.get(name, 0), torch.float32))
     return _Call(struct, [layers, given, packed])
 
 

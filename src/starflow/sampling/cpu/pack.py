@@ -74,7 +74,7 @@ class PanelLayout:
 
     def pack_vector(self, values: Tensor | None, count: int) -> Tensor:
         """A bias or norm in float32, filled up to whole panels with zeros; None is all zeros."""
-        out = torch.zeros(self.padded(count))
+        out = torch.zeros(self.padded(count), dtype=torch.float32, device="cpu")
         if values is not None:
             out[:count] = values.detach().float()
         return out
@@ -119,6 +119,24 @@ class PackedBlock:
         return sum(bytes_of(tensor) for tensors in (*self.layers, self.other) for tensor in tensors.values())
 
 
+def address_of(name: str, tensor: Tensor, count: int, *dtypes: torch.dtype) -> int:
+    """The address of a tensor's values, checked to be what the library takes them for.
+
+    Args:
+        name: for the message.
+        tensor: at least `count` values, contiguous, in the memory of a CPU.
+        count: values that the library may read or write.
+        dtypes: that it may have.
+
+    Raises:
+        TypeError: anything else, which the library would read as other numbers or beyond the end.
+    """
+    given = tensor.device.type, tensor.dtype, tensor.numel()
+    if given[0] != "cpu" or given[1] not in dtypes or given[2] < count or not tensor.is_contiguous():
+        raise TypeError(f"{name} is {given} for the compiled loop, expected {count} contiguous {dtypes} on the CPU")
+    return tensor.data_ptr()
+
+
 def bytes_of(tensor: Tensor) -> int:
     """Memory of a tensor's values."""
     return tensor.numel() * tensor.element_size()
@@ -147,6 +165,7 @@ def pack(
         place: called with each tensor of a layer; what it returns is kept.
         rounded: make the layers' matrices bfloat16, whatever the block's precision.
     """
+    versions = parameter_versions(block)  # before anything is copied: who writes meanwhile makes the copies obsolete
     in_bfloat16 = rounded or block.proj_in.weight.dtype == torch.bfloat16
     layers = tuple(
         {name: place(tensor) for name, tensor in _layer(layer, panels, in_bfloat16=in_bfloat16).items()}
@@ -166,7 +185,7 @@ def pack(
         other["table"] = panels.pack_rows(table)
     if block.sos_embed is not None:
         other["start"] = block.sos_embed.detach().float().flatten().contiguous()
-    return PackedBlock(layers, other, parameter_versions(block), in_bfloat16)
+    return PackedBlock(layers, other, versions, in_bfloat16)
 
 
 def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
@@ -199,13 +218,6 @@ def _layer(layer: Layer, panels: PanelLayout, *, in_bfloat16: bool) -> dict[str,
         if isinstance(norm, RMSNorm):
             found[name] = panels.pack_vector(_scale(norm), len(norm.weight))
     return found
-
-
-def linears_of(layer: Layer) -> list[Any]:
-    """Every linear layer of a Transformer layer."""
-    mlp = _mlp(layer)
-    inside = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if isinstance(mlp, GatedMLP) else [_first(mlp), _last(mlp)]
-    return [layer.attention.qkv, layer.attention.proj, *inside]
 
 
 def _mlp(layer: Layer) -> MLP | GatedMLP:
