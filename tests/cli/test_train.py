@@ -128,7 +128,10 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         (("kind: pixels", "kind: pixel"), ["'autoencoder.kind' is 'pixel'", "'pixels'"]),
         (("steps: 300", "steps: 0"), ["'steps' is 0", "at least 1"]),
         (("name: smoke", ""), ["'name' is missing"]),
-        (("source: shapes", "source: folder, path: /nowhere"), ["no folder of pictures at '/nowhere'", "data.path"]),
+        (
+            ("source: shapes, shapes: 40", "source: folder, path: /nowhere"),
+            ["no folder of pictures at '/nowhere'", "data.path"],
+        ),
         (("name: smoke", "name: [smoke"), ["smoke.yaml is not valid"]),
         (("prompts: [circle, star]", "prompts: [stra]"), ["unknown class 'stra'", "did you mean 'star'?"]),
     ],
@@ -177,7 +180,7 @@ def test_a_damaged_checkpoint_is_named(run: Run, recipe: Path, tmp_path: Path) -
     checkpoint.write_bytes(whole)
     result = run(*arguments, 4, "--flow.channels", 32)
     assert result.code == 2
-    assert "belongs to another model" in result.err.splitlines()[-1]
+    assert "was started with another flow.channels" in result.err.splitlines()[-1]
 
 
 def test_overrides_are_set_apart() -> None:

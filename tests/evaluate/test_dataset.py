@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from starflow.data.sources.base import ImageRecord
+from starflow.data.buckets import Buckets
+from starflow.data.index import open_source, split_indices
+from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.errors import UserError
 from starflow.evaluate import gather_rows, kernel_distance, own_rows
 from starflow.evaluate.dataset import (
@@ -27,6 +30,7 @@ from starflow.evaluate.dataset import (
     select_rows,
 )
 from tests.data.sets.test_fashion_mnist import write_set
+from tests.data.sources.common import indexed
 
 CODE = """
 import json, sys, torch
@@ -100,6 +104,28 @@ def test_a_missing_split_is_refused(tmp_path: Path) -> None:
     records = [ImageRecord(tmp_path / "a.png", "a", None, "train", "a", {})] * 3
     with pytest.raises(UserError, match="no heldout pictures among 3"):
         EvaluationSet.of_records(records, 8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_what_a_training_held_out_is_held_out(tmp_path: Path, share: float) -> None:
+    """The split of `starflow.data.index`, which a training of that share makes."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(30):
+        Image.new("RGB", (24, 16), (8 * number, 90, 30)).save(folder / f"{number}.png")
+    first = min(folder.iterdir(), key=lambda path: unit_hash(path.name))
+    if not share:
+        first.write_bytes(first.read_bytes()[:50])  # another is held out in its place
+    trained = indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(8, 8), heldout=share)
+    expected = {trained.entry(int(number)).name for some in split_indices(trained, heldout=True) for number in some} - {
+        first.name if not share else ""
+    }
+    pictures = open_evaluation_set(str(folder), 8, share)
+    assert set(pictures.heldout.names) == expected
+    assert len(pictures.train) + len(pictures.heldout) == 30 - (not share)
+    wide = open_evaluation_set(str(folder), (16, 8), share)
+    assert wide.heldout.images.shape[2:] == (8, 16)
+    assert wide.heldout.names == pictures.heldout.names
 
 
 def test_a_folder_with_the_four_files(tmp_path: Path) -> None:

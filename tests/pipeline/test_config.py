@@ -53,6 +53,19 @@ def test_a_size_that_was_not_trained_is_said() -> None:
     assert "256x256 pixels in 9 ratios, not at 512x512" in config.untrained_size_warning(NINE, FLOW, (512, 512))
 
 
+def test_a_model_of_one_ratio_makes_that_one_and_its_captions_name_none() -> None:
+    wide = dataclasses.replace(SQUARE, name="wide", aspects=("16:9",))
+    size = config.default_size(wide, FLOW)
+    assert size == aspect_size("16:9", 256, 8) != (256, 256)
+    assert config.latent_shape(wide, FLOW) == (4, size[1] // 8, size[0] // 8)
+    assert config.untrained_size_warning(wide, FLOW, size) == ""
+    assert f"trained at {size[0]}x{size[1]} pixels, not at 256x256" in config.untrained_size_warning(
+        wide, FLOW, (256, 256)
+    )
+    assert add_aspect_ratio(["a cat"], wide, config.latent_shape(wide, FLOW)) == ["a cat"]
+    assert config.default_size(NINE, FLOW) == (256, 256)
+
+
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_the_nine_ratios_have_one_area_and_are_trained(aspect: Aspect) -> None:
     width, height = aspect_size(aspect, 256, 8)

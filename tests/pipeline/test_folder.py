@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def test_another_decoder_decodes(vae: Path, tmp_path: Path) -> None:
     main = latent_pipeline(KLLatents.from_pretrained(str(vae)))
     main.save_pretrained(tmp_path / "model")
     other = KLLatents.from_pretrained(str(save_sd_vae(tmp_path / "other", seed=5)))
-    pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "other"))
+    with pytest.warns(UserWarning, match="other' is for other latents than the model's"):
+        pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "other"))
     made = pipeline(seed=3, cleaning="none")
     assert torch.equal(made.latents, main(seed=3, cleaning="none").latents)
     assert made.images[0].tobytes() == to_pil(other.decode(made.latents).detach())[0].tobytes()
@@ -160,7 +162,9 @@ def test_the_way_out_of_the_noise_is_the_decoders(vae: Path, tmp_path: Path) -> 
         ("own", str(vae), "tweedie"),
     )
     for model, decoder, way in cases:
-        pipeline = StarFlowPipeline.from_pretrained(tmp_path / model, decoder=decoder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # they are of one encoder
+            pipeline = StarFlowPipeline.from_pretrained(tmp_path / model, decoder=decoder)
         default = pipeline(seed=1).images[0]
         named = pipeline(seed=1, cleaning=way).images[0]
         assert default.tobytes() == named.tobytes(), (model, decoder)

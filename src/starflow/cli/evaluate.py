@@ -28,9 +28,9 @@ TIMEOUT = 1800.0
 class EvaluateOptions:
     """Measure a model on pictures: likelihood of both splits, reconstruction, distances of samples, retrieval.
 
-    DATA is the glyph set, any folder of pictures (5 % are held out where it does not say), 'fashion-mnist', or a folder
-    with its four files. Writes report.json, report.html and its sheets: samples, the nearest training picture of each,
-    reconstructions. Under torchrun the work is shared, with the same result.
+    DATA is the glyph set, any folder of pictures (held out is what the model was not trained on), 'fashion-mnist', or a
+    folder with its four files. Writes report.json, report.html and its sheets: samples, the nearest training picture of
+    each, reconstructions. Under torchrun the work is shared, with the same result.
 
     Distances are named after their features: --features inception gives fid, kid and is, by torch-fidelity or by
     inception=MODULE:CLASS with --feature-weights; the others end in the network's name.
@@ -89,6 +89,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from starflow.evaluate import load_extractor
     from starflow.evaluate.dataset import is_first, open_evaluation_set
     from starflow.evaluate.report import evaluate_pipeline
+    from starflow.pipeline.config import default_size
     from starflow.pipeline.pipeline import StarFlowPipeline
     from starflow.train.distributed.world import join_world
 
@@ -97,7 +98,8 @@ def evaluate(options: EvaluateOptions) -> None:
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
         pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, world.device), options)
-        dataset = open_evaluation_set(options.data, pipeline.config.image_size)
+        size = default_size(pipeline.config, pipeline.flow.config)
+        dataset = open_evaluation_set(options.data, size, pipeline.config.heldout)
 
         def log(text: str) -> None:
             if is_first():

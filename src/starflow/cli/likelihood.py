@@ -90,11 +90,11 @@ def likelihood(options: LikelihoodOptions) -> None:
     for name in options.images:
         if not Path(name).expanduser().exists():
             raise UserError(f"no such file: {name}")
-    from starflow.pipeline.config import check_size, untrained_size_warning
+    from starflow.pipeline.config import check_size, default_size, untrained_size_warning
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
-    size = size or (pipeline.config.image_size, pipeline.config.image_size)
+    size = size or default_size(pipeline.config, pipeline.flow.config)
     check_size(pipeline.config, pipeline.flow.config, size)
     if note := untrained_size_warning(pipeline.config, pipeline.flow.config, size):
         warnings.warn(note, stacklevel=2)

@@ -7,6 +7,7 @@ process. Without a process group there is one process.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from starflow.data.images import to_float
+from starflow.data.buckets import Size
+from starflow.data.images import ImageError, from_pil, on_background, open_image, to_float, to_uint8
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
-from starflow.data.sources.base import ImageRecord
+from starflow.data.sources.base import HELDOUT_SHARE, INDEX_FILE, ImageRecord, unit_hash
 from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, make_views
 from starflow.errors import UserError
@@ -41,18 +43,17 @@ class EvaluationSet:
     """What an image shows, by its name, where its captions say more than that."""
 
     @staticmethod
-    def of_records(records: Sequence[ImageRecord], size: int) -> EvaluationSet:
-        """The images of a folder's records, at `size` pixels a side.
+    def of_records(records: Sequence[ImageRecord], size: int | Size) -> EvaluationSet:
+        """The images of a folder's records, at `size` pixels a side, or (width, height).
 
         Raises:
             UserError: a split is empty.
         """
-        views = ViewConfig(size=size, views=1, heldout_views=1)
         splits = {split: [record for record in records if record.split == split] for split in ("train", "heldout")}
         for split, some in splits.items():
             if not some:
                 raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
-        train, heldout = (make_views(some, views, progress=False)[0] for some in splits.values())
+        train, heldout = (_plain_views(some, size) for some in splits.values())
         return EvaluationSet(train, heldout, {record.name: record.caption.lower() for record in records})
 
     def concepts_of(self, views: TrainingViews) -> list[str]:
@@ -61,23 +62,77 @@ class EvaluationSet:
         return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
 
 
-def open_evaluation_set(source: str, size: int) -> EvaluationSet:
+def open_evaluation_set(source: str, size: int | Size, heldout: float = HELDOUT_SHARE) -> EvaluationSet:
     """The set of that name: "fashion-mnist", a folder with its four files, or any folder of pictures.
 
     Args:
         source: name or folder.
-        size: side in pixels that a folder's pictures are brought to.
+        size: side in pixels that a folder's pictures are brought to, or (width, height).
+        heldout: share of a plain folder's pictures that is held out, as the model's training held them out
+            (`PipelineConfig.heldout`); a prepared folder has its own.
 
     Raises:
         UserError: no such folder, a split is empty, or Fashion-MNIST for a model of another size.
     """
     folder = Path(source).expanduser()
     if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
-        return EvaluationSet.of_records(read_folder(folder, _notify), size)
+        records = read_folder(folder, _notify)
+        if not (folder / INDEX_FILE).is_file():
+            records = _held_out_by_hash(records, heldout)
+        return EvaluationSet.of_records(records, size)
     views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
     _check_side(views, size, source)
     train = views.splits.index("heldout")
     return EvaluationSet(select_rows(views, range(train)), select_rows(views, range(train, len(views))))
+
+
+def _held_out_by_hash(records: Sequence[ImageRecord], share: float) -> list[ImageRecord]:
+    """The records with the split that a training makes (`starflow.data.index`): by hash, and at least one held out."""
+    hashes = [unit_hash(record.name) for record in records]
+    chosen = {number for number, value in enumerate(hashes) if value < share}
+    if not any(_readable(records[number]) for number in chosen):
+        others = sorted(set(range(len(records))) - chosen, key=hashes.__getitem__)
+        chosen |= set([number for number in others if _readable(records[number])][:1])
+    return [
+        dataclasses.replace(record, split="heldout" if number in chosen else "train")
+        for number, record in enumerate(records)
+    ]
+
+
+def _readable(record: ImageRecord) -> bool:
+    try:
+        open_image(record.file)
+    except ImageError:
+        return False
+    return True
+
+
+def _plain_views(records: Sequence[ImageRecord], size: int | Size) -> TrainingViews:
+    """Every image once, cut to the size around its middle, with its caption."""
+    side = size if isinstance(size, int) else max(size)
+    square = isinstance(size, int) or size[0] == size[1]
+    if square:
+        return make_views(records, ViewConfig(size=side, views=1, heldout_views=1), progress=False)[0]
+    from PIL import Image, ImageOps
+
+    assert not isinstance(size, int)
+    pictures, kept = [], []
+    for record in records:
+        try:
+            image = ImageOps.fit(on_background(open_image(record.file)), size, Image.Resampling.LANCZOS)
+            pictures.append(to_uint8(from_pil(image)))
+            kept.append(record)
+        except ImageError as error:
+            _notify(f"skipped {record.name}: {error.reason}")
+    if not kept:
+        raise UserError(f"none of {len(records)} pictures could be read")
+    return TrainingViews(
+        images=torch.cat(pictures),
+        captions=[record.caption for record in kept],
+        labels=[record.label for record in kept],
+        names=[record.name for record in kept],
+        splits=[record.split for record in kept],
+    )
 
 
 def _notify(line: str) -> None:
@@ -86,8 +141,8 @@ def _notify(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def open_outliers(source: str, size: int) -> Tensor:
-    """Images (N, 3, size, size) uint8 of another kind than the model's: "digits" (MNIST), or both splits of any set.
+def open_outliers(source: str, size: int | Size) -> Tensor:
+    """Images (N, 3, H, W) uint8 of another kind than the model's: "digits" (MNIST), or both splits of any set.
 
     Raises:
         UserError: see `open_evaluation_set`; or digits for a model of another size.
@@ -188,7 +243,9 @@ def _world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _check_side(views: TrainingViews, size: int, source: str) -> None:
+def _check_side(views: TrainingViews, size: int | Size, source: str) -> None:
     side = views.images.shape[-1]
-    if side != size:
-        raise UserError(f"{source} is of {side} px, the model of {size}: take a model trained at that size")
+    if size not in (side, (side, side)):
+        sides = {size} if isinstance(size, int) else set(size)
+        wanted = "x".join(map(str, sides if len(sides) == 1 else size))  # type: ignore[arg-type]
+        raise UserError(f"{source} is of {side} px, the model of {wanted}: take a model trained at that size")

@@ -24,7 +24,7 @@ from starflow.evaluate.features import FeatureExtractor, load_extractor
 from starflow.evaluate.likelihood import BitsPerDim, measure_classification, measure_likelihoods, measure_outliers
 from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, noisy_reconstruction, reconstruct
 from starflow.evaluate.scores import Classification, Outliers
-from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.config import PipelineConfig, default_size
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def evaluate_pipeline(
         classification = measure_classification(pipeline, dataset.heldout, settings.pictures, settings.draws)
     if outlier_set:
         log(f"outliers: {outlier_set}")
-        unknown = open_outliers(outlier_set, pipeline.config.image_size)
+        unknown = open_outliers(outlier_set, default_size(pipeline.config, pipeline.flow.config))
         outliers = measure_outliers(pipeline, dataset, unknown, settings.pictures)
     if settings.only_likelihood:
         return EvaluationReport(likelihood, counts, classification=classification, outliers=outliers)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from starflow.conditioning import ConditionerSpec
 from starflow.data.buckets import Aspect, Size, aspect_size
+from starflow.data.sources.base import HELDOUT_SHARE
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
@@ -51,7 +52,9 @@ class PipelineConfig:
     noise: Literal["gaussian", "uniform"] = "gaussian"
     """Kind of noise in the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
     aspects: tuple[Aspect, ...] = ()
-    """Ratios that the model was trained on and that captions name; empty where it has seen squares only."""
+    """Ratios that the model was trained on, which captions name where there are several; empty is squares only."""
+    heldout: float = HELDOUT_SHARE
+    """Share of the images of a plain folder that was not trained on, by the hash of their names."""
     temperature: float = 1.0
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     candidates: int = 1
@@ -105,7 +108,7 @@ def latent_shape(config: PipelineConfig, flow: ModelConfig, size: Size | None = 
     >>> latent_shape(PipelineConfig("latent", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8)), flow, (512, 256))
     (4, 32, 64)
     """
-    width, height = size or (config.image_size, config.image_size)
+    width, height = size or default_size(config, flow)
     check_size(config, flow, (width, height))
     factor = config.autoencoder.factor
     return flow.in_channels, height // factor, width // factor
@@ -117,14 +120,27 @@ def trained_sizes(config: PipelineConfig, flow: ModelConfig) -> list[Size]:
     return [aspect_size(aspect, config.image_size, unit) for aspect in config.aspects or ("1:1",)]
 
 
+def default_size(config: PipelineConfig, flow: ModelConfig) -> Size:
+    """The size of a picture that nobody gives one: a square, or the first trained ratio where no square was trained.
+
+    >>> flow = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1)
+    >>> wide = PipelineConfig("wide", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8), aspects=("16:9", "9:16"))
+    >>> default_size(wide, flow), default_size(dataclasses.replace(wide, aspects=("16:9", "1:1")), flow)
+    ((344, 192), (256, 256))
+    """
+    square = (config.image_size, config.image_size)
+    return trained_sizes(config, flow)[0] if config.aspects and "1:1" not in config.aspects else square
+
+
 def untrained_size_warning(config: PipelineConfig, flow: ModelConfig, size: Size) -> str:
     """A sentence for the user where the model was not trained at this size, else ""."""
     known = trained_sizes(config, flow)
     if size in known:
         return ""
+    width, height = known[0] if len(known) == 1 else (config.image_size, config.image_size)
     ratios = f" in {len(known)} ratios" if len(known) > 1 else ""
     return (
-        f"'{config.name}' was trained at {config.image_size}x{config.image_size} pixels{ratios}, not at "
+        f"'{config.name}' was trained at {width}x{height} pixels{ratios}, not at "
         f"{size[0]}x{size[1]}: positions are rescaled, and pictures may be worse"
     )
 

@@ -48,6 +48,9 @@ Parts = Literal["own", "local", "all"]
 KNOWN_CONDITIONERS = (ClassLabels, TextEncoder, OnDemandTextEncoder, TokenEmbeddings)
 """The conditioners that config.json describes; any other is its user's own."""
 
+LATENTS_AGREE = 0.5
+"""Correlation of two autoencoders' latents from which on one may decode the other's."""
+
 LARGE = 10**9
 """Parameters from which on a flow's stored bfloat16 is not widened to float32 unless that is asked for."""
 
@@ -151,8 +154,8 @@ def open_conditioner(spec: ConditionerSpec, folder: Path, hub: HubOptions, keep:
     return load_conditioner(dataclasses.replace(spec, source=source), hub.without_revision, keep)
 
 
-def open_decoder(source: str, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
-    """Another autoencoder that decodes the latents of the one that `spec` describes.
+def open_decoder(source: str, own: Autoencoder, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
+    """Another autoencoder that decodes the latents of `own`, which `spec` describes; a warning where they differ.
 
     Raises:
         UserError: it cannot be found, is damaged, or its latents are of another shape.
@@ -164,7 +167,26 @@ def open_decoder(source: str, spec: AutoencoderSpec, hub: HubOptions) -> Autoenc
             f"the decoder '{source}' is for latents of {shapes[0]}, the model's have {shapes[1]}: "
             "name one of the same autoencoder"
         )
+    agreement = latents_agreement(own, found)
+    if not agreement > LATENTS_AGREE:
+        warnings.warn(
+            f"the decoder '{source}' is for other latents than the model's (their correlation is {agreement:.2f}, "
+            f"expected over {LATENTS_AGREE:g}): pictures will be wrong; name one of the same autoencoder",
+            stacklevel=3,
+        )
     return found
+
+
+def latents_agreement(own: Autoencoder, other: Autoencoder) -> float:
+    """The correlation of what two autoencoders of the same shape encode of one picture: 1 for the same encoder.
+
+    A distilled autoencoder, such as TAESD, comes near 1; one that was trained apart is around 0.
+    """
+    rows = torch.linspace(-1, 1, 8 * own.spec.factor)
+    waves = torch.stack([rows[:, None] + 0 * rows, 0 * rows[:, None] + rows, torch.sin(9 * rows[:, None] * rows)])
+    picture = torch.stack([waves, waves.flip(0), -waves])
+    first, second = (one.encode(picture).double().flatten() for one in (own, other))
+    return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
 
 
 def part_source(spec: AutoencoderSpec | ConditionerSpec, folder: Path) -> str:

@@ -153,7 +153,7 @@ class StarFlowPipeline(PictureEditing):
         folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
         pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
-            pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
+            pipeline.decoder = open_decoder(decoder, pipeline.autoencoder, pipeline.config.autoencoder, hub)
         flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device

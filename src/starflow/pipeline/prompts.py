@@ -64,7 +64,7 @@ def add_aspect_ratio(prompts: Sequence[str], config: PipelineConfig, latent_shap
     >>> add_aspect_ratio(["a cat", ""], config, (4, 24, 42))
     ['a cat\\n in a 16:9 aspect ratio.\\n', '']
     """
-    if not config.aspects:
+    if len(config.aspects) < 2:
         return list(prompts)
     aspect = nearest_aspect(latent_shape[-1], latent_shape[-2], config.aspects)
     return [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]

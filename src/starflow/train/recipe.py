@@ -290,7 +290,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     """
     layers = _read_with_bases(path)
     given: dict[str, Any] = {}
-    values: dict[str, Any] = copy.deepcopy(functools.reduce(_merge, layers, {}))
+    values: dict[str, Any] = copy.deepcopy(_merged(layers))
     for dotted, text in (overrides or {}).items():
         _set_dotted(values, dotted, text)
         _set_dotted(given, dotted, text)
@@ -329,10 +329,18 @@ def _had_effect(key: str, layers: Sequence[dict[str, Any]]) -> bool:
     if giving in (-1, len(layers) - 1):
         return False
     try:
-        below = from_dict(Recipe, functools.reduce(_merge, layers[: giving + 1], dict[str, Any]()))
+        below = from_dict(Recipe, _merged(layers[: giving + 1]))
     except UserError:  # a base alone need not be whole
         return False
     return key not in idle_keys(below)
+
+
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every layer's values over those of the layers before it."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    return merged
 
 
 def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -393,7 +393,8 @@ def _pipeline_config(
         temperature=recipe.temperature,
         candidates=recipe.candidates,
         cleaning=_cleaning(recipe.objective, latents),
-        aspects=recipe.data.aspects if len(recipe.data.aspects) > 1 else (),
+        aspects=() if recipe.data.aspects == ("1:1",) else recipe.data.aspects,
+        heldout=recipe.data.heldout,
     )
 
 
