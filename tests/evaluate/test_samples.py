@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from starflow.errors import UserError
+from starflow.evaluate import FeatureExtractor, samples
 from starflow.evaluate.samples import measure_reconstruction, noisy_reconstruction, psnr, reconstruct
 from starflow.latents import PixelLatents
 from starflow.sampling.sampler import noise_from_seeds
@@ -66,3 +68,22 @@ def test_reconstructions_have_the_noise_of_their_rows() -> None:
     found = reconstruct(pipeline, images, [4, 1], 0.25) - reconstruct(pipeline, images, [4, 1], 0.0)
     torch.testing.assert_close(found, 0.25 * noise_from_seeds([4, 1], (3, 8, 8)), rtol=0, atol=1e-6)
     torch.testing.assert_close(reconstruct(pipeline, images, [0], 0.0), torch.full((1, 3, 8, 8), 128 / 127.5 - 1))
+
+
+def test_a_process_without_rows_has_no_features_and_keeps_their_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are fewer images than processes; it takes part in the exchange like any other."""
+    extractor = FeatureExtractor("means", Means())
+    monkeypatch.setattr(samples, "own_rows", lambda count: range(count, count))
+    monkeypatch.setattr(samples, "gather_rows", lambda rows, count: rows)
+    found = samples._gathered_features(extractor, iter(()), 3, torch.zeros(1, 3, 4, 4))
+    assert found.features.shape == (0, 3)
+    monkeypatch.setattr(samples, "own_rows", range)
+    found = samples._gathered_features(extractor, [torch.ones(2, 3, 4, 4)], 2, torch.zeros(1, 3, 4, 4))
+    assert found.features.tolist() == [[1.0] * 3] * 2
+
+
+class Means(nn.Module):
+    """Features (B, 3) that are the means of the channels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))

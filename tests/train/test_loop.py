@@ -19,7 +19,7 @@ from starflow.io import files
 from starflow.train import loop
 from starflow.train.checkpoint import checkpoints
 from starflow.train.log import RunLog, read_log
-from starflow.train.loop import Interrupted
+from starflow.train.loop import Interrupted, Pace
 from starflow.train.settings import ParallelSettings
 from tests.train.regression import SETTINGS, Regression, losses, run
 
@@ -114,6 +114,16 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, monkeypatch
         run(task, tmp_path)
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "best").exists()
+
+
+def test_the_time_to_go_is_said_once() -> None:
+    pace = Pace(steps=1000)
+    said = [pace.after_update(step, 100.0 + 0.9 * step) for step in range(5, 30)]  # the first took 100 s
+    assert [text for text in said if text] == [
+        "about 15 min to go: 990 updates of 0.90 s, evaluations and samples apart"
+    ]
+    short = Pace(steps=20)
+    assert not any(short.after_update(step, float(step)) for step in range(1, 20))
 
 
 def test_a_log_that_cannot_grow_says_which_checkpoint_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

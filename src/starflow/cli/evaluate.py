@@ -90,6 +90,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from starflow.evaluate.dataset import is_first, open_evaluation_set
     from starflow.evaluate.report import evaluate_pipeline
     from starflow.pipeline.config import default_size
+    from starflow.pipeline.locate import find_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
     from starflow.train.distributed.world import join_world
 
@@ -97,6 +98,7 @@ def evaluate(options: EvaluateOptions) -> None:
         settings = _settings(options)
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
+        world.run_on_hosts(lambda: find_pipeline(options.model))  # one process fetches and converts
         pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, world.device), options)
         size = default_size(pipeline.config, pipeline.flow.config)
         dataset = open_evaluation_set(options.data, size, pipeline.config.heldout)

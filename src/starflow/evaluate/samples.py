@@ -166,14 +166,19 @@ class SampleMeasurements:
             select_rows(views, evenly_spaced(len(views), references)) for views in (dataset.train, dataset.heldout)
         )
         extractor.network.to(pipeline.device)
+
+        def features_of(images: Tensor) -> ExtractedFeatures:
+            own = image_batches(_own_share(images), pipeline.device)
+            return _gathered_features(extractor, own, len(images), to_float(images[:1]))
+
         return SampleMeasurements(
             pipeline,
             extractor,
             dataset,
             train,
             heldout,
-            _gathered_features(extractor, image_batches(_own_share(train.images), pipeline.device), len(train)),
-            _gathered_features(extractor, image_batches(_own_share(heldout.images), pipeline.device), len(heldout)),
+            features_of(train.images),
+            features_of(heldout.images),
             load_moments(Path(moments_file).expanduser(), extractor.name) if moments_file else None,
         )
 
@@ -200,7 +205,7 @@ class SampleMeasurements:
             reconstruct(self.pipeline, self.heldout_views.images, rows[start : start + BATCH], noise)
             for start in range(0, len(rows), BATCH)
         )
-        return _gathered_features(self.extractor, made, len(self.heldout_views))
+        return _gathered_features(self.extractor, made, len(self.heldout_views), self._example)
 
     def measure(self, found: ExtractedFeatures) -> dict[str, float]:
         """Distances, precision and recall of a set by name; images that are not finite are left out and counted."""
@@ -247,9 +252,12 @@ class SampleMeasurements:
         return to_pil(to_float(self.train_views.images[rows])), scores
 
     def _samples(self, count: int, guidance: float, seed: int) -> ExtractedFeatures:
-        return _gathered_features(
-            self.extractor, draw_samples(self.pipeline, self.heldout_views, count, guidance, seed), count
-        )
+        drawn = draw_samples(self.pipeline, self.heldout_views, count, guidance, seed)
+        return _gathered_features(self.extractor, drawn, count, self._example)
+
+    @property
+    def _example(self) -> Tensor:
+        return to_float(self.heldout_views.images[:1])
 
 
 def _own_share(images: Tensor) -> Tensor:
@@ -257,8 +265,14 @@ def _own_share(images: Tensor) -> Tensor:
     return images[rows.start : rows.stop]
 
 
-def _gathered_features(extractor: FeatureExtractor, pictures: Iterator[Tensor], count: int) -> ExtractedFeatures:
-    """Features of all images, of which this process computes its own."""
-    found = extract_features(extractor, pictures)
-    logits = None if found.logits is None else gather_rows(found.logits, count)
-    return ExtractedFeatures(gather_rows(found.features, count), logits)
+def _gathered_features(
+    extractor: FeatureExtractor, pictures: Iterable[Tensor], count: int, example: Tensor
+) -> ExtractedFeatures:
+    """Features of all images, of which this process computes its own; `example` (1, 3, H, W) is one that it has.
+
+    Where there are fewer images than processes, some have none of their own: theirs are none of the example's features.
+    """
+    own = own_rows(count)
+    found = extract_features(extractor, pictures if own else [example])
+    logits = None if found.logits is None else gather_rows(found.logits[: len(own)], count)
+    return ExtractedFeatures(gather_rows(found.features[: len(own)], count), logits)

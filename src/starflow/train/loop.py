@@ -43,6 +43,9 @@ NORM_WEIGHT = 0.02
 STEPS_BEFORE_SKIPPING = 100
 """Updates after which the running norm is known well enough to skip an update by it."""
 
+TIMED_UPDATES = 5
+"""Updates after the first whose time says how long a training will take."""
+
 MAX_NAMES = 8
 """Images of a bad batch that a message names, at most."""
 
@@ -91,6 +94,34 @@ class Task(Protocol):
         ...
 
 
+class Pace:
+    """Says once, after the first updates of a training, how long the rest will take.
+
+    The first update is not timed: it compiles, fills caches and waits for the first images.
+
+    Example:
+        >>> pace = Pace(steps=10_000)
+        >>> [pace.after_update(step, 2.0 * step) for step in range(1, TIMED_UPDATES + 2)][-1]
+        'about 5.6 h to go: 9994 updates of 2.00 s, evaluations and samples apart'
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._times: list[float] = []
+
+    def after_update(self, step: int, now: float) -> str:
+        """A line to show after update `step`, which ended at `now` (seconds), or ""; up to a minute is not said."""
+        if len(self._times) > TIMED_UPDATES:
+            return ""
+        self._times.append(now)
+        each = (now - self._times[0]) / TIMED_UPDATES
+        seconds = each * (self.steps - step)
+        if len(self._times) <= TIMED_UPDATES or seconds <= 60:
+            return ""
+        spelt = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+        return f"about {spelt} to go: {self.steps - step} updates of {each:.2f} s, evaluations and samples apart"
+
+
 def fit(
     task: Task, settings: TrainSettings, folder: Path, show_progress: bool = True, world: World | None = None
 ) -> TrainProgress:
@@ -119,12 +150,16 @@ def fit(
     state = TrainState(task.model, settings, world)
     progress = _resume(folder / "checkpoints", state)
     meter = ThroughputMeter(task.flops, settings, world) if progress.step < settings.steps else None
-    bar = _bar(settings, progress, show_progress and world.is_main)
+    show = show_progress and world.is_main
+    bar = _bar(settings, progress, show)
+    pace = Pace(settings.steps)
     with bar, _log(folder, progress, settings, world) as log, _signals(alone=world.size == 1) as stop:
         while progress.step < settings.steps:
             terms, stopping = _update(task, rows, state, stop, progress)
             assert meter is not None
             terms |= meter.read()
+            if (text := pace.after_update(progress.step, time.perf_counter())) and show:
+                tqdm.write(text, file=sys.stderr)
             last = progress.step == settings.steps
             _log_update(task, log, bar, progress, terms)
             if progress.step % settings.evaluate_every == 0 or last:

@@ -42,7 +42,14 @@ from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.distributed.sharding import initialise
 from starflow.train.distributed.world import World
-from starflow.train.init_from import autoencoder_folder, complete_flow, load_initial, patch_size_of, read_initial
+from starflow.train.init_from import (
+    autoencoder_folder,
+    complete_flow,
+    initial_options,
+    load_initial,
+    patch_size_of,
+    read_initial,
+)
 from starflow.train.loader import LoaderSettings, batch_order, make_loader
 from starflow.train.loop import Task, fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Objective, Recipe
@@ -150,6 +157,7 @@ class Stages:
         if recipe.joint:
             raise UserError("autoencoder.joint is on: the autoencoder is trained with the flow, by `starflow train`")
         if recipe.source:
+            run.world.run_on_hosts(lambda: autoencoder_folder(recipe.source))
             return _on_device(load_small(autoencoder_folder(recipe.source)), run.device)
         folder = run.folder / "autoencoder"
         if run.world.any_missing(folder / "model" / "config.json"):
@@ -278,6 +286,8 @@ class Stages:
         """The recipe's flow: on the meta device, or with the weights that `train.init_from` names."""
         run, recipe, source = self.run, self.run.recipe, self.run.recipe.train.init_from
         condition = self.conditioner.spec if self.conditioner else None
+        if source:
+            run.world.run_on_hosts(lambda: initial_options(source, recipe.flow))
         initial = read_initial(source, recipe.flow) if source else None
         config = complete_flow(recipe.flow, latents, side, condition, initial.options if initial else None)
         with torch.device("meta"):  # the loop gives every process its part of the first weights

@@ -100,3 +100,10 @@ def test_an_error_of_a_collective_is_a_lost_process() -> None:
 def raise_in(module: str) -> None:
     """Raise an error without a type of its own, as gloo does, in code of that module."""
     exec("raise RuntimeError('Connection closed by peer')", {"__name__": module})
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "calls"), [(0, 0, 1), (1, 1, 0), (8, 0, 1), (9, 1, 0)])
+def test_one_process_of_each_host_does_what_its_cache_keeps(rank: int, local_rank: int, calls: int) -> None:
+    done: list[int] = []
+    World(rank=rank, size=16, local_rank=local_rank, local_size=8).run_on_hosts(lambda: done.append(rank))
+    assert len(done) == calls

@@ -83,6 +83,18 @@ class World:
         if self.patient_group is not None:
             dist.barrier(self.patient_group)
 
+    def run_on_hosts(self, work: Callable[[], object]) -> None:
+        """Do `work` in the main process, then in one process of each other host, while the rest wait.
+
+        What it leaves in a cache, such as weights that are fetched and converted, is then there for all of them.
+        """
+        if self.is_main:
+            work()
+        self.barrier()
+        if self.local_rank == 0 and not self.is_main:
+            work()
+        self.barrier()
+
     def run_on_main(self, work: Callable[[], None]) -> None:
         """Do `work` in the main process alone, while the others wait for it."""
         if self.is_main:
