@@ -193,7 +193,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     lines += _text_encoder_line(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
-    lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fits")
+    lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fit")
     for row in facts["training"]:
         kept = "yes" if row["checkpointing"] else "no"
         of = next((f"{size}" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
