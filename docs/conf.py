@@ -44,7 +44,7 @@ html_theme_options = {
 pygments_style = "default"
 pygments_dark_style = "github-dark"
 
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
+myst_enable_extensions = ["colon_fence"]  # formulas are text: MathJax would come from another site
 myst_heading_anchors = 3
 
 default_role = "literal"  # a name between single backticks in a docstring
@@ -59,7 +59,6 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
@@ -94,9 +93,17 @@ def plain_text(_app: Sphinx, what: Any, name: str, thing: object, _options: obje
     lines[:] = text.split("\n")
 
 
+def short_defaults(
+    _app: Sphinx, _what: str, _name: str, _thing: object, _options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """A default such as `<built-in function print>` is no Python, and Sphinx would give up the whole signature."""
+    return re.sub(r"<[^<>]+>", "...", signature) if signature else signature, returns
+
+
 def setup(app: Sphinx) -> None:
     """Draw the picture and write the generated pages before Sphinx looks for pages."""
     app.connect("autodoc-process-docstring", plain_text)
+    app.connect("autodoc-process-signature", short_defaults)
     app.connect("doctree-read", unlink_bare_words)
     draw_architecture.main([])
     write_reference.main([])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.results import Result, markdown_table, update_document, write_result
 
-NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder")
+NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder", "inpainting")
 GLYPHS = Path("data/glyphs")
 
 
@@ -26,7 +26,10 @@ def main() -> int:
     parser.add_argument(
         "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
     )
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder: the glyphs")
+    parser.add_argument("--pictures", type=int, default=0, help="for inpainting: how many are filled (default: 48)")
+    parser.add_argument(
+        "--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder, inpainting: the glyphs"
+    )
     parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -53,7 +56,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
-    from experiments import decoder, deep_shallow, fashion_mnist, guidance, universality
+    from experiments import decoder, deep_shallow, fashion_mnist, guidance, inpainting, universality
     from starflow.nn.cpu import keep_freed_memory
 
     command = " ".join(["python -m experiments", *without_own_paths(sys.argv[1:])])
@@ -73,6 +76,10 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         changed |= {"longer": options.longer} if options.longer else {}
         noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
         return decoder.run(folder, noisy, _log, command, options.autoencoder, options.data or GLYPHS, device)
+    if options.name == "inpainting":
+        filling = inpainting.QUICK if options.quick else inpainting.Budget()
+        filling = dataclasses.replace(filling, **({"pictures": options.pictures} if options.pictures else {}))
+        return inpainting.run(folder, filling, _log, command, options.data or GLYPHS, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _log, command, options.data, device)
 

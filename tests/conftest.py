@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("starflow", deadline=None)
+settings.load_profile("starflow")
 
 SHARED = Path(os.environ.get("STARFLOW_SHARED", Path(__file__).parent.parent.parent / "shared"))
 

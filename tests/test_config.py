@@ -43,7 +43,7 @@ outers = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(outers)
 def test_there_and_back(config: Outer) -> None:
     assert from_dict(Outer, to_dict(config)) == config

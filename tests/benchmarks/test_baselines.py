@@ -31,7 +31,7 @@ def module(name: str) -> ModuleType:
 TEXTBOOK = module("textbook")
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(case=cases(torch.float32))
 def test_the_textbook_decoder_draws_the_same_pictures(case: Case) -> None:
     weight = 0.0 if case.condition is None else 1.5

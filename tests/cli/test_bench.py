@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from starflow.cli.bench import policy_text, timings_text
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.policy import read_policy
+from starflow.sampling.policy import BlockPolicy, Timing, read_policy
 from tests.cli.conftest import Run, fails
 
 
@@ -31,6 +32,15 @@ def test_elsewhere_and_as_json(run: Run, classes: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "here" / "policy.json").read_text())
     assert {key: told[key] for key in stored} == stored
     assert not (classes / "flow" / "policy.json").exists()
+
+
+def test_what_was_measured_is_said_at_every_batch() -> None:
+    exact, iterated = (Timing(1, 0.5, 0.5), Timing(4, 1.0, 1.0)), (Timing(1, 0.25, 0.5, 1e-3),)
+    assert timings_text(exact) == "batch 1 0.5000 s, batch 4 1.0000 s"
+    assert timings_text(iterated) == "batch 1 0.2500 s (token by token 0.5000, off by 1e-03)"
+    drafted = BlockPolicy("jacobi", 32, guess="gaussian", draft=True)
+    assert policy_text(drafted) == "segments of 32 from gaussian, drafted in bfloat16"
+    assert policy_text(BlockPolicy()) == "token by token"
 
 
 def test_bad_input(run: Run, classes: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from starflow.cli.info import _fits
 from starflow.conditioning import ClassLabels
 from starflow.latents import PixelLatents
 from starflow.pipeline.locate import find_model
@@ -108,3 +109,12 @@ def test_memory_of_a_hub_model_fetches_its_configurations_alone(
         fails(run("info", "a/mode", "--memory"), "no such repository")
         assert find_model("a/model").is_dir()  # which then fetches the rest
         assert sorted((find_model("a/model") / "flow").glob("*.safetensors"))
+
+
+def test_a_row_of_memory_names_what_it_fits() -> None:
+    row = {"kind": "bfloat16", "peak": 5 * 2**30, "packed": 2 * 2**30}
+    available = {"this machine": 7 * 2**30, "a card": 6 * 2**30}
+    assert _fits(row, available) == "a card, GPUs of 6 GiB"  # the packed copies are this machine's alone
+    assert _fits({**row, "packed": 0}, available) == "this machine, a card, GPUs of 6 GiB"
+    assert _fits({**row, "packed": 0, "kind": "int8 offload"}, available) == "a card, GPUs of 6 GiB"
+    assert _fits({**row, "peak": 500 * 2**30}, available) == "-"

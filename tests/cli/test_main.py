@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -138,3 +139,55 @@ def test_warnings_are_shown_as_before_once_the_command_is_done(run: Run) -> None
     before = warnings.showwarning
     run("--version")
     assert warnings.showwarning is before
+
+
+def starflow(words: list[str | bytes], *python: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, *python, "-m", "starflow", *words]
+    return subprocess.run(command, capture_output=True, env=os.environ | env, timeout=120, check=False)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`starflow --help | head -0`: whoever reads is gone before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "starflow", "--help"], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_of_another_encoding_gets_the_codes_of_what_it_cannot_show(encoding: str) -> None:
+    done = starflow(["\u4e2d\u6587"], PYTHONIOENCODING=encoding)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"starflow: unknown command '\\u4e2d\\u6587'")
+
+
+def test_a_prompt_that_is_no_utf8_is_one_line() -> None:
+    done = starflow([b"generate", b"a caf\xe9"])
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"is no UTF-8 text" in done.stderr
+
+
+def test_help_without_docstrings() -> None:
+    done = starflow(["generate", "--help"], "-OO")
+    assert done.returncode == 0
+    assert b"--guidance" in done.stdout
+
+
+def test_short_forms_and_the_word_help(run: Run) -> None:
+    assert run("-V").out == run("--version").out
+    assert run("help").out == run("--help").out
+    assert run("help", "generate").out == run("generate", "--help").out
+    assert run("help", "bench", "train").out == run("bench", "train", "--help").out
+
+
+@pytest.mark.parametrize("name", ["finetune", "sample", "x"])
+def test_a_command_that_is_like_no_other_is_suggested_none(run: Run, name: str) -> None:
+    assert "did you mean" not in run(name).err
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("generat", "generate"), ("trian", "train"), ("evalute", "evaluate")])
+def test_a_slip_is_suggested_its_command(run: Run, typed: str, meant: str) -> None:
+    fails(run(typed), f"did you mean '{meant}'?")

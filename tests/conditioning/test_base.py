@@ -67,3 +67,12 @@ def test_a_condition_has_tokens_and_width(size: int, dim: int) -> None:
 def test_results_follow_the_network(labels: ClassLabels) -> None:
     labels.network.double()
     assert labels.encode(["7"]).dtype == torch.float64
+
+
+def test_equal_names_may_be_written_otherwise() -> None:
+    labels = ClassLabels(["Cafe\u0301", "tea "])
+    assert [labels.number(name) for name in (" caf\xe9", "TEA", "")] == [0, 1, 2]
+    with pytest.raises(UserError, match="2 class names of which 1 differ"):
+        ClassLabels(["cafe\u0301", "caf\xe9"])
+    with pytest.raises(UserError, match="no class names, expected one or more"):
+        ClassLabels([])

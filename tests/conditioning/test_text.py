@@ -17,8 +17,9 @@ import torch
 from starflow.conditioning import text
 from starflow.conditioning.base import ConditionerSpec
 from starflow.conditioning.load import load_conditioner
-from starflow.conditioning.text import MINILM, TextEncoder, name_emoji
+from starflow.conditioning.text import MINILM, TextEncoder, fit_prompts, name_emoji
 from starflow.errors import UserError
+from tests.conditioning.conftest import save_tokenizer
 
 SIZE = 6
 with_minilm = pytest.mark.skipif(
@@ -213,3 +214,26 @@ def test_emoji_become_names(prompt: str, read: str) -> None:
 @pytest.mark.parametrize("prompt", ["", "a red apple", "  two  spaces ", "naïve, 12 × 3 #1 * – …", "苹果\n in a 1:1"])
 def test_a_text_without_emoji_is_unchanged(prompt: str) -> None:
     assert name_emoji(prompt) == prompt
+
+
+RATIO = "\n in a 16:9 aspect ratio.\n"
+
+
+def test_of_a_long_caption_its_own_words_are_cut_and_never_the_ratios(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["a red apple on the table" + RATIO, "a tree" + RATIO, "a red apple on the table " * 3]
+    with pytest.warns(UserWarning, match=r"2 of 3 prompts over the limit of 12 tokens \(the longest has 19\)"):
+        cut = fit_prompts(texts, tokenizer, 12)
+    assert cut == ["a red apple" + RATIO, "a tree" + RATIO, texts[2]], "8 words of the ratio and the end token stay"
+    with pytest.warns(UserWarning, match="over the limit"):
+        assert fit_prompts(texts[:1], tokenizer, 5) == [RATIO], "where not even the ratio fits, no word is left"
+
+
+def test_a_prompt_with_a_ratio_is_encoded_as_it_is_cut(t5: Path) -> None:
+    encoder = TextEncoder.from_pretrained(str(t5), size=12)
+    with pytest.warns(UserWarning, match="over the limit"):
+        states = encoder.encode(["a red apple on the table with eyes" + RATIO])
+    torch.testing.assert_close(states, encoder.encode(["a red apple" + RATIO]))

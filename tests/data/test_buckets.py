@@ -10,7 +10,7 @@ from starflow.data.buckets import ASPECTS, Buckets, aspect_ratio
 from starflow.errors import UserError
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(side=st.integers(8, 64).map(lambda n: 16 * n), multiple=st.sampled_from([1, 8, 16]))
 def test_areas_are_equal_up_to_the_multiple(side: int, multiple: int) -> None:
     buckets = Buckets(side, multiple, ASPECTS)

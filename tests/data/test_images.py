@@ -17,6 +17,7 @@ from starflow.data.images import (
     decode_image,
     dequantise,
     from_pil,
+    image_errors,
     make_grid,
     on_background,
     open_image,
@@ -29,7 +30,7 @@ from starflow.data.images import (
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_levels_survive_conversion_and_dequantisation(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -38,7 +39,8 @@ def test_levels_survive_conversion_and_dequantisation(seed: int) -> None:
     assert images.min() >= -1
     assert images.max() <= 1
     assert torch.equal(to_uint8(images), levels)
-    noise = 0.999 * torch.rand(levels.shape, generator=generator)  # short of 1, to which float32 would round
+    noise = torch.rand(levels.shape, generator=generator)
+    noise[:, 0] = torch.nextafter(torch.ones(1), torch.zeros(1))  # the largest that can be drawn
     noisy = dequantise(images.half(), noise)
     assert noisy.min() >= -1
     assert noisy.max() < 1
@@ -77,13 +79,16 @@ def test_a_png_carries_its_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "tif", "png", "avif"])
 def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path: Path, suffix: str, orientation: int) -> None:
     image = Image.new("RGB", (8, 4), "red")
     exif = image.getexif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
+    if path.suffix not in Image.registered_extensions():
+        pytest.skip(f"this Pillow writes no {suffix}")
     image.save(path, exif=exif)
+    assert open_image(path).size == ((4, 8) if orientation > 4 else (8, 4))
     assert read_image_size(path, "a") == read_image_size(path.read_bytes(), "a") == open_image(path).size
 
 
@@ -161,3 +166,20 @@ def test_resize_crop_takes_the_centre_and_averages() -> None:
 def test_transparency_is_laid_on_the_colour() -> None:
     image = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
     assert on_background(image, (0, 0, 255)).getpixel((0, 0)) == pytest.approx((128, 0, 127), abs=1)
+
+
+def test_greys_of_floats_keep_their_range(tmp_path: Path) -> None:
+    for name, scale in (("unit", 1 / 255), ("bytes", 1.0), ("sixteen", 256.0)):
+        values = np.array([[0, 51, 204, 255]], dtype=np.float32) * np.float32(scale)
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+        grey = np.asarray(open_image(tmp_path / f"{name}.tif"))[0, :, 0]
+        assert grey.tolist() == [0, 51, 204, 255], name
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OverflowError("too large"), MemoryError(), RecursionError("deep")])
+def test_whatever_an_image_raises_names_it(error: Exception) -> None:
+    message = r"^a\.png is not a readable image \(.+\): replace it or remove it$"
+    with pytest.raises(ImageError, match=message), image_errors(Path("a.png")):
+        raise error
+    with pytest.raises(KeyboardInterrupt), image_errors(Path("a.png")):
+        raise KeyboardInterrupt

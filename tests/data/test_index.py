@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.buckets import ASPECTS, Buckets
-from starflow.data.index import ViewDataset, image_tensor, open_source, split_indices
+from starflow.data.buckets import ASPECTS, Aspect, Buckets, Size, aspect_size
+from starflow.data.images import ImageError
+from starflow.data.index import ViewDataset, changes_since, image_tensor, open_source, split_indices
 from starflow.data.sets.shapes import SHAPES, draw_shapes
+from starflow.data.sources.base import unit_hash
 from starflow.errors import UserError
 from tests.data.sources.common import WRITERS, encoded, indexed, write_files, write_tar
 
@@ -103,6 +109,30 @@ def test_an_image_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
     assert wide[:, 5, [2, 20, 37]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
+@settings(max_examples=60, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 700), st.integers(1, 700)),
+    side=st.sampled_from([16, 224, 256]),
+    aspect=st.sampled_from(ASPECTS),
+)
+@example(size=(640, 480), side=256, aspect="5:4")
+@example(size=(116, 116), side=224, aspect="1:1")
+@example(size=(1, 700), side=256, aspect="21:9")
+def test_an_image_of_any_size_fits_any_bucket(size: Size, side: int, aspect: Aspect) -> None:
+    width, height = aspect_size(aspect, side, 8)
+    found = image_tensor(Image.new("RGB", size, (9, 20, 30)), (width, height))
+    assert found.shape == (3, height, width)
+    assert found.flatten(1).unique(dim=1).T.tolist() == [[9, 20, 30]]
+
+
+def test_an_image_that_raises_anything_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("folder", str(write_files(tmp_path / "set")))
+    pictures = indexed(source, tmp_path / "index", Buckets(8, 8))
+    monkeypatch.setattr(source, "read", lambda location: 1 / 0)
+    with pytest.raises(ImageError, match=re.escape(f"{pictures.entry(2).name} is not a readable image (division")):
+        pictures.read(2)
+
+
 def test_views_are_a_data_set_of_one_bucket() -> None:
     views = draw_shapes(40, 8, seed=0)
     images = ViewDataset(views)
@@ -115,3 +145,73 @@ def test_views_are_a_data_set_of_one_bucket() -> None:
     assert torch.equal(images.read(21), views.images[21])
     assert images.classes() == sorted(SHAPES)
     assert images.buckets.size(entry.bucket) == (8, 8)
+
+
+def test_a_picture_that_can_be_read_is_held_out(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set")
+    names = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*.png")), key=unit_hash)
+    for name in names[:3]:
+        (folder / name).write_bytes(b"nothing")
+    source = open_source("folder", str(folder))
+    for n, share in enumerate((1e-9, unit_hash(names[1]) + 1e-9)):  # nothing held out by chance, and two broken ones
+        pictures = indexed(source, tmp_path / str(n), Buckets(8, 8), heldout=share)
+        heldout = {pictures.entry(int(i)).name for i in split_indices(pictures, heldout=True)[0]}
+        assert heldout == {*([] if n == 0 else names[:2]), names[3]}
+
+
+def test_changes_since_the_index_are_noticed(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set")
+    (folder / "class 0" / "0.txt").write_text("a cat")
+    indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(8, 8))
+    assert changes_since(open_source("folder", str(folder)), tmp_path / "index") == ""
+    (folder / "class 0" / "0.txt").write_text("a dog")
+    os.utime(folder / "class 0" / "0.txt", (1, 1))
+    message = changes_since(open_source("folder", str(folder)), tmp_path / "index")
+    assert "then 7 pictures and 1 other files, now 7 and 1" in message
+    (folder / "new.png").write_bytes(encoded(9))
+    assert "now 8 and 1" in changes_since(open_source("folder", str(folder)), tmp_path / "index")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_changed_shards_are_noticed(tmp_path: Path, kind: str) -> None:
+    folder = WRITERS[kind](tmp_path / "set")
+    indexed(open_source(kind, str(folder)), tmp_path / "index", Buckets(8, 8))  # type: ignore[arg-type]
+    again = open_source(kind, str(folder))  # type: ignore[arg-type]
+    assert changes_since(again, tmp_path / "index") == ""
+    os.utime(again.shards[0], (1, 1))
+    assert changes_since(again, tmp_path / "index")
+
+
+def test_what_the_model_reads_must_be_there_and_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for n in range(3):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{n}.png").write_bytes(encoded(n))
+    with pytest.raises(UserError, match="conditioning.kind is text, and none of 3 pictures has a caption"):
+        indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(8, 8), reads="text")
+    assert not list((tmp_path / "index").glob("part-*"))
+    (folder / "captions.jsonl").write_text('{"file": "0.png", "caption": "a cat"}\n')
+    with pytest.raises(UserError, match="conditioning.kind is class, and none of 3 pictures has a class .captions go"):
+        indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(8, 8), reads="class")
+    pictures = indexed(open_source("folder", str(folder)), tmp_path / "index", Buckets(8, 8), reads="text")
+    assert [pictures.entry(n).caption for n in range(3)] == ["a cat", "", ""]
+
+
+def test_pictures_found_unreadable_later_are_added_to_the_list_once(tmp_path: Path) -> None:
+    pictures = indexed(open_source("folder", str(write_files(tmp_path / "set"))), tmp_path / "index", Buckets(8, 8))
+    for _ in range(2):
+        pictures.add_skipped([("a\u2028.png", "broken")])
+        pictures.add_skipped(iter([("b.png", "too"), ("a\u2028.png", "broken")]))
+    lines = (tmp_path / "index" / "skipped.jsonl").read_text().strip().split("\n")
+    assert [json.loads(line)["skipped"] for line in lines] == ["a\u2028.png", "b.png"]
+
+
+def test_captions_with_any_separator_survive_the_index(tmp_path: Path) -> None:
+    write_files(tmp_path / "set")
+    captions = ["a\u2028b", "a\x85b", "a\x1cb\x0b", 'a "b"\nc', "grün", "\ud83c\udf4e"]
+    rows = [{"file": f"class {n % 2}/{n}.png", "caption": caption} for n, caption in enumerate(captions)]
+    (tmp_path / "set" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = indexed(open_source("folder", str(tmp_path / "set")), tmp_path / "index", Buckets(8, 8))
+    found = {pictures.entry(n).name: pictures.entry(n).caption for n in range(7)}
+    expected = {row["file"]: row["caption"].encode("utf-16", "surrogatepass").decode("utf-16") for row in rows}
+    assert found == {**expected, "class 0/6.png": ""}

@@ -66,7 +66,7 @@ def test_there_and_back(tmp_path: Path, with_std: bool) -> None:
     assert read_latents_header(tmp_path, 1)[1] == [("broken", "why")]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9), seed=st.integers(0, 99))
 def test_conditions_lose_their_padding_and_get_it_back(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int

@@ -189,6 +189,14 @@ def test_bad_pictures_are_skipped_by_name(tmp_path: Path) -> None:
         make_views([bad], ViewConfig(), progress=False)
 
 
+def test_a_picture_that_cannot_be_drawn_is_skipped_by_name(tmp_path: Path) -> None:
+    good, odd = glyph(tmp_path, "a"), glyph(tmp_path, "b")
+    del odd.meta["group"]
+    views, skipped = make_views([odd, good], ViewConfig(size=16, views=2), progress=False)
+    assert [(one.name, one.reason) for one in skipped] == [("flat/b", "'group'")]
+    assert views.names == ["flat/a"] * 2
+
+
 def test_saved_views_come_back(tmp_path: Path) -> None:
     views = draw([glyph(tmp_path, "a")], ViewConfig(size=16, views=4))
     save_views(tmp_path / "views.safetensors", views)
@@ -245,7 +253,7 @@ def test_what_has_a_colour_of_its_own_is_not_tinted(tmp_path: Path, group: str, 
     shift=st.floats(-0.25, 0.25),
     ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_a_window_covers_the_thing_and_moves_as_far_as_it_may(window: float, shift: float, ends: list[float]) -> None:
     low, high = ends
     start = _window_start(1.0, window, shift, low, high)

@@ -203,7 +203,7 @@ def by_definition(samples: Tensor, references: Tensor, k: int) -> PrecisionRecal
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(4, 12), st.integers(4, 12), st.integers(1, 3))
 def test_against_the_definitions(seed: int, count: int, references: int, k: int) -> None:
     one, two = points(count, seed), points(references, seed + 1)

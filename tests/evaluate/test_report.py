@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,13 @@ from starflow.errors import UserError
 from starflow.evaluate import FeatureExtractor
 from starflow.evaluate.dataset import EvaluationSet
 from starflow.evaluate.render import report_page, report_table
-from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline, weights_to_try
+from starflow.evaluate.report import (
+    EvaluationReport,
+    EvaluationSettings,
+    _sampling_label,
+    evaluate_pipeline,
+    weights_to_try,
+)
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -156,3 +163,12 @@ def test_a_model_without_classes_is_no_classifier(pictures: EvaluationSet) -> No
     made = random_pipeline("plain", PixelLatents(), None)
     with pytest.raises(UserError, match="no classes to tell apart"):
         evaluate_pipeline(made, pictures, PLAN, lambda text: None, FeatureExtractor("colour", MeanColour()))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "candidates", "label"),
+    [(1.0, 1, ""), (0.8, 1, ", temperature 0.8"), (1.0, 4, ", best of 4"), (0.8, 4, ", temperature 0.8, best of 4")],
+)
+def test_samples_are_named_after_how_they_are_drawn(temperature: float, candidates: int, label: str) -> None:
+    config = dataclasses.replace(pipeline().config, temperature=temperature, candidates=candidates)
+    assert _sampling_label(config) == label

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from starflow.errors import UserError
-from starflow.evaluate.samples import measure_reconstruction, noisy_reconstruction, psnr
+from starflow.evaluate.samples import measure_reconstruction, noisy_reconstruction, psnr, reconstruct
+from starflow.latents import PixelLatents
+from starflow.sampling.sampler import noise_from_seeds
+from tests.cli.conftest import random_pipeline
 
 
 def test_psnr_in_closed_form() -> None:
@@ -54,3 +57,12 @@ def test_one_seed_one_result_and_each_batch_its_own_noise() -> None:
 
     assert torch.equal(once(), once())
     assert not torch.equal(*once())
+
+
+def test_reconstructions_have_the_noise_of_their_rows() -> None:
+    """Pixels are their own latents, so what is left of a grey image is the noise of its row's seed."""
+    pipeline = random_pipeline("pixels", PixelLatents(), None)
+    images = torch.full((5, 3, 8, 8), 128, dtype=torch.uint8)
+    found = reconstruct(pipeline, images, [4, 1], 0.25) - reconstruct(pipeline, images, [4, 1], 0.0)
+    torch.testing.assert_close(found, 0.25 * noise_from_seeds([4, 1], (3, 8, 8)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(reconstruct(pipeline, images, [0], 0.0), torch.full((1, 3, 8, 8), 128 / 127.5 - 1))

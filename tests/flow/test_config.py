@@ -24,7 +24,7 @@ from starflow.flow.model import build
 from tests.registry import configs
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(configs())
 def test_a_config_reads_back_as_it_was(config: ModelConfig) -> None:
     assert config_from_dict(config_to_dict(config)) == config

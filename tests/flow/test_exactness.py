@@ -15,8 +15,8 @@ from starflow.flow.model import build
 from starflow.flow.tokens import in_order
 from tests.registry import Case, cases, randomised
 
-EVERY_OPTION = settings(max_examples=40, deadline=None, derandomize=True)
-FEWER = settings(max_examples=16, deadline=None, derandomize=True)
+EVERY_OPTION = settings(max_examples=40, derandomize=True)
+FEWER = settings(max_examples=16, derandomize=True)
 
 
 @EVERY_OPTION
@@ -148,7 +148,7 @@ def test_a_new_model_is_the_identity() -> None:
         torch.testing.assert_close(logdet, torch.zeros(2), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=16, derandomize=True)
 @given(case=cases())
 def test_states_and_log_sigmas_of_a_trace_explain_its_result(device: torch.device, case: Case) -> None:
     case = case.to(device)

@@ -29,7 +29,7 @@ from starflow.train.settings import ParallelSettings
 from tests.registry import configs, randomised
 
 RECIPE = str(Path(__file__).parent.parent.parent / "recipes" / "starflow-t2i.yaml")
-DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
+DRAWN = settings(max_examples=60, derandomize=True)
 
 
 @DRAWN

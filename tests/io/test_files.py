@@ -87,7 +87,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "something"
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=6))
 def test_lines_by_number_are_the_objects_written(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "rows.jsonl"

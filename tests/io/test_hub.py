@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from starflow.errors import UserError
-from starflow.io.hub import HubOptions, is_intact, local_or_hub, only_errors_logged, split_revision
+from starflow.io.hub import HubOptions, has_digest, is_intact, local_or_hub, only_errors_logged, split_revision
 
 NEEDED = ("config.json", "*.safetensors")
 
@@ -57,7 +57,7 @@ def test_a_cached_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_pa
     whole = folder(tmp_path / "cached", "config.json", "a.safetensors")
     hub = use(monkeypatch, FakeHub(whole, OSError("no network")))
     assert local_or_hub("owner/name", NEEDED, optional=("*.txt",)) == whole
-    assert len(hub.calls) == 1
+    assert [call["local_files_only"] for call in hub.calls] == [True, False], "asked whether it is complete, in vain"
     assert hub.calls[0]["allow_patterns"] == [*NEEDED, "*.txt"]
 
 
@@ -102,6 +102,7 @@ def test_a_cache_with_a_shard_missing_is_filled(monkeypatch: pytest.MonkeyPatch,
     use(monkeypatch, FakeHub(partial, whole))
     assert local_or_hub("owner/name", NEEDED) == whole
     (partial / "b.safetensors").touch()
+    use(monkeypatch, FakeHub(partial, OSError("no network")))
     assert local_or_hub("owner/name", NEEDED) == partial
 
 
@@ -135,3 +136,27 @@ def test_only_errors_are_logged_and_the_level_comes_back(caplog: pytest.LogCaptu
         logger.error("a fault")
     logger.info("another remark")
     assert caplog.messages == ["a fault", "another remark"]
+
+
+def test_a_cache_that_others_filled_is_completed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another program fetched config.json alone; every needed pattern matches, and files are missing all the same."""
+    monkeypatch.setenv("STARFLOW_CACHE", str(tmp_path / "ours"))
+    partial = folder(tmp_path / "cached", "config.json", "a.safetensors")
+    whole = folder(tmp_path / "fetched", "config.json", "a.safetensors", "b.safetensors")
+    hub = use(monkeypatch, FakeHub(partial, whole))
+    assert local_or_hub("owner/name", NEEDED) == whole
+    hub.cached = whole
+    hub.calls.clear()
+    assert local_or_hub("owner/name", NEEDED) == whole
+    assert [call["local_files_only"] for call in hub.calls] == [True], "it is known to be complete now"
+
+
+def test_digests_that_the_hub_states(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"data")
+    blob = hashlib.sha1(b"blob 4\0data", usedforsecurity=False).hexdigest()
+    assert has_digest(file, hashlib.sha256(b"data").hexdigest()) is True
+    assert has_digest(file, blob) is True
+    assert has_digest(file, "0" * 64) is False
+    assert has_digest(file, "0" * 40) is False
+    assert has_digest(file, None) is None

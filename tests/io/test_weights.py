@@ -23,7 +23,7 @@ def write(folder: Path, limit: int = 100) -> Path:
     return folder
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8), limit=st.integers(1, 400))
 def test_any_split_reads_back(tmp_path: Path, sizes: list[int], limit: int) -> None:
     """Over the remains of the last example, which must leave nothing behind."""

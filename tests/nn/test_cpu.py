@@ -79,7 +79,7 @@ class Kernel:
         return 0
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(offset=st.integers(0, 3000), pages=st.integers(0, 6), more=st.integers(0, 5000))
 def test_huge_pages_are_asked_for_within_the_tensor_alone(
     monkeypatch: pytest.MonkeyPatch, offset: int, pages: int, more: int

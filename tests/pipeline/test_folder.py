@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from starflow.conditioning import ClassLabels, OnDemandTextEncoder, TextEncoder
+from starflow.conditioning import ClassLabels, ConditionerSpec, OnDemandTextEncoder, TextEncoder
 from starflow.conditioning import load as loading
 from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
@@ -21,7 +24,8 @@ from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents
 from starflow.latents.load import save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
-from starflow.pipeline.folder import Parts, default_dtype
+from starflow.pipeline.folder import Parts, default_dtype, read_config
+from starflow.pipeline.locate import part_folders
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
@@ -203,3 +207,57 @@ def test_only_a_large_flow_stays_in_the_stored_half_precision(monkeypatch: pytes
     monkeypatch.setattr("starflow.pipeline.folder.LARGE", 1000)
     assert default_dtype(flow) == torch.bfloat16
     assert default_dtype(flow.to(torch.float32)) == torch.float32
+
+
+def test_a_newer_format_is_refused_before_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"autoencoder": {}, "format": 2, "novelty": 1}')
+    with pytest.raises(UserError, match=r"config\.json has format 2, expected 1 or less: update starflow"):
+        read_config(tmp_path)
+
+
+class Own:
+    """A conditioner that no library of ours knows: one token, of the prompt's length."""
+
+    def __init__(self, size: int = 1, dim: int = 4) -> None:
+        self.spec = ConditionerSpec("text", size, dim, "own")
+        self.network = torch.nn.Identity()
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([torch.full((1, self.spec.dim), float(len(prompt))) for prompt in prompts])
+
+    def null(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 1, self.spec.dim)
+
+
+def test_a_conditioner_of_ones_own_is_said_at_saving_and_given_again(tmp_path: Path) -> None:
+    made = random_pipeline("own", PixelLatents(), Own())
+    with pytest.warns(UserWarning, match=r"the conditioner, a Own, is your own and is not saved: .*conditioner=YOURS"):
+        made.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"reads 1 condition tokens.* names no conditioner: .*conditioner=YOURS"):
+        StarFlowPipeline.from_pretrained(tmp_path)
+    again = StarFlowPipeline.from_pretrained(tmp_path, conditioner=Own())
+    assert torch.equal(again("abc", seed=1).latents, made("abc", seed=1).latents)
+    with pytest.raises(UserError, match="gives 2 tokens of width 3, the flow reads 1 of width"):
+        StarFlowPipeline.from_pretrained(tmp_path, conditioner=Own(2, 3))
+
+
+def test_a_flow_alone_is_told_how_it_becomes_a_pipeline(tmp_path: Path) -> None:
+    random_pipeline("flow", PixelLatents(), None).flow.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds a flow alone.*convert FILE --options OPTIONS --autoencoder NAME"):
+        StarFlowPipeline.from_pretrained(tmp_path)
+
+
+def test_the_folders_of_parts_that_lie_elsewhere_are_found(
+    reading: StarFlowPipeline,
+    vae: Path,
+    bert: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for name, parts, folders in (("own", "own", [vae, bert]), ("all", "all", [])):
+        folder = tmp_path / name
+        reading.save_pretrained(folder, parts=parts)  # type: ignore[arg-type]
+        assert part_folders(folder, read_config(folder)) == [folder, *folders]
+    shutil.copytree(tmp_path / "own", tmp_path / "lost")
+    lost = read_config(tmp_path / "lost")
+    gone = dataclasses.replace(lost, autoencoder=dataclasses.replace(lost.autoencoder, source="owner/nowhere"))
+    assert part_folders(tmp_path / "lost", gone) == [tmp_path / "lost", bert]

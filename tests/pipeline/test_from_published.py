@@ -13,10 +13,10 @@ import torch
 
 from starflow import STARFlow, StarFlowPipeline, TarFlow
 from starflow.errors import UserError
-from starflow.flow.config import TarFlowConfig
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.io.files import read_json
-from starflow.pipeline.from_published import PipelineOverrides, convert
+from starflow.pipeline.from_published import NO_OVERRIDES, PipelineOverrides, convert, pipeline_config
 from starflow.published import convert as flows
 from tests.checkpoints import DEPRECATED, arguments, model, write_checkpoint
 from tests.registry import randomised
@@ -184,3 +184,19 @@ def test_an_autoencoder_and_a_text_encoder_must_fit(file: Path, tmp_path: Path) 
     (tmp_path / "text" / "config.json").write_text(json.dumps({"d_model": 16}))
     convert(file, arguments(), tmp_path / "model", overrides=PipelineOverrides(text_encoder=str(tmp_path / "text")))
     assert read_json(tmp_path / "model" / "config.json")["conditioner"]["source"] == str((tmp_path / "text").resolve())
+
+
+def test_what_the_options_do_not_say_is_said(file: Path, tmp_path: Path) -> None:
+    """Without a noise level samples stay noisy, and without a guidance weight they are unguided."""
+    with pytest.warns(UserWarning, match="the options name no") as found:
+        pipeline_config("m", TarFlowConfig(3, 8, 4, 64, 2, 1, num_classes=2), {}, NO_OVERRIDES)
+    texts = [str(warning.message) for warning in found]
+    assert any("no noise level" in text and "--noise-std" in text for text in texts)
+    assert any("no guidance weight" in text and "--guidance" in text for text in texts)
+
+
+def test_the_bundled_models_autoencoder_by_its_name() -> None:
+    own = STARFlowConfig(in_channels=24, img_size=8, channels=64, num_blocks=2, layers_per_block=1)
+    config = pipeline_config("m", own, {"noise_std": 0.3, "cfg": 1.0}, PipelineOverrides(autoencoder="glyphs"))
+    assert (config.autoencoder.kind, config.autoencoder.channels, config.image_size) == ("small", 24, 64)
+    assert Path(config.autoencoder.source).is_dir()

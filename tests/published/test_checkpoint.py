@@ -5,6 +5,8 @@ Published checkpoints load strictly, from every form they come in.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,25 @@ def test_files_that_are_none_are_named(model: STARFlow, tmp_path: Path) -> None:
         load_published(nested, OPTIONS)
     with pytest.raises(UserError, match="no such file"):
         load_published(tmp_path / "absent.pth", OPTIONS)
+
+
+def test_a_wrappers_prefix_says_nothing(model: STARFlow) -> None:
+    """torch's DistributedDataParallel saves every key with "module." before it."""
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    loaded = load_published(state, OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_named(model: STARFlow) -> None:
+    state = dict(model.state_dict())
+    state["blocks.1.proj_out.bias"] = torch.full_like(state["blocks.1.proj_out.bias"], math.nan)
+    count = state["blocks.1.proj_out.bias"].numel()
+    with pytest.raises(UserError, match=rf"'blocks.1.proj_out.bias' of .* holds {count} of {count} values"):
+        load_published(state, OPTIONS)
+
+
+def test_options_may_be_a_file(model: STARFlow, tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps(OPTIONS))
+    loaded = load_published(model.state_dict(), path)
+    assert loaded.config == load_published(model.state_dict(), OPTIONS).config

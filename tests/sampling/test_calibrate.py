@@ -176,6 +176,15 @@ def test_runs_take_turns_and_the_fastest_counts(monkeypatch: pytest.MonkeyPatch)
     assert seconds_of(lambda: None, CPU) >= 0
 
 
+def test_a_device_that_computes_on_its_own_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    seconds_of(lambda: None, CPU)
+    assert waited == []
+    seconds_of(lambda: None, torch.device("cuda"))
+    assert waited == [torch.device("cuda")] * 2
+
+
 def test_a_model_is_left_without_gradients_and_as_it_was() -> None:
     model: Flow = starflow()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

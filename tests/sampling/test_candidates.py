@@ -25,7 +25,7 @@ def by_hand(model: Flow, noise_KCHW: Tensor, condition: Tensor, null: Tensor, we
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     candidates=st.integers(1, 4),
     at_once=st.integers(1, 9),

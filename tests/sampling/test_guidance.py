@@ -23,7 +23,7 @@ def moments(log_density: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (p * (x - mean).square()).sum().sqrt()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(mu_c=means, mu_u=means, log_sigma_c=st.floats(-1, 1), wider=st.floats(0, 1.5), weight=weights)
 def test_gaussian_rule_is_the_renormalised_power(
     mu_c: float, mu_u: float, log_sigma_c: float, wider: float, weight: float
@@ -40,7 +40,7 @@ def test_gaussian_rule_is_the_renormalised_power(
     torch.testing.assert_close(std, log_sigma.exp(), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(mu_c=means, mu_u=means, log_sigma_c=st.floats(-3, 3), log_sigma_u=st.floats(-3, 3), weight=weights)
 def test_gaussian_rule_stays_defined_and_never_widens(
     mu_c: float, mu_u: float, log_sigma_c: float, log_sigma_u: float, weight: float

@@ -20,7 +20,7 @@ from starflow.sampling.sampler import run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
 
-DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
+DRAWN = settings(max_examples=25, derandomize=True)
 POLICIES = st.builds(
     BlockPolicy,
     st.just("jacobi"),

@@ -16,7 +16,7 @@ from starflow.sampling.sequential import solve_in_spans, solve_token_at, spans
 from tests.registry import Case, cases
 from tests.sampling.cpu.common import assert_close, drawn, guided, solving
 
-DRAWN = settings(max_examples=30, deadline=None, derandomize=True)
+DRAWN = settings(max_examples=30, derandomize=True)
 
 
 @DRAWN

@@ -21,7 +21,7 @@ from starflow.sampling.sampler import SamplingResult, run
 from starflow.sampling.sequential import solve_sequential
 from tests.registry import Case, cases, randomised
 
-DRAWN = settings(max_examples=20, deadline=None, derandomize=True)
+DRAWN = settings(max_examples=20, derandomize=True)
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:

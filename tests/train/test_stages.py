@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from starflow.conditioning import ClassLabels, TextEncoder
 from starflow.data.views import ViewConfig
@@ -30,7 +31,7 @@ from starflow.train.recipe import (
     Recipe,
     load_recipe,
 )
-from starflow.train.run import start_run
+from starflow.train.run import Run, start_run
 from starflow.train.settings import TrainSettings
 from starflow.train.stages import Stages, first_autoencoder, train_flow
 from tests.conditioning.conftest import t5 as t5  # a fixture
@@ -231,3 +232,38 @@ def test_a_grid_without_prompts_shows_the_first_classes(recipe: Recipe) -> None:
     assert stages._grid_prompts(silent, classes) == [f"class {number}" for number in range(8)]
     assert stages._grid_prompts(replace(silent, prompts=("class 9",)), classes) == ["class 9"]
     assert stages._grid_prompts(silent, None) == [""] * 8
+
+
+def test_a_set_is_summed_up_and_its_changes_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    for n in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"{n}.png")
+    (tmp_path / "set" / "captions.csv").write_text("file,caption\n0.png,a cat\ngone.png,a dog\n")
+    told: list[str] = []
+    monkeypatch.setattr(Run, "notify", lambda run, text: told.append(text))
+    data = DataRecipe("folder", str(tmp_path / "set"), views=ViewConfig(size=8), workers=0)
+    recipe = Recipe(
+        "a",
+        TrainSettings(steps=1),
+        data=data,
+        autoencoder=AutoencoderRecipe("pixels"),
+        conditioning=ConditioningRecipe("none"),
+    )
+
+    def dataset() -> Any:
+        return Stages(start_run(recipe, tmp_path / "run", torch.device("cpu"), progress=False)).dataset
+
+    assert len(dataset()) == 4
+    assert told == [
+        "pictures: 4, 1 of them held out, 1 with and 3 without a caption, 0 classes; 0 skipped, 1 other files and rows "
+        f"not used ({tmp_path / 'run' / 'index' / 'skipped.jsonl'})",
+        "warning: 3 of 4 pictures have no caption: 1.png, 2.png, 3.png",
+        "not used: 1 captions that no image takes: gone.png",
+    ]
+    told.clear()
+    assert len(dataset()) == 4
+    assert told == []
+    (tmp_path / "set" / "new.png").write_bytes((tmp_path / "set" / "0.png").read_bytes())
+    dataset()
+    assert len(told) == 1
+    assert "now 5 and 1): this run goes on with what it has read; to read them again, delete" in told[0]

@@ -49,6 +49,8 @@ class Command:
 
 COMMANDS = (
     Command("generate", "generate", "generate", "make pictures from prompts or classes"),
+    Command("inpaint", "inpaint", "inpaint", "paint a part of a picture anew"),
+    Command("edit", "edit", "edit", "change a picture by its prompt; variations, interpolation"),
     Command("likelihood", "likelihood", "likelihood", "exact log-likelihoods of pictures"),
     Command("evaluate", "evaluate", "evaluate", "measure a model on pictures: a table, JSON and a sheet"),
     Command("convert", "convert", "convert", "a published checkpoint into our layout"),
@@ -66,6 +68,7 @@ COMMANDS = (
 EXAMPLES = """\
 examples:
   starflow generate "a red apple" --num-images 4 --output out
+  starflow inpaint photo.png --mask mask.png --prompt "a red apple"
   starflow likelihood photo.png --prompt "a red apple"
   starflow train recipes/tiny.yaml"""
 

@@ -16,6 +16,7 @@ Contract, held by every conditioner of this room:
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -103,8 +104,10 @@ class ClassLabels:
             UserError: no name, an empty one, or one twice.
         """
         self._spec = ConditionerSpec("class", size=1, dim=len(names) + 1, names=tuple(names))
-        self._numbers = {name.casefold(): number for number, name in enumerate(names)}
-        if not names or "" in self._numbers or len(self._numbers) < len(names):
+        self._numbers = {_key(name): number for number, name in enumerate(names)}
+        if not names:
+            raise UserError("no class names, expected one or more: give each class its own")
+        if "" in self._numbers or len(self._numbers) < len(names):
             raise UserError(
                 f"{len(names)} class names of which {len(self._numbers)} differ: give each class its own name"
             )
@@ -124,7 +127,7 @@ class ClassLabels:
         Raises:
             UserError: no such class; it names the nearest.
         """
-        wanted = label.strip().casefold()
+        wanted = _key(label)
         if wanted in self._numbers:
             return self._numbers[wanted]
         count = len(self._spec.names)
@@ -150,6 +153,11 @@ class ClassLabels:
         if nearest:
             return f"did you mean '{self._spec.names[self._numbers[nearest[0]]]}'?"
         return f"known are {', '.join(self._spec.names[:8])}{', ...' if len(self._spec.names) > 8 else ''}"
+
+
+def _key(name: str) -> str:
+    """What equal names have in common: they may differ in case, in blanks around them and in their form of Unicode."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 class _OneHot(nn.Module):

@@ -11,12 +11,13 @@ emoji_names.json without U+FE0F.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -49,6 +50,9 @@ OPTIONAL_FILES = (
     *("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab*", "merges.txt"),
 )
 """The index of several shards, and what tokenizers are made of."""
+
+_RATIO = re.compile(r"\n in a \d+:\d+ aspect ratio\.\s*\Z")
+"""The words at a prompt's end that tell a model of several aspect ratios which one is wanted."""
 
 _IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
 """The marks of a text or picture style, and skin tones."""
@@ -116,7 +120,7 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
         texts = [name_emoji(prompt) if prompt.strip() else "" for prompt in prompts]
-        self._warn_of_cuts(texts)
+        texts = fit_prompts(texts, self._tokenizer, self._spec.size)
         tokens = self._tokenizer(
             texts, padding="longest", truncation=True, max_length=self._spec.size, return_tensors="pt"
         )
@@ -143,16 +147,41 @@ class TextEncoder:
             self._tokenizer.save_pretrained(folder)
         weights.write_checksums(folder)
 
-    def _warn_of_cuts(self, texts: Sequence[str]) -> None:
-        size = self._spec.size
-        counts = [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
-        over = [count for count in counts if count > size]
-        if over:
-            warnings.warn(
-                f"{len(over)} of {len(texts)} prompts over the limit of {size} tokens (the longest has {max(over)}): "
-                "cut, the model does not read the rest",
-                stacklevel=3,
-            )
+
+def fit_prompts(texts: Sequence[str], tokenizer: Any, size: int) -> list[str]:
+    """Cut prompts of over `size` tokens, with one warning for all of them: their own words, and never the ratio's.
+
+    A prompt may end with its aspect ratio in words ("\\n in a 16:9 aspect ratio.\\n"), which a model of several ratios
+    needs most. The tokenizer cuts what has none.
+
+    Args:
+        texts: prompts.
+        tokenizer: of transformers.
+        size: S, condition tokens.
+    """
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    counts = [count(text) for text in texts]
+    over = [number for number in counts if number > size]
+    if over:
+        warnings.warn(
+            f"{len(over)} of {len(texts)} prompts over the limit of {size} tokens (the longest has {max(over)}): "
+            "cut, the model does not read the rest",
+            stacklevel=4,
+        )
+    return [text if number <= size else _cut(text, count, size) for text, number in zip(texts, counts, strict=True)]
+
+
+def _cut(text: str, count: Callable[[str], int], size: int) -> str:
+    """Keep as many of a caption's words as fit with the ratio at its end."""
+    ratio = _RATIO.search(text)
+    if ratio is None:
+        return text
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", text[: ratio.start()]))]
+    fitting = bisect.bisect_left(ends, True, key=lambda end: count(text[:end] + ratio[0]) > size)
+    return text[: ends[max(fitting - 1, 0)]] + ratio[0]
 
 
 def name_emoji(prompt: str) -> str:

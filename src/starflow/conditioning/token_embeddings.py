@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.conditioning.base import ConditionerSpec
+from starflow.conditioning.text import fit_prompts
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 
@@ -73,8 +74,8 @@ class TokenEmbeddings:
         """Encode prompts to (B, S, width), float32, zeros where a prompt has ended."""
         rows = []
         device = next(self.network.parameters()).device
-        for prompt in prompts:
-            ids = self._tokenizer(prompt if prompt.strip() else "", truncation=True, max_length=self._spec.size)
+        for prompt in fit_prompts([one if one.strip() else "" for one in prompts], self._tokenizer, self._spec.size):
+            ids = self._tokenizer(prompt, truncation=True, max_length=self._spec.size)
             states = self.network(torch.tensor(ids["input_ids"], dtype=torch.long, device=device)).float()
             rows.append(F.pad(states, (0, 0, 0, self._spec.size - len(states))))
         return torch.stack(rows)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +21,19 @@ from starflow.io.files import atomic_write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .jp2 .j2k .jpx .jpf .webp .avif .bmp .dib .gif .tif .tiff".split()
+    + ".ppm .pgm .pbm .pnm .tga .qoi".split()
+)
+"""Endings of image files, in lower case: the only list of them, for every source and command."""
 
 WHITE = (255, 255, 255)
 
 ORIENTATION, QUARTER_TURNS = 0x0112, 5
 """The EXIF tag, and its first value that swaps width and height."""
 
-ROTATABLE_FORMATS = ("JPEG", "MPO", "TIFF", "WEBP")
-"""Formats whose header gives the EXIF orientation; of a PNG, Pillow would decode everything to find it."""
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257
+"""The tags of a TIFF's stored size."""
 
 
 class ImageError(UserError):
@@ -72,7 +74,9 @@ def dequantise(images: Tensor, noise: Tensor) -> Tensor:
     >>> dequantise(torch.tensor([-1.0, 1.0]), torch.tensor([0.0, 0.5]))
     tensor([-1.0000,  0.9961])
     """
-    return (((images.float() + 1) * 127.5).round() + noise) / 128 - 1
+    levels = ((images.float() + 1) * 127.5).round()
+    # float32 would round a noise near 1 up to the next level, and the last level's to 1.
+    return torch.minimum((levels + noise) / 128 - 1, (levels + 1) / 128 - 1 - 2**-23)
 
 
 def to_pil(images: Tensor) -> list[Image]:
@@ -155,9 +159,16 @@ def read_image_size(file: Path | bytes, name: str) -> tuple[int, int]:
     """
     from PIL import Image
 
-    with _image_errors(Path(name)), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        rotated = image.format in ROTATABLE_FORMATS and image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
-        return (image.height, image.width) if rotated else image.size
+    with image_errors(Path(name)), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        width, height = image.size
+        if image.format == "PNG" and "exif" not in image.info:
+            return width, height  # to look for EXIF behind the pixels, Pillow would decode them
+        exif = image.getexif()
+        if image.format == "TIFF":  # some versions of Pillow give the upright size, others the stored one
+            width, height = int(exif.get(TIFF_WIDTH, width)), int(exif.get(TIFF_HEIGHT, height))
+        orientation = exif.get(ORIENTATION, 1)
+        turned = isinstance(orientation, int) and QUARTER_TURNS <= orientation < QUARTER_TURNS + 4
+        return (height, width) if turned else (width, height)
 
 
 def resize_crop(image: Image, size: int) -> Image:
@@ -183,7 +194,7 @@ def on_background(image: Image, colour: tuple[int, int, int] = WHITE) -> Image:
 def _decode(file: Path | io.BytesIO, path: Path, side: int = 0) -> Image:
     from PIL import Image, ImageOps
 
-    with _image_errors(path):
+    with image_errors(path):
         with Image.open(file) as opened:
             if side:
                 opened.draft(None, (side, side))
@@ -193,22 +204,45 @@ def _decode(file: Path | io.BytesIO, path: Path, side: int = 0) -> Image:
 
 
 @contextmanager
-def _image_errors(path: Path) -> Iterator[None]:
-    """Turn what Pillow's decoders raise on broken files into an `ImageError`."""
-    from PIL import Image, UnidentifiedImageError
+def image_errors(path: Path) -> Iterator[None]:
+    """A context in which whatever one image raises becomes an `ImageError` that names it.
 
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+    Decoders raise errors of any class on damaged files, and one image must not end a run over millions of them.
+
+    >>> with image_errors(Path("a.png")):
+    ...     1 / 0
+    Traceback (most recent call last):
+    starflow.data.images.ImageError: a.png is not a readable image (division by zero): replace it or remove it
+    """
+    from PIL import UnidentifiedImageError
+
     try:
         yield
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
         raise ImageError(path, "no known image format") from None
-    except broken as error:
-        raise ImageError(path, " ".join(str(error).split()) or type(error).__name__) from None
+    except Exception as error:  # noqa: BLE001  (decoders raise errors of any class)
+        raise ImageError(path, " ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
 def _as_colour(image: Image) -> Image:
+    """Convert any mode to RGB, or RGBA if the image has transparency."""
     if image.mode.startswith("I"):  # 16-bit greys; convert() alone would clip them to white
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode == "F":
+        image = _grey_of_floats(image)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _grey_of_floats(image: Image) -> Image:
+    """Convert grey floats to 8 bits; their range shows the scale: up to 1, to 255 or to 65535."""
+    import numpy
+    from PIL import Image
+
+    values = numpy.nan_to_num(numpy.array(image), posinf=0.0, neginf=0.0)
+    highest = values.max(initial=0.0)
+    scale = 255 if highest <= 1 else 1 if highest <= 255 else 1 / 256
+    return Image.fromarray((values * scale).clip(0, 255).round().astype(numpy.uint8))

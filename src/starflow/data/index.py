@@ -9,14 +9,15 @@ The index of a source is a folder, made once a run, with one line an image:
 - `pictures.jsonl`: the lines of all shards in their order: name, caption, label, location. Read through a map of the
   file.
 - `kinds.safetensors`: of every line its aspect bucket and whether it is held out.
-- `skipped.jsonl`: what was left out, by name, with the reason.
-- `info.json`: written last, so its presence means that the index is complete.
+- `skipped.jsonl`: the images that were left out ("skipped") and what else was not used ("unused"), by name, with the
+  reason; images that turn out to be unreadable later are added to it.
+- `info.json`: the summary of the set; written last, so its presence means that the index is complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor
 
 from starflow.data.buckets import Aspect, Buckets, Size
-from starflow.data.images import decode_image, on_background
-from starflow.data.sources.base import ScannedImage, SkippedImage, Source, SourceKind, unit_hash
+from starflow.data.images import ImageError, decode_image, image_errors, on_background
+from starflow.data.sources.base import ScannedImage, SkippedImage, Source, SourceKind, UnusedFile, unit_hash
 from starflow.data.sources.folder import FolderSource, order_classes
+from starflow.data.sources.summary import SetSummary
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.io import files
@@ -37,6 +39,10 @@ from starflow.io.files import JsonLines
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class UnusableSetError(UserError):
+    """A set that cannot be trained on as it lies there, however often it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,10 @@ class ImageDataset(Protocol):
         """Class names in order."""
         ...
 
+    def add_skipped(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """Note images that turned out to be unreadable, by name with the reason, where the set keeps a list."""
+        ...
+
 
 class ViewDataset:
     """An `ImageDataset` over views in memory, which are all of one bucket."""
@@ -124,6 +134,9 @@ class ViewDataset:
     def classes(self) -> list[str]:
         """See `ImageDataset.classes`."""
         return order_classes(label for label in self.views.labels if label)
+
+    def add_skipped(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """See `ImageDataset.add_skipped`: views in memory can all be read."""
 
 
 class IndexedDataset:
@@ -172,8 +185,9 @@ class IndexedDataset:
         line = self._lines[index]
         size = self.buckets.size(int(self._kinds["bucket"][index]))
         # Twice the size leaves the antialiased reduction to image_tensor.
-        image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
-        return image_tensor(image, size)
+        with image_errors(Path(line["name"])):
+            image = decode_image(self.source.read(tuple(line["at"])), line["name"], side=2 * max(size))
+            return image_tensor(image, size)
 
     def substitutes(self, index: int) -> Sequence[int]:
         """See `ImageDataset.substitutes`: up to 64 that follow it in its bucket and split, around the end."""
@@ -187,6 +201,19 @@ class IndexedDataset:
         """See `ImageDataset.classes`."""
         found = {self._lines[index]["label"] for index in range(len(self))}
         return [self._names.get(label, label) for label in order_classes(label for label in found if label)]
+
+    def add_skipped(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """See `ImageDataset.add_skipped`: they are added to the index's `skipped.jsonl`, each once."""
+        skipped = list(skipped)
+        if not skipped:
+            return
+        path = self.folder / "skipped.jsonl"
+        listed = JsonLines(path)
+        known = {listed[number].get("skipped") for number in range(len(listed))}
+        new = {name: reason for name, reason in skipped if name not in known}
+        lines = (json.dumps({"skipped": name, "reason": reason}, ensure_ascii=False) for name, reason in new.items())
+        with path.open("a", encoding="utf-8") as file:  # short lines at the end: several processes may add theirs
+            file.write("".join(f"{line}\n" for line in lines))
 
 
 @dataclass(frozen=True)
@@ -231,53 +258,112 @@ def scan_shard(source: Source, shard: int, folder: Path, settings: IndexSettings
     lines = []
     for found in source.scan(shard, sizes=not buckets.single):
         if isinstance(found, SkippedImage):
-            line: dict[str, Any] = {"skipped": found.name, "reason": found.reason}
+            kind = "unused" if isinstance(found, UnusedFile) else "skipped"
+            line: dict[str, Any] = {kind: found.name, "reason": found.reason}
         else:
             line = {"name": found.name, "caption": found.caption, "label": found.label, "at": found.location}
             line |= {"bucket": buckets.nearest(*found.size) if found.size else 0}
             line |= {"heldout": _is_heldout(found, settings)}
-        lines.append(json.dumps(line, ensure_ascii=False))
+            line |= {"note": found.note} if found.note else {}
+        lines.append(json.dumps(line))  # ASCII: a location may have bytes that are no UTF-8
     files.write_text(_part(folder, shard), "".join(f"{line}\n" for line in lines))
 
 
-def join_parts(source: Source, folder: Path) -> dict[str, Any]:
+def join_parts(source: Source, folder: Path, reads: str = "none") -> dict[str, Any]:
     """Join the parts of all shards into the index, remove them, and return what info.json says.
 
-    Of a set so small that chance held nothing out, the one image with the smallest hash is held out.
+    Where chance held nothing out that can be read, the one image with the smallest hash is held out.
+
+    Args:
+        source: of the images.
+        folder: of the index.
+        reads: what a model is told of an image: "class" or "none", else its caption.
 
     Raises:
-        UserError: not two images in all shards.
+        UnusableSetError: not two images in all shards, or not one of them has what the model reads. The parts are
+            removed, so that what is put right is read again.
     """
+    try:
+        info = _join(source, folder, reads)
+    except UnusableSetError:
+        _remove_parts(source, folder)
+        raise
+    _remove_parts(source, folder)
+    return info
+
+
+def _remove_parts(source: Source, folder: Path) -> None:
+    for shard in range(len(source.shards)):
+        _part(folder, shard).unlink(missing_ok=True)
+
+
+def _join(source: Source, folder: Path, reads: str) -> dict[str, Any]:
     kinds: dict[str, list[int]] = {"bucket": [], "heldout": []}
-    least, skipped, labels = (2.0, 0), [], set()
+    summary, skipped = SetSummary(), []
     with files.atomic_write(folder / "pictures.jsonl") as path, path.open("w", encoding="utf-8") as out:
         for shard in range(len(source.shards)):
             for text in _part(folder, shard).read_text(encoding="utf-8").splitlines():
                 line = json.loads(text)
-                if "skipped" in line:
-                    skipped.append(text)
+                summary.add(line)
+                if "at" not in line:
+                    skipped.append(json.dumps(line, ensure_ascii=False))
                     continue
-                least = min(least, (unit_hash(line["name"]), len(kinds["bucket"])))
                 for kind, values in kinds.items():
                     values.append(int(line.pop(kind)))
-                labels.add(line["label"] or "")
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    count = len(kinds["bucket"])
-    if count < 2:
-        raise UserError(
-            f"{count} pictures in {len(source.shards)} shards ({len(skipped)} unreadable), expected 2 or more"
+                line.pop("note", None)
+                out.write(json.dumps(line) + "\n")
+    if summary.pictures < 2:
+        raise UnusableSetError(
+            f"{summary.pictures} pictures in {len(source.shards)} shards ({summary.skipped} unreadable), "
+            f"expected 2 or more{summary.first_reason}"
         )
-    if not any(kinds["heldout"]):
-        kinds["heldout"][least[1]] = 1
+    if reads == "class" and not summary.labels:
+        raise UnusableSetError(
+            f"conditioning.kind is class, and none of {summary.pictures} pictures has a class (captions go before the "
+            "names of sub-folders): give the captions a label each, take them away, or set conditioning.kind to text"
+        )
+    if reads not in ("class", "none") and not summary.captioned:
+        raise UnusableSetError(
+            f"conditioning.kind is {reads}, and none of {summary.pictures} pictures has a caption: add captions "
+            "(captions.csv, or a .txt beside each picture), or set conditioning.kind to none"
+        )
+    _hold_one_out(source, JsonLines(folder / "pictures.jsonl"), kinds["heldout"])
     files.write_text(folder / "skipped.jsonl", "".join(f"{line}\n" for line in skipped))
     tensors = {kind: torch.tensor(values, dtype=torch.uint8) for kind, values in kinds.items()}
     files.write_tensors(folder / "kinds.safetensors", tensors)
-    info: dict[str, Any] = {"pictures": count, "heldout": sum(kinds["heldout"]), "skipped": len(skipped)}
-    info["class_names"] = source.class_names(labels - {""})
+    info: dict[str, Any] = {**summary.to_json(), "heldout": sum(kinds["heldout"]), "state": source.state()}
+    info["class_names"] = source.class_names(set(summary.labels))
     files.write_json(folder / "info.json", info)
-    for shard in range(len(source.shards)):
-        _part(folder, shard).unlink()
     return info
+
+
+def changes_since(source: Source, folder: Path) -> str:
+    """Say what has changed in a source since its finished index was made; empty for nothing, or if it cannot tell."""
+    then, now = files.read_json(folder / "info.json").get("state"), source.state()
+    if not then or not now or then == now:
+        return ""
+    return (
+        f"pictures or captions have changed since {folder} was made (then {then['images']} pictures and "
+        f"{then['texts']} other files, now {now['images']} and {now['texts']})"
+    )
+
+
+def _hold_one_out(source: Source, lines: JsonLines, heldout: list[int]) -> None:
+    """Hold the image with the smallest hash out that can be read, unless there is one that can."""
+
+    def readable(number: int) -> bool:
+        try:
+            decode_image(source.read(tuple(lines[number]["at"])), lines[number]["name"])
+        except ImageError:
+            return False
+        return True
+
+    if any(held and readable(number) for number, held in enumerate(heldout)):
+        return
+    others = sorted((unit_hash(lines[number]["name"]), number) for number, held in enumerate(heldout) if not held)
+    found = next((number for _, number in others if readable(number)), None)
+    if found is not None and len(others) > 1:
+        heldout[found] = 1
 
 
 def split_indices(images: ImageDataset, *, heldout: bool) -> list[Tensor]:
@@ -298,7 +384,9 @@ def image_tensor(image: Image.Image, size: Size) -> Tensor:
     width, height = size
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (left, top, image.width - left, image.height - top)
+    # Rounding may put an edge that is the image's own 1e-14 outside of it, which Pillow refuses.
+    left, top = max(left, 0.0), max(top, 0.0)
+    box = (left, top, min(image.width - left, image.width), min(image.height - top, image.height))
     small = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
 

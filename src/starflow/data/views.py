@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from starflow.data.images import WHITE, ImageError, on_background, open_image, resize_crop
+from starflow.data.images import WHITE, ImageError, image_errors, on_background, open_image, resize_crop
 from starflow.data.sets.glyphs import captions
 from starflow.data.sets.glyphs.colours import BACKGROUNDS, HUES, colour_name, fitting_backgrounds, main_hue, turn_hue
 from starflow.data.sources.base import ImageRecord, SkippedImage
@@ -184,7 +184,7 @@ def load_views(path: Path) -> TrainingViews:
     tensors = read_tensors(path)
     beside = path.with_suffix(".jsonl")
     try:
-        rows = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in beside.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {beside} ({error}): make the views again") from None
     images = tensors.get("images")
@@ -350,10 +350,10 @@ def _draw(records: Sequence[ImageRecord], config: ViewConfig, workers: int) -> I
 def _views_or_reason(record: ImageRecord, config: ViewConfig) -> list[View] | SkippedImage:
     """Draw all views of one image, or say why there are none; runs in a worker."""
     try:
-        image = open_image(record.file)
+        with image_errors(record.file):
+            return draw_views(open_image(record.file), record, config)
     except ImageError as error:
         return SkippedImage(record.name, error.reason)
-    return draw_views(image, record, config)
 
 
 def _leave_interrupts_to_the_parent() -> None:

@@ -7,12 +7,14 @@ process. Without a process group there is one process.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from starflow.data.images import to_float
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
@@ -71,11 +73,17 @@ def open_evaluation_set(source: str, size: int) -> EvaluationSet:
     """
     folder = Path(source).expanduser()
     if source != FASHION_MNIST and not (folder.is_dir() and is_fashion_mnist(folder)):
-        return EvaluationSet.of_records(read_folder(folder), size)
+        return EvaluationSet.of_records(read_folder(folder, _notify), size)
     views = read_fashion_mnist(None if source == FASHION_MNIST else folder)
     _check_side(views, size, source)
     train = views.splits.index("heldout")
     return EvaluationSet(select_rows(views, range(train)), select_rows(views, range(train, len(views))))
+
+
+def _notify(line: str) -> None:
+    """Print what reading a set came to, once for all processes."""
+    if is_first():
+        tqdm.write(line, file=sys.stderr)
 
 
 def open_outliers(source: str, size: int) -> Tensor:

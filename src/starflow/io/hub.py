@@ -236,11 +236,15 @@ def has_digest(path: Path, stated: str | None) -> bool | None:
 
 
 def _hub_digests(repository: str, folder: Path) -> dict[str, str]:
-    """The digests that the hub states of a snapshot's files, for a cache on a file system without links."""
+    """The digests that the hub states of a snapshot's files, for a cache without links; {} where it does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    tree = HfApi().list_repo_tree(repository, recursive=True, revision=folder.name)
+    expected: tuple[type[BaseException], ...] = hub_errors()
+    try:
+        tree = list(HfApi().list_repo_tree(repository, recursive=True, revision=folder.name))
+    except expected:
+        return {}
     found = [entry for entry in tree if isinstance(entry, RepoFile)]
     return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}
 

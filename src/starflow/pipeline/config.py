@@ -22,6 +22,9 @@ from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
 
+FORMAT = 1
+"""The newest format of config.json that is read."""
+
 Cleaning = Literal["decoder", "tweedie", "none"]
 """How samples lose the noise of the training data: see `PipelineConfig.cleaning`."""
 
@@ -53,7 +56,7 @@ class PipelineConfig:
     """Default factor on the noise that is sampled from; see `StarFlowPipeline.__call__`."""
     candidates: int = 1
     """Default number of pictures drawn for each one that is kept; see `starflow.sampling.sampler`."""
-    format: int = 1
+    format: int = FORMAT
     """Version of this file's layout."""
 
     def __post_init__(self) -> None:
@@ -180,7 +183,7 @@ def choose_cleaning(
     if asked == "tweedie" and not config.noise_std:
         raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
     if asked == "decoder" and config.noise_std and not trained:
-        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=3)
+        warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=4)
     if asked is not None or not replaced or config.cleaning == "none":
         return asked or config.cleaning
     return "decoder" if trained else "tweedie"

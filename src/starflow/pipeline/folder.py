@@ -35,7 +35,7 @@ from starflow.io.hub import HubOptions
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
-from starflow.pipeline.config import PipelineConfig, size_multiple
+from starflow.pipeline.config import FORMAT, PipelineConfig, size_multiple
 
 FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
 
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> PipelineConfig:
     """The configuration in a pipeline's folder.
 
     Raises:
-        UserError: the folder holds no pipeline, or an unknown key.
+        UserError: the folder holds no pipeline, one of a newer format, or an unknown key.
     """
     values = files.read_json(folder / "config.json")
     if not isinstance(values, dict) or "autoencoder" not in values:
@@ -74,6 +74,9 @@ def read_config(folder: Path) -> PipelineConfig:
                 "`starflow convert FILE --options OPTIONS --autoencoder NAME`, or load it by STARFlow.from_pretrained"
             )
         raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")
+    found = values.get("format", FORMAT)
+    if isinstance(found, int) and found > FORMAT:  # before its new keys are called unknown
+        raise UserError(f"{folder / 'config.json'} has format {found}, expected {FORMAT} or less: update starflow")
     return from_dict(PipelineConfig, values)
 
 
@@ -87,16 +90,16 @@ def load_parts(
     """
     config = read_config(folder)
     flow = open_flow(folder).requires_grad_(False)
-    autoencoder, reader = open_autoencoder(config.autoencoder, folder, hub), config.conditioner
+    autoencoder, conditioner_spec = open_autoencoder(config.autoencoder, folder, hub), config.conditioner
     if own is not None:
         _check_own_conditioner(own, flow)
         return flow, autoencoder, own, dataclasses.replace(config, conditioner=own.spec)
-    if reader is None and isinstance(flow.config, STARFlowConfig) and flow.config.txt_size:
+    if conditioner_spec is None and isinstance(flow.config, STARFlowConfig) and flow.config.txt_size:
         raise UserError(
             f"the flow of {folder} reads {flow.config.txt_size} condition tokens, and its config.json names no "
             "conditioner: give the one that it was trained with, by from_pretrained(..., conditioner=YOURS)"
         )
-    conditioner = open_conditioner(reader, folder, hub, keep_text_encoder) if reader else None
+    conditioner = open_conditioner(conditioner_spec, folder, hub, keep_text_encoder) if conditioner_spec else None
     return flow, autoencoder, conditioner, config
 
 
@@ -225,17 +228,17 @@ def save_parts(
 ) -> None:
     """Write a pipeline's parts into `folder`, and config.json last; see `StarFlowPipeline.save_pretrained`."""
     flow.save_pretrained(folder / FLOW, dtype, shard_bytes=shard_bytes)
-    coder = save_autoencoder(autoencoder, config.autoencoder, folder, parts, dtype)
-    reader = config.conditioner
+    autoencoder_spec = save_autoencoder(autoencoder, config.autoencoder, folder, parts, dtype)
+    conditioner_spec = config.conditioner
     if conditioner is not None and not isinstance(conditioner, KNOWN_CONDITIONERS):
-        reader = None
+        conditioner_spec = None
         warnings.warn(
             f"the conditioner, a {type(conditioner).__name__}, is your own and is not saved: "
             "load the model by from_pretrained(..., conditioner=YOURS)"
         )
-    if conditioner is not None and reader is not None:
-        reader = save_conditioner(conditioner, reader, folder, parts)
-    stored = dataclasses.replace(config, autoencoder=coder, conditioner=reader)
+    if conditioner is not None and conditioner_spec is not None:
+        conditioner_spec = save_conditioner(conditioner, conditioner_spec, folder, parts)
+    stored = dataclasses.replace(config, autoencoder=autoencoder_spec, conditioner=conditioner_spec)
     files.write_json(folder / "config.json", to_dict(stored))
 
 
@@ -247,18 +250,22 @@ def _absolute(source: str) -> str:
 
 def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
     """The rows of a card's table, name and value: what a model is made of and its defaults."""
-    flow, coder, reader = model.config, config.autoencoder, config.conditioner
+    flow, encoder, conditioner_spec = model.config, config.autoencoder, config.conditioner
     count = sum(parameter.numel() for parameter in model.parameters())
     layers = " ".join(str(flow.layers(block)) for block in range(flow.num_blocks))
-    condition = f"{reader.kind}, {reader.size} x {reader.dim}, {reader.source}" if reader else "none"
-    if reader and reader.kind == "class":
-        condition = f"{len(reader.names)} classes"
+    condition = (
+        f"{conditioner_spec.kind}, {conditioner_spec.size} x {conditioner_spec.dim}, {conditioner_spec.source}"
+        if conditioner_spec
+        else "none"
+    )
+    if conditioner_spec and conditioner_spec.kind == "class":
+        condition = f"{len(conditioner_spec.names)} classes"
     return {
         "flow": f"{type(model).__name__}, {count:,} parameters, layers a block {layers}, width {flow.channels}",
         "pictures": f"{config.image_size} px, sides in multiples of {size_multiple(config, flow)}"
         + (f", ratios {' '.join(config.aspects)}" if config.aspects else ""),
-        "autoencoder": f"{coder.kind}, {coder.channels} channels, factor {coder.factor}"
-        + (f", {coder.source}" if coder.source else ""),
+        "autoencoder": f"{encoder.kind}, {encoder.channels} channels, factor {encoder.factor}"
+        + (f", {encoder.source}" if encoder.source else ""),
         "condition": condition.rstrip(", "),
         "training noise": f"{config.noise}, {config.noise_std:g}" if config.noise == "gaussian" else config.noise,
         "samples are cleaned by": config.cleaning,

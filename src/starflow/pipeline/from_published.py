@@ -120,7 +120,7 @@ def pipeline_config(
     Raises:
         UserError: an autoencoder or a text encoder that cannot be found, or does not fit.
     """
-    coder = _autoencoder(overrides.autoencoder or stated.get("vae"), flow)
+    autoencoder_spec = _autoencoder(overrides.autoencoder or stated.get("vae"), flow)
     if overrides.noise_std is None and "noise_std" not in stated:
         warnings.warn(
             "the options name no noise level (noise_std): it is taken as 0, and samples are not cleaned; "
@@ -131,10 +131,12 @@ def pipeline_config(
             "the options name no guidance weight (cfg): samples are unguided by default; give it by --guidance"
         )
     noise = float(stated.get("noise_std", 0.0) if overrides.noise_std is None else overrides.noise_std)
-    reader = _conditioner(overrides.text_encoder or stated.get("text"), flow)
+    conditioner_spec = _conditioner(overrides.text_encoder or stated.get("text"), flow)
     guidance = float(stated.get("cfg", 0.0) if overrides.guidance is None else overrides.guidance)
-    cleaning: Cleaning = "decoder" if coder.noise_std else "tweedie" if noise else "none"
-    return PipelineConfig(name, flow.img_size * coder.factor, noise, coder, reader, guidance, cleaning)
+    cleaning: Cleaning = "decoder" if autoencoder_spec.noise_std else "tweedie" if noise else "none"
+    return PipelineConfig(
+        name, flow.img_size * autoencoder_spec.factor, noise, autoencoder_spec, conditioner_spec, guidance, cleaning
+    )
 
 
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
@@ -183,6 +185,9 @@ def _conditioner(source: str | None, flow: ModelConfig) -> ConditionerSpec | Non
 
 def _local_encoder(source: str) -> Path | None:
     """The folder of a text encoder as far as it is on this machine; nothing is fetched."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
     try:
         return find_text_encoder(source, HubOptions(offline=True))
     except UserError:

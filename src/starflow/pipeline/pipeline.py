@@ -46,6 +46,7 @@ from starflow.pipeline.config import (
     untrained_size_warning,
     with_sampling_options,
 )
+from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.inputs import (
     check_counts,
@@ -82,7 +83,7 @@ class Generated:
     seeds: list[int]
 
 
-class StarFlowPipeline:
+class StarFlowPipeline(PictureEditing):
     """A conditioner, a flow and an autoencoder that belong together.
 
     >>> from starflow.conditioning import ClassLabels
@@ -154,8 +155,7 @@ class StarFlowPipeline:
         pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.config.autoencoder, hub)
-        flow = pipeline.flow
-        dtype = dtype or default_dtype(flow)
+        flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
         if int8:
             quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
         if offload:
@@ -243,11 +243,7 @@ class StarFlowPipeline:
         return size_multiple(self.config, self.flow.config)
 
     def remember_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> None:
-        """Encode prompts that several calls are going to draw at a size, so that a text encoder is loaded once.
-
-        Raises:
-            UserError: a size that the model cannot make.
-        """
+        """Encode prompts that several calls will draw at a size, so that a text encoder is loaded once."""
         remember_prompts(
             check_prompts(prompts), self.conditioner, self.config, latent_shape(self.config, self.flow.config, size)
         )
@@ -301,24 +297,21 @@ class StarFlowPipeline:
         """
         check_counts(num_images, batch_size, candidates, tile)
         prompts = [text for text in check_prompts(prompt, least=1) for _ in range(num_images)]
-        keep = not_finite == "keep"
         size = None if size is None else check_pair(size)
         check_seed(check_seed(seed) + len(prompts) - 1)
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
         drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         shape = latent_shape(self.config, self.flow.config, size)
-        decoder = (self.decoder or self.autoencoder).spec
-        cleaning = choose_cleaning(self.config, cleaning, decoder, replaced=self.decoder is not None)
+        cleaning = self._cleaning(cleaning)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
-        check_memory(self.flow, shape, at_once, cache_dtype, decoder, tile)
+        check_memory(self.flow, shape, at_once, cache_dtype, (self.decoder or self.autoencoder).spec, tile)
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
         latents = []
-        batches = math.ceil(len(prompts) / batch_size)
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             drawn, condition = self._sample(
@@ -327,11 +320,11 @@ class StarFlowPipeline:
                 drawn_as.temperature,
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
-                offset_progress(progress, start // batch_size, batches),
-                keep=keep,
+                offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
+                keep=not_finite == "keep",
             )
             latents.append(drawn)
-            images += to_pil(self._decode_clean(drawn, condition, cleaning, tile, keep=keep))
+            images += to_pil(self._decode_clean(drawn, condition, cleaning, tile, keep=not_finite == "keep"))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
     def log_prob(self, image: Image | str | Path, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
@@ -422,6 +415,10 @@ class StarFlowPipeline:
         )
         return drawn, condition
 
+    def _cleaning(self, asked: Cleaning | None) -> Cleaning:
+        decoder = (self.decoder or self.autoencoder).spec
+        return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
+
     def _decode(self, latents: Tensor, tile: int | None = None, *, keep: bool = False) -> Tensor:
         with torch.no_grad():
             decoder = self.decoder or self.autoencoder
@@ -431,7 +428,13 @@ class StarFlowPipeline:
         return images
 
     def _decode_clean(
-        self, latents: Tensor, condition: Tensor | None, cleaning: Cleaning, tile: int | None, *, keep: bool
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        cleaning: Cleaning,
+        tile: int | None = None,
+        *,
+        keep: bool = False,
     ) -> Tensor:
         """Sampled latents to pictures (B, 3, H, W) in [-1, 1], cleaned of the noise."""
         if cleaning == "tweedie":

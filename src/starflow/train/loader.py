@@ -129,6 +129,7 @@ class TrainingLoader:
             step += part == 0
 
     def _count_unreadable(self, batch: ImageBatch) -> ImageBatch:
+        self.dataset.add_skipped(one for one in batch.skipped if one[0] not in self.unreadable)
         for name, reason in batch.skipped:
             if name not in self.unreadable:
                 self.unreadable.add(name)

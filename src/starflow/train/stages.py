@@ -28,8 +28,9 @@ from starflow.data.index import ImageDataset, ViewDataset, open_source
 from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.sets.shapes import draw_shapes
-from starflow.data.sources.base import SourceKind
+from starflow.data.sources.base import Source, SourceKind
 from starflow.data.sources.folder import read_folder
+from starflow.data.sources.summary import describe_set
 from starflow.data.views import TrainingViews, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
@@ -101,14 +102,33 @@ class Stages:
             for shard in missing[run.world.rank :: run.world.size]:
                 index.scan_shard(source, shard, folder, settings)
             run.world.barrier()
-            if run.world.is_main:
-                info = index.join_parts(source, folder)
-                run.notify(
-                    f"pictures: {info['pictures']}, {info['heldout']} of them held out, {info['skipped']} skipped "
-                    f"({folder / 'skipped.jsonl'})"
-                )
-            run.world.barrier()
+            run.world.run_on_main(lambda: self._join_index(source))
+        else:
+            self._offer_changes(source)
         return index.IndexedDataset(source, folder, buckets)
+
+    def _join_index(self, source: Source) -> None:
+        """Finish the index of a source and sum it up."""
+        run, folder = self.run, self.run.folder / "index"
+        for line in describe_set(
+            index.join_parts(source, folder, run.recipe.conditioning.kind), folder / "skipped.jsonl"
+        ):
+            run.notify(line)
+
+    def _offer_changes(self, source: Source | None = None) -> None:
+        """Say that images or captions have changed since the run has read them, and how they are read again."""
+        run, data = self.run, self.run.recipe.data
+        if not run.world.is_main or not data.indexed or not index.is_complete(run.folder / "index"):
+            return
+        try:
+            changes = index.changes_since(source or open_source(_source_kind(data), data.path), run.folder / "index")
+        except UserError as error:  # what is encoded already is enough to go on
+            changes = str(error)
+        if changes:
+            run.notify(
+                f"warning: {changes}: this run goes on with what it has read; to read them again, delete "
+                f"{run.folder / 'index'} and {run.folder / 'latents'}, or choose another --output"
+            )
 
     def _size_multiple(self) -> int:
         """What sides of images must be multiples of: the autoencoder's factor times the flow's patch."""
@@ -165,6 +185,7 @@ class Stages:
         """Fill the latent cache unless it is whole; the processes share the work."""
         run, folder = self.run, self.run.folder / "latents"
         if latent_cache.is_complete(folder):
+            self._offer_changes()
             return
         # The conditioner comes before the autoencoder, which may be trained for hours: what is missing shows at once.
         dataset, conditioner, autoencoder = self.dataset, self.conditioner, self.autoencoder
@@ -291,7 +312,7 @@ def _draw_views(run: Run) -> TrainingViews:
         return read_fashion_mnist(Path(data.path) if data.path else None)
     if not Path(data.path).is_dir():
         raise UserError(f"no folder of pictures at '{data.path}': run `starflow prepare-data glyphs`")
-    views, skipped = make_views(read_folder(Path(data.path)), data.views, progress=run.progress, workers=2)
+    views, skipped = make_views(read_folder(Path(data.path), run.notify), data.views, progress=run.progress, workers=2)
     for one in skipped:
         run.notify(f"skipped {one.name}: {one.reason}")
     if skipped:

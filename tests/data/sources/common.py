@@ -82,12 +82,14 @@ def red(data: bytes) -> int:
         return int(np.asarray(image.convert("RGB"))[0, 0, 0])
 
 
-def indexed(source: Source, folder: Path, buckets: Buckets, processes: int = 1) -> index.IndexedDataset:
+def indexed(
+    source: Source, folder: Path, buckets: Buckets, processes: int = 1, heldout: float = 0.05, reads: str = "none"
+) -> index.IndexedDataset:
     """The index as so many processes make it, in turn."""
-    settings = index.IndexSettings(buckets.aspects, 0.05)
+    settings = index.IndexSettings(buckets.aspects, heldout)
     missing = index.missing_parts(source, folder)
     for rank in range(processes):
         for shard in missing[rank::processes]:
             index.scan_shard(source, shard, folder, settings)
-    index.join_parts(source, folder)
+    index.join_parts(source, folder, reads)
     return index.IndexedDataset(source, folder, buckets)

@@ -95,7 +95,7 @@ def test_it_is_built_when_as_much_was_spent_without_it(
 ) -> None:
     """What a picture takes adds up; the build itself is a copy here."""
     monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    # this model has 3 layers and 16 tokens a block
+    # The model has 3 layers and 16 tokens a block.
     monkeypatch.setattr(engine_module, "TOKEN_SECONDS", BUILD_SECONDS / 100)
     model, engine = text_case().model, CpuEngine(0.0)
     eager = sampled(model, engine)
@@ -152,7 +152,7 @@ def test_the_name_holds_the_source_the_flags_and_the_compiler(empty_cache: Path,
     for version in ("one", "two"):
         compiler(tmp_path, f"echo {version}", monkeypatch)
         names.add(BuildCommand.here().path.name)
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "cpu_lines", lambda *_fields: ["another processor"])
     names.add(BuildCommand.here().path.name)
     other = tmp_path / "step.cpp"
     other.write_text("// another source\n")

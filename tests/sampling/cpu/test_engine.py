@@ -31,9 +31,7 @@ from starflow.sampling.sequential import solve_token
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
 
-DRAWN = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+DRAWN = settings(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FEWER = settings(DRAWN, max_examples=15)
 BFLOAT16_STEP = 2**-8
 
@@ -238,6 +236,15 @@ def test_changed_weights_are_packed_anew(library: Library, change: str) -> None:
     assert case.model.runtime_cache["engine"] is engine
     assert not torch.equal(after, before)
     assert torch.equal(after, drawn(case, SampleSettings(1.0), library)), "an engine that never saw the old weights"
+
+
+@torch.no_grad()
+def test_a_write_is_noticed_between_two_uses_of_packed_weights(library: Library) -> None:
+    engine, block = engine_for(library), next(text_case().model.iter_blocks())
+    first = engine.packed(block)
+    assert engine.packed(block) is first
+    block.proj_out.weight.mul_(2.0)
+    assert torch.equal(engine.packed(block).other["proj_out"], 2 * first.other["proj_out"])
 
 
 def test_weights_made_in_inference_mode_count_no_writes_and_are_packed_anew_all_the_same(library: Library) -> None:

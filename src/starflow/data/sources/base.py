@@ -14,11 +14,14 @@ An image has one record at each step of its way, and none of them holds pixels:
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol
+
+from starflow.data.sources.captions import shown_name
 
 Split = Literal["train", "heldout"]
 
@@ -33,9 +36,8 @@ INDEX_FILE = "index.jsonl"
 HELDOUT_SHARE = 0.05
 """Share of a data set that is never trained on, where the data set itself does not say."""
 
-CAPTION_KEYS = ("caption", "text", "prompt")
-
-LABEL_KEYS = ("label", "class", "cls")
+HIDDEN_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
+"""Folders of systems' own that hold copies of pictures; so do those that begin with a dot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,11 @@ class SkippedImage:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class UnusedFile(SkippedImage):
+    """What lies in a source, is no image of it and was not used either; the reason is a noun phrase to be counted."""
+
+
 @dataclass(frozen=True)
 class ScannedImage:
     """One image that a scan of a source found.
@@ -78,6 +85,7 @@ class ScannedImage:
         size: (width, height) in pixels, upright, or None where the scan did not look.
         location: what `Source.read` needs to find it again.
         split: None leaves the choice to the hash of the name.
+        note: what of its description could not be read, or empty; see `Description.note`.
     """
 
     name: str
@@ -86,6 +94,11 @@ class ScannedImage:
     size: tuple[int, int] | None
     location: ImageLocation
     split: Split | None = None
+    note: str = ""
+
+
+Found = ScannedImage | SkippedImage
+"""What a scan yields; all of a source is in it once, as an image, skipped or unused."""
 
 
 class Source(Protocol):
@@ -96,8 +109,12 @@ class Source(Protocol):
         """Names of the shards, for messages; their order is fixed."""
         ...
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found]:
         """Yield the images of a shard in their order; with `sizes`, files that are no images are skipped by name."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Describe what lies there now, so that a later change can be noticed; empty where that cannot be told."""
         ...
 
     def read(self, location: ImageLocation) -> bytes:
@@ -122,23 +139,77 @@ def unit_hash(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
 
 
-def caption_and_label(fields: dict[str, Any]) -> tuple[str, str | None]:
-    """Find the caption and label in a JSON object or a table's row; a label alone is a caption too.
+def walk_files(folder: Path) -> tuple[list[str], list[UnusedFile]]:
+    """List the regular files below a folder by relative name, sorted, and what is left out with the reason.
 
-    >>> caption_and_label({"text": "a cat on a sofa", "cls": 3})
-    ('a cat on a sofa', '3')
-    >>> caption_and_label({"label": "polar_bear"})
-    ('polar bear', 'polar_bear')
+    Links to folders are followed, but no folder is read twice. Hidden files and those of hidden folders are left out.
     """
-    caption = next((fields[key] for key in CAPTION_KEYS if isinstance(fields.get(key), str)), None)
-    label = next((str(fields[key]) for key in LABEL_KEYS if fields.get(key) not in (None, "")), None)
-    return caption if caption is not None else (label or "").replace("_", " "), label
+    files: list[str] = []
+    left: list[UnusedFile] = []
+    seen: set[tuple[int, int]] = set()
+    real, linked = deque([("", False)]), deque[tuple[str, bool]]()
+    while real or linked:
+        prefix, hidden = (real or linked).popleft()  # links last: a folder is known by its own name first
+        path = os.path.join(folder, prefix)  # noqa: PTH118  (a million files)
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            if (status.st_dev, status.st_ino) in seen:
+                left.append(UnusedFile(shown_name(prefix), "folders that were read already by another name"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    covered = hidden or entry.name.startswith(".") or entry.name in HIDDEN_FOLDERS
+                    if entry.is_dir():
+                        (linked if entry.is_symlink() else real).append((f"{name}/", covered))
+                    elif covered:
+                        left.append(UnusedFile(shown_name(name), "hidden files"))
+                    elif entry.is_file():
+                        files.append(name)
+                    else:
+                        reason = "links to nothing" if entry.is_symlink() else "entries that are no regular files"
+                        left.append(UnusedFile(shown_name(name), reason))
+        except OSError as error:
+            left.append(UnusedFile(shown_name(prefix) or "./", f"folders that cannot be read ({error.strerror})"))
+    return sorted(files), sorted(left, key=lambda one: one.name)
 
 
-def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object; an empty dictionary where the bytes are none."""
-    try:
-        values = json.loads(data)
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
+def unused_by_ending(name: str) -> UnusedFile:
+    """Name a file that is left out because of its ending.
+
+    >>> unused_by_ending("a/b.HEIC")
+    UnusedFile(name='a/b.HEIC', reason='files ending in .heic')
+    """
+    suffix = PurePath(name).suffix.lower()
+    return UnusedFile(
+        shown_name(name), f"files ending in {shown_name(suffix)}" if suffix else "files without an ending"
+    )
+
+
+def shard_names(paths: Sequence[str]) -> list[str]:
+    """Short names of shards: the files' own, with their folders where two files have the same.
+
+    >>> shard_names(["set/a/0.tar", "set/b/0.tar"]), shard_names(["set/a/0.tar", "set/b/1.tar"])
+    (['a/0.tar', 'b/0.tar'], ['0.tar', '1.tar'])
+    """
+    parts = [path.split("/") for path in paths]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if max(Counter(names).values(), default=1) == 1:
+            break
+    return [shown_name(name) for name in names]
+
+
+def files_state(root: Path, images: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
+    """Describe files by number and digest: images by name and size, texts by the time of their last change too."""
+    digest = hashlib.sha256()
+    for names, timed in ((images, False), (texts, True)):
+        for name in names:
+            try:
+                status = os.stat(root / name)  # noqa: PTH116
+                facts = [status.st_size, status.st_mtime_ns if timed else 0]
+            except OSError:
+                facts = []
+            digest.update(f"{shown_name(name)}\0{facts}\0".encode())
+    return {"images": len(images), "texts": len(texts), "digest": digest.hexdigest()}

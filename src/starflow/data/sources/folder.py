@@ -1,5 +1,8 @@
 """Images in a folder: a prepared set with its index, or any folder of image files; ImageNet's folders as they come.
 
+A plain folder's captions come from a table in it or in the sub-folder where the image lies, or from files beside the
+image, or, where nothing else describes any image, from the names of the sub-folders, which are the classes then.
+
 Contract: an `ImageRecord` names one image file and never holds its pixels, so that a corrupt, truncated or missing file
 is told apart where it is opened (`starflow.data.images.open_image`). Records come in the index's order, or in the
 sorted order of relative names: never in the file system's.
@@ -11,32 +14,53 @@ images, classes are called by its names, otherwise by their ids.
 
 from __future__ import annotations
 
-import csv
 import json
+import os
+import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from starflow.data.images import IMAGE_SUFFIXES, ImageError, read_image_size
 from starflow.data.sources.base import (
     HELDOUT_SHARE,
     INDEX_FILE,
+    Found,
     ImageLocation,
     ImageRecord,
     ScannedImage,
     SkippedImage,
     Split,
+    UnusedFile,
+    files_state,
     unit_hash,
+    unused_by_ending,
+    walk_files,
 )
+from starflow.data.sources.captions import (
+    SIDECAR_SUFFIXES,
+    TABLE_NAMES,
+    Description,
+    TableRow,
+    caption_and_label,
+    has_description,
+    json_lines,
+    read_table,
+    shown_name,
+    sidecar_fields,
+)
+from starflow.data.sources.summary import SetSummary, describe_set
 from starflow.errors import UserError
 from starflow.io.files import write_text
 
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
-
 SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+
+NO_IMAGE = "captions that no image takes"
 
 FILES_PER_SHARD = 10_000
 """How many files count as one shard of a folder, which has no shards of its own."""
@@ -65,18 +89,18 @@ class FolderSource:
         return FolderSource, (str(self.folder),)
 
     @cached_property
-    def _records(self) -> list[ImageRecord]:
-        return read_folder(self.folder)
+    def _listing(self) -> FolderListing:
+        return list_folder(self.folder)
 
     @property
     def shards(self) -> list[str]:
         """See `Source.shards`."""
-        return [f"files from {start}" for start in range(0, len(self._records), FILES_PER_SHARD)]
+        return [f"files from {start}" for start in range(0, len(self._listing.records), FILES_PER_SHARD)]
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found]:
         """See `Source.scan`; only headers are read, and only for sizes."""
-        prepared = (self.folder / INDEX_FILE).is_file()
-        for record in self._records[shard * FILES_PER_SHARD : (shard + 1) * FILES_PER_SHARD]:
+        listing = self._listing
+        for record in listing.records[shard * FILES_PER_SHARD : (shard + 1) * FILES_PER_SHARD]:
             size = None
             if sizes:
                 try:
@@ -85,8 +109,18 @@ class FolderSource:
                     yield SkippedImage(record.name, error.reason)
                     continue
             location = (record.file.relative_to(self.folder).as_posix(),)
-            split = record.split if prepared else None
-            yield ScannedImage(record.name, record.caption, record.label, size, location, split)
+            split = record.split if listing.prepared else None
+            note = listing.notes.get(record.name, "")
+            yield ScannedImage(record.name, record.caption, record.label, size, location, split, note)
+        if shard == 0:
+            yield from listing.left
+
+    def state(self) -> dict[str, Any]:
+        """See `Source.state`."""
+        listing = self._listing
+        return files_state(
+            self.folder, [str(one.file.relative_to(self.folder)) for one in listing.records], listing.texts
+        )
 
     def read(self, location: ImageLocation) -> bytes:
         """See `Source.read`."""
@@ -103,24 +137,82 @@ class FolderSource:
         return synset_names(self.folder, labels)
 
 
-def read_folder(folder: Path) -> list[ImageRecord]:
-    """Read the records of a prepared set (`index.jsonl`) or of any folder of images.
+@dataclass
+class FolderListing:
+    """What lies in a folder: the records of its images, and all that is none of them."""
 
-    A plain folder's captions come, in this order, from captions/metadata .jsonl/.csv at its top (keys
-    `file` or `file_name`, `caption` or `text`, optionally `label`), from a .txt beside the image, or
-    from the sub-folder's name, which is then the class label as well. 5 % are held out by the hash of the
-    relative name.
+    records: list[ImageRecord]
+    prepared: bool = False
+    """Whether `index.jsonl` lists the images, with their split."""
+    left: list[SkippedImage] = field(default_factory=list)
+    """Images that cannot be used, and files and rows that are not used."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """By an image's name, what of its description could not be read."""
+    texts: list[str] = field(default_factory=list)
+    """Relative names of the files that captions and labels come from."""
+
+    def summary(self) -> list[str]:
+        """Say what the folder came to, as `describe_set` does."""
+        counts = SetSummary()
+        for record in self.records:
+            note = self.notes.get(record.name, "")
+            counts.add({"name": record.name, "caption": record.caption, "label": record.label, "note": note})
+        for one in self.left:
+            counts.add({"unused" if isinstance(one, UnusedFile) else "skipped": one.name, "reason": one.reason})
+        heldout = sum(record.split == "heldout" for record in self.records)
+        return describe_set({**counts.to_json(), "heldout": heldout})
+
+
+def list_folder(folder: Path) -> FolderListing:
+    """List a prepared set (`index.jsonl`) or any folder of images, with all that is left out.
+
+    A plain folder's captions come from captions/metadata .jsonl/.csv, in the folder or in sub-folders (keys `file` or
+    `file_name`, relative to the table's folder, and those of `caption_and_label`); from .txt, .caption, .cls or .json
+    beside the image; or, where no image has any of these, from the sub-folder's name, which is then the class label as
+    well. 5 % are held out by the hash of the relative name.
 
     Raises:
-        UserError: no such folder, no images in it, or a malformed index or captions file.
+        UserError: no such folder, no images in it, a malformed index or table, or tables that name no image of it.
     """
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "missing"
         raise UserError(f"{folder} is {kind}, expected a folder of pictures: name another or run prepare-data first")
-    records = _read_index(folder) if (folder / INDEX_FILE).is_file() else _read_images(folder)
-    if not records:
-        raise UserError(f"{folder} holds no pictures, expected one or more ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return records
+    names, left = walk_files(folder)
+    listing = _list_prepared(folder, names) if INDEX_FILE in names else _list_plain(folder, names)
+    listing.left += left
+    if not listing.records:
+        endings = Counter(PurePath(name).suffix.lower() or "no ending" for name in names)
+        holds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4)) or "no files"
+        raise UserError(
+            f"{folder} holds no pictures ({shown_name(holds)}), expected one or more "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}); for .tar or .parquet files set data.source"
+        )
+    return listing
+
+
+def read_folder(folder: Path, notify: Callable[[str], None] | None = None) -> list[ImageRecord]:
+    """Read the records of a folder's images, as `list_folder` finds them; ImageNet's classes are called by their names.
+
+    Args:
+        folder: of the images.
+        notify: is told what the folder came to, a line at a time.
+
+    Raises:
+        UserError: see `list_folder`.
+    """
+    listing = list_folder(folder)
+    if notify is not None:
+        for line in listing.summary():
+            notify(line)
+    names = synset_names(folder, {record.label for record in listing.records if record.label is not None})
+    if not names:
+        return listing.records
+    return [
+        replace(one, label=names[one.label], caption=names[one.label] if one.caption == one.label else one.caption)
+        if one.label in names
+        else one
+        for one in listing.records
+    ]
 
 
 def write_index(folder: Path, records: Iterable[ImageRecord]) -> None:
@@ -146,7 +238,7 @@ def synset_names(folder: Path, labels: Iterable[str]) -> dict[str, str]:
     found = next((near / name for near in folders for name in SYNSET_FILES if (near / name).is_file()), None)
     if found is None:
         return {}
-    lines = found.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = found.read_text(encoding="utf-8", errors="replace").split("\n")
     listed = {match[1]: match[2].strip() for line in lines if (match := _SYNSET_LINE.fullmatch(line.strip()))}
     words = {synset: listed.get(synset, synset) for synset in synsets}
     first = {synset: text.split(",")[0].strip() for synset, text in words.items()}
@@ -183,91 +275,141 @@ def _to_line(folder: Path, record: ImageRecord) -> dict[str, Any]:
     }
 
 
-def _read_index(folder: Path) -> list[ImageRecord]:
+def _list_prepared(folder: Path, names: Sequence[str]) -> FolderListing:
     records = []
-    for number, line in _json_lines(folder / INDEX_FILE):
+    for number, line in json_lines(folder / INDEX_FILE):
         where = f"{folder / INDEX_FILE}, line {number}"
         try:
-            record = ImageRecord(
-                file=folder / line["file"],
-                caption=line["caption"],
-                label=line["label"],
-                split=line["split"],
-                name=line["name"],
-                meta=line["meta"],
-            )
+            file, caption, label = line["file"], line["caption"], line["label"]
+            texts = (file, caption, line["name"], "" if label is None else label)
+            record = ImageRecord(folder / str(file), caption, label, line["split"], line["name"], line["meta"])
         except KeyError as error:
             raise UserError(f"{where}: the key {error} is missing; prepare the set again") from None
+        if not all(isinstance(text, str) for text in texts) or not isinstance(record.meta, dict):
+            raise UserError(f"{where}: a value is of the wrong type, expected texts; prepare the set again")
+        if not record.file.is_relative_to(folder) or ".." in record.file.parts[len(folder.parts) :]:
+            raise UserError(f"{where}: {file} lies outside of the folder; prepare the set again")
         if record.split not in ("train", "heldout"):
             raise UserError(f"{where}: split is {record.split!r}, expected 'train' or 'heldout'")
         records.append(record)
-    return records
+    listed = {str(record.file.relative_to(folder)) for record in records}
+    unlisted = [name for name in names if PurePath(name).suffix.lower() in IMAGE_SUFFIXES and name not in listed]
+    left: list[SkippedImage] = [UnusedFile(shown_name(name), f"images not in {INDEX_FILE}") for name in unlisted]
+    return FolderListing(records, True, left, texts=[INDEX_FILE])
 
 
-def _read_images(folder: Path) -> list[ImageRecord]:
-    rows = _read_captions(folder)
-    found = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    }
-    # A listed image that is missing stays in: opening it reports it by name.
-    return [_image_record(folder, name, rows.get(name)) for name in sorted(found | rows.keys())]
+def _list_plain(folder: Path, names: Sequence[str]) -> FolderListing:
+    listing = FolderListing([])
+    tables, others = _split_tables(names)
+    images = [name for name in names if PurePath(name).suffix.lower() in IMAGE_SUFFIXES]
+    rows = _match_rows(folder, names, tables, listing)
+    images = sorted({*images, *rows})  # a row may name a file of any ending
+    described = {name: caption_and_label(row.fields) for name, row in rows.items()}
+    beside = _sidecars(names, [name for name in images if name not in rows])
+    described |= {name: found for name, files in beside.items() if (found := _read_sidecars(folder, files))}
+    used = {*tables, *images, *(name for found in beside.values() for name in found.values())}
+    told = bool(rows) or any(one.caption or one.label is not None for one in described.values())
+    for name in images:
+        parent = PurePosixPath(name).parent.name
+        fallback = {} if told or not parent else {"label": parent}
+        caption, label, note = described.get(name) or caption_and_label(fallback)
+        shown = shown_name(name)
+        split: Split = "heldout" if unit_hash(shown) < HELDOUT_SHARE else "train"
+        listing.records.append(ImageRecord(folder / name, caption, label, split, shown))
+        if note:
+            listing.notes[shown] = note
+    listing.texts = sorted(used.difference(images))
+    listing.left += [UnusedFile(shown_name(name), f"tables beside another table ({name})") for name in others]
+    for name in names:
+        if name in used or name in others or name in SYNSET_FILES:
+            continue
+        is_text = PurePath(name).suffix.lower() in SIDECAR_SUFFIXES[:3]
+        listing.left.append(UnusedFile(shown_name(name), NO_IMAGE) if is_text else unused_by_ending(name))
+    return listing
 
 
-def _image_record(folder: Path, name: str, row: dict[str, str] | None) -> ImageRecord:
-    file = folder / name
-    beside = file.with_suffix(".txt")
-    label = None
-    if row is not None:
-        caption, label = row["caption"], row.get("label")
-    elif beside.is_file():
-        caption = " ".join(_read_text(beside).split())
-    else:
-        label = file.parent.name if file.parent != folder else None
-        caption = (label or "").replace("_", " ")
-    split: Split = "heldout" if unit_hash(name) < HELDOUT_SHARE else "train"
-    return ImageRecord(file=file, caption=caption, label=label, split=split, name=name)
+def _split_tables(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The tables that are read, one a folder, and the others."""
+    tables: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        place, base = posixpath.split(name)
+        if base.lower() in TABLE_NAMES:
+            tables[place].append(name)
+    ranked = [sorted(some, key=lambda name: TABLE_NAMES.index(Path(name).name.lower())) for some in tables.values()]
+    return [some[0] for some in ranked], [name for some in ranked for name in some[1:]]
 
 
-def _read_captions(folder: Path) -> dict[str, dict[str, str]]:
-    path = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if path is None:
-        return {}
-    rows = {}
-    for number, line in _json_lines(path) if path.suffix == ".jsonl" else _csv_lines(path):
-        file = line.get("file") or line.get("file_name")
-        caption = line.get("caption", line.get("text"))
-        if not isinstance(file, str) or not isinstance(caption, str):
-            keys = ", ".join(map(str, line)) or "none"
-            wanted = "'file' (or 'file_name') and 'caption' (or 'text'), both text"
-            raise UserError(f"{path}, line {number}: the keys are {keys}; expected {wanted}")
-        label = line.get("label")
-        rows[Path(file).as_posix()] = {"caption": caption} | ({} if label in (None, "") else {"label": str(label)})
+def _match_rows(
+    folder: Path, names: Sequence[str], tables: Sequence[str], listing: FolderListing
+) -> dict[str, TableRow]:
+    """The row of each file that a table names; rows that name none, or one again, are left.
+
+    Raises:
+        UserError: there are rows, and none of them names a file.
+    """
+    find = _NameFinder(folder, set(names).difference(tables))
+    rows: dict[str, TableRow] = {}
+    count = 0
+    for table in tables:
+        for row in read_table(folder / table):
+            count += 1
+            name = find(posixpath.dirname(table), row.file)
+            if name is None:
+                listing.left.append(UnusedFile(shown_name(row.file), NO_IMAGE))
+            elif name in rows:
+                listing.left.append(UnusedFile(shown_name(row.file), "further captions of an image: the first is read"))
+            else:
+                rows[name] = row
+    if count and not rows:
+        raise UserError(
+            f"none of the {count} rows of {folder / tables[0]} names a file that is there (the first: "
+            f"'{listing.left[0].name}'): names are relative to the table's folder"
+        )
     return rows
 
 
-def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, text in enumerate(_read_text(path).splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}): one object a line is expected") from None
-        if not isinstance(line, dict):
-            raise UserError(f"{path}, line {number} holds a {type(line).__name__}, expected an object")
-        yield number, line
+class _NameFinder:
+    """Finds the file that a table means: relative or absolute, in any form of Unicode, with slashes of either kind."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.names = set(names)
+        self.roots = {f"{os.path.abspath(folder)}/", f"{os.path.realpath(folder)}/"}  # noqa: PTH100
+        self.forms: dict[str, str] = {}
+        for name in self.names:
+            form = unicodedata.normalize("NFC", name)
+            self.forms[form] = "" if form in self.forms else name  # of two in two forms, neither is meant for sure
+
+    def __call__(self, place: str, file: str) -> str | None:
+        for text in (file, file.replace("\\", "/")):
+            inside = next((text[len(root) :] for root in self.roots if text.startswith(root)), None)
+            for start in ("",) if inside is not None else (place, ""):
+                name = posixpath.normpath(posixpath.join(start, text if inside is None else inside))
+                found = name if name in self.names else self.forms.get(unicodedata.normalize("NFC", name))
+                if found:
+                    return found
+        return None
 
 
-def _csv_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_read_text(path).splitlines())
-    for line in reader:
-        yield reader.line_num, line
+def _sidecars(names: Sequence[str], images: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Of each image that has any, the files beside it that describe it, by their endings in lower case."""
+    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        stem, suffix = posixpath.splitext(name)
+        if suffix.lower() in SIDECAR_SUFFIXES:
+            by_stem[stem].setdefault(suffix.lower(), name)
+    for found in by_stem.values():
+        if ".txt" in found:
+            found.pop(".caption", None)  # one caption alone is read
+    return {name: by_stem[stem] for name in images if (stem := posixpath.splitext(name)[0]) in by_stem}
 
 
-def _read_text(path: Path) -> str:
+def _read_sidecars(folder: Path, files: dict[str, str]) -> Description | None:
+    """What the files beside an image say of it; None where they say nothing of captions or labels."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as text: {error}") from None
+        fields, note = sidecar_fields({suffix: (folder / name).read_bytes() for suffix, name in files.items()})
+    except OSError as error:
+        return Description("", None, f"images whose caption cannot be read ({error.strerror})")
+    if not has_description(fields):
+        return Description("", None, note) if note else None
+    caption, label, other = caption_and_label(fields)
+    return Description(caption, label, note or other)

@@ -1,9 +1,10 @@
 """Tar shards of images in WebDataset's layout, in a folder or by URL (http and https).
 
-A sample is a run of members of one name up to its first dot: `0001.jpg`, and beside it `0001.txt` (a caption),
-`0001.cls` (a class) or `0001.json` (keys caption, text or prompt; label, class or cls). Every shard is read once from
-end to end, to note where its images lie; after that an image is a range of bytes of a file or of a URL. Other
-members are left alone: nothing is unpickled or run, and `pipe:` is refused.
+A sample is the members of one name up to its first dot, wherever they stand in a shard: `0001.jpg`, and with it
+`0001.txt` (a caption), `0001.cls` (a class) or `0001.json` (see `caption_and_label`). `0001.depth.png` beside
+`0001.jpg` is another field of the sample and no image of the set; where a sample has only such images, each of them is
+one. Every shard is read once from end to end, to note where its images lie; after that an image is a range of bytes of
+a file or of a URL. Other members are counted and left alone: nothing is unpickled or run, and `pipe:` is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import glob
 import re
 import tarfile
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,19 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from starflow.data.images import IMAGE_SUFFIXES, ImageError, read_image_size
-from starflow.data.sources.base import ImageLocation, ScannedImage, SkippedImage, caption_and_label, parse_json_object
+from starflow.data.sources.base import (
+    HIDDEN_FOLDERS,
+    Found,
+    ImageLocation,
+    ScannedImage,
+    SkippedImage,
+    UnusedFile,
+    files_state,
+    shard_names,
+    unused_by_ending,
+    walk_files,
+)
+from starflow.data.sources.captions import SIDECAR_SUFFIXES, caption_and_label, shown_name, sidecar_fields
 from starflow.errors import UserError
 
 TIMEOUT_SECONDS = 60.0
@@ -113,7 +125,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
     raise failure
 
 
-_READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+PACKED_SUFFIXES = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 
 
 class TarSource:
@@ -128,7 +140,7 @@ class TarSource:
         self.path = path
         if not self.shards:
             raise UserError(f"no .tar files at '{path}': set data.path to a folder, a pattern or a URL of tar shards")
-        packed = [shard for shard in self.shards if shard.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz"))]
+        packed = [shard for shard in self.shards if shard.lower().endswith(PACKED_SUFFIXES)]
         if packed:
             raise UserError(f"{packed[0]} is compressed, so that no picture can be found in it: unpack it to a .tar")
 
@@ -142,19 +154,42 @@ class TarSource:
             return expand_ranges(self.path)
         folder = Path(self.path).expanduser()
         if folder.is_dir():
-            return [str(path) for path in sorted(folder.rglob("*.tar"))]
+            return [str(folder / name) for name in self._listing[0]]
         return [name for one in expand_ranges(str(folder)) for name in sorted(glob.glob(one))]  # noqa: PTH207  (absolute too)
 
-    def scan(self, shard: int, *, sizes: bool) -> Iterator[ScannedImage | SkippedImage]:
+    @cached_property
+    def _listing(self) -> tuple[list[str], list[UnusedFile]]:
+        """The shards of a folder, compressed ones too, and its other files."""
+        if is_url(self.path) or not (folder := Path(self.path).expanduser()).is_dir():
+            return [], []
+        names, left = walk_files(folder)
+        shards = [name for name in names if re.search(r"\.(tar(\.\w+)?|tgz)$", name, re.IGNORECASE)]
+        return shards, [*left, *map(unused_by_ending, sorted(set(names).difference(shards)))]
+
+    @cached_property
+    def _short(self) -> list[str]:
+        return shard_names(self.shards)
+
+    def scan(self, shard: int, *, sizes: bool) -> Iterator[Found]:
         """See `Source.scan`. A shard that is cut short gives the images before the cut, and is named."""
-        name = self.shards[shard]
-        short = PurePosixPath(name).name
+        name, short = self.shards[shard], self._short[shard]
+        found = _Shard(shard, short, sizes=sizes)
+        failure = ""
         try:
             with open_url(name) if is_url(name) else Path(name).open("rb") as stream:
-                for sample in _samples(_CheckedStream(stream)):
-                    yield sample.to_image(shard, short, sizes=sizes)
-        except _READ_ERRORS as error:
-            yield SkippedImage(short, " ".join(str(error).split()) or type(error).__name__)
+                found.read(_CheckedStream(stream))
+        except Exception as error:  # noqa: BLE001  (damaged headers raise errors of any class)
+            failure = " ".join(str(error).split())[:200] or type(error).__name__
+        yield from found.images(cut=bool(failure))
+        if failure:
+            yield SkippedImage(short, failure)
+        yield from found.left
+        if shard == 0:
+            yield from self._listing[1]
+
+    def state(self) -> dict[str, Any]:
+        """See `Source.state`; of URLs nothing is asked."""
+        return {} if is_url(self.path) else files_state(Path(), [], self.shards)
 
     def read(self, location: ImageLocation) -> bytes:
         """See `Source.read`."""
@@ -195,55 +230,133 @@ class _CheckedStream:
             raise tarfile.ReadError("unexpected end of data")
 
 
-@dataclass
+@dataclass(slots=True)
+class _Member:
+    """An image among the members of a sample, without its bytes."""
+
+    words: str
+    """What its name has between the sample's name and the ending: "depth" of 1.depth.png, "" of 1.png."""
+    suffix: str
+    offset: int
+    bytes: int
+    size: tuple[int, int] | None
+    reason: str
+    """Why it is no image, or empty."""
+
+
+@dataclass(slots=True)
 class _Sample:
-    """One image with its caption and label: a run of members of one name."""
+    """Members of one name up to its first dot: images, and the texts that describe them by their words and endings."""
 
     key: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    image: bytes | None = None
-    offset: int = 0
+    images: list[_Member] = field(default_factory=list)
+    texts: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
-    def add(self, suffix: str, data: bytes, offset: int) -> None:
-        if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-            if self.image is None:
-                self.image, self.offset = data, offset
-        elif suffix == "txt":
-            self.fields["caption"] = " ".join(data.decode("utf-8", "replace").split())
-        elif suffix == "cls":
-            self.fields["label"] = data.decode("utf-8", "replace").strip()
-        elif suffix == "json":
-            self.fields = {**parse_json_object(data), **self.fields}
+    def has(self, words: str, suffix: str) -> bool:
+        return (words, suffix) in self.texts or any((one.words, one.suffix) == (words, suffix) for one in self.images)
 
-    def to_image(self, shard: int, short: str, *, sizes: bool) -> ScannedImage | SkippedImage:
-        name = f"{short}/{self.key}"
-        if self.image is None:
-            return SkippedImage(name, "the sample holds no picture")
-        try:
-            size = read_image_size(self.image, name) if sizes else None
-        except ImageError as error:
-            return SkippedImage(name, error.reason)
-        caption, label = caption_and_label(self.fields)
-        return ScannedImage(name, caption, label, size, (shard, self.offset, len(self.image)))
+    def member(self, words: str, suffix: str) -> str:
+        """The name of a member."""
+        return f"{self.key}.{words}{suffix}" if words else f"{self.key}{suffix}"
+
+    def chosen(self) -> list[_Member]:
+        """The images of the set among those of the sample."""
+        plain = [one for one in self.images if not one.words][:1]
+        described = {words for words, _ in self.texts if words}
+        return [one for one in self.images if one in plain or one.words in described] if plain else self.images
 
 
-def _samples(stream: _CheckedStream) -> Iterator[_Sample]:
-    """Read the samples of a shard in its order, each once; of a shard that is cut short not the one at the cut."""
-    sample: _Sample | None = None
-    archive_stream: Any = stream
-    with tarfile.open(fileobj=archive_stream, mode="r|") as archive:
-        for member in archive:
-            path = PurePosixPath(member.name)
-            stem, dot, suffix = path.name.partition(".")
-            content = archive.extractfile(member) if member.isreg() and dot and stem else None
-            if content is None:
-                continue
-            key = (path.parent / stem).as_posix()
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(key)
-            sample.add(suffix.lower(), content.read(), member.offset_data)
-    stream.check()
-    if sample is not None:
-        yield sample
+class _Shard:
+    """What one pass over a shard finds."""
+
+    def __init__(self, number: int, short: str, *, sizes: bool) -> None:
+        self.number, self.short, self.sizes = number, short, sizes
+        self.samples: dict[str, list[_Sample]] = {}
+        self.left: list[Found] = []
+        self.last: _Sample | None = None
+
+    def read(self, stream: _CheckedStream) -> None:
+        """Read all members; whatever damaged headers raise ends it."""
+        archive_stream: Any = stream
+        with tarfile.open(fileobj=archive_stream, mode="r|") as archive:
+            for member in archive:
+                if not member.isdir():
+                    self._take(archive, member)
+        stream.check()
+
+    def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        path = PurePosixPath(member.name)
+        stem, dot, ending = path.name.partition(".")
+        words, _, last = ending.rpartition(".")
+        suffix = f".{last.lower()}"
+        if any(part.startswith(".") or part in HIDDEN_FOLDERS for part in path.parts if part not in (".", "..")):
+            self._leave(member.name, "hidden files")
+        elif not dot or (suffix not in IMAGE_SUFFIXES and suffix not in SIDECAR_SUFFIXES):
+            self.left.append(unused_by_ending(f"{self.short}/{member.name}"))
+        elif not member.isreg() or member.issparse():
+            self.left.append(SkippedImage(self._shown(member.name), "a link or sparse member of the archive"))
+        else:
+            content = archive.extractfile(member)
+            assert content is not None
+            sample = self.last = self._sample((path.parent / stem).as_posix(), words, suffix)
+            data = content.read()
+            if suffix in SIDECAR_SUFFIXES:
+                sample.texts[words, suffix] = data
+            else:
+                sample.images.append(self._image(words, suffix, data, member.offset_data))
+
+    def _sample(self, key: str, words: str, suffix: str) -> _Sample:
+        """The first sample of that name that has no such member yet: a name that comes again is another sample."""
+        several = self.samples.setdefault(key, [])
+        sample = next((one for one in several if not one.has(words, suffix)), None)
+        if sample is None:
+            sample = _Sample(key if not several else f"{key} ({len(several) + 1})")
+            several.append(sample)
+        return sample
+
+    def _image(self, words: str, suffix: str, data: bytes, offset: int) -> _Member:
+        size, reason = None, ""
+        if self.sizes:
+            try:
+                size = read_image_size(data, self.short)
+            except ImageError as error:
+                reason = error.reason
+        return _Member(words, suffix, offset, len(data), size, reason)
+
+    def images(self, *, cut: bool) -> Iterator[Found]:
+        """The samples' images; of a shard that is cut short the last sample may lack a part, and is skipped."""
+        for sample in (one for several in self.samples.values() for one in several):
+            chosen = sample.chosen()
+            taken: set[tuple[str, str]] = set()
+            for image in chosen:
+                name = sample.key if not image.words or len(chosen) == 1 else f"{sample.key}.{image.words}"
+                if cut and sample is self.last:
+                    yield SkippedImage(self._shown(name), "its shard is cut short here")
+                elif image.reason:
+                    yield SkippedImage(self._shown(name), image.reason)
+                else:
+                    yield self._describe(sample, image, self._shown(name), taken)
+            for image in sample.images:
+                if image not in chosen:
+                    self._leave(sample.member(image.words, image.suffix), "further images of a sample")
+            for words, suffix in sample.texts:
+                if chosen and (words, suffix) not in taken and not (cut and sample is self.last):
+                    self._leave(sample.member(words, suffix), "captions that no image takes")
+            if not chosen:
+                yield SkippedImage(self._shown(sample.key), "the sample holds no picture")
+
+    def _describe(self, sample: _Sample, image: _Member, name: str, taken: set[tuple[str, str]]) -> ScannedImage:
+        """An image with its own texts, or else with those of the sample."""
+        own = image.words if any(words == image.words for words, _ in sample.texts) else ""
+        texts = {suffix: data for (words, suffix), data in sample.texts.items() if words == own}
+        taken.update((own, suffix) for suffix in texts)
+        fields, note = sidecar_fields(texts)
+        caption, label, other = caption_and_label(fields)
+        location = (self.number, image.offset, image.bytes)
+        return ScannedImage(name, caption, label, image.size, location, note=note or other)
+
+    def _leave(self, name: str, reason: str) -> None:
+        self.left.append(UnusedFile(self._shown(name), reason))
+
+    def _shown(self, name: str) -> str:
+        return f"{self.short}/{shown_name(name)}"

@@ -205,6 +205,7 @@ def _finish(
             split = "heldout" if entry.heldout else "train"
             entries.append(LatentEntry(entry.name, entry.caption, split, condition, entry.bucket))
             places.append((n, row))
+    job.dataset.add_skipped(skipped.items())
     for name, reason in skipped.items():
         notify(f"skipped {name}: {reason}")
     if not entries:

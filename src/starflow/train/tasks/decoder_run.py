@@ -171,7 +171,7 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> Trai
     path = folder / "views.safetensors"
     if not path.is_file():
         config = ViewConfig(size=settings.size, views=settings.views)
-        records = read_folder(Path(settings.data).expanduser())
+        records = read_folder(Path(settings.data).expanduser(), tqdm.write)
         chosen = [*_of_split(records, "train", settings.pictures), *_of_split(records, "heldout", settings.report)]
         views, skipped = make_views(chosen, config, progress=show_progress, workers=2)
         for one in skipped:

@@ -1,0 +1,1 @@
+"""Pictures that are already there: inpainting, editing, variations and interpolation by the exact density."""

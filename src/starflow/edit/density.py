@@ -1,0 +1,228 @@
+"""The density that an edited picture is drawn from: the flow's own, guided and tempered, exactly as its sampler draws.
+
+Guidance turns the Gaussian N(mu, sigma^2) of every token, given the tokens before it, into N(mu_w, sigma_w^2), and a
+temperature t turns that into N(mu_w, t^2 sigma_w^2). The result is an autoregressive flow again, with its own noise
+z = (x - mu_w) / (t sigma_w) in every guided block, so that its density has a closed form,
+
+    log p_wt(x) = log N(z; 0, I) - sum over blocks and tokens of log sigma_w - D log t,
+
+and one parallel pass of both branches evaluates it: the tokens so far are given. At guidance 0 and temperature 1 it is
+`flow.log_prob` (STARFlow, arXiv 2506.06276, eq. 3 to 5 and section 3.5).
+
+Shapes: B rows, C x H x W latents, N tokens, D token channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from starflow.flow import affine
+from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.model import Flow
+from starflow.flow.offload import run_offloaded
+from starflow.flow.tokens import Grid, in_order, patchify
+from starflow.sampling import guidance as rules
+from starflow.sampling.guidance import Guidance
+from starflow.sampling.policy import SampleSettings
+from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult
+from starflow.sampling.sampler import branch_conditions, run, solve_blocks
+from starflow.sampling.sequential import solve_sequential
+
+
+class Density(Protocol):
+    """A density with an invertible map to standard normal noise; all that most chains need to know."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data (B, C, H, W) to noise z of that shape, and log |det dz/dx| (B,) in nats."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data, the inverse of `encode`."""
+        ...
+
+
+def log_density(density: Density, x: Tensor) -> Tensor:
+    """log p(x) of each row in nats, (B,)."""
+    z, logdet = density.encode(x)
+    return affine.log_normal(z) + logdet
+
+
+class Halfway(NamedTuple):
+    """A pass from data to noise that stops before the last block, the one next to the noise."""
+
+    u_BND: Tensor
+    """The last block's input, in raster order."""
+    z_BND: Tensor
+    """Its output, the noise, in raster order."""
+    nats_BN: Tensor
+    """log p(u_n | u_<n) of each token under the last block, in raster order."""
+    logdet: Tensor
+    """log |det du/dx| of the blocks before the last, (B,)."""
+
+
+@dataclass(frozen=True)
+class GuidedFlow:
+    """The density of one condition, which any number of rows share.
+
+    Args:
+        flow: STARFlow or TarFlow.
+        condition: one row, as `flow` takes it, or None.
+        null_condition: one row, what "no condition" is; needed where the guidance is above 0 and the flow has none.
+        guidance: weight w >= 0 of the gaussian rule.
+        temperature: t > 0, the factor on the noise.
+    """
+
+    flow: Flow
+    condition: Tensor | None = None
+    null_condition: Tensor | None = None
+    guidance: float = 0.0
+    temperature: float = 1.0
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data (B, C, H, W) to this density's noise, and log |det dz/dx| (B,) in nats; gradients reach x."""
+        tokens_BND, grid = self.flow.to_tokens(x)
+        logdet = tokens_BND.new_zeros(len(x))
+        for number, block in enumerate(self.flow.iter_blocks()):
+            tokens_BND, log_sigma = self._forward(number, block, tokens_BND, grid)
+            logdet = logdet - log_sigma.sum((1, 2))
+        prior_ND = self.flow.prior_log_std()
+        if prior_ND is not None:
+            tokens_BND, logdet = tokens_BND * torch.exp(-prior_ND), logdet - prior_ND.sum()
+        z = self.flow.from_tokens(tokens_BND, grid) / self.temperature
+        return z, logdet - z[0].numel() * math.log(self.temperature)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise (B, C, H, W) to data token by token: a draw, where z is standard normal."""
+        given, null = self._rows(len(z))
+        settings = SampleSettings(self.guidance, "sequential")
+        return run(self.flow, self.temperature * z, given, null, settings).x
+
+    @torch.no_grad()
+    def halfway(self, x: Tensor) -> Halfway:
+        """What the last block makes of x, token by token."""
+        u_BND, grid = self.flow.to_tokens(x)
+        logdet = u_BND.new_zeros(len(x))
+        *first, last = enumerate(self.flow.iter_blocks())
+        for number, block in first:
+            u_BND, log_sigma = self._forward(number, block, u_BND, grid)
+            logdet = logdet - log_sigma.sum((1, 2))
+        z_BND, log_sigma = self._forward(*last, u_BND, grid)
+        scale = self._last_log_scale(u_BND)
+        log_scale = in_order(log_sigma, backwards=last[1].spec.backwards) + scale
+        z_BND = z_BND * torch.exp(-scale)
+        nats = -0.5 * z_BND.square() - log_scale - 0.5 * math.log(2 * math.pi)
+        return Halfway(u_BND, z_BND, nats.sum(-1), logdet)
+
+    @torch.no_grad()
+    def redraw(self, u_BND: Tensor, z_BND: Tensor, hole_N: Tensor, grid: Grid) -> Tensor:
+        """Draw the last block's tokens in the hole from their noise, each given all tokens before it, known or drawn.
+
+        Args:
+            u_BND: the last block's input in raster order, of which the tokens outside the hole are kept.
+            z_BND: noise, of which that of the hole's tokens is used.
+            hole_N: whether a token is drawn, in raster order.
+            grid: rows and columns of tokens.
+
+        Returns:
+            Data (B, C, H, W): the new tokens taken through the other blocks.
+        """
+        given, null = self._rows(len(u_BND))
+        noise = self.temperature * self.flow.from_tokens(z_BND, grid)
+
+        def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+            if number < len(self.flow.blocks) - 1:
+                return solve_sequential(predictor, noise_BNC, SolverOptions(), lambda _: None)
+            backwards = predictor.block.spec.backwards
+            own_u, hole_1N1 = (in_order(one, backwards=backwards) for one in (u_BND, hole_N[None, :, None]))
+            return _redraw_block(predictor, own_u, noise_BNC, hole_1N1.flatten().tolist())
+
+        settings = SampleSettings(self.guidance, "sequential")
+        return solve_blocks(self.flow, noise, given, null, settings, solve_block).x
+
+    def grid_of(self, x: Tensor) -> Grid:
+        """Rows and columns of tokens of x (B, C, H, W)."""
+        return self.flow.to_tokens(x[:1])[1]
+
+    def tokens_of(self, hole: Tensor) -> Tensor:
+        """(1, 1, H, W) of latents to (N,) of tokens: those that hold any latent of the hole."""
+        return patchify(hole.float(), self.flow.config.patch_size)[0].amax(-1) > 0
+
+    def _rows(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        def expand(one: Tensor | None) -> Tensor | None:
+            return None if one is None else one.expand(batch, *one.shape[1:])
+
+        return expand(self.condition), expand(self.null_condition) if self.guidance else None
+
+    def _guidance(self, like: Tensor) -> Guidance | None:
+        return SampleSettings(self.guidance).guidance_for(like)
+
+    def _conditions(self, like: Tensor) -> list[Tensor | None]:
+        given, null = self._rows(len(like))
+        return branch_conditions(self.flow, given, null, len(like), self._guidance(like))
+
+    def _last_log_scale(self, like: Tensor) -> Tensor:
+        """log of what standard normal noise is multiplied by before the last block: temperature and prior."""
+        prior_ND = self.flow.prior_log_std()
+        scale = like.new_tensor(math.log(self.temperature))
+        return scale if prior_ND is None else prior_ND + scale
+
+    def _forward(self, number: int, block: AutoregressiveBlock, x_BND: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """One block from data to noise: z in raster order and log sigma in the block's own, both guided."""
+        rotary = self.flow.block_rotary(block, self.flow.rotary(grid))
+        guidance = self._guidance(x_BND) if self.flow.guided_blocks[number] else None
+        conditions = self._conditions(x_BND)
+        if guidance is None:
+            return self._pass(block, x_BND, conditions[0], rotary)
+        x_2BND = torch.cat((x_BND, x_BND))
+        both = None if conditions[0] is None else torch.cat([one for one in conditions if one is not None])
+        z_2BND, log_sigma = self._pass(block, x_2BND, both, rotary)
+        backwards = block.spec.backwards
+        x_2BNC, z_2BNC = in_order(x_2BND, backwards=backwards), in_order(z_2BND, backwards=backwards)
+        (mu_c, mu_u), (log_c, log_u) = (x_2BNC - log_sigma.exp() * z_2BNC).chunk(2), log_sigma.chunk(2)
+        weight = guidance.weights(0, x_BND.shape[1], x_BND.shape[1])
+        mu, log_sigma = rules.gaussian(mu_c, log_c, mu_u, log_u, weight)
+        z_BNC = affine.forward(in_order(x_BND, backwards=backwards), mu, log_sigma)
+        return in_order(z_BNC, backwards=backwards), log_sigma
+
+    def _pass(
+        self, block: AutoregressiveBlock, x_BND: Tensor, condition: Tensor | None, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        given = (x_BND, condition, rotary)
+        passed: tuple[Tensor, Tensor]
+        passed = (
+            block(*given)
+            if self.flow.offloaded_to is None
+            else run_offloaded(block, self.flow.weights_on_device, *given)
+        )
+        return passed
+
+
+def _redraw_block(predictor: Predictor, u_BNC: Tensor, noise_BNC: Tensor, hole: list[bool]) -> SolverResult:
+    """The tokens of a block, in its own order: those in the hole from their noise, the others as they are in u."""
+    x_BNC = u_BNC.clone()
+    predictor.prefill()
+    if predictor.first and hole[0]:
+        x_BNC[:, :1] = noise_BNC[:, :1]  # without a start token the first one is the noise itself
+    for start, stop in _runs(hole, predictor.first):
+        mu, log_sigma = predictor.predict(predictor.inputs(x_BNC, start, stop), start)
+        if hole[start]:
+            x_BNC[:, start:stop] = affine.inverse(noise_BNC[:, start:stop], mu, log_sigma)
+    return SolverResult(x_BNC, predictor.tokens - predictor.first, x_BNC.new_zeros(len(x_BNC)))
+
+
+def _runs(hole: list[bool], first: int) -> Iterator[tuple[int, int]]:
+    """Tokens first, .. in spans that one pass predicts: a run of known ones, or a single one of the hole."""
+    start = first
+    while start < len(hole):
+        stop = start + 1
+        while not hole[start] and stop < len(hole) and not hole[stop]:
+            stop += 1
+        yield start, stop
+        start = stop
