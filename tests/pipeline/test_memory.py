@@ -43,11 +43,13 @@ def test_what_is_free_is_the_lesser_of_system_and_group(tmp_path: Path, monkeypa
     assert free_bytes(cpu) == 2_000_000
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "nowhere")
     assert free_bytes(cpu) is None
-    check_memory(2**60, cpu, (8, 8), 1, tiled=False)  # what cannot be asked refuses nothing
+    check_memory(FLOW, (4, 2**20, 2**20), 1, "network", SPEC, None)  # what cannot be asked refuses nothing
 
 
 def test_what_does_not_fit_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
-    check_memory(2**30, torch.device("cpu"), (8, 8), 4, tiled=False)
-    with pytest.raises(UserError, match=r"^4 at once of 8x9 pixels need about 2\.0 GiB, but 1\.0 GiB .* or tile$"):
-        check_memory(2**31, torch.device("cpu"), (8, 9), 4, tiled=False)
+    needed = call_bytes(FLOW, (4, 16, 8), 4, "network", SPEC, None)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    check_memory(FLOW, (4, 16, 8), 4, "network", SPEC, None)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(UserError, match=r"^4 at once of 64x128 pixels need about .* are free on cpu: use .* or tile$"):
+        check_memory(FLOW, (4, 16, 8), 4, "network", SPEC, None)

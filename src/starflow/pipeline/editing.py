@@ -131,7 +131,7 @@ def edit_picture(
 ) -> Edited:
     """Encode under one prompt and decode under another; see `StarFlowPipeline.edit`."""
     _check_counts(num_images, feather)
-    everywhere = torch.ones(1, 1, image.height, image.width, dtype=torch.bool)
+    everywhere = torch.ones(1, 1, image.height, image.width, dtype=torch.bool, device="cpu")
     scene = _scene(pipeline, image, everywhere if hole is None else hole, keep=True)
     seeds = [seed + index for index in range(num_images)]
     condition, null = pipeline._condition([prompts[0]], scene.latent_hole.shape)

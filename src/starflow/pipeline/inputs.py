@@ -15,6 +15,7 @@ from torch import Tensor
 
 from starflow.data.images import from_pil, on_background, open_image
 from starflow.errors import UserError
+from starflow.latents.tiled import MIN_TILE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +46,17 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def check_prompts(prompts: str | Iterable[str], count: int | None = None) -> list[str]:
+def check_counts(num_images: int, batch_size: int, candidates: int | None, tile: int | None) -> None:
+    """Raises UserError: a number of pictures, of candidates, at once, or of a tile's latent pixels that cannot be."""
+    check_whole("num_images", num_images)
+    check_whole("batch_size", batch_size)
+    if candidates is not None:
+        check_whole("candidates", candidates)
+    if tile is not None:
+        check_whole("tile", tile, MIN_TILE)
+
+
+def check_prompts(prompts: str | Iterable[str], count: int | None = None, *, least: int = 0) -> list[str]:
     """A prompt for each of `count` pictures; one text is that of all of them.
 
     Raises:
@@ -62,6 +73,8 @@ def check_prompts(prompts: str | Iterable[str], count: int | None = None) -> lis
     for prompt in found:
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is {prompt!r}, expected a text ('' is none)")
+    if len(found) < least:
+        raise UserError(f"there are {len(found)} prompts, expected at least {least} ('' is unconditional)")
     if count is not None and len(found) != count:
         raise UserError(f"{len(found)} prompts for {count} pictures: give one text for all, or one for each")
     return found

@@ -55,21 +55,29 @@ def free_bytes(device: torch.device) -> int | None:
     return free
 
 
-def check_memory(needed: int, device: torch.device, size: tuple[int, int], batch: int, *, tiled: bool) -> None:
-    """Refuse a call that does not fit.
+def check_memory(
+    flow: Flow,
+    shape: tuple[int, int, int],
+    batch: int,
+    cache_dtype: CacheDtype,
+    decoder: AutoencoderSpec,
+    tile: int | None,
+) -> None:
+    """Refuse a call that does not fit; the arguments are those of `call_bytes`.
 
     Raises:
         UserError: it needs more memory than is free; names the ways out.
     """
-    free = free_bytes(device)
+    free = free_bytes(flow.device)
+    needed = call_bytes(flow, shape, batch, cache_dtype, decoder, tile)
     if free is None or needed <= free:
         return
     ways = ["a smaller size", *(["fewer at once"] if batch > 1 else []), "cache_dtype bfloat16"]
-    ways += ["offload", *([] if tiled else ["tile"])]
-    there = max(0, free) / GIB
+    ways += ["offload", *([] if tile else ["tile"])]
+    size, there = f"{shape[2] * decoder.factor}x{shape[1] * decoder.factor}", max(0, free) / GIB
     raise UserError(
-        f"{batch} at once of {size[0]}x{size[1]} pixels need about {needed / GIB:.1f} GiB, but {there:.1f} GiB "
-        f"are free on {device}: use {', '.join(ways[:-1])} or {ways[-1]}"
+        f"{batch} at once of {size} pixels need about {needed / GIB:.1f} GiB, but {there:.1f} GiB "
+        f"are free on {flow.device}: use {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 

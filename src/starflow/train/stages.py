@@ -417,7 +417,7 @@ def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> Non
     """One image a prompt of the recipe, seeds counting from 0, one row a guidance weight (0 and the recipe's)."""
     prompts = _grid_prompts(recipe, pipeline.conditioner)
     weights = (0.0, recipe.guidance) if pipeline.conditioner else (0.0,)
-    images = [image for weight in weights for image in pipeline(prompts, guidance=weight).images]
+    images = [image for weight in weights for image in pipeline(prompts, guidance=weight, not_finite="keep").images]
     save_grid(torch.cat([from_pil(image) for image in images]), path, columns=len(prompts))
     caption = json.dumps({"prompts": prompts, "guidance": weights}, ensure_ascii=False)
     files.write_text(path.with_suffix(".json"), caption + "\n")
