@@ -89,6 +89,17 @@ def test_twelve_sides_then_the_recoloured_ones() -> None:
     assert [view.png for view in views] == [view.png for view in draw(PLAIN)], "the same every time"
 
 
+def test_a_side_that_is_too_thin_is_left_out() -> None:
+    flat = PLAIN["cube.obj"].replace(b" -1\n", b" -0.02\n").replace(b" 1\n", b" 0.02\n")
+    seen_from = {view.side.caption for view in draw(PLAIN | {"cube.obj": flat})}
+    assert {"from the front", "from behind", "from above"} <= seen_from
+    assert seen_from.isdisjoint({"from the left", "from the right", "from the top"})
+
+
+def test_a_small_part_does_not_lend_the_thing_its_colour() -> None:
+    assert [view.colour for view in draw(FILES) if view.colour] == [], "of six faces one is painted"
+
+
 def test_a_texture_is_read_and_a_lost_one_is_not_missed() -> None:
     picture = Image.new("RGB", (4, 4), (0, 200, 0))
     data = io.BytesIO()

@@ -30,7 +30,10 @@ LARGEST_TEXTURE = 1024
 VIEW_ANGLE = 22.0
 OVERSAMPLING = 2
 RECOLOURED_VIEWS = 4
-LEAST_RECOLOURED = 0.4
+LEAST_RECOLOURED = 0.55
+"""Share of what is seen that must take on a colour before a caption calls the thing by it."""
+THINNEST = 0.15
+"""Height to width, or width to height, of what is seen: what is thinner, such as a window from above, tells nothing."""
 LEAST_VISIBLE = 0.01
 """Share of the square, before cropping, that a model must cover: what covers less came out empty or cut."""
 
@@ -84,7 +87,7 @@ class BadModel(Exception):
 def draw_model(
     files: Mapping[str, bytes], model: str, rotation: tuple[float, ...], name: str, size: int
 ) -> Iterator[View]:
-    """All views of a model.
+    """All views of a model, from `SIDES` and then recoloured; sides from which it is too thin to tell are left out.
 
     Args:
         files: the model's files by name: .obj, .mtl, textures.
@@ -100,11 +103,14 @@ def draw_model(
     pictures = [scene.picture(side) for side in SIDES]
     if max(_covered(picture) for picture in pictures) < LEAST_VISIBLE:
         raise BadModel("nothing of it is visible")
-    for number, (side, picture) in enumerate(zip(SIDES, pictures, strict=True)):
-        yield View(number, side, "", _png(picture, size))
+    told = [number for number, picture in enumerate(pictures) if _slimness(picture) >= THINNEST]
+    for number in told:
+        yield View(number, SIDES[number], "", _png(pictures[number], size))
     colours = sorted(ICON_COLOURS, key=lambda colour: unit_hash(f"{name}:{colour}"))
     order = sorted(range(len(SIDES)), key=lambda number: unit_hash(f"{name}:{number}"))
     for number, colour in list(zip(order, colours, strict=False))[:RECOLOURED_VIEWS]:
+        if number not in told:
+            continue
         with_colour = scene.picture(SIDES[number], colour)
         if _changed(pictures[number], with_colour) >= LEAST_RECOLOURED:
             yield View(len(SIDES) + number, SIDES[number], colour, _png(with_colour, size))
@@ -309,6 +315,15 @@ def _matrix(rotation: tuple[float, ...]) -> Any:
 
 def _covered(picture: Pixels) -> float:
     return float((picture[..., 3] > 16).mean())
+
+
+def _slimness(picture: Pixels) -> float:
+    """The shorter side of the box around what is seen to its longer one; 0 if nothing is."""
+    rows, columns = np.nonzero(picture[..., 3] > 8)
+    if not len(rows):
+        return 0.0
+    sides = (np.ptp(rows) + 1, np.ptp(columns) + 1)
+    return float(min(sides) / max(sides))
 
 
 def _changed(first: Pixels, second: Pixels) -> float:
