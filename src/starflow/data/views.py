@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from starflow.data.images import WHITE, ImageError, image_errors, on_background, open_image, resize_crop
 from starflow.data.sets.glyphs import captions
 from starflow.data.sets.glyphs.colours import BACKGROUNDS, HUES, colour_name, fitting_backgrounds, main_hue, turn_hue
-from starflow.data.sets.glyphs2.palette import icon_colour, recoloured
+from starflow.data.sets.glyphs2.icons import icon_colour, recoloured
 from starflow.data.sources.base import ImageRecord, SkippedImage
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors, write_text

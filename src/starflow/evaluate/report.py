@@ -35,8 +35,8 @@ from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction
 from starflow.evaluate.scores import Classification, Outliers
 from starflow.io.files import check_output_folder
 from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.inputs import example_prompts
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.pipeline.prompts import example_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

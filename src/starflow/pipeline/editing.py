@@ -16,8 +16,7 @@ from torch import Tensor
 from starflow.data.images import from_pil, to_pil
 from starflow.edit import editing
 from starflow.edit.inpainting import InpaintSettings, Method, inpaint
-from starflow.edit.masks import box_mask, read_mask
-from starflow.edit.pictures import Scene, resized
+from starflow.edit.masks import Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder

@@ -50,17 +50,18 @@ from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.inputs import (
     check_counts,
+    check_memory,
     check_pair,
     check_prompts,
     check_range,
     check_seed,
     check_whole,
+    encode_prompts,
     read_image,
+    remember_prompts,
 )
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
-from starflow.pipeline.memory import check_memory
-from starflow.pipeline.prompts import encode_prompts, remember_prompts
 from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
 from starflow.sampling.sampler import ProgressCallback, best_candidates, candidate_noise, offset_progress, sample

@@ -29,8 +29,8 @@ from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.sets.shapes import draw_shapes
 from starflow.data.sources.base import Source, SourceKind
+from starflow.data.sources.captions import describe_set
 from starflow.data.sources.folder import read_folder
-from starflow.data.sources.summary import describe_set
 from starflow.data.views import TrainingViews, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow, build

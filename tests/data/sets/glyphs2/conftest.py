@@ -17,13 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from starflow.data.sets.glyphs.packages import Package
-from starflow.data.sets.glyphs2.packages import (
-    CLIP_ART,
-    FURNITURE,
-    ICON_PACKAGES,
-    DebianPackage,
-    Packages,
-)
+from starflow.data.sets.glyphs2.packages import CLIP_ART, FURNITURE, ICON_PACKAGES, DebianPackage, Packages
 from tests.data.conftest import GROUPS, LABELS, FakeRegistry, icon_set, tarball
 
 SQUARE = '<path fill="{0}" d="M6 6h20v20H6z"/>'

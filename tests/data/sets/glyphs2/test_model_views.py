@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from starflow.data.sets.glyphs2 import model_views as module
+from starflow.data.sets.glyphs2 import furniture as module
 from starflow.data.sets.glyphs2.drawings import Raster, draw
-from starflow.data.sets.glyphs2.furniture import Catalogue, read_catalogues
-from starflow.data.sets.glyphs2.model_views import model_views
+from starflow.data.sets.glyphs2.furniture import Catalogue, model_views, read_catalogues
 from starflow.data.sets.glyphs2.models import SIDES, BadModel, View
 from starflow.data.sets.glyphs2.packages import open_debian
 from starflow.errors import UserError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from starflow.data.sets.glyphs2.icons import ICON_COLOURS
 from starflow.data.sets.glyphs2.models import SIDES, BadModel, View, draw_model
-from starflow.data.sets.glyphs2.palette import ICON_COLOURS
 from tests.data.sets.glyphs2.conftest import CUBE, CUBE_COLOURS, CUBE_MATERIALS
 
 SIZE = 48

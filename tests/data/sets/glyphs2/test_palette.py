@@ -10,7 +10,7 @@ from PIL import Image
 
 from starflow.data.sets.glyphs.colours import BACKGROUNDS, oklab
 from starflow.data.sets.glyphs2.drawings import STYLES
-from starflow.data.sets.glyphs2.palette import (
+from starflow.data.sets.glyphs2.icons import (
     ICON_COLOURS,
     LEAST_DISTANCE,
     icon_colour,

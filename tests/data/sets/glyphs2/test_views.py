@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from starflow.data.sets.glyphs.colours import BACKGROUNDS
-from starflow.data.sets.glyphs2.palette import ICON_COLOURS
+from starflow.data.sets.glyphs2.icons import ICON_COLOURS
 from starflow.data.sources.base import ImageRecord
 from starflow.data.views import View, ViewConfig, draw_views
 

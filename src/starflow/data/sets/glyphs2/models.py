@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from starflow.data.sets.glyphs2.drawings import MARGIN, square
-from starflow.data.sets.glyphs2.palette import ICON_COLOURS
+from starflow.data.sets.glyphs2.icons import ICON_COLOURS
 from starflow.data.sets.glyphs2.wavefront import Material, Surface, read_model
 from starflow.data.sources.base import unit_hash
 

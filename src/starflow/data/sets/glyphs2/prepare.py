@@ -43,16 +43,10 @@ from starflow.data.sets.glyphs2.drawings import (
     is_whole,
     near_duplicates,
     thumbnail,
+    write_sheets,
 )
-from starflow.data.sets.glyphs2.model_views import model_views
-from starflow.data.sets.glyphs2.packages import (
-    REFUSED,
-    DebianPackage,
-    Packages,
-    notice_text,
-    open_debian,
-)
-from starflow.data.sets.glyphs2.sheets import write_sheets
+from starflow.data.sets.glyphs2.furniture import model_views
+from starflow.data.sets.glyphs2.packages import REFUSED, DebianPackage, Packages, notice_text, open_debian
 from starflow.data.sets.glyphs2.words import words_of
 from starflow.data.sources.base import ImageRecord, SkippedImage, Split, unit_hash
 from starflow.data.sources.folder import write_index
