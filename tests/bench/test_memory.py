@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_a_published_repository_is_its_preset() -> None:
-    assert model_shape("apple/starflow") == model_shape("apple/starflowmain")
+    assert model_shape("apple/starflow") == model_shape("apple/starflow@main")
     assert model_shape("apple/starflow").config in [preset.config for preset in PRESETS.values()]
     assert model_shape("apple/starflow").text_encoder == "google/flan-t5-xl"
 

@@ -36,10 +36,10 @@ def test_what_is_free_is_the_lesser_of_system_and_group(tmp_path: Path, monkeypa
     monkeypatch.setattr(inputs, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(inputs, "CGROUPS", tmp_path)
     assert free_bytes(cpu) == 5000 * 1024
-    (tmp_path / "inputs.current").write_text("1000000\n")
-    (tmp_path / "inputs.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cpu) == 5000 * 1024
-    (tmp_path / "inputs.max").write_text("3000000\n")
+    (tmp_path / "memory.max").write_text("3000000\n")
     assert free_bytes(cpu) == 2_000_000
     monkeypatch.setattr(inputs, "MEMINFO", tmp_path / "nowhere")
     assert free_bytes(cpu) is None

@@ -1,6 +1,7 @@
 """Masks as people have them, what they mean for latents, and the crop of a picture that the model sees round the hole.
 
-Contract: a mask is bool (1, 1, H, W), True where the picture is to be painted anew. Outside the mask a picture comes back bit for bit, and what it holds under the mask reaches nothing.
+Contract: a mask is bool (1, 1, H, W), True where the picture is to be painted anew. Outside the mask a picture comes
+back bit for bit, and what it holds under the mask reaches nothing.
 
 Shapes: pictures (1, 3, H, W) in [-1, 1]; masks (1, 1, H, W) of bool, True to be painted anew.
 """

@@ -1,4 +1,4 @@
-"""What callers hand to a pipeline is checked here: one function for each kind of input, which every method goes through.
+"""What callers hand to a pipeline is checked here: one function a kind of input, which every method goes through.
 
 Whatever is not as it should be is a `UserError` of one sentence, before anything is computed. The memory of a call is
 predicted too and compared with what is free, as a system that runs out of it kills the process; the prediction is

@@ -1,8 +1,9 @@
 """The icon sets: coloured icons (the sampling group "objects"), and line icons and silhouettes (the group "icons").
 
-Every set has rules of its own: which of its categories show things, which suffixes its names carry, what its
-names begin with. An icon that is drawn in a few known colours can be shown in others: a pixel of such a picture is a mixture of the icon's colours (its edges are antialiased). The shares are found by
-least squares and clipped to a mixture; then the colours are exchanged. No other colour comes in.
+Every set has rules of its own: which of its categories show things, which suffixes its names carry, what its names
+begin with. An icon that is drawn in a few known colours can be shown in others: a pixel of such a picture is a mixture
+of the icon's colours (its edges are antialiased). The shares are found by least squares and clipped to a mixture; then
+the colours are exchanged. No other colour comes in.
 """
 
 from __future__ import annotations
