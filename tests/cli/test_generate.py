@@ -14,7 +14,7 @@ from starflow.cli.options import OutputTarget, parse_size, slug
 from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
-from starflow.pipeline import memory
+from starflow.pipeline import inputs
 from starflow.pipeline.config import Cleaning
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import Run, fails
@@ -365,7 +365,7 @@ def test_files_of_another_setting_are_not_replaced(run: Run, classes: Path, tmp_
 def test_what_does_not_fit_the_memory_is_refused_before_it_starts(
     run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(inputs, "free_bytes", lambda device: 2**20)
     arguments = ("generate", "star", "--model", classes, "--output", tmp_path)
     assert run(*arguments).code == 0
     result = run(*arguments, "--size", "1024x1024")

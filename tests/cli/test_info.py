@@ -114,7 +114,18 @@ def test_memory_of_a_hub_model_fetches_its_configurations_alone(
 def test_a_row_of_memory_names_what_it_fits() -> None:
     row = {"kind": "bfloat16", "peak": 5 * 2**30, "packed": 2 * 2**30}
     available = {"this machine": 7 * 2**30, "a card": 6 * 2**30}
-    assert _fits(row, available) == "a card, GPUs of 6 GiB"  # the packed copies are this machine's alone
-    assert _fits({**row, "packed": 0}, available) == "this machine, a card, GPUs of 6 GiB"
-    assert _fits({**row, "packed": 0, "kind": "int8 offload"}, available) == "a card, GPUs of 6 GiB"
-    assert _fits({**row, "peak": 500 * 2**30}, available) == "-"
+    assert _fits(row, available) == "   6"  # the packed copies are this machine's alone
+    assert _fits({**row, "packed": 0}, available) == "  6*"
+    assert _fits({**row, "packed": 0, "kind": "int8 offload"}, available) == "   6"
+    assert _fits({**row, "peak": 500 * 2**30}, available) == "   -"
+
+
+def test_the_tables_of_memory_fit_a_terminal(run: Run) -> None:
+    for model in ("glyphs", "starflow-t2i-3b"):
+        out = run("info", model, "--memory").out
+        assert "fits: the smallest GPU" in out
+        assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_check_without_gaps_says_none(run: Run) -> None:
+    assert "verified 3, without a digest none" in run("info", "--verify").out

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.edit.masks import box_mask
-from starflow.edit.pictures import Scene, crop_round, nearness, spread_known
+from starflow.edit.masks import Scene, box_mask, crop_round, nearness, spread_known
 
 
 def noise_picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:

@@ -17,7 +17,7 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.latents import AutoencoderSpec, PixelLatents
 from starflow.pipeline import config
 from starflow.pipeline.config import PipelineConfig
-from starflow.pipeline.prompts import add_aspect_ratio
+from starflow.pipeline.inputs import add_aspect_ratio
 from tests.cli.conftest import CLASSES, random_pipeline
 
 FLOW = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1, txt_size=8, txt_dim=4)

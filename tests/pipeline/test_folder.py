@@ -247,7 +247,9 @@ def test_a_conditioner_of_ones_own_is_said_at_saving_and_given_again(tmp_path: P
 
 def test_a_flow_alone_is_told_how_it_becomes_a_pipeline(tmp_path: Path) -> None:
     random_pipeline("flow", PixelLatents(), None).flow.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds a flow alone.*convert FILE --options OPTIONS --autoencoder NAME"):
+    with pytest.raises(
+        UserError, match="holds no pipeline but a flow alone.*convert FILE --options OPTIONS --autoencoder NAME"
+    ):
         StarFlowPipeline.from_pretrained(tmp_path)
 
 

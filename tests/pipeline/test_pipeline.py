@@ -208,5 +208,5 @@ def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         StarFlowPipeline.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"kind": "starflow"}))
-    with pytest.raises(UserError, match="holds no pipeline"):
+    with pytest.raises(UserError, match="holds no pipeline but a flow alone"):
         StarFlowPipeline.from_pretrained(tmp_path)

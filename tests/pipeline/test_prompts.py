@@ -11,7 +11,7 @@ from starflow.flow.config import TarFlowConfig
 from starflow.flow.model import TarFlow
 from starflow.latents import PixelLatents
 from starflow.pipeline.config import PipelineConfig
-from starflow.pipeline.prompts import encode_prompts, example_prompts
+from starflow.pipeline.inputs import encode_prompts, example_prompts
 from tests.cli.conftest import CLASSES, random_pipeline
 
 

@@ -169,6 +169,7 @@ class Footprint:
 
     @property
     def predicted_peak(self) -> int:
+        """The predicted peak, with packed copies where the compiled loop made some."""
         return self.predicted.peak + (self.predicted.packed if self.packed else 0)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -143,17 +145,18 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """The prompts of a text file, one a line.
+    """The prompts of a text file, one a line; "-" is the standard input.
 
     Raises:
         UserError: the file is missing, is no text, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}; --prompts takes a text file with one prompt a line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as text ({error}): --prompts takes one prompt a line") from None
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError(f"{path} holds no prompt, expected one a line")

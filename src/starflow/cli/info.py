@@ -165,7 +165,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_value(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        shown = " ".join(map(str, value[:12]))
+        shown = " ".join(map(str, value[:12])) or "none"
         return shown + (f" ... ({len(value)} in all)" if len(value) > 12 else "")
     if isinstance(value, int) and value >= 100_000:
         return f"{value:,}"
@@ -173,39 +173,46 @@ def _value(value: Any) -> str:
 
 
 def memory_text(facts: dict[str, Any]) -> str:
-    """Two tables, of sampling and of training, with the memories that each row fits."""
+    """Two tables of at most 80 columns, of sampling and of training, with the memories that each row fits."""
     available = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "activations", "autoencoder", "decoding", "peak", "packed")
+    parts = ("weights", "cache", "activations", "decoder", "peak", "packed")
     lines = [
-        f"{facts['model']}: {facts['parameters']:,} parameters, {facts['tokens']} tokens a picture"
-        f"{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
+        f"{facts['model']}: {facts['parameters']:,} parameters",
+        f"{facts['tokens']} tokens a picture{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
         "",
-        f"{'sampling':>18} {'batch':>6} {_heads(parts)}  fits",
+        f"{'sampling':16} {'batch':>5}{_heads(parts)} fits",
     ]
     for row in facts["sampling"]:
-        lines.append(f"{row['kind']:>18} {row['batch']:6d} {_numbers(row, parts, unit)}  {_fits(row, available)}")
-    lines += ["", "packed: copies that a CPU's compiled loop reads; they add to this machine's peak, not to a GPU's"]
+        summed = row | {"decoder": row["autoencoder"] + row["decoding"]}
+        lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit)} {_fits(row, available)}")
+    lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
+    lines += ["decoder: the autoencoder and what it takes to decode"]
+    lines += ["packed: copies for a processor's compiled loop, beside the peak; not on a GPU"]
     lines += _text_encoder_line(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
-    lines.append(f"{'':10} {'GPUs':>5} {'checkpoints':>12} {_heads(training)}  fits GPUs of")
+    lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fit")
     for row in facts["training"]:
         kept = "yes" if row["checkpointing"] else "no"
-        of = next((f"{size} GiB" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
-        lines.append(f"{row['sharding']:10} {row['gpus']:5d} {kept:>12} {_numbers(row, training, unit)}  {of}")
+        of = next((f"{size}" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
+        lines.append(f"{row['sharding']:10} {row['gpus']:4d} {kept:>4}{_numbers(row, training, unit)} {of:>3}")
     whole = facts["training"][0]["parameters"] / unit
-    lines.append(f"where weights are shared, drawing sample grids takes {whole:.2f} {name} more of the first GPU")
+    lines.append("ckpt: activations are computed again; sample grids of a model whose")
+    lines.append(f"weights are shared take {whole:.2f} {name} more of the first GPU")
     return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in available.items())])
 
 
+_SHORT = {"activations": "activ.", "parameters": "params", "gradients": "grads", "gathered": "gather"}
+
+
 def _heads(parts: tuple[str, ...]) -> str:
-    return " ".join(f"{part:>11}" for part in parts)
+    return "".join(f"{_SHORT.get(part, part):>8}" for part in parts)
 
 
 def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
-    return " ".join(f"{row[part] / unit:11.2f}" for part in parts)
+    return "".join(f"{row[part] / unit:8.2f}" for part in parts)
 
 
 def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]:
@@ -217,17 +224,9 @@ def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]
 
 
 def _fits(row: dict[str, Any], available: dict[str, int]) -> str:
-    """Where a row fits: on a GPU what it says, on this machine's processor the packed copies too."""
+    """The smallest GPU that a row fits, and a star where it fits this machine's processor with its packed copies."""
     from starflow.bench.memory import HOST
 
-    found = []
-    for name, size in available.items():
-        on_the_host = name == HOST
-        if on_the_host and "offload" in row["kind"]:
-            continue
-        needed = row["peak"] + (row["packed"] if on_the_host else 0)
-        if needed <= USABLE_SHARE * size:
-            found.append(name)
-    if gpu := next((size for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), None):
-        found.append(f"GPUs of {gpu} GiB")
-    return ", ".join(found) or "-"
+    gpu = next((f"{size}" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
+    here = "offload" not in row["kind"] and row["peak"] + row["packed"] <= USABLE_SHARE * available.get(HOST, 0)
+    return f"{gpu + ('*' if here else ''):>4}"

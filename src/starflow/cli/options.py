@@ -232,7 +232,6 @@ def _unknown_option(word: str, flags: Sequence[str], command: str) -> str:
 
 
 OTHER_FORMATS = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-
 """Endings of pictures that we do not write."""
 
 LONGEST_NAME = 60

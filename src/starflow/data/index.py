@@ -30,8 +30,8 @@ from torch import Tensor
 from starflow.data.buckets import Aspect, Buckets, Size
 from starflow.data.images import ImageError, decode_image, image_errors, on_background
 from starflow.data.sources.base import ScannedImage, SkippedImage, Source, SourceKind, UnusedFile, unit_hash
+from starflow.data.sources.captions import SetSummary
 from starflow.data.sources.folder import FolderSource, order_classes
-from starflow.data.sources.summary import SetSummary
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.io import files

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from starflow.data.images import WHITE, ImageError, image_errors, on_background, open_image, resize_crop
 from starflow.data.sets.glyphs import captions
 from starflow.data.sets.glyphs.colours import BACKGROUNDS, HUES, colour_name, fitting_backgrounds, main_hue, turn_hue
+from starflow.data.sets.glyphs2.icons import icon_colour, recoloured
 from starflow.data.sources.base import ImageRecord, SkippedImage
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors, write_text
@@ -44,6 +45,7 @@ TAGS_SHARE = 0.15
 """Share of a glyph's views whose captions end in tags, `MAX_TAGS` at the most."""
 
 MAX_TAGS = 3
+SILENT_SHARE = 0.5
 
 TINT_TRIALS = 4
 """Colours that are tried before a view keeps the colour of its glyph."""
@@ -242,16 +244,25 @@ class _GlyphViews:
 
     def view(self, index: int) -> View:
         """Pixels (size, size, 3) and the caption of one view."""
-        style = self.record.meta["style"]
+        meta = self.record.meta
+        always = meta.get("say_style") == "always"
         if index == 0:
-            named = style if self.record.split == "heldout" else None
+            style = self._style(meta.get("colour", "")) if always or self.record.split == "heldout" else None
             pixels = self._lay_out(self.image, WHITE, scale=1.0, shift=(0.0, 0.0), mirrored=False)
-            return pixels, captions.compose(self.record.caption, style=named)
+            return pixels, captions.compose(self.record.caption, style=style, tags=self._side())
         rng = _rng(self.config, self.record.name, index)
         styled, tagged, ground, tint, mirror, scale = rng.random(6)
         shift = rng.uniform(-1, 1, size=2) * self.config.shift
-        image, colour = self._tint(rng) if tint < self.config.hue else (self.image, None)
-        background = self._background(rng, colour) if ground < self.config.colour_backgrounds else None
+        on_colour = ground < self.config.colour_backgrounds
+        image, colour, paint = self.image, None, ""
+        if "palette" in meta:
+            paint, grounds = icon_colour(rng, meta["palette"], on_colour)
+            image = recoloured(self.image, meta["palette"], paint)
+            background = str(rng.choice(grounds)) if grounds else None
+        else:
+            if tint < self.config.hue:
+                image, colour = self._tint(rng)
+            background = self._background(rng, colour) if on_colour else None
         pixels = self._lay_out(
             image,
             BACKGROUNDS[background] if background else WHITE,
@@ -261,12 +272,23 @@ class _GlyphViews:
         )
         caption = captions.compose(
             self.record.caption,
-            style=style if styled < STYLE_SHARE else None,
+            style=self._style(paint) if always or styled < STYLE_SHARE else None,
             colour=colour,
             background=background,
-            tags=self._tags(rng, colour) if tagged < TAGS_SHARE else (),
+            tags=(*self._side(rng), *(self._tags(rng, colour) if tagged < TAGS_SHARE else ())),
         )
         return pixels, caption
+
+    def _style(self, paint: str) -> str:
+        """What says the style: the record's own phrase, its colour before it, or a key of `STYLE_PREFIXES`."""
+        phrase = self.record.meta.get("phrase", self.record.meta["style"])
+        return f"{paint} {phrase}" if paint else phrase
+
+    def _side(self, rng: np.random.Generator | None = None) -> tuple[str, ...]:
+        """The side that a model is seen from; of the usual sides half of the captions say nothing."""
+        view = self.record.meta.get("view")
+        usual = self.record.meta.get("say_view") == "sometimes"
+        return () if view is None or (usual and rng is not None and rng.random() < SILENT_SHARE) else (view,)
 
     def _tint(self, rng: np.random.Generator) -> tuple[Image.Image, str | None]:
         """Turn the glyph to a colour drawn at random, its own included; unchanged if none would show."""

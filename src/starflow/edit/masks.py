@@ -1,6 +1,9 @@
-"""Masks as people have them, and what they mean for a picture's latents.
+"""Masks as people have them, what they mean for latents, and the crop of a picture that the model sees round the hole.
 
-Contract: a mask is bool (1, 1, H, W), True where the picture is to be painted anew.
+Contract: a mask is bool (1, 1, H, W), True where the picture is to be painted anew. Outside the mask a picture comes
+back bit for bit, and what it holds under the mask reaches nothing.
+
+Shapes: pictures (1, 3, H, W) in [-1, 1]; masks (1, 1, H, W) of bool, True to be painted anew.
 """
 
 from __future__ import annotations
@@ -13,6 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starflow.data.images import from_pil, to_uint8
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,3 +100,126 @@ def latent_mask(hole: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     cells = F.adaptive_max_pool2d(hole.float(), grid)
     return F.max_pool2d(cells, 3, stride=1, padding=1) > 0
+
+
+CONTEXT = 2
+"""Sides of the hole that the model sees, at least."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of a picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """As Pillow has it: left, upper, right, lower."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """That part of (..., H, W)."""
+        return tensor[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def crop_round(hole: Tensor, side: int) -> Crop:
+    """The square round a hole, twice as large as it and at least `side` pixels, as far as the picture reaches."""
+    height, width = hole.shape[-2:]
+    rows, columns = (hole[0, 0].any(axis).nonzero().flatten() for axis in (1, 0))
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    wanted = max(side, CONTEXT * max(bottom - top, right - left))
+    wide, high = min(wanted, width), min(wanted, height)
+    middle_x, middle_y = (left + right - wide) // 2, (top + bottom - high) // 2
+    return Crop(min(max(middle_x, 0), width - wide), min(max(middle_y, 0), height - high), wide, high)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, a mask, and what of them the model sees."""
+
+    picture: Image
+    hole: Tensor
+    """(1, 1, H, W), of the whole picture."""
+    crop: Crop
+    seen: Tensor
+    """(1, 3, side, side), the crop; its hole is filled smoothly from around, or as it was where that is kept."""
+    latent_hole: Tensor
+    """(1, 1, h, w)"""
+
+    @staticmethod
+    def of(picture: Image, hole: Tensor, side: int, grid: tuple[int, int], *, keep: bool = False) -> Scene:
+        """What a model of `side` pixels and `grid` latents sees; with `keep` it sees what is in the hole too."""
+        crop = crop_round(hole, side)
+        part = crop.of(hole)
+        small = F.adaptive_max_pool2d(part.float(), (side, side)) > 0
+        if keep:
+            seen = resized(crop.of(from_pil(picture)), (side, side))
+        else:
+            seen = spread_known(resized(spread_known(crop.of(from_pil(picture)), ~part), (side, side)), ~small)
+        return Scene(picture, hole, crop, seen, latent_mask(small, grid))
+
+    @property
+    def said(self) -> str:
+        """What the model sees, in one line; empty where that is the whole picture as it is."""
+        side, crop = self.seen.shape[-1], self.crop
+        if (crop.width, crop.height) == (side, side) == self.picture.size:
+            return ""
+        width, height = self.picture.size
+        return (
+            f"the picture is {width}x{height}; the model sees its {crop.width}x{crop.height} at "
+            f"{crop.left},{crop.top}, as {side}x{side}"
+        )
+
+    def paste(self, filled: Tensor, feather: int) -> Image:
+        """The picture with its hole painted from `filled` (1, 3, side, side), at its own size.
+
+        What the decoder makes of the known pixels differs from them a little; next to the hole's edge, over `feather`
+        pixels inside it, that difference is taken off, less and less, so that no edge shows.
+        """
+        from PIL import Image
+
+        part = self.crop.of(self.hole)
+        made = resized(filled.cpu(), (self.crop.height, self.crop.width))
+        gap = spread_known(self.crop.of(from_pil(self.picture)) - made, ~part)
+        made = made + gap * nearness(~part, feather)
+        painted = Image.fromarray(to_uint8(made)[0].permute(1, 2, 0).numpy(), "RGB")
+        mode = "RGBA" if self.picture.has_transparency_data else "RGB"
+        whole = self.picture.convert(mode)
+        stencil = Image.fromarray(part[0, 0].numpy().astype("uint8") * 255, "L")
+        whole.paste(painted.convert(mode), self.crop.box[:2], stencil)
+        return whole
+
+
+def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures at (height, width), as they are where that is their size."""
+    if pictures.shape[-2:] == size:
+        return pictures
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def spread_known(values: Tensor, known: Tensor) -> Tensor:
+    """Values (1, C, H, W), those that are not known replaced by means of known ones around them, near ones first."""
+    filled, missing, radius = torch.where(known, values, 0), ~known, 1
+    if not bool(known.any()):
+        return filled
+    total, weight = filled, known.to(values.dtype)
+    while bool(missing.any()):
+        kernel = 2 * radius + 1
+        sums, counts = (F.avg_pool2d(one, kernel, stride=1, padding=radius) for one in (total, weight))
+        reached = missing & (counts > 0.5 / kernel**2)
+        filled = torch.where(reached, sums / counts.clamp_min(1e-9), filled)
+        missing, radius = missing & ~reached, 2 * radius
+    return filled
+
+
+def nearness(known: Tensor, feather: int) -> Tensor:
+    """1 on known pixels, falling to 0 over `feather` pixels beyond them, (1, 1, H, W)."""
+    reached = known.float()
+    total = reached
+    for _ in range(feather):
+        reached = F.max_pool2d(reached, 3, stride=1, padding=1)
+        total = total + reached
+    return total / (feather + 1)

@@ -29,14 +29,7 @@ from starflow.evaluate.likelihood import BitsPerDim, log_likelihoods, mean_bits_
 from starflow.evaluate.render import heatmap, save_contact_sheet, save_heatmap
 from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline
 from starflow.evaluate.samples import Reconstruction, measure_reconstruction, noisy_reconstruction, psnr
-from starflow.evaluate.scores import (
-    Classification,
-    Outliers,
-    auroc,
-    classify,
-    nearest_references,
-    outliers,
-)
+from starflow.evaluate.scores import Classification, Outliers, auroc, classify, nearest_references, outliers
 
 __all__ = [
     "BitsPerDim",

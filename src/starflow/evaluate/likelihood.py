@@ -129,21 +129,31 @@ def _split_bits_per_dim(
     return mean_bits_per_dim(nats, _dimensions(pipeline, views.images), pipeline.density_space)
 
 
+def check_classes(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int]) -> tuple[str, ...]:
+    """The names of a model's classes.
+
+    Raises:
+        UserError: it has none, or a picture's label is not among them.
+    """
+    conditioner = pipeline.conditioner
+    if conditioner is None or conditioner.spec.kind != "class":
+        raise UserError(f"'{pipeline.config.name}' has no classes to tell apart: leave out --classify")
+    names = conditioner.spec.names
+    unknown = sorted({str(views.labels[row]) for row in rows} - set(names))
+    if unknown:
+        raise UserError(f"the model has no class '{unknown[0]}': its classes are {', '.join(names[:8])}")
+    return names
+
+
 def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, most: int, draws: int) -> Classification:
     """Accuracy of argmax_c log p(x | c) on labelled pictures; each class meets the same draws of the noise.
 
     Raises:
         UserError: the model has no classes, or a picture has no label that it knows.
     """
-    conditioner = pipeline.conditioner
-    if conditioner is None or conditioner.spec.kind != "class":
-        raise UserError(f"'{pipeline.config.name}' has no classes to tell apart: leave out --classify")
-    names = conditioner.spec.names
-    numbers = {name.casefold(): number for number, name in enumerate(names)}
     rows = evenly_spaced(len(views), most)
-    unknown = sorted({str(views.labels[row]) for row in rows} - set(names))
-    if unknown:
-        raise UserError(f"the model has no class '{unknown[0]}': its classes are {', '.join(names[:8])}")
+    names = check_classes(pipeline, views, rows)
+    numbers = {name.casefold(): number for number, name in enumerate(names)}
     own = [rows[index] for index in own_rows(len(rows))]
     found = torch.empty(len(own), len(names), dtype=torch.float64, device="cpu")
     for start in range(0, len(own), BATCH):

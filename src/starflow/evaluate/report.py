@@ -9,22 +9,33 @@ comparable with any `kid`. Images that are not finite are counted, never drawn a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from starflow.conditioning import ClassLabels
 from starflow.data.images import to_float, to_pil
 from starflow.errors import UserError
 from starflow.evaluate.dataset import EvaluationSet, evenly_spaced, image_batches, is_first, open_outliers, prompts_of
-from starflow.evaluate.distances import moments, save_moments
+from starflow.evaluate.distances import load_moments, moments, save_moments
 from starflow.evaluate.features import FeatureExtractor, load_extractor
-from starflow.evaluate.likelihood import BitsPerDim, measure_classification, measure_likelihoods, measure_outliers
+from starflow.evaluate.likelihood import (
+    BitsPerDim,
+    check_classes,
+    measure_classification,
+    measure_likelihoods,
+    measure_outliers,
+)
 from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, noisy_reconstruction, reconstruct
 from starflow.evaluate.scores import Classification, Outliers
+from starflow.io.files import check_output_folder
 from starflow.pipeline.config import PipelineConfig, default_size
+from starflow.pipeline.inputs import example_prompts
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 if TYPE_CHECKING:
@@ -145,6 +156,9 @@ def evaluate_pipeline(
     Raises:
         UserError: the features' package is not installed, or a measure that this model cannot have.
     """
+    unknown = _check_first(pipeline, dataset, settings, extractor, outlier_set)
+    if not settings.only_likelihood:
+        log(expected_time(pipeline, settings))
     log("likelihoods")
     likelihood = measure_likelihoods(pipeline, dataset, settings.pictures, settings.draws)
     counts = {"train": len(dataset.train), "heldout": len(dataset.heldout)}
@@ -152,9 +166,8 @@ def evaluate_pipeline(
     if settings.classify:
         log("classification by likelihood")
         classification = measure_classification(pipeline, dataset.heldout, settings.pictures, settings.draws)
-    if outlier_set:
+    if unknown is not None:
         log(f"outliers: {outlier_set}")
-        unknown = open_outliers(outlier_set, default_size(pipeline.config, pipeline.flow.config))
         outliers = measure_outliers(pipeline, dataset, unknown, settings.pictures)
     if settings.only_likelihood:
         return EvaluationReport(likelihood, counts, classification=classification, outliers=outliers)
@@ -184,6 +197,46 @@ def evaluate_pipeline(
         outliers=outliers,
         sheets=sheets,
     )
+
+
+def _check_first(
+    pipeline: StarFlowPipeline,
+    dataset: EvaluationSet,
+    settings: EvaluationSettings,
+    extractor: FeatureExtractor | None,
+    outlier_set: str,
+) -> Tensor | None:
+    """Whatever can be refused is refused before the first measure; the outliers' images, if there are any.
+
+    Raises:
+        UserError: classes that are unknown, a prompt that the model cannot take, moments or outliers that are none.
+    """
+    if settings.classify:
+        check_classes(pipeline, dataset.heldout, evenly_spaced(len(dataset.heldout), settings.pictures))
+    if not settings.only_likelihood:
+        if isinstance(pipeline.conditioner, ClassLabels):
+            for prompt in settings.prompts:
+                pipeline.conditioner.number(prompt)
+        if settings.reference_moments:
+            load_moments(Path(settings.reference_moments).expanduser(), (extractor or load_extractor()).name)
+        if settings.keep_moments:
+            check_output_folder(Path(settings.keep_moments).expanduser().parent)
+    return open_outliers(outlier_set, default_size(pipeline.config, pipeline.flow.config)) if outlier_set else None
+
+
+def expected_time(pipeline: StarFlowPipeline, settings: EvaluationSettings) -> str:
+    """How many samples are drawn, and about how long that takes here, from the time of one picture alone."""
+    weights = weights_to_try(settings.guidance) if pipeline.conditioner else [0.0]
+    count = len(weights) * settings.tuning_samples + (2 if len(weights) > 1 else 1) * settings.samples
+    prompt = example_prompts(pipeline.conditioner, 1)
+    pipeline(prompt, guidance=weights[-1], not_finite="keep")  # the first may compile
+    began = time.perf_counter()
+    pipeline(prompt, guidance=weights[-1], not_finite="keep")
+    minutes = (time.perf_counter() - began) * count / 60
+    length = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{max(1, round(minutes))} min"
+    candidates = pipeline.config.candidates
+    of = f" of {candidates} candidates" if candidates > 1 else ""
+    return f"{count} samples{of} are drawn: at most about {length} in one process here, --samples draws fewer"
 
 
 def measure_reconstructions(pipeline: StarFlowPipeline, dataset: EvaluationSet) -> dict[str, float]:
@@ -242,7 +295,7 @@ def _sheets(
     views = measured.heldout_views
     rows = evenly_spaced(len(views), SHEET_SIZE)
     prompts = settings.prompts or tuple(prompts_of(pipeline, views, rows))
-    grid = pipeline(list(prompts), guidance=best).images
+    grid = pipeline(list(prompts), guidance=best, not_finite="keep").images
     neighbours, retrieval = measured.nearest_training_images(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
     return ContactSheets(prompts, grid, neighbours, to_pil(to_float(views.images[rows])), to_pil(again)), retrieval

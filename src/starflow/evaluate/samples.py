@@ -119,7 +119,7 @@ def draw_samples(
     own = own_rows(count)
     for start in range(own.start, own.stop, BATCH):
         some = wanted[start : min(start + BATCH, own.stop)]
-        made = pipeline(some, guidance=guidance, seed=seed + start, batch_size=BATCH)
+        made = pipeline(some, guidance=guidance, seed=seed + start, batch_size=BATCH, not_finite="keep")
         pictures = torch.cat([from_pil(image) for image in made.images])
         pictures[~made.latents.isfinite().flatten(1).all(1).cpu()] = torch.nan
         yield pictures

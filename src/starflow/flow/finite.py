@@ -13,6 +13,10 @@ LISTED = 4
 """Pictures that a message names, at most."""
 
 
+class NotFiniteError(UserError):
+    """What was computed is not finite, so that there is no picture and no density to give."""
+
+
 def broken_rows(values: Tensor) -> list[int]:
     """The rows of a batch that hold a value that is not finite.
 
@@ -41,7 +45,7 @@ def check_finite(
         remedy: what to do where weights and inputs are finite.
 
     Raises:
-        UserError: a picture that is not finite; it names the pictures, the block and the cause.
+        NotFiniteError: a picture that is not finite; it names the pictures, the block and the cause.
     """
     rows = broken_rows(values)
     if not rows:
@@ -49,14 +53,14 @@ def check_finite(
     shown = ", ".join(map(str, rows[:LISTED])) + (" and more" if len(rows) > LISTED else "")
     which = f"picture {shown}" if len(rows) == 1 else f"pictures {shown}"
     where = f" from block {blocks[rows[0]]} on" if rows[0] in blocks else ""
-    raise UserError(f"{which} of {len(values)} came out not finite{where}: {_cause(model, inputs, rows, remedy)}")
+    raise NotFiniteError(f"{which} of {len(values)} came out not finite{where}: {_cause(model, inputs, rows, remedy)}")
 
 
 def check_trace(model: Flow, trace: Trace, inputs: Mapping[str, Tensor | None]) -> None:
     """As `check_finite`, of a pass from data to noise.
 
     Raises:
-        UserError: a picture whose noise or log-determinant is not finite.
+        NotFiniteError: a picture whose noise or log-determinant is not finite.
     """
     states = trace.states[1:]
     values = trace.z.flatten(1).sum(1, keepdim=True) + trace.logdet[:, None]

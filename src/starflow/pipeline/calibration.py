@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from starflow.pipeline.config import latent_shape
+from starflow.pipeline.inputs import encode_prompts, example_prompts
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.pipeline.prompts import encode_prompts, example_prompts
 from starflow.sampling.calibrate import CalibrationData, calibrate
 from starflow.sampling.policy import Policy, SampleSettings, keep_policy
 from starflow.sampling.sampler import noise_from_seeds

@@ -16,8 +16,7 @@ from torch import Tensor
 from starflow.data.images import from_pil, to_pil
 from starflow.edit import editing
 from starflow.edit.inpainting import InpaintSettings, Method, inpaint
-from starflow.edit.masks import box_mask, read_mask
-from starflow.edit.pictures import Scene, resized
+from starflow.edit.masks import Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
@@ -131,7 +130,7 @@ def edit_picture(
 ) -> Edited:
     """Encode under one prompt and decode under another; see `StarFlowPipeline.edit`."""
     _check_counts(num_images, feather)
-    everywhere = torch.ones(1, 1, image.height, image.width, dtype=torch.bool)
+    everywhere = torch.ones(1, 1, image.height, image.width, dtype=torch.bool, device="cpu")
     scene = _scene(pipeline, image, everywhere if hole is None else hole, keep=True)
     seeds = [seed + index for index in range(num_images)]
     condition, null = pipeline._condition([prompts[0]], scene.latent_hole.shape)

@@ -73,7 +73,7 @@ def read_config(folder: Path) -> PipelineConfig:
     if not isinstance(values, dict) or "autoencoder" not in values:
         if isinstance(values, dict) and ("in_channels" in values or values.get("kind") in KINDS):
             raise UserError(
-                f"{folder} holds a flow alone, expected a pipeline: give it an autoencoder by "
+                f"{folder} holds no pipeline but a flow alone: give it an autoencoder by "
                 "`starflow convert FILE --options OPTIONS --autoencoder NAME`, or load it by STARFlow.from_pretrained"
             )
         raise UserError(f"{folder} holds no pipeline: expected a config.json with an 'autoencoder', as train writes it")

@@ -1,6 +1,9 @@
-"""What callers hand to a pipeline, checked: one function for each kind of input, which every method goes through.
+"""What callers hand to a pipeline is checked here: one function a kind of input, which every method goes through.
 
-Whatever is not as it should be is a `UserError` of one sentence, before anything is computed.
+Whatever is not as it should be is a `UserError` of one sentence, before anything is computed. The memory of a call is
+predicted too and compared with what is free, as a system that runs out of it kills the process; the prediction is
+`starflow.flow.memory`'s, without the weights, which are there already. Prompts that are checked become the condition of
+a flow: tokens of a text encoder, a class's vector, or the labels of a TarFlow.
 """
 
 from __future__ import annotations
@@ -15,9 +18,22 @@ from torch import Tensor
 
 from starflow.data.images import from_pil, on_background, open_image
 from starflow.errors import UserError
+from starflow.latents.tiled import MIN_TILE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+from collections.abc import Sequence
+
+import torch
+
+from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
+from starflow.data.buckets import caption_with_ratio, nearest_aspect
+from starflow.flow.memory import AUTOENCODERS, GIB, sampling_memory
+from starflow.flow.model import Flow, STARFlow, TarFlow
+from starflow.latents import AutoencoderSpec
+from starflow.pipeline.config import PipelineConfig
+from starflow.sampling.policy import CacheDtype
 
 LARGEST_SEED = 2**63 - 1
 
@@ -45,7 +61,17 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def check_prompts(prompts: str | Iterable[str], count: int | None = None) -> list[str]:
+def check_counts(num_images: int, batch_size: int, candidates: int | None, tile: int | None) -> None:
+    """Raises UserError: a number of pictures, of candidates, at once, or of a tile's latent pixels that cannot be."""
+    check_whole("num_images", num_images)
+    check_whole("batch_size", batch_size)
+    if candidates is not None:
+        check_whole("candidates", candidates)
+    if tile is not None:
+        check_whole("tile", tile, MIN_TILE)
+
+
+def check_prompts(prompts: str | Iterable[str], count: int | None = None, *, least: int = 0) -> list[str]:
     """A prompt for each of `count` pictures; one text is that of all of them.
 
     Raises:
@@ -62,6 +88,8 @@ def check_prompts(prompts: str | Iterable[str], count: int | None = None) -> lis
     for prompt in found:
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is {prompt!r}, expected a text ('' is none)")
+    if len(found) < least:
+        raise UserError(f"there are {len(found)} prompts, expected at least {least} ('' is unconditional)")
     if count is not None and len(found) != count:
         raise UserError(f"{len(found)} prompts for {count} pictures: give one text for all, or one for each")
     return found
@@ -130,3 +158,143 @@ def check_range(images: Tensor) -> Tensor:
     elif 0 <= low < high <= 1:
         warnings.warn(f"pictures lie in [{low:g}, {high:g}], expected [-1, 1]: from [0, 1], 2 x - 1", stacklevel=3)
     return images
+
+
+MEMINFO, CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def call_bytes(
+    flow: Flow,
+    shape: tuple[int, int, int],
+    batch: int,
+    cache_dtype: CacheDtype,
+    decoder: AutoencoderSpec,
+    tile: int | None,
+) -> int:
+    """About the bytes that sampling and decoding `batch` latents of a shape (C, h, w) at once take, without weights."""
+    low = flow.network_dtype == torch.bfloat16
+    needed = sampling_memory(
+        flow.config,
+        batch,
+        tokens=shape[1] * shape[2] // flow.config.patch_size**2,
+        dtype="bfloat16" if low else "float32",
+        cache_dtype="bfloat16" if low or cache_dtype == "bfloat16" else "float32",
+        iterated=False,
+        autoencoder=AUTOENCODERS.get(decoder.kind),
+        tile=tile,
+    )
+    return needed.cache + max(needed.activations, needed.decoding)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a device that is free, or that the system can free; None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    if device.type != "cpu" or not MEMINFO.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    limit, used = (_number(CGROUPS / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        return limit - used if free is None else min(free, limit - used)
+    return free
+
+
+def check_memory(
+    flow: Flow,
+    shape: tuple[int, int, int],
+    batch: int,
+    cache_dtype: CacheDtype,
+    decoder: AutoencoderSpec,
+    tile: int | None,
+) -> None:
+    """Refuse a call that does not fit; the arguments are those of `call_bytes`.
+
+    Raises:
+        UserError: it needs more memory than is free; names the ways out.
+    """
+    free = free_bytes(flow.device)
+    needed = call_bytes(flow, shape, batch, cache_dtype, decoder, tile)
+    if free is None or needed <= free:
+        return
+    ways = ["a smaller size", *(["fewer at once"] if batch > 1 else []), "cache_dtype bfloat16"]
+    ways += ["offload", *([] if tile else ["tile"])]
+    size, there = f"{shape[2] * decoder.factor}x{shape[1] * decoder.factor}", max(0, free) / GIB
+    raise UserError(
+        f"{batch} at once of {size} pixels need about {needed / GIB:.1f} GiB, but {there:.1f} GiB "
+        f"are free on {flow.device}: use {', '.join(ways[:-1])} or {ways[-1]}"
+    )
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # none there, or "max"
+        return None
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    conditioner: Conditioner | None,
+    flow: STARFlow | TarFlow,
+    config: PipelineConfig,
+    latent_shape: Sequence[int] = (1, 1),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Condition and null condition of a batch, as the flow takes them.
+
+    Args:
+        prompts: (B,) texts, or names or numbers of classes; "" is unconditional.
+        conditioner: None where the model takes no prompt.
+        flow: STARFlow takes tokens (B, T, D), TarFlow labels (B,) on its device, -1 for no class.
+        config: whose ratios the captions are told of.
+        latent_shape: ends with the latents' (h, w).
+
+    Raises:
+        UserError: a prompt for a model that takes none, or an unknown class.
+    """
+    if conditioner is None:
+        if any(prompts):
+            raise UserError(f"'{config.name}' takes no prompt, got '{next(filter(None, prompts))}': leave it empty")
+        return None, None
+    if isinstance(flow, TarFlow):
+        assert isinstance(conditioner, ClassLabels)
+        labels = torch.tensor(list(map(conditioner.number, prompts)), dtype=torch.long, device=flow.device)
+        return labels.where(labels < flow.config.num_classes, -1), None
+    if conditioner.spec.kind != "class":
+        prompts = add_aspect_ratio(prompts, config, latent_shape)
+    return conditioner.encode(prompts), conditioner.null(len(prompts))
+
+
+def remember_prompts(
+    prompts: Sequence[str], conditioner: Conditioner | None, config: PipelineConfig, latent_shape: Sequence[int]
+) -> None:
+    """Encode prompts ahead where the text encoder is loaded on demand, so that it is loaded once for all of them."""
+    if isinstance(conditioner, OnDemandTextEncoder):
+        conditioner.encode_ahead(add_aspect_ratio(prompts, config, latent_shape))
+
+
+def add_aspect_ratio(prompts: Sequence[str], config: PipelineConfig, latent_shape: Sequence[int]) -> list[str]:
+    """Prompts as the text encoder reads them: with the nearest ratio, where the model was told of it in training.
+
+    `latent_shape` ends with (h, w). An empty prompt stays the null condition.
+
+    >>> from starflow.latents import AutoencoderSpec
+    >>> config = PipelineConfig("wide", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8), aspects=("1:1", "16:9"))
+    >>> add_aspect_ratio(["a cat", ""], config, (4, 24, 42))
+    ['a cat\\n in a 16:9 aspect ratio.\\n', '']
+    """
+    if len(config.aspects) < 2:
+        return list(prompts)
+    aspect = nearest_aspect(latent_shape[-1], latent_shape[-2], config.aspects)
+    return [caption_with_ratio(prompt, aspect) if prompt else "" for prompt in prompts]
+
+
+def example_prompts(conditioner: Conditioner | None, count: int) -> list[str]:
+    """Prompts of the kind that a model reads, to measure with: its classes in turn, or things in two colours."""
+    if conditioner is None:
+        return [""] * count
+    if isinstance(conditioner, ClassLabels):
+        known: Sequence[str] = conditioner.spec.names
+    else:
+        known = [f"a {colour} {thing}" for thing in ("apple", "car", "cat", "tree") for colour in ("red", "blue")]
+    return [known[index % len(known)] for index in range(count)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class LogProb:
     """Draws of the noise that nats is the mean of."""
     standard_error: float | None = None
     """Of nats, over the draws; None for a single one."""
-    values: tuple[float, ...] = ()
+    values: tuple[float, ...] = field(default=(), repr=False)
     """nats of each draw."""
 
     @staticmethod

@@ -27,7 +27,7 @@ from torch import Tensor
 from starflow.conditioning import Conditioner
 from starflow.data.images import to_pil
 from starflow.errors import UserError
-from starflow.flow.finite import broken_rows, check_finite, check_trace
+from starflow.flow.finite import NotFiniteError, broken_rows, check_finite, check_trace
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.flow.quantize import is_quantized, quantize_int8
 from starflow.flow.tokens import check_tensor
@@ -35,7 +35,7 @@ from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.latents import Autoencoder
-from starflow.latents.tiled import MIN_TILE, decode_in_tiles
+from starflow.latents.tiled import decode_in_tiles
 from starflow.pipeline.config import (
     Cleaning,
     PipelineConfig,
@@ -49,17 +49,19 @@ from starflow.pipeline.config import (
 from starflow.pipeline.editing import PictureEditing
 from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
 from starflow.pipeline.inputs import (
+    check_counts,
+    check_memory,
     check_pair,
     check_prompts,
     check_range,
     check_seed,
     check_whole,
+    encode_prompts,
     read_image,
+    remember_prompts,
 )
 from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
 from starflow.pipeline.locate import find_pipeline, push_folder
-from starflow.pipeline.memory import call_bytes, check_memory
-from starflow.pipeline.prompts import encode_prompts, remember_prompts
 from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
 from starflow.sampling.sampler import ProgressCallback, best_candidates, candidate_noise, offset_progress, sample
@@ -242,11 +244,7 @@ class StarFlowPipeline(PictureEditing):
         return size_multiple(self.config, self.flow.config)
 
     def remember_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> None:
-        """Encode prompts that several calls are going to draw at a size, so that a text encoder is loaded once.
-
-        Raises:
-            UserError: a size that the model cannot make.
-        """
+        """Encode prompts that several calls will draw at a size, so that a text encoder is loaded once."""
         remember_prompts(
             check_prompts(prompts), self.conditioner, self.config, latent_shape(self.config, self.flow.config, size)
         )
@@ -269,6 +267,7 @@ class StarFlowPipeline(PictureEditing):
         cache_dtype: CacheDtype = "network",
         tile: int | None = None,
         progress: ProgressCallback | None = None,
+        not_finite: Literal["raise", "keep"] = "raise",
     ) -> Generated:
         """Draw `num_images` pictures of every prompt; picture i of the whole call has the seed `seed + i`.
 
@@ -291,20 +290,14 @@ class StarFlowPipeline(PictureEditing):
             cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
             tile: side in latent pixels of the tiles that are decoded one by one, for memory; None is whole batches.
             progress: called with (steps done, steps in all).
+            not_finite: "keep" returns pictures whose latents are not finite, which show nothing, for who counts them.
 
         Raises:
             UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
                 temperature of 0 or less, no candidates, more memory than is free, or pictures that are not finite.
         """
-        check_whole("num_images", num_images)
-        check_whole("batch_size", batch_size)
-        prompts = [text for text in check_prompts(prompt) for _ in range(num_images)]
-        if not prompts:
-            raise UserError("there are no prompts, expected at least one ('' is unconditional)")
-        if tile is not None:
-            check_whole("tile", tile, MIN_TILE)
-        if candidates is not None:
-            check_whole("candidates", candidates)
+        check_counts(num_images, batch_size, candidates, tile)
+        prompts = [text for text in check_prompts(prompt, least=1) for _ in range(num_images)]
         size = None if size is None else check_pair(size)
         check_seed(check_seed(seed) + len(prompts) - 1)
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
@@ -315,10 +308,7 @@ class StarFlowPipeline(PictureEditing):
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
-        decoder = (self.decoder or self.autoencoder).spec
-        needed = call_bytes(self.flow, shape, at_once, cache_dtype, decoder, tile)
-        factor = self.config.autoencoder.factor
-        check_memory(needed, self.device, (factor * shape[2], factor * shape[1]), at_once, tiled=tile is not None)
+        check_memory(self.flow, shape, at_once, cache_dtype, (self.decoder or self.autoencoder).spec, tile)
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []
@@ -332,9 +322,10 @@ class StarFlowPipeline(PictureEditing):
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
                 offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
+                keep=not_finite == "keep",
             )
             latents.append(drawn)
-            images += to_pil(self._decode_clean(drawn, condition, cleaning, tile))
+            images += to_pil(self._decode_clean(drawn, condition, cleaning, tile, keep=not_finite == "keep"))
         return Generated(images, torch.cat(latents), prompts, seeds)
 
     def log_prob(self, image: Image | str | Path, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
@@ -365,13 +356,8 @@ class StarFlowPipeline(PictureEditing):
     def log_probs(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
         """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent.
 
-        Args:
-            images: floats.
-            prompts: one for each, or one text for all.
-            seeds: one for each.
-
         Raises:
-            UserError: no such tensor, or not as many prompts or seeds.
+            UserError: no such tensor, not a prompt for each or for all, or not a seed for each.
         """
         noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
         condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
@@ -393,11 +379,7 @@ class StarFlowPipeline(PictureEditing):
     def decode(self, z: Tensor, prompt: str | Sequence[str] = "") -> Image | list[Image]:
         """Noise z (B, C, h, w) to a picture, or to a list of them where B is not 1.
 
-        It is the exact inverse of `encode` on latents, not through the autoencoder.
-
-        Args:
-            z: floats.
-            prompt: one for each, or one text for all.
+        It is the exact inverse of `encode` on latents, not through the autoencoder. A prompt is for each, or for all.
 
         Raises:
             UserError: a shape that the model cannot take, values that are not finite, or not as many prompts.
@@ -424,11 +406,13 @@ class StarFlowPipeline(PictureEditing):
         settings: SampleSettings,
         batch_size: int,
         progress: ProgressCallback | None,
+        *,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Latents (B, C, h, w) of a batch from its candidates' noise, and their condition."""
         condition, null = self._condition(prompts, noise.shape)
         drawn = best_candidates(
-            self.flow, temperature * noise.to(self.device), condition, null, settings, batch_size, progress
+            self.flow, temperature * noise.to(self.device), condition, null, settings, batch_size, progress, keep=keep
         )
         return drawn, condition
 
@@ -436,22 +420,29 @@ class StarFlowPipeline(PictureEditing):
         decoder = (self.decoder or self.autoencoder).spec
         return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
 
-    def _decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+    def _decode(self, latents: Tensor, tile: int | None = None, *, keep: bool = False) -> Tensor:
         with torch.no_grad():
             decoder = self.decoder or self.autoencoder
             images = decoder.decode(latents) if tile is None else decode_in_tiles(decoder, latents, tile)
-        if broken := broken_rows(images):
-            raise UserError(f"picture {broken[0]} was decoded to values that are not finite: use another autoencoder")
+        if not keep and (broken := broken_rows(images)):
+            raise NotFiniteError(f"picture {broken[0]} was decoded to values that are not finite: use another decoder")
         return images
 
     def _decode_clean(
-        self, latents: Tensor, condition: Tensor | None, cleaning: Cleaning, tile: int | None = None
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        cleaning: Cleaning,
+        tile: int | None = None,
+        *,
+        keep: bool = False,
     ) -> Tensor:
         """Sampled latents to pictures (B, 3, H, W) in [-1, 1], cleaned of the noise."""
         if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
-            check_finite(self.flow, latents, {"condition": condition}, {}, "cleaning overflows, use cleaning 'none'")
-        return self._decode(latents, tile)
+            if not keep:
+                check_finite(self.flow, latents, {"condition": condition}, {}, "cleaning overflows: use 'none'")
+        return self._decode(latents, tile, keep=keep)
 
     def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:
         """Condition and null condition of a batch, as the flow takes them; `shape` ends with the latents' (h, w)."""

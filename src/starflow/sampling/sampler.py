@@ -161,6 +161,8 @@ def best_candidates(
     settings: SampleSettings,
     batch_size: int,
     progress: ProgressCallback | None = None,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """Map each picture's candidates of noise to data, and keep the one of the largest log p(x | condition).
 
@@ -172,6 +174,7 @@ def best_candidates(
         settings: of the sampler.
         batch_size: candidates that are sampled at once; changes memory, not pictures.
         progress: called with the tokens solved so far and in all.
+        keep: return pictures of which no candidate is finite, rather than refuse them.
 
     Returns:
         (B, C, H, W). With K = 1 it is what `starflow.sample` gives.
@@ -197,8 +200,9 @@ def best_candidates(
     x_BKCHW = torch.cat(drawn).unflatten(0, (pictures, candidates))
     best_B = torch.cat(scores).view(pictures, candidates).nan_to_num(nan=-torch.inf).argmax(1)
     kept: Tensor = x_BKCHW[torch.arange(pictures, device=best_B.device), best_B]
-    inputs = {"noise": noise, "condition": condition, "null condition": null_condition}
-    check_finite(model, kept, inputs, broken, _remedy(settings))
+    if not keep:
+        inputs = {"noise": noise, "condition": condition, "null condition": null_condition}
+        check_finite(model, kept, inputs, broken, _remedy(settings))
     return kept
 
 

@@ -26,13 +26,7 @@ from starflow.conditioning.base import ConditionerSpec
 from starflow.conditioning.text import MINILM, encoder_width
 from starflow.errors import UserError
 from starflow.flow import checkpoint
-from starflow.flow.config import (
-    IMAGENET_CLASSES,
-    ModelConfig,
-    STARFlowConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from starflow.flow.config import IMAGENET_CLASSES, ModelConfig, STARFlowConfig, config_from_dict, config_to_dict
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.io import files
 from starflow.io.hub import local_or_hub

@@ -29,8 +29,8 @@ from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
 from starflow.data.sets.shapes import draw_shapes
 from starflow.data.sources.base import Source, SourceKind
+from starflow.data.sources.captions import describe_set
 from starflow.data.sources.folder import read_folder
-from starflow.data.sources.summary import describe_set
 from starflow.data.views import TrainingViews, load_views, make_views, save_views
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
@@ -428,7 +428,7 @@ def _draw_samples(recipe: Recipe, pipeline: StarFlowPipeline, path: Path) -> Non
     """One image a prompt of the recipe, seeds counting from 0, one row a guidance weight (0 and the recipe's)."""
     prompts = _grid_prompts(recipe, pipeline.conditioner)
     weights = (0.0, recipe.guidance) if pipeline.conditioner else (0.0,)
-    images = [image for weight in weights for image in pipeline(prompts, guidance=weight).images]
+    images = [image for weight in weights for image in pipeline(prompts, guidance=weight, not_finite="keep").images]
     save_grid(torch.cat([from_pil(image) for image in images]), path, columns=len(prompts))
     caption = json.dumps({"prompts": prompts, "guidance": weights}, ensure_ascii=False)
     files.write_text(path.with_suffix(".json"), caption + "\n")

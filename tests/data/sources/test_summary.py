@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starflow.data.sources.summary import SetSummary, describe_set
+from starflow.data.sources.captions import SetSummary, describe_set
 
 IMAGES = st.fixed_dictionaries(
     {"name": st.just("a.png"), "caption": st.sampled_from(["", " ", "a cat"]), "label": st.sampled_from([None, "cat"])},

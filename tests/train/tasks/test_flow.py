@@ -25,14 +25,7 @@ from starflow.train.log import read_log
 from starflow.train.loop import fit
 from starflow.train.recipe import Objective
 from starflow.train.settings import TrainSettings
-from starflow.train.tasks.flow import (
-    FlowLoss,
-    FlowTask,
-    LiveFlowTask,
-    LiveLatents,
-    bits_per_dim,
-    nats_per_dim,
-)
+from starflow.train.tasks.flow import FlowLoss, FlowTask, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
 from tests.train.tasks.test_cache_latents import Means, fill
 from tests.train.tasks.test_cache_latents import pictures as pictures  # a fixture
 

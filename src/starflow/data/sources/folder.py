@@ -46,15 +46,16 @@ from starflow.data.sources.captions import (
     SIDECAR_SUFFIXES,
     TABLE_NAMES,
     Description,
+    SetSummary,
     TableRow,
     caption_and_label,
+    describe_set,
     has_description,
     json_lines,
     read_table,
     shown_name,
     sidecar_fields,
 )
-from starflow.data.sources.summary import SetSummary, describe_set
 from starflow.errors import UserError
 from starflow.io.files import write_text
 

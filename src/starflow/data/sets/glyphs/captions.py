@@ -37,9 +37,11 @@ _SINGULAR = frozenset(
 
 # Plurals without an "s", masses, activities and names: they take no article.
 _NO_ARTICLE = frozenset(
-    "arts bacon badminton bowling bread broccoli butter camping candy cooking coral custard dango dna falafel fire "
-    "flatbread fog garlic hockey ice lacrosse liquid luggage mate meat milk money oden pong popcorn "
-    "rice sake salt soap spaghetti sushi tennis thread wood yarn zzz".split()
+    "acid algae armor arts bacon badminton beer blood bowling bread broccoli butter camping candy cheese children "
+    "clothing coffee cooking coral corn custard dango dna dust falafel feet fire fishing flatbread flour fog furniture "
+    "garlic grass hockey honey ice jewelry lacrosse lava lightning liquid luggage mail mate meat men milk money music "
+    "oden parchment people pong popcorn rain rice sake salt slime snow soap spaghetti sugar sushi tea teeth tennis "
+    "thread water wheat women wood wool yarn zzz".split()
 )
 
 _PROPER_NAMES = {
@@ -144,12 +146,14 @@ def compose(
 ) -> str:
     """Compose one caption: style, article, name (recoloured), background, tags.
 
+    `style` is a key of `STYLE_PREFIXES`, or a phrase of its own such as "clip art of".
+
     >>> compose("red apple", style="3d", background="blue", tags=("fruit", "food"))
     '3D render of a red apple on a blue background, fruit, food'
     """
     caption = with_article(recoloured(name, colour) if colour else name)
     if style is not None:
-        caption = f"{STYLE_PREFIXES[style]} {caption}"
+        caption = f"{STYLE_PREFIXES.get(style, style)} {caption}"
     if background is not None:
         caption = f"{caption} on {with_article(background)} background"
     return ", ".join([caption, *tags])
@@ -214,7 +218,7 @@ def read_drawings(icons: Mapping[str, Any], chars: Mapping[str, str]) -> dict[st
     """
     drawings = {}
     for hexcode, name in chars.items():
-        svg = _svg(icons, name)
+        svg = icon_svg(icons, name)
         if svg is not None:
             drawings[code_of(hexcode)] = svg
     return drawings
@@ -237,7 +241,7 @@ def _is_variant(code: str) -> bool:
     return JOINER in points and (points[0] in MAN_WOMAN or not GENDER_SIGNS.isdisjoint(points[1:]))
 
 
-def _svg(icons: Mapping[str, Any], name: str) -> str | None:
+def icon_svg(icons: Mapping[str, Any], name: str) -> str | None:
     """Build the SVG document of an icon, through its aliases; None where there is no such icon."""
     aliases = icons.get("aliases", {})
     mirrored = False

@@ -40,13 +40,13 @@ HELDOUT_CONCEPT_SHARE = 0.035
 """Share of the concepts of which no style is trained on."""
 
 # Mirrored, these would show wrong letters, digits or directions.
-_NO_FLIP_SUBGROUPS = frozenset(
+NO_FLIP_SUBGROUPS = frozenset(
     "alphanum arrow av-symbol award-medal book-paper computer currency emotion flag game keycap mail math money "
     "music musical-instrument office other-symbol phone place-building place-map punctuation religion "
     "time transport-sign warning zodiac".split()
 )
 
-_NO_FLIP_WORDS = frozenset("left right leftwards rightwards waxing waning first last sign".split())
+NO_FLIP_WORDS = frozenset("left right leftwards rightwards waxing waning first last sign".split())
 
 Renderer = Callable[[], bytes]
 """Gives the PNG of one image."""
@@ -134,7 +134,7 @@ def split_of(concept: Concept, style: str) -> tuple[Split, str]:
 
 def _record(folder: Path, concept: Concept, style: str) -> ImageRecord:
     split, kind = split_of(concept, style)
-    flips = concept.subgroup not in _NO_FLIP_SUBGROUPS and _NO_FLIP_WORDS.isdisjoint(concept.name.lower().split())
+    flips = concept.subgroup not in NO_FLIP_SUBGROUPS and NO_FLIP_WORDS.isdisjoint(concept.name.lower().split())
     meta = {
         "style": style,
         "code": concept.code,
