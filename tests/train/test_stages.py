@@ -237,7 +237,7 @@ def test_a_set_is_summed_up_and_its_changes_are_offered(tmp_path: Path, monkeypa
     data = DataRecipe("folder", str(tmp_path / "set"), views=ViewConfig(size=8), workers=0)
     recipe = Recipe(
         "a",
-        TrainSettings(steps=1),
+        TrainSettings(steps=1, warmup=1),
         data=data,
         autoencoder=AutoencoderRecipe("pixels"),
         conditioning=ConditioningRecipe("none"),

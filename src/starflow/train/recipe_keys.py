@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.train.checkpoint import checkpoints
 from starflow.train.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from starflow.train.recipe import Recipe
+Recipe: TypeAlias = Any
+"""A `starflow.train.recipe.Recipe`, whose file reads these tables and is not imported here."""
 
 RESULTS: dict[str, tuple[str, ...]] = {
     "data": ("index", "views.safetensors", "classes.json"),
@@ -158,7 +158,8 @@ def idle_keys(recipe: Recipe) -> dict[str, str]:
 
 def default_values(recipe: Recipe) -> dict[str, Any]:
     """The defaults of all keys, by dotted name."""
-    return flat_keys(to_dict(type(recipe)("", TrainSettings(steps=1))))
+    default = type(recipe)("", TrainSettings(steps=1))
+    return flat_keys(to_dict(default))
 
 
 def check_idle_keys(recipe: Recipe) -> None:
@@ -231,7 +232,7 @@ def _sections(key: str) -> list[str]:
 
 def _trains_autoencoder(recipe: Recipe) -> bool:
     coder = recipe.autoencoder
-    return coder.kind == "small" and (coder.joint or not coder.source)
+    return bool(coder.kind == "small" and (coder.joint or not coder.source))
 
 
 def _has_autoencoder_stage(recipe: Recipe) -> bool:
