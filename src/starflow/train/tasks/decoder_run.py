@@ -8,6 +8,7 @@ RUN/pipeline/      the pipeline it was started from, where it was one, with the 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,7 @@ def _views(settings: DecoderSettings, folder: Path, show_progress: bool) -> Trai
     path = folder / "views.safetensors"
     if not path.is_file():
         config = ViewConfig(size=settings.size, views=settings.views)
-        records = read_folder(Path(settings.data).expanduser(), tqdm.write)
+        records = read_folder(Path(settings.data).expanduser(), lambda line: tqdm.write(line, file=sys.stderr))
         chosen = [*_of_split(records, "train", settings.pictures), *_of_split(records, "heldout", settings.report)]
         views, skipped = make_views(chosen, config, progress=show_progress, workers=2)
         for one in skipped:
