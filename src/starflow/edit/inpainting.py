@@ -3,12 +3,12 @@
 Every method draws x_M given x_O from the flow's density p under guidance and temperature, exactly or in the limit that
 is named below; the log p that a filling comes with is the plain conditional one, unguided and at temperature 1.
 
-    paper     STARFlow, arXiv 2506.06276, appendix D.1. No exact chain: pasting changes the latent and its Jacobian's
-              ratio is missing. Kept for comparison.
-    resample  K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
-    chain     Prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
-    hmc       Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
-    auto      Draws, whose holes are drawn anew token by token given what is known, then Hamiltonian steps.
+- paper: STARFlow, arXiv 2506.06276, appendix D.1. It is no exact chain: pasting changes the latent, and its Jacobian's
+  ratio is missing. It is kept for comparison.
+- resample: K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
+- chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
+- hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
+- auto: draws, whose holes are drawn anew token by token given what is known, then Hamiltonian steps.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
