@@ -70,7 +70,7 @@ def test_captions_say_side_and_colour(vtk: FakeVtk, fake: FakePackages, tmp_path
     assert records["model/Test/armchair/01"].meta["say_view"] == "sometimes"
     assert len({(one.split, one.meta["concept"], one.meta["family"]) for one in records.values()}) == 1, "one unit"
     icon = records_of(tmp_path / "set")["furniture/Test/armchair"]
-    assert (icon.meta["family"], icon.split) == (left.meta["family"], left.split), "with the ready icon"
+    assert (icon.meta["model"], icon.split) == (left.meta["model"], left.split), "with the ready icon"
 
 
 def test_a_model_is_drawn_once(vtk: FakeVtk, catalogues: list[Catalogue], tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def icon_drawings(catalogue: Catalogue) -> Iterator[Drawing | tuple[str, str]]:
             art=Raster(catalogue.read(piece.icon), crop=True),
             tags=piece.tags,
             flip=True,
-            extra={"creator": piece.creator},
+            extra={"creator": piece.creator, "model": piece.key},
         )
 
 

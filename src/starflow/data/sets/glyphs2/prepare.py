@@ -10,8 +10,8 @@
     sheets/<style>-NN.png   contact sheets to look at, if asked for
 
 Held out are (i) 5 % of the pairs of a concept and a family of styles ("pair"), and (ii) 3 % of the concepts in
-all styles ("concept"). Fluent's 3D and flat drawings, all views of a model with its icon, all variants of an icon,
-and all skin tones and sexes of a role in one style are one unit.
+all styles ("concept"). Fluent's 3D and flat drawings, all variants of an icon, and all skin tones and sexes of a role
+in one style are one unit; of furniture, of which a concept has many models, all views of a model with its icon are.
 """
 
 from __future__ import annotations
@@ -140,7 +140,11 @@ def prepare_glyphs2(
 
 
 def split_of(concept: str, family: str) -> tuple[Split, str]:
-    """(split, why held out: "concept", "pair" or "") of a concept in a family of styles, by hash alone."""
+    """(split, why held out: "concept", "pair" or "") of a concept in a family of styles, or of a model, by hash alone.
+
+    >>> split_of("chair", "noto"), split_of("alien", "noto")
+    (('train', ''), ('heldout', 'concept'))
+    """
     if unit_hash(f"glyphs2 concept:{concept}") < HELDOUT_CONCEPT_SHARE:
         return "heldout", "concept"
     if unit_hash(f"glyphs2 pair:{concept}:{family}") < HELDOUT_PAIR_SHARE:
@@ -213,7 +217,7 @@ def _sorted_out(found: Iterable[Drawing | tuple[str, str]]) -> tuple[list[Drawin
 
 def _record(folder: Path, drawing: Drawing, emoji_concepts: frozenset[str]) -> ImageRecord:
     style = STYLES[drawing.style]
-    split, kind = split_of(drawing.concept, style.family)
+    split, kind = split_of(drawing.concept, drawing.extra.get("model", style.family))
     meta = {
         "style": drawing.style,
         "phrase": style.phrase,
