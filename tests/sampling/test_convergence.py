@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow.sampling.convergence import EXTRA_PASSES, SolvedBlock, contraction_of, converge, initial_guess
+from starflow.sampling.calibrate import EXTRA_PASSES, SolvedBlock, contraction_of, converge, initial_guess
 from starflow.sampling.jacobi import relative_change
 from starflow.sampling.predictor import Predictor, ignore_progress
 from starflow.sampling.sampler import solve_by_policy
