@@ -35,7 +35,7 @@ CATALOGUES = "usr/share/sweethome3d/furniture"
 
 TABLE = "PluginFurnitureCatalog.properties"
 
-ANIMALS = frozenset("dog cat horse rabbit deer bulldog teddy doll".split())
+ANIMALS = frozenset("bulldog cat chicken deer dog doll horse rabbit teddy".split())
 
 # Signs on the ground, cars by their makers, and names in no known English.
 _LEFT_OUT = re.compile(

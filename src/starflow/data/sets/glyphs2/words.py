@@ -113,7 +113,7 @@ _BRANDS = """
 # What nobody should be shown unasked, and flags of states:
 _UNWANTED = """
     amputation ass balkenkreuz bdsm bleeding bondage breast-pump cannabis cigarette decapitated decapitation drugs
-    drunk execution flag-of flags genocide gibbet guillotine hammer-sickle hanging hitler lynch mao marijuana morgue
+    drunk execution flag-of flags genocide gibbet guillotine hammer-sickle  hitler lynch mao marijuana morgue
     murder naked nazi nude overdose pantyhose penis porn rape sex sexy slavery smoke-free smoking sperm stahlhelm
     stalin stigmata suicide swastika terror terrorist tit tits torture vagina vulva weed whip-slave
 """
