@@ -232,4 +232,4 @@ def test_a_published_repository_is_known_without_a_network(capsys: pytest.Captur
     assert facts["parameters"] == memory.parameter_count(PRESETS["starflow-t2i-3b"].config)
     assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
     assert main(["info", "apple/starflow", "--memory"]) == 0
-    assert "google/flan-t5-xl takes 2.28 GiB before that, and is released" in capsys.readouterr().out
+    assert "google/flan-t5-xl takes 2.28 GiB before that, and is freed" in capsys.readouterr().out

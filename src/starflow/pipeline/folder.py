@@ -182,7 +182,7 @@ def latents_agreement(own: Autoencoder, other: Autoencoder) -> float:
 
     A distilled autoencoder, such as TAESD, comes near 1; one that was trained apart is around 0.
     """
-    rows = torch.linspace(-1, 1, 8 * own.spec.factor)
+    rows = torch.linspace(-1, 1, 8 * own.spec.factor, dtype=torch.float32, device="cpu")
     waves = torch.stack([rows[:, None] + 0 * rows, 0 * rows[:, None] + rows, torch.sin(9 * rows[:, None] * rows)])
     picture = torch.stack([waves, waves.flip(0), -waves])
     first, second = (one.encode(picture).double().flatten() for one in (own, other))

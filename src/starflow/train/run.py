@@ -54,8 +54,8 @@ def start_run(
         >>> import tempfile
         >>> from starflow.train.settings import TrainSettings
         >>> folder = Path(tempfile.mkdtemp())
-        >>> run = start_run(Recipe("mine", TrainSettings(steps=10)), folder, torch.device("cpu"))
-        >>> [path.name for path in folder.iterdir()]
+        >>> run = start_run(Recipe("mine", TrainSettings(steps=200)), folder, torch.device("cpu"))
+        >>> [path.name for path in folder.iterdir() if path.suffix]
         ['recipe.json']
     """
     check_idle_keys(recipe)
