@@ -154,6 +154,7 @@ def test_minilm_without_package_or_network_names_the_command(monkeypatch: pytest
 def test_minilm_comes_from_the_hub_without_the_package(monkeypatch: pytest.MonkeyPatch, bert: Path) -> None:
     pretend_package(monkeypatch, None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **settings: {MINILM: str(bert)}[repo])
+    monkeypatch.setattr("starflow.io.hub._hub_digests", lambda repository, folder: {})  # it states none
     assert text.find_text_encoder("all-MiniLM-L6-v2") == bert
 
 

@@ -43,6 +43,7 @@ def folder(path: Path, *names: str) -> Path:
 
 def use(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.setattr("starflow.io.hub._hub_digests", lambda repository, folder: {})  # it states none
     return hub
 
 
