@@ -64,6 +64,19 @@ def test_plain_views(tmp_path: Path) -> None:
         assert plain[:, 16, 16].tolist() == [220, 30, 40]
 
 
+def test_a_sampling_group_gets_its_own_number_of_views(tmp_path: Path) -> None:
+    records = [glyph(tmp_path, name) for name in ("a", "b", "c")]
+    records[0].meta["sampling_group"], records[1].meta["sampling_group"] = "emoji", "icons"
+    views = draw(records, ViewConfig(size=16, views=2, group_views={"emoji": 5}))
+    assert views.names == ["flat/a"] * 5 + ["flat/b"] * 2 + ["flat/c"] * 2
+    with pytest.raises(UserError, match="names 'emojis', but the images are of emoji, icons"):
+        draw(records, ViewConfig(size=16, group_views={"emojis": 5}))
+    with pytest.raises(UserError, match="but the images are without groups"):
+        draw(records[2:], ViewConfig(size=16, group_views={"emoji": 5}))
+    with pytest.raises(UserError, match="group_views.emoji is 0, expected a whole number"):
+        ViewConfig(group_views={"emoji": 0})
+
+
 def test_views_depend_on_seed_name_and_index_alone(tmp_path: Path) -> None:
     a, b = glyph(tmp_path, "a"), glyph(tmp_path, "b")
     both, other = draw([a, b]), draw([b, a])

@@ -70,6 +70,17 @@ def test_a_finished_run_goes_on_only_with_what_fits_its_results(tmp_path: Path, 
     assert "another --output" in str(refused.value)
 
 
+def test_an_entry_of_a_mapping_that_comes_goes_or_changes_is_a_change(tmp_path: Path) -> None:
+    folder, key = finished(tmp_path), "data.views.group_views"
+    plain, counted, other = ({**to_dict(RECIPE), "data": {**to_dict(RECIPE)["data"]}} for _ in range(3))
+    for values, groups in ((plain, {}), (counted, {"emoji": 4}), (other, {"emoji": 5})):
+        values["data"]["views"] = {**values["data"]["views"], "group_views": groups}
+    for before, after in ((plain, counted), (counted, plain), (counted, other)):
+        with pytest.raises(UserError, match=f"another {key}"):
+            check_changes(before, from_dict(Recipe, after), folder)
+    check_changes(counted, from_dict(Recipe, counted), folder)
+
+
 def test_before_a_stage_has_results_every_key_may_change(tmp_path: Path) -> None:
     for key in ALL:
         check_changes(changed(key), RECIPE, tmp_path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +65,8 @@ class ViewConfig:
     Attributes:
         size: side of a view, pixels.
         views: views of a training image, the plain one included.
+        group_views: views of a training image by its sampling group (`meta["sampling_group"]`), in place of `views`:
+            a group's weight in training.
         heldout_views: views of a held-out image.
         colour_backgrounds: share of the views, where the image has an outline, on a flat named colour.
         hue: share of the views, where the image is of one hue, whose colour is turned and named.
@@ -79,6 +81,7 @@ class ViewConfig:
 
     size: int = 64
     views: int = 8
+    group_views: dict[str, int] = field(default_factory=dict)
     heldout_views: int = 1
     colour_backgrounds: float = 0.25
     hue: float = 0.3
@@ -92,6 +95,9 @@ class ViewConfig:
             raise UserError(
                 f"size {self.size}, views {self.views}, heldout_views {self.heldout_views}: each must be at least 1"
             )
+        for group, count in self.group_views.items():
+            if type(count) is not int or count < 1:
+                raise UserError(f"group_views.{group} is {count!r}, expected a whole number of views, at least 1")
         if not 0.5 <= self.scale_min <= 1:
             raise UserError(f"scale_min is {self.scale_min}, expected 0.5 to 1")
         if not 0 <= self.shift <= 0.25:
@@ -136,11 +142,12 @@ def make_views(
         The views, and by name the images that could not be read.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: not one image could be read, or no image is of a group that `config.group_views` names.
     """
     import torch
     from tqdm import tqdm
 
+    _check_groups(records, config)
     total = sum(view_count(record, config) for record in records)
     images = np.empty((total, 3, config.size, config.size), dtype=np.uint8)
     kept: list[tuple[ImageRecord, str]] = []
@@ -224,7 +231,17 @@ def draw_views(image: Image.Image, record: ImageRecord, config: ViewConfig) -> l
 
 def view_count(record: ImageRecord, config: ViewConfig) -> int:
     """How many views an image gets."""
-    return config.views if record.split == "train" else config.heldout_views
+    if record.split != "train":
+        return config.heldout_views
+    return config.group_views.get(record.meta.get("sampling_group", ""), config.views)
+
+
+def _check_groups(records: Sequence[ImageRecord], config: ViewConfig) -> None:
+    known = {record.meta["sampling_group"] for record in records if "sampling_group" in record.meta}
+    for group in config.group_views:
+        if group not in known:
+            found = f"of {', '.join(sorted(known))}" if known else "without groups (prepare-data glyphs2 writes them)"
+            raise UserError(f"group_views names '{group}', but the images are {found}")
 
 
 class _GlyphViews:

@@ -63,7 +63,10 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
     (("data.path",), "data.source is 'shapes'", lambda r: r.data.source == "shapes"),
     (("data.heldout",), "the images of this data.source are held out already", lambda r: not r.data.indexed),
     (
-        tuple(f"data.views.{key}" for key in ("heldout_views", "colour_backgrounds", "hue", "scale_min", "shift")),
+        tuple(
+            f"data.views.{key}"
+            for key in ("group_views", "heldout_views", "colour_backgrounds", "hue", "scale_min", "shift")
+        ),
         "data.source is not 'glyphs'",
         lambda r: r.data.source != "glyphs",
     ),
@@ -130,8 +133,8 @@ def flat_keys(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = flat_keys(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-        flat |= inner
+        nested = isinstance(value, dict) and value  # an empty mapping of options is a value
+        flat |= flat_keys(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
     return flat
 
 
@@ -149,7 +152,7 @@ def idle_keys(recipe: Recipe) -> dict[str, str]:
     default = default_values(recipe)
     found: dict[str, str] = {}
     for key, value in flat_keys(to_dict(recipe)).items():
-        if value == default[key] or (key in _NOTHING and value == _NOTHING[key]):
+        if value == default.get(key) or (key in _NOTHING and value == _NOTHING[key]):
             continue
         reasons = [why for names, why, idle in IDLE if not set(_sections(key)).isdisjoint(names) and idle(recipe)]
         found |= {key: reasons[0]} if reasons else {}
@@ -167,7 +170,7 @@ def check_idle_keys(recipe: Recipe) -> None:
     for key, why in idle_keys(recipe).items():
         raise UserError(
             f"the recipe gives {key}, which has no effect, as {why}: take it out, or give its default "
-            f"{default_values(recipe)[key]!r}"
+            f"{default_values(recipe).get(key, 'none')!r}"
         )
 
 
@@ -183,7 +186,9 @@ def check_changes(before: Mapping[str, Any], recipe: Recipe, folder: Path) -> No
         UserError: see the module.
     """
     old, new = flat_keys(before), flat_keys(to_dict(recipe))
-    changed = [key for key in new if key in old and old[key] != new[key]]
+    default = default_values(recipe)  # of the keys that an older version did not write
+    keys = [*new, *(key for key in old if key not in new and key.rpartition(".")[0] in default)]
+    changed = [key for key in keys if old.get(key, default.get(key)) != new.get(key)]
     stored = checkpoints(folder / "checkpoints")
     reached = int(stored[-1].name.removeprefix("step_")) if stored else 0
     if recipe.train.steps < reached:
