@@ -31,12 +31,11 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.memory import BYTES, cache_bytes
 from starflow.flow.model import build
 from starflow.io.files import write_bytes, write_json
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.calibrate import machine_of, synchronize
 from starflow.sampling.cpu.engine import cpu_engine_of
-from starflow.sampling.jacobi import Span, fixed_point_step
 from starflow.sampling.predictor import Predictor, SolverOptions
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import Span, fixed_point_step, solve_sequential
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4

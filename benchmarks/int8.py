@@ -23,7 +23,7 @@ from starflow.data.sources.folder import read_folder
 from starflow.flow.memory import weight_bytes
 from starflow.io.files import write_json
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.jacobi import relative_change
+from starflow.sampling.solvers import relative_change
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.bench.limits import Baseline, DrawTask
-from starflow.flow import affine
+from starflow.flow import block as affine
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.results import Result, Table, check_budget
-from starflow.train.log import read_log
+from starflow.train.run import read_log
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.decoder import DecoderLoss
 from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings, run_decoder

@@ -16,9 +16,8 @@ from starflow.evaluate.dataset import select_rows
 from starflow.io import files
 from starflow.nn.cpu import has_bfloat16
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
-from starflow.train.run import start_run
+from starflow.train.run import read_log, start_run
 from starflow.train.stages import Stages, train_flow
 
 

@@ -17,9 +17,8 @@ from starflow.data.sets.shapes import draw_shapes
 from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.log import read_log
 from starflow.train.recipe import Recipe, load_recipe
-from starflow.train.run import start_run
+from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
 from tests.conditioning.conftest import WORDS, save_encoder
 from tests.conditioning.conftest import t5 as t5  # a fixture

@@ -11,7 +11,7 @@ from starflow.bench.limits import measure_footprint, track_memory
 from starflow.flow import memory
 from starflow.flow.config import STARFlowConfig
 from starflow.latents import PixelLatents
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.cpu.pack import PanelLayout, pack
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run

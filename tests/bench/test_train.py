@@ -12,7 +12,7 @@ from starflow.bench.train import architecture, measure
 from starflow.cli.bench import train_table
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.settings import TrainSettings
 
 SMALL = STARFlowConfig(

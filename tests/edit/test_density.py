@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starflow.edit.density import GuidedFlow, log_density
-from starflow.flow import affine
+from starflow.flow import block
 from tests.registry import Case, cases
 
 
@@ -56,7 +56,7 @@ def test_unguided_it_is_the_flows_and_a_temperature_widens_it(case: Case) -> Non
     with torch.no_grad():
         assert torch.allclose(log_density(plain, x), case.model.log_prob(x, condition), atol=1e-9)
         z, logdet = case.model(x, condition)
-        expected = affine.log_normal(z / 0.5) + logdet - x.numel() * math.log(0.5)
+        expected = block.log_normal(z / 0.5) + logdet - x.numel() * math.log(0.5)
         assert torch.allclose(log_density(cool, x), expected, atol=1e-9)
 
 

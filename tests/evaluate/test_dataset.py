@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow.data.buckets import Buckets
+from starflow.data.images import Buckets
 from starflow.data.index import open_source, split_indices
 from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.errors import UserError
@@ -35,7 +35,7 @@ from tests.data.sources.common import indexed
 CODE = """
 import json, sys, torch
 from starflow.evaluate import gather_rows, is_first, kernel_distance, own_rows
-from starflow.train.distributed.world import join_world
+from starflow.train.distributed import join_world
 
 def rows(count, seed):
     return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import STARFlowConfig
-from starflow.nn.attention import CacheSlice
-from starflow.nn.kv_cache import CacheShape, KVCache
+from starflow.nn.attention import CacheShape, CacheSlice, KVCache
 from tests.registry import randomised
 
 CPU = torch.device("cpu")

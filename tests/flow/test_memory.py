@@ -21,10 +21,10 @@ from starflow.errors import UserError
 from starflow.flow import memory
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig
 from starflow.flow.model import build
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
-from starflow.train.distributed.sharding import checkpoint_activations
+from starflow.train.distributed import checkpoint_activations
 from starflow.train.settings import ParallelSettings
 from tests.registry import configs, randomised
 

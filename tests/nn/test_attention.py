@@ -12,8 +12,7 @@ from starflow import STARFlow, denoise, sample
 from starflow.flow import block as blocks
 from starflow.flow.config import STARFlowConfig
 from starflow.nn import attention
-from starflow.nn.attention import Attention, CacheIndex, CacheSlice, Layer
-from starflow.nn.kv_cache import CacheShape, KVCache
+from starflow.nn.attention import Attention, CacheIndex, CacheShape, CacheSlice, KVCache, Layer
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import grid_positions, rotary_table
 from tests.registry import randomised

@@ -12,7 +12,7 @@ from torch import Tensor
 from starflow import STARFlow, TarFlow, sample
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.policy import BlockPolicy, SampleSettings
 from starflow.sampling.sampler import run
 from tests.registry import randomised

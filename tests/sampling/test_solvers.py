@@ -13,12 +13,11 @@ from torch import Tensor
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.nn.kv_cache import CachePool
-from starflow.sampling.jacobi import solve_jacobi
+from starflow.nn.attention import CachePool
 from starflow.sampling.policy import BlockPolicy, SampleSettings
 from starflow.sampling.predictor import Predictor, SolverOptions
 from starflow.sampling.sampler import SamplingResult, run
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import solve_jacobi, solve_sequential
 from tests.registry import Case, cases, randomised
 
 DRAWN = settings(max_examples=20, derandomize=True)

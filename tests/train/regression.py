@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from starflow.train.loader import generator
-from starflow.train.log import read_log
 from starflow.train.loop import fit
-from starflow.train.settings import TrainSettings
+from starflow.train.run import read_log
+from starflow.train.settings import TrainSettings, generator
 
 SETTINGS = TrainSettings(
     steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4

@@ -16,7 +16,7 @@ from starflow.errors import UserError
 from starflow.io import files
 from starflow.train import checkpoint, loop
 from starflow.train.checkpoint import checkpoints
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.state import TrainState
 from tests.train.regression import SETTINGS, Regression, losses, run
 

@@ -22,8 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.buckets import Buckets
-from starflow.data.images import ImageError
+from starflow.data.images import Buckets, ImageError
 from starflow.data.index import IndexedDataset, open_source
 from starflow.train.loader import (
     BLOCKS_MIXED,
@@ -31,11 +30,10 @@ from starflow.train.loader import (
     BatchOrder,
     TrainingLoader,
     batch_order,
-    generator,
     read_batches,
     windowed_permutation,
 )
-from starflow.train.settings import TrainSettings
+from starflow.train.settings import TrainSettings, generator
 from tests.data.sources.common import indexed
 
 

@@ -18,8 +18,8 @@ from starflow.errors import UserError
 from starflow.io import files
 from starflow.train import loop
 from starflow.train.checkpoint import checkpoints
-from starflow.train.log import RunLog, read_log
 from starflow.train.loop import Interrupted, Pace
+from starflow.train.run import RunLog, read_log
 from starflow.train.settings import ParallelSettings
 from tests.train.regression import SETTINGS, Regression, losses, run
 

@@ -11,7 +11,7 @@ import torch
 from starflow.errors import UserError
 from starflow.io import files
 from starflow.latents.small import SmallAutoencoderConfig
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
 from starflow.train.run import start_run
 from starflow.train.settings import TrainSettings

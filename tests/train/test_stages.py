@@ -21,10 +21,9 @@ from starflow.latents import AutoencoderSpec
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small, save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train import loop, stages
-from starflow.train.log import read_log
 from starflow.train.loop import Interrupted
 from starflow.train.recipe import AutoencoderRecipe, ConditioningRecipe, DataRecipe, Objective, Recipe, load_recipe
-from starflow.train.run import Run, start_run
+from starflow.train.run import Run, read_log, start_run
 from starflow.train.settings import TrainSettings
 from starflow.train.stages import Stages, first_autoencoder, train_flow
 from tests.conditioning.conftest import t5 as t5  # a fixture

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from starflow.nn.layers import MLP
-from starflow.train.distributed.sharding import layers_of
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World, layers_of
 from starflow.train.settings import TrainSettings
 from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
 from starflow.train.tasks.flow import FlowLoss

@@ -38,12 +38,12 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import AUTOENCODERS, Precision, SamplingMemory
 from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
+from starflow.nn.attention import CachePool
 from starflow.nn.cpu import return_freed_memory
-from starflow.nn.kv_cache import CachePool
 from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
-from starflow.train.log import MatrixProduct
+from starflow.train.run import MatrixProduct
 
 READ_BYTES = {"cpu": 2**30}
 """Size of the large read by type of device; on others it is `DEFAULT_READ_BYTES`."""

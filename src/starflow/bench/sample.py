@@ -5,6 +5,8 @@ limit is the larger of two times, at the rates of the same run: that of reading 
 of the arithmetic. A time is the fastest of a few runs. Those that are compared take turns, so that other work on the
 machine slows all of them. Going token by token costs the same whatever the weights; how fast iterating is depends on
 them, so that solver "auto" is timed for trained models only.
+
+`calibrate_pipeline` measures, once, how each block of a pipeline is best solved on a device, and keeps the choice.
 """
 
 from __future__ import annotations
@@ -36,17 +38,70 @@ from starflow.flow.config import PRESETS
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.io import files
 from starflow.latents import Autoencoder
-from starflow.nn.kv_cache import CachePool
-from starflow.pipeline.calibration import calibration_data
+from starflow.nn.attention import CachePool
+from starflow.pipeline.config import latent_shape
+from starflow.pipeline.inputs import encode_prompts, example_prompts
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.calibrate import in_turn, machine_of, seconds_of
+from starflow.sampling.calibrate import CalibrationData, calibrate, in_turn, machine_of, seconds_of
 from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
-from starflow.sampling.jacobi import relative_change
-from starflow.sampling.policy import SampleSettings, SolverName
+from starflow.sampling.policy import Policy, SampleSettings, SolverName, keep_policy
 from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
+from starflow.sampling.solvers import relative_change
+
+PICTURES = 8
+
+"""Pictures that are drawn to measure with, where no prompts are given."""
+
+
+def calibrate_pipeline(
+    pipeline: StarFlowPipeline,
+    prompts: Sequence[str] | None = None,
+    *,
+    guidance: float | None = None,
+    batches: Sequence[int] = (1, 4, 16),
+    tolerance: float = 1e-3,
+    repeats: int = 3,
+    note: Callable[[str], None] = lambda _: None,
+) -> Policy:
+    """Choose by measuring how each block is solved here; `solver="auto"` and `save_pretrained` use it then.
+
+    Args:
+        pipeline: whose blocks are measured; its flow keeps the policy.
+        prompts: of the kind that will be drawn; None is some of our own, or the model's classes.
+        guidance: weight to measure with; by default the model's own.
+        batches: sizes to time; each block gets one choice for all of them.
+        tolerance: bound on the residual of every block and picture.
+        repeats: timed runs, of which the fastest counts.
+        note: told what is being measured.
+
+    Raises:
+        UserError: a prompt that the model cannot take.
+    """
+    data = calibration_data(pipeline, prompts, guidance=guidance, tolerance=tolerance)
+    policy = calibrate(pipeline.flow, data, batches, repeats, note)
+    keep_policy(pipeline.flow, policy)
+    return policy
+
+
+def calibration_data(
+    pipeline: StarFlowPipeline,
+    prompts: Sequence[str] | None = None,
+    *,
+    guidance: float | None = None,
+    tolerance: float = 1e-3,
+) -> CalibrationData:
+    """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate_pipeline`."""
+    config, flow = pipeline.config, pipeline.flow
+    drawn = list(prompts or example_prompts(pipeline.conditioner, PICTURES))
+    condition, null = encode_prompts(drawn, pipeline.conditioner, flow, config)
+    noise = config.temperature * noise_from_seeds(range(len(drawn)), latent_shape(config, flow.config)).to(flow.device)
+    weight = config.guidance if guidance is None else guidance
+    return CalibrationData(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
+
 
 RANDOM_MODEL = "57m"
+
 """The model that is sampled by default: 57 M random parameters."""
 
 Note = Callable[[str], None]

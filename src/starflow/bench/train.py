@@ -17,8 +17,8 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
-from starflow.train.distributed.world import World
-from starflow.train.log import MatrixProduct, peak_memory, synchronise, training_flops
+from starflow.train.distributed import World
+from starflow.train.run import MatrixProduct, peak_memory, synchronise, training_flops
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
 from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
@@ -49,7 +49,7 @@ class TrainSpeed:
     batch: int
     updates: int
     flops_per_picture: float
-    """Counted, forward and backward; see `starflow.train.log`."""
+    """Counted, forward and backward; see `starflow.train.run`."""
     first_update: float
     """With compilation, where there is any."""
     update: float

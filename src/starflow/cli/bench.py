@@ -73,11 +73,11 @@ def parse_batches(text: str) -> list[int]:
 
 def bench_calibrate(options: BenchCalibrateOptions) -> None:
     """Calibrate a model, write its policy.json, and print what was measured and chosen."""
+    from starflow.bench.sample import calibrate_pipeline
     from starflow.cli.generate import read_prompt_file
     from starflow.config import to_dict
     from starflow.flow.checkpoint import write_policy
     from starflow.io.files import check_output_folder
-    from starflow.pipeline.calibration import calibrate_pipeline
     from starflow.pipeline.locate import find_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -318,7 +318,7 @@ def bench_train(options: BenchTrainOptions) -> None:
     import torch
 
     from starflow.bench.train import architecture, measure
-    from starflow.train.distributed.world import join_world
+    from starflow.train.distributed import join_world
 
     config, settings = architecture(options.architecture), _train_settings(options)
     if options.threads:

@@ -92,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from starflow.pipeline.config import default_size
     from starflow.pipeline.locate import find_pipeline
     from starflow.pipeline.pipeline import StarFlowPipeline
-    from starflow.train.distributed.world import join_world
+    from starflow.train.distributed import join_world
 
     with join_world(pick_device(options.device), TIMEOUT) as world:
         settings = _settings(options)

@@ -102,7 +102,7 @@ def cache_latents(options: CacheLatentsOptions) -> None:
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder."""
-    from starflow.train.distributed.world import join_world
+    from starflow.train.distributed import join_world
     from starflow.train.recipe import load_recipe
     from starflow.train.run import start_run
 

@@ -2,8 +2,7 @@
 
 from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
 from starflow.conditioning.load import OnDemandTextEncoder, load_conditioner
-from starflow.conditioning.text import MINILM, TextEncoder, name_emoji
-from starflow.conditioning.token_embeddings import TokenEmbeddings
+from starflow.conditioning.text import MINILM, TextEncoder, TokenEmbeddings, name_emoji
 
 __all__ = [
     "MINILM",

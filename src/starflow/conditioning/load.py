@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.conditioning.base import ClassLabels, Conditioner, ConditionerSpec
-from starflow.conditioning.text import TextEncoder, encoder_width, find_text_encoder
-from starflow.conditioning.token_embeddings import TokenEmbeddings
+from starflow.conditioning.text import TextEncoder, TokenEmbeddings, encoder_width, find_text_encoder
 from starflow.errors import UserError
 from starflow.io.hub import DEFAULT_HUB, HubOptions
 

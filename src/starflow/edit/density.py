@@ -22,17 +22,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from starflow.flow import affine
+from starflow.flow import block as affine
 from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.memory import run_offloaded
 from starflow.flow.model import Flow
-from starflow.flow.offload import run_offloaded
 from starflow.flow.tokens import Grid, in_order, patchify
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult
 from starflow.sampling.sampler import branch_conditions, run, solve_blocks
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import solve_sequential
 
 
 class Density(Protocol):

@@ -25,11 +25,20 @@ from starflow.evaluate.features import (
     load_extractor,
     load_mobilenet,
 )
-from starflow.evaluate.likelihood import BitsPerDim, log_likelihoods, mean_bits_per_dim
+from starflow.evaluate.likelihood import (
+    BitsPerDim,
+    Classification,
+    Outliers,
+    auroc,
+    classify,
+    log_likelihoods,
+    mean_bits_per_dim,
+    nearest_references,
+    outliers,
+)
 from starflow.evaluate.render import heatmap, save_contact_sheet, save_heatmap
 from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline
 from starflow.evaluate.samples import Reconstruction, measure_reconstruction, noisy_reconstruction, psnr
-from starflow.evaluate.scores import Classification, Outliers, auroc, classify, nearest_references, outliers
 
 __all__ = [
     "BitsPerDim",

@@ -26,13 +26,14 @@ from starflow.evaluate.distances import load_moments, moments, save_moments
 from starflow.evaluate.features import FeatureExtractor, load_extractor
 from starflow.evaluate.likelihood import (
     BitsPerDim,
+    Classification,
+    Outliers,
     check_classes,
     measure_classification,
     measure_likelihoods,
     measure_outliers,
 )
 from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, noisy_reconstruction, reconstruct
-from starflow.evaluate.scores import Classification, Outliers
 from starflow.io.files import check_output_folder
 from starflow.pipeline.config import PipelineConfig, default_size
 from starflow.pipeline.inputs import example_prompts

@@ -40,7 +40,7 @@ from starflow.evaluate.distances import (
     precision_recall,
 )
 from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features
-from starflow.evaluate.scores import nearest_references
+from starflow.evaluate.likelihood import nearest_references
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds
 

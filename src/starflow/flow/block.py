@@ -1,5 +1,9 @@
 """One autoregressive affine block, a causal Transformer that gives mu and log sigma of every token.
 
+The affine map itself is a few pure functions in float32 or float64, without a network: sigma is a standard deviation
+and travels as log sigma, and forward is data to noise, z = (x - mu) / sigma, with log|det| = -sum log sigma (STARFlow,
+arXiv 2506.06276, eq. 3 to 5). Tensors that meet there have one shape, or broadcast.
+
 Contract: between blocks, tokens are in raster order; inside, in the block's own order (raster, or backwards).
 Token n's mu and sigma depend on the tokens before it in that order and on the condition. The input that
 predicts token n is token n - 1; token 0 is predicted from the start token where there is one, and has
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,14 +26,67 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from starflow.flow import affine
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePosition, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm, runs_as_written
 
+SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1: a network that says 0 leaves x unchanged
+
+_LINEAR_BELOW = -30.0  # log softplus(y) = y to 5e-14 there, where softplus itself would underflow
+
+_LINEAR_ABOVE = 40.0
+
+
+def forward(x: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
+    """Data to noise, z = (x - mu) / sigma.
+
+    >>> x, mu, log_sigma = torch.tensor([5.0]), torch.tensor([1.0]), torch.tensor([2.0]).log()
+    >>> z = forward(x, mu, log_sigma)
+    >>> z, inverse(z, mu, log_sigma)
+    (tensor([2.]), tensor([5.]))
+    """
+    return (x - mu) * torch.exp(-log_sigma)
+
+
+def inverse(z: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
+    """Noise to data, x = mu + sigma z."""
+    return mu + torch.exp(log_sigma) * z
+
+
+def log_sigma_of(a: Tensor, *, softplus: bool) -> Tensor:
+    """log sigma of the network's scale output a: sigma = softplus(a + shift), which is 1 at a = 0, or exp(a).
+
+    Finite, with a finite gradient, at every finite a.
+    """
+    if not softplus:
+        return a
+    y = a + SOFTPLUS_SHIFT
+    return torch.where(y < _LINEAR_BELOW, y, F.softplus(y.clamp(min=_LINEAR_BELOW), threshold=_LINEAR_ABOVE).log())
+
+
+def soft_clip(o: Tensor, limit: float) -> Tensor:
+    """limit * tanh(o / limit), which stays within the limit; a limit of 0 is no clip.
+
+    >>> soft_clip(torch.tensor([0.0, 100.0]), 4.0)
+    tensor([0., 4.])
+    """
+    return limit * torch.tanh(o / limit) if limit else o
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) of each row, constant included, in nats: (B, ...) to (B,).
+
+    >>> log_normal(torch.zeros(1, 2))
+    tensor([-1.8379])
+    """
+    z = z.flatten(1)
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
 WeightMover = Callable[[nn.Module], AbstractContextManager[object]]
-"""Given a module, a context in which its weights are where it computes; see `starflow.flow.offload`."""
+
+"""Given a module, a context in which its weights are where it computes; see `starflow.flow.memory`."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +219,7 @@ class AutoregressiveBlock(nn.Module):
         mu, log_sigma = self.gaussian(self.outputs(hidden if prefix is None else hidden[:, prefix.shape[1] :]))
         if not self.spec.start_token:
             mu, log_sigma = F.pad(mu, (0, 0, 1, 0)), F.pad(log_sigma, (0, 0, 1, 0))  # the first token: x = 0 + 1 z
-        return in_order(affine.forward(x_BNC, mu, log_sigma), backwards=self.spec.backwards), log_sigma
+        return in_order(forward(x_BNC, mu, log_sigma), backwards=self.spec.backwards), log_sigma
 
     @property
     def conditioned(self) -> bool:
@@ -250,15 +308,16 @@ class AutoregressiveBlock(nn.Module):
     def outputs(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm, projection and soft clip: (B, T, 2C), the scale's half first, at least float32."""
         out: Tensor = self.proj_out(self.final_norm(hidden_BTD))
-        return affine.soft_clip(out.to(torch.promote_types(out.dtype, torch.float32)), self.spec.clip)
+        return soft_clip(out.to(torch.promote_types(out.dtype, torch.float32)), self.spec.clip)
 
     def gaussian(self, outputs_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """mu and log sigma, (B, T, C) each, of the network's outputs."""
         scale, mu = outputs_BTO.chunk(2, dim=-1)
-        return mu, affine.log_sigma_of(scale, softplus=self.spec.softplus)
+        return mu, log_sigma_of(scale, softplus=self.spec.softplus)
 
 
 WRAPPER = "_checkpoint_wrapped_module"
+
 """The name under which activation checkpointing keeps a part that it wraps."""
 
 

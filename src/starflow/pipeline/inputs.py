@@ -18,7 +18,7 @@ from torch import Tensor
 
 from starflow.data.images import from_pil, on_background, open_image
 from starflow.errors import UserError
-from starflow.latents.tiled import MIN_TILE
+from starflow.latents.base import MIN_TILE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
-from starflow.data.buckets import caption_with_ratio, nearest_aspect
+from starflow.data.images import caption_with_ratio, nearest_aspect
 from starflow.flow.memory import AUTOENCODERS, GIB, sampling_memory
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents import AutoencoderSpec

@@ -35,7 +35,7 @@ from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.latents import Autoencoder
-from starflow.latents.tiled import decode_in_tiles
+from starflow.latents.base import decode_in_tiles
 from starflow.pipeline.config import (
     Cleaning,
     PipelineConfig,

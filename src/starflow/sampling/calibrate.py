@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.flow import affine
+from starflow.flow import block as affine
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
+from starflow.nn.attention import CachePool
 from starflow.nn.cpu import cpu_name
-from starflow.nn.kv_cache import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
-from starflow.sampling.jacobi import Span, fixed_point_step, relative_change
 from starflow.sampling.policy import (
     BlockChoice,
     BlockPolicy,
@@ -44,6 +43,7 @@ from starflow.sampling.policy import (
 )
 from starflow.sampling.predictor import InitialGuess, Predictor, SolverResult, ignore_progress, worth_drafting
 from starflow.sampling.sampler import run, solve_blocks, solve_by_policy
+from starflow.sampling.solvers import Span, fixed_point_step, relative_change
 
 SEGMENTS = (4, 8, 16, 32, 64, 128)
 

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starflow.flow.block import AutoregressiveBlock
-from starflow.nn.attention import CacheSlice
+from starflow.nn.attention import CachePool, CacheShape, CacheSlice, KVCache, LayerCache
 from starflow.nn.cpu import has_bfloat16
-from starflow.nn.kv_cache import CachePool, CacheShape, KVCache, LayerCache
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
 

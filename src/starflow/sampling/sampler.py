@@ -24,13 +24,12 @@ from starflow.errors import UserError
 from starflow.flow.finite import broken_block, broken_rows, check_finite
 from starflow.flow.model import Flow
 from starflow.flow.tokens import check_tensor, in_order
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
-from starflow.sampling.jacobi import solve_jacobi
 from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
 from starflow.sampling.predictor import Predictor, Solver, SolverOptions, SolverResult, TokenProgress
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import solve_jacobi, solve_sequential
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
 

@@ -26,8 +26,7 @@ from torch import Tensor
 from starflow.config import from_dict
 from starflow.errors import UserError
 from starflow.io.files import read_json, write_json, write_tensors
-from starflow.train.distributed.sharding import is_writer, local_shard, named_parameters, named_state, shard_start
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World, is_writer, local_shard, named_parameters, named_state, shard_start
 from starflow.train.state import TrainState
 
 INDEX_NAME = "index.json"

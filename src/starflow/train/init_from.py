@@ -33,8 +33,8 @@ from starflow.io.hub import local_or_hub
 from starflow.latents.base import AutoencoderSpec
 from starflow.pipeline.folder import BUNDLED
 from starflow.pipeline.locate import find_pipeline
-from starflow.published.gemma import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
-from starflow.train.distributed.sharding import initialise
+from starflow.published.convert import GEMMA_FILES, gemma_options, gemma_tensors, is_gemma
+from starflow.train.distributed import initialise
 from starflow.train.recipe import AutoencoderRecipe, ConditioningRecipe, FlowRecipe, Recipe
 
 ENCODER_WIDTHS = {MINILM: 384, "google/flan-t5-xl": 2048, "google/gemma-2-2b": 2304}

@@ -17,7 +17,6 @@ neither on how many processes share the batch nor on how it is cut into micro-ba
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import signal
@@ -37,8 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 from starflow.data.images import ImageError
 from starflow.data.index import ImageDataset, split_indices
 from starflow.errors import UserError
-from starflow.train.distributed.world import World
-from starflow.train.settings import TrainSettings
+from starflow.train.distributed import World
+from starflow.train.settings import TrainSettings, generator
 
 PREFETCH = 4
 """Requests that a worker, or the thread, has ready."""
@@ -376,18 +375,6 @@ def _read_in_thread(answer: Callable[[list[int]], ImageBatch], requests: Iterabl
             yield item
     finally:
         done.set()
-
-
-def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A CPU generator for one purpose at one step; different purposes never share numbers.
-
-    Example:
-        >>> one, other = generator(0, "noise", 7), generator(0, "noise", 7)
-        >>> bool(torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=other)))
-        True
-    """
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def normal(rows: range, shape: Sequence[int], seed: int, purpose: str, step: int) -> Tensor:

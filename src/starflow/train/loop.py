@@ -32,8 +32,8 @@ from starflow.train.checkpoint import (
     newest_checkpoint_text,
     save_checkpoint,
 )
-from starflow.train.distributed.world import World
-from starflow.train.log import RunLog, ThroughputMeter
+from starflow.train.distributed import World
+from starflow.train.run import RunLog, ThroughputMeter
 from starflow.train.settings import TrainSettings
 from starflow.train.state import TrainState, learning_rate
 

@@ -1,19 +1,263 @@
-"""A run: a recipe with its folder and the processes that carry it out."""
+"""A run: a recipe with its folder and the processes that carry it out; and the log that it keeps there.
+
+The log is log.jsonl (one line a step, and one an evaluation), TensorBoard files and, if asked for, W&B.
+
+What a line of an update holds, means over the whole batch: `loss` and the task's terms (of the flow: `squares` and
+`logdet`, nats a dimension, `penalty`, `bits_per_dim`), `gradient_norm`, `lr`, `skipped` (updates skipped so far),
+`pictures_per_second`, `data_wait` (seconds an update waited for its images), `memory_gib` (the most that a process
+has held), and of a task that counts its operations `tflops` (10^12 a second and process) and `utilisation` (their
+share of what the device can do).
+
+Floating-point operations are counted, and what the device can do is measured. Counted are the
+matrix products that the model needs: every linear layer (2 per weight and token) and attention over the tokens that
+causality lets it see (4 per query, key and channel of the heads). The backward pass counts twice the forward one. What
+is computed again to save memory, norms, activations, the optimiser and the averages count nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from starflow.config import to_dict
+from starflow.errors import UserError
+from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.model import Flow
 from starflow.io import files
-from starflow.train.distributed.world import World
+from starflow.io.files import write_text
+from starflow.train.distributed import World
 from starflow.train.recipe import Recipe
 from starflow.train.recipe_keys import check_changes, check_idle_keys, longest_warmup_text
+from starflow.train.settings import TrainSettings, network_dtype
+
+LOG_NAME = "log.jsonl"
+
+BACKWARD_COST = 2
+
+"""Operations of a backward pass, relative to the forward one."""
+
+
+class RunLog:
+    """Appends to `folder/log.jsonl`, `folder/tensorboard` and, where a project is named, to Weights & Biases.
+
+    On resume, lines of steps after the checkpoint are dropped first: those updates are done again.
+    """
+
+    def __init__(self, folder: Path, step: int, project: str = "") -> None:
+        """Open the log of a run.
+
+        Args:
+            folder: of the run.
+            step: updates that are done; later lines are dropped.
+            project: the W&B project; empty for none.
+
+        Raises:
+            UserError: W&B is asked for and not installed.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._weights_and_biases = _open_wandb(project, folder) if project else None
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOG_NAME
+        if path.exists():
+            write_text(path, "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # by lines: a killed run leaves no gap behind it
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def step(self, step: int, terms: Mapping[str, float]) -> None:
+        """Write the terms of one update."""
+        self._write(step, "train", terms)
+
+    def evaluation(self, step: int, measures: Mapping[str, float]) -> None:
+        """Write one held-out evaluation; keys are prefixed with `heldout_` in log.jsonl; NaN is null."""
+        self._write(step, "heldout", {f"heldout_{name}": value for name, value in measures.items()})
+
+    def image(self, step: int, path: Path) -> None:
+        """Show a sample grid, a PNG, in TensorBoard and W&B."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.image(step, path)
+
+    def _write(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.scalars(step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._board.close()
+        if self._weights_and_biases is not None:
+            self._weights_and_biases.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl, as dictionaries.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / LOG_NAME
+        >>> _ = path.write_text('{"step": 1, "loss": 0.5}\\n')
+        >>> read_log(path)
+        [{'step': 1, 'loss': 0.5}]
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that a killed run wrote completely."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+class _WeightsAndBiases:
+    """The one place that knows wandb. A resumed run goes on in the same W&B run, named after its folder."""
+
+    def __init__(self, wandb: Any, project: str, folder: Path) -> None:
+        self._wandb = wandb
+        self._run = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self._run.log({"samples": self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _open_wandb(project: str, folder: Path) -> _WeightsAndBiases:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ModuleNotFoundError:
+        raise UserError(
+            f"train.wandb is '{project}' and wandb is not installed: pip install wandb, or leave the key out"
+        ) from None
+    return _WeightsAndBiases(wandb, project, folder.absolute())
+
+
+class ThroughputMeter:
+    """Measures each update: images a second, memory, and the share of what the device can do."""
+
+    def __init__(self, flops: float, settings: TrainSettings, world: World) -> None:
+        """`flops` are the operations of one image's forward and backward pass; 0 leaves them out."""
+        self._batch, self._device = settings.batch, world.device
+        self._flops = flops * settings.batch / world.size
+        self._peak = 0.0
+        if self._flops:
+            dtype = network_dtype(settings, world.device)
+            self._peak = settings.peak_tflops * 1e12 or measured_peak(world.device, dtype)
+        self.start()
+
+    def start(self) -> None:
+        """Note that an update begins."""
+        self._started = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """The measures of the update that has just ended; evaluations, sample grids and checkpoints come after."""
+        seconds = time.perf_counter() - self._started
+        values = {"pictures_per_second": self._batch / seconds, "memory_gib": peak_memory(self._device) / 2**30}
+        if self._flops:
+            rate = self._flops / seconds
+            values |= {"tflops": rate / 1e12, "utilisation": rate / self._peak}
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of the GPU, or of the host where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def training_flops(flow: Flow) -> float:
+    """Operations of one image's forward and backward pass, at the model's own size.
+
+    Example:
+        >>> from starflow.flow.config import STARFlowConfig
+        >>> from starflow.flow.model import STARFlow
+        >>> config = STARFlowConfig(in_channels=4, img_size=4, channels=64, num_blocks=2, layers_per_block=1)
+        >>> f"{training_flops(STARFlow(config)):.3g}"
+        '9.79e+06'
+    """
+    tokens = flow.config.grid_side**2
+    forward = sum(_forward_flops(block, tokens, flow.condition_length) for block in flow.iter_blocks())
+    return (1 + BACKWARD_COST) * float(forward)
+
+
+def _forward_flops(block: AutoregressiveBlock, tokens: int, condition: int) -> int:
+    inputs = tokens - block.first_predicted
+    length = inputs + (condition if block.proj_txt is not None else 0)
+    total = 2 * inputs * (_matrix_entries(block.proj_in) + _matrix_entries(block.proj_out))
+    if block.proj_txt is not None:
+        total += 2 * condition * _matrix_entries(block.proj_txt)
+    spec = block.spec.layer
+    attention = 4 * (length * (length + 1) // 2) * spec.heads * spec.head_dim
+    return total + sum(2 * length * _matrix_entries(layer) + attention for layer in block.attn_blocks)
+
+
+def _matrix_entries(module: nn.Module) -> int:
+    return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
+
+
+class MatrixProduct:
+    """A large square matrix product on this machine, to be timed beside other work."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, side: int = 0) -> None:
+        """`side` 0 is 1024 on a CPU and 8192 elsewhere."""
+        self.side = side or (1024 if device.type == "cpu" else 8192)
+        self.device = device
+        draw = torch.Generator().manual_seed(0)
+        left, right = (torch.randn(self.side, self.side, generator=draw).to(device, dtype) for _ in range(2))
+        self.left, self.right, self.out = left, right, torch.empty_like(left)
+
+    def rate(self, repeats: int = 1) -> float:
+        """Operations a second over that many products."""
+        synchronise(self.device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(self.left, self.right, out=self.out)
+        synchronise(self.device)
+        return repeats * 2 * self.side**3 / (time.perf_counter() - started)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of a few."""
+    product = MatrixProduct(device, dtype)
+    return max(product.rate() for _ in range(4))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

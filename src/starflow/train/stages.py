@@ -22,8 +22,7 @@ import torch
 from starflow.conditioning import ClassLabels, Conditioner, TextEncoder, TokenEmbeddings
 from starflow.config import to_dict
 from starflow.data import index, latent_cache
-from starflow.data.buckets import Buckets
-from starflow.data.images import from_pil, save_grid
+from starflow.data.images import Buckets, from_pil, save_grid
 from starflow.data.index import ImageDataset, ViewDataset, open_source
 from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist
@@ -40,8 +39,7 @@ from starflow.latents.load import decoder_noise
 from starflow.latents.small import SmallAutoencoder, load_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.distributed.sharding import initialise
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World, initialise
 from starflow.train.init_from import (
     autoencoder_folder,
     complete_flow,

@@ -17,8 +17,9 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from starflow.nn.cpu import keep_freed_memory
-from starflow.train.distributed.sharding import (
+from starflow.train.distributed import (
     ShardingLayout,
+    World,
     checkpoint_activations,
     compile_layers,
     full_tensor,
@@ -28,7 +29,6 @@ from starflow.train.distributed.sharding import (
     named_state,
     shard_model,
 )
-from starflow.train.distributed.world import World
 from starflow.train.settings import TrainSettings, network_dtype
 
 

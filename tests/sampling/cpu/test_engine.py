@@ -18,8 +18,7 @@ from torch import Tensor
 
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
-from starflow.nn.attention import CacheSlice
-from starflow.nn.kv_cache import CachePool, CacheShape
+from starflow.nn.attention import CachePool, CacheShape, CacheSlice
 from starflow.sampling.cpu import engine as engine_module
 from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import covers_block, cpu_engine_of
@@ -27,7 +26,7 @@ from starflow.sampling.cpu.pack import address_of, layers_of, pack
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor, make_draft, select_pictures
 from starflow.sampling.sampler import best_candidates, noise_from_seeds, run
-from starflow.sampling.sequential import solve_token
+from starflow.sampling.solvers import solve_token
 from tests.registry import Case, cases, randomised
 from tests.sampling.cpu.common import Solving, assert_close, drawn, engine_for, guided, solving
 

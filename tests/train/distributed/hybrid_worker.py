@@ -1,4 +1,4 @@
-"""What each of four processes does for tests/train/distributed/test_hybrid.py: `torchrun ... hybrid_worker FOLDER`."""
+"""What each of four processes does for tests/train/test_distributed_hybrid.py: `torchrun ... hybrid_worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from starflow.train.distributed.world import join_world
+from starflow.train.distributed import join_world
 from tests.train.distributed.scenario import Stopped, settings, train
 
 

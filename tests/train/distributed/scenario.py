@@ -14,11 +14,10 @@ from starflow.data.latent_cache import InMemoryLatents, LatentEntry
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow, STARFlow
 from starflow.train.checkpoint import TrainProgress
-from starflow.train.distributed.sharding import initialise
-from starflow.train.distributed.world import World
-from starflow.train.log import read_log
+from starflow.train.distributed import World, initialise
 from starflow.train.loop import fit
 from starflow.train.recipe import Objective
+from starflow.train.run import read_log
 from starflow.train.settings import ParallelSettings, TrainSettings
 from starflow.train.tasks.flow import FlowTask
 

@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/train/distributed/test_sharding.py: `torchrun ... worker FOLDER`."""
+"""What each of two processes does for tests/train/test_distributed_sharding.py: `torchrun ... worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from starflow.errors import UserError
 from starflow.flow.model import build
-from starflow.train.distributed.sharding import local_shard
-from starflow.train.distributed.world import World, join_world
+from starflow.train.distributed import World, join_world, local_shard
 from starflow.train.recipe import load_recipe
 from starflow.train.run import Run
 from starflow.train.settings import network_precision

@@ -17,13 +17,13 @@ from torch import Generator, Tensor, nn
 
 from starflow.conditioning import ClassLabels
 from starflow.data import latent_cache
-from starflow.data.buckets import Buckets
+from starflow.data.images import Buckets
 from starflow.data.index import IndexedDataset, open_source
 from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
 from starflow.io.files import read_tensors
 from starflow.latents import AutoencoderSpec
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.tasks import cache_latents as stage
 from starflow.train.tasks.cache_latents import CacheJob, cache_latents, cache_parts
 from tests.cli.conftest import Run as Cli

@@ -22,7 +22,7 @@ from starflow.io.files import read_tensors
 from starflow.latents.load import load_trainable
 from starflow.latents.small import save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.log import read_log
+from starflow.train.run import read_log
 from starflow.train.tasks import decoder_run
 from starflow.train.tasks.decoder import DecoderLoss
 from starflow.train.tasks.decoder_run import DecoderSettings, run_decoder

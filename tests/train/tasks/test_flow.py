@@ -19,11 +19,11 @@ from starflow.data.latent_cache import CachedLatents, InMemoryLatents, LatentEnt
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow, STARFlow, TarFlow
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.loader import LoaderSettings
-from starflow.train.log import read_log
 from starflow.train.loop import fit
 from starflow.train.recipe import Objective
+from starflow.train.run import read_log
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.flow import FlowLoss, FlowTask, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
 from tests.train.tasks.test_cache_latents import Means, fill

@@ -15,9 +15,8 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.log import read_log
 from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe, load_recipe
-from starflow.train.run import start_run
+from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
 from starflow.train.tasks.joint import JointModel
 

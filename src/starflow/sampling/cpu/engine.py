@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.memory import PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
+from starflow.nn.attention import KVCache, LayerCache
 from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
-from starflow.nn.kv_cache import KVCache, LayerCache
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
     BlockStruct,

@@ -593,7 +593,7 @@ struct Worker {
     }
     double log_sigma(double a) const {
         if (!b.softplus) return a;
-        const double y = a + 0.541324854612918;  // flow/affine.py's softplus and its two ends
+        const double y = a + 0.541324854612918;  // flow/block.py's softplus and its two ends
         return y < -30 ? y : std::log(y > 40 ? y : std::log1p(std::exp(y)));
     }
 

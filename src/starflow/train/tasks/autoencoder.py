@@ -18,8 +18,8 @@ from starflow.data.images import save_grid, to_float
 from starflow.data.index import ImageDataset, split_indices
 from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, save_small
-from starflow.train.loader import BatchReader, TrainingLoader, generator, random_flip
-from starflow.train.settings import TrainSettings, network_precision
+from starflow.train.loader import BatchReader, TrainingLoader, random_flip
+from starflow.train.settings import TrainSettings, generator, network_precision
 
 MAX_HELDOUT = 1024
 """Held-out images that are measured, at most, spread over the set."""

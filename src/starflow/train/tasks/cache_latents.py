@@ -33,7 +33,7 @@ from starflow.data.latent_cache import (
 from starflow.errors import UserError
 from starflow.io.files import read_json, write_json
 from starflow.latents.base import Autoencoder
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.loader import normal, read_batches
 
 BATCH = 64

@@ -17,21 +17,20 @@ from starflow.data.index import ImageDataset, split_indices
 from starflow.data.latent_cache import LatentDataset
 from starflow.flow.model import Flow, TarFlow, Trace
 from starflow.latents.base import Autoencoder
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.loader import (
     BatchOrder,
     BatchReader,
     LoaderSettings,
     check_splits,
-    generator,
     make_loader,
     normal,
     random_flip,
     uniform,
 )
-from starflow.train.log import training_flops
 from starflow.train.recipe import Objective
-from starflow.train.settings import TrainSettings, network_precision
+from starflow.train.run import training_flops
+from starflow.train.settings import TrainSettings, generator, network_precision
 from starflow.train.tasks.cache_latents import condition_text, encode_images, posterior_sample
 
 Number = TypeVar("Number", float, Tensor)

@@ -25,7 +25,7 @@ from starflow.data.images import to_float
 from starflow.data.index import ImageDataset
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents
-from starflow.train.distributed.world import World
+from starflow.train.distributed import World
 from starflow.train.loader import LoaderSettings, normal
 from starflow.train.recipe import AutoencoderRecipe, Objective
 from starflow.train.settings import TrainSettings, network_precision

@@ -9,8 +9,8 @@ import torch
 
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.jacobi import Span, fixed_point_step, relative_change, solve_jacobi
 from starflow.sampling.predictor import SolverOptions, SolverResult
+from starflow.sampling.solvers import Span, fixed_point_step, relative_change, solve_jacobi
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starflow.sampling import sequential
+from starflow.sampling import solvers
 from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.sequential import solve_in_spans, solve_token_at, spans
+from starflow.sampling.solvers import solve_in_spans, solve_token_at, spans
 from tests.registry import Case, cases
 from tests.sampling.cpu.common import assert_close, drawn, guided, solving
 
@@ -35,7 +35,7 @@ def test_a_token_at_a_tensors_index_is_that_token(case: Case, number: int, span:
 
     x_BNC, told = ours.noise_BNC.clone(), [ours.predictor.first]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequential, "TOKENS_PER_GRAPH", span)
+        patch.setattr(solvers, "TOKENS_PER_GRAPH", span)
         ours.predictor.prefill()
         solve_in_spans(ours.predictor, x_BNC, ours.noise_BNC, told.append, record)
     assert_close(x_BNC, eager.eager())
@@ -78,7 +78,7 @@ def test_recorded_equals_eager(case: Case, rule: str, span: int) -> None:
     chosen = SampleSettings(1.5 if guided(case) else 0.0, guidance_rule=rule)  # type: ignore[arg-type]
     exact = drawn(case, chosen, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequential, "TOKENS_PER_GRAPH", span)
+        patch.setattr(solvers, "TOKENS_PER_GRAPH", span)
         torch.testing.assert_close(
             drawn(case.to(torch.device("cuda")), chosen, None).cpu(), exact, rtol=1e-3, atol=1e-3
         )
@@ -95,7 +95,7 @@ def test_the_loop_does_not_wait_for_the_device() -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sequential.solve_in_graphs(given.predictor, x_BNC, given.noise_BNC, lambda _: None)
+            solvers.solve_in_graphs(given.predictor, x_BNC, given.noise_BNC, lambda _: None)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert x_BNC.isfinite().all()

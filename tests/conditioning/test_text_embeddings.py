@@ -9,7 +9,7 @@ import torch
 
 from starflow.conditioning.base import ConditionerSpec
 from starflow.conditioning.load import load_conditioner
-from starflow.conditioning.token_embeddings import TokenEmbeddings, read_embedding_table
+from starflow.conditioning.text import TokenEmbeddings, read_embedding_table
 from starflow.errors import UserError
 from starflow.io.files import write_tensors
 from tests.conditioning.conftest import WORDS, save_tokenizer

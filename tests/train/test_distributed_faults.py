@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(recipe: Path, tmp_path
 
 LATE = """
 import os, pathlib, signal, time, torch
-from starflow.train.distributed.world import join_world
+from starflow.train.distributed import join_world
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 there = pathlib.Path(__file__).with_name("there")
 if again and os.environ["RANK"] == "1":

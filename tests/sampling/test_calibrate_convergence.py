@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from starflow.sampling.calibrate import EXTRA_PASSES, SolvedBlock, contraction_of, converge, initial_guess
-from starflow.sampling.jacobi import relative_change
 from starflow.sampling.predictor import Predictor, ignore_progress
 from starflow.sampling.sampler import solve_by_policy
+from starflow.sampling.solvers import relative_change
 from tests.sampling.cpu.common import solving
 from tests.sampling.cpu.test_engine import text_case
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.sampling.guidance import Guidance
-from starflow.sampling.jacobi import Span, fixed_point_step, relative_change, solve_jacobi
 from starflow.sampling.policy import BlockPolicy, SampleSettings
 from starflow.sampling.predictor import Predictor, SolverOptions, make_draft, select_pictures
 from starflow.sampling.sampler import run
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import Span, fixed_point_step, relative_change, solve_jacobi, solve_sequential
 from tests.registry import Case, cases, randomised
 
 DRAWN = settings(max_examples=25, derandomize=True)

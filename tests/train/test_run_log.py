@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.model import build
-from starflow.train.log import MatrixProduct, read_log, training_flops
+from starflow.train.run import MatrixProduct, read_log, training_flops
 from tests.train.regression import SETTINGS, Regression, run
 
 WITH_TEXT = STARFlowConfig(

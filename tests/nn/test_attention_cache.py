@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from starflow.nn.kv_cache import CachePool, CacheShape, KVCache
+from starflow.nn.attention import CachePool, CacheShape, KVCache
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(layers=2, batch=3, heads=4, length=7, head_dim=8)

@@ -10,9 +10,8 @@ import torch
 
 from starflow.flow.model import TarFlow
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.log import read_log
 from starflow.train.recipe import load_recipe
-from starflow.train.run import start_run
+from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
 from tests.cli.conftest import Run
 from tests.data.sets.test_fashion_mnist import write_set

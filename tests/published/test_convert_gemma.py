@@ -12,7 +12,7 @@ from starflow.conditioning import TokenEmbeddings
 from starflow.errors import UserError
 from starflow.flow.config import config_from_dict
 from starflow.flow.model import STARFlow
-from starflow.published.gemma import gemma_options, gemma_tensors, is_gemma
+from starflow.published.convert import gemma_options, gemma_tensors, is_gemma
 from tests.conditioning.conftest import WORDS, save_encoder
 
 SIZES: dict[str, Any] = {

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.latents import PixelLatents
-from starflow.latents.base import Autoencoder
+from starflow.latents.base import Autoencoder, decode_in_tiles
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
-from starflow.latents.tiled import decode_in_tiles
 
 
 def latents(channels: int, height: int, width: int) -> Tensor:

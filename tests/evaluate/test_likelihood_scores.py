@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.errors import UserError
-from starflow.evaluate import auroc, classify, outliers, scores
-from starflow.evaluate.scores import nearest_references
+from starflow.evaluate import auroc, classify, likelihood, outliers
+from starflow.evaluate.likelihood import nearest_references
 
 SCORES = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, float("inf")]), min_size=1, max_size=12)
 
@@ -90,7 +90,7 @@ REFERENCES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-5.0, 0.1]])
 
 
 def test_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "CHUNK", 2)
+    monkeypatch.setattr(likelihood, "CHUNK", 2)
     features = torch.tensor([[3.0, 0.1], [0.2, 9.0], [-1.0, 0.0]])
     rows, cosines = nearest_references(features, REFERENCES, 2)
     assert rows.tolist() == [[0, 2], [1, 2], [3, 1]]

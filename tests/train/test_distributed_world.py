@@ -14,13 +14,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from starflow.errors import UserError
-from starflow.train.distributed.world import (
-    World,
-    agree_on_run_id,
-    explain_lost_process,
-    join_world,
-    raised_by_collective,
-)
+from starflow.train.distributed import World, agree_on_run_id, explain_lost_process, join_world, raised_by_collective
 
 
 def ids_of_a_start(store: Store, late: int, size: int = 3) -> set[str]:

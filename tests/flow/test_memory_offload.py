@@ -15,8 +15,8 @@ from starflow.conditioning import ClassLabels
 from starflow.flow import model as models
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
+from starflow.flow.memory import moved_to
 from starflow.flow.model import Flow
-from starflow.flow.offload import moved_to
 from starflow.latents import PixelLatents
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.registry import randomised
