@@ -18,15 +18,17 @@ from starflow.data.images import to_float, to_pil
 from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
 from starflow.evaluate import FeatureExtractor
-from starflow.evaluate.dataset import EvaluationSet
+from starflow.evaluate.dataset import EvaluationSet, select_rows
 from starflow.evaluate.render import report_page, report_table
 from starflow.evaluate.report import (
     EvaluationReport,
     EvaluationSettings,
     _sampling_label,
     evaluate_pipeline,
+    few_pictures,
     weights_to_try,
 )
+from starflow.io.files import json_text
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -152,6 +154,44 @@ def test_plans_are_checked() -> None:
         EvaluationSettings(draws=0)
     with pytest.raises(UserError, match="none below 0"):
         EvaluationSettings(guidance=(1.0, -1.0))
+
+
+def test_too_few_pictures_for_a_distance_are_refused_before_anything_is_measured(
+    pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("starflow.evaluate.report.measure_likelihoods", lambda *_: pytest.fail("measured"))
+    for split, set_of_one in (
+        ("held-out", EvaluationSet(pictures.train, select_rows(pictures.heldout, [0]))),
+        ("training", EvaluationSet(select_rows(pictures.train, [0]), pictures.heldout)),
+    ):
+        with pytest.raises(UserError, match=f"the set has 1 {split} picture, expected at least 2 .*--bpd"):
+            run(set_of_one)
+    with pytest.raises(UserError, match="cirkle"):
+        run(pictures, EvaluationSettings(prompts=("cirkle",)))
+
+
+def test_likelihoods_need_one_picture_a_split(pictures: EvaluationSet) -> None:
+    few = EvaluationSet(select_rows(pictures.train, [0]), select_rows(pictures.heldout, [0]))
+    assert run(few, EvaluationSettings(only_likelihood=True)).likelihood["heldout"].count == 1
+
+
+def test_a_distance_of_few_pictures_says_that_it_says_little(pictures: EvaluationSet) -> None:
+    report = run(pictures)
+    assert [remark.partition(": a distance of ")[0] for remark in report.remarks] == list(report.distances)
+    assert "samples, guidance 1: a distance of 6 to 6 pictures says little" in report_table(report)
+    assert "Note: samples, guidance 1: a distance of 6 to 6" in report_page(report, "t", [])
+    assert json.loads(json_text(report.as_json()))["remarks"] == list(report.remarks)
+    enough = {"samples": {"count": 50.0}, "floor": {"count": 900.0}}
+    assert list(few_pictures(enough, 50)) == []
+    assert len(list(few_pictures(enough, 49))) == 2
+
+
+def test_what_is_drawn_and_how_long_it_takes_is_said_first(pictures: EvaluationSet) -> None:
+    said: list[str] = []
+    plan = EvaluationSettings(samples=6, tuning_samples=4, guidance=(0.0, 1.0, 2.0))
+    evaluate_pipeline(pipeline(), pictures, plan, said.append, FeatureExtractor("colour", MeanColour()))
+    drawn = 3 * 4 + 2 * 6
+    assert said[0] == f"{drawn} samples are drawn: at most about 1 min in one process here, --samples draws fewer"
 
 
 def test_guided_and_unguided_are_shown_together_whatever_is_asked() -> None:

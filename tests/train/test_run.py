@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from starflow.errors import UserError
+from starflow.flow.config import STARFlowConfig
+from starflow.flow.model import STARFlow
 from starflow.io import files
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.distributed import World
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Recipe
-from starflow.train.run import start_run
+from starflow.train.run import SHARE_OF_PRODUCT, Run, expected_time, start_run, training_flops
 from starflow.train.settings import TrainSettings
 
 RECIPE = Recipe("r", TrainSettings(steps=3, warmup=1), data=DataRecipe(source="shapes", shapes=20))
@@ -62,3 +64,27 @@ def test_a_second_training_in_a_folder_is_refused_before_it_writes(tmp_path: Pat
     with files.folder_lock(tmp_path), pytest.raises(UserError, match="another process writes to"):
         start_run(replace(RECIPE, guidance=9.0), tmp_path, CPU)
     assert (tmp_path / "recipe.json").read_bytes() == before
+
+
+def test_the_time_of_missing_stages_is_in_proportion_to_their_updates(tmp_path: Path) -> None:
+    flow = STARFlowConfig(in_channels=4, img_size=4, channels=64, num_blocks=2, layers_per_block=1)
+
+    def said(steps: int, coder: AutoencoderRecipe, folder: Path = tmp_path, processes: int = 1) -> str:
+        recipe = replace(RECIPE, train=TrainSettings(steps=steps, batch=32), autoencoder=coder)
+        return expected_time(Run(recipe, folder, CPU, world=World(size=processes)), flow, rate=1e12)
+
+    hours = 32 * 3600 * 1e12 * SHARE_OF_PRODUCT / training_flops(STARFlow(flow)) / 32
+    given = AutoencoderRecipe(source="glyphs")
+    assert said(round(7 * hours / 32), given) == "time expected here: flow about 7 h"
+    assert said(round(14 * hours / 32), given, processes=2) == "time expected here: flow about 7 h"
+    own = AutoencoderRecipe(train=TrainSettings(steps=10**6))
+    twice = AutoencoderRecipe(train=TrainSettings(steps=2 * 10**6))
+    first, second = (int(said(9, one).split("autoencoder about ")[1].split(" h")[0]) for one in (own, twice))
+    assert second == pytest.approx(2 * first, abs=1)
+    joint = said(round(hours), replace(own, joint=True))
+    assert "autoencoder" not in joint
+    assert int(joint.split("about ")[1].split(" h")[0]) > 32
+    files.write_json(tmp_path / "autoencoder" / "model" / "config.json", {})
+    files.write_json(tmp_path / "checkpoints" / "step_00000009" / "index.json", {})
+    assert said(9, own) == ""
+    assert said(10, own) == "time expected here: flow about 1 min"

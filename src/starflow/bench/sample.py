@@ -50,7 +50,6 @@ from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 from starflow.sampling.solvers import relative_change
 
 PICTURES = 8
-
 """Pictures that are drawn to measure with, where no prompts are given."""
 
 
@@ -101,7 +100,6 @@ def calibration_data(
 
 
 RANDOM_MODEL = "57m"
-
 """The model that is sampled by default: 57 M random parameters."""
 
 Note = Callable[[str], None]

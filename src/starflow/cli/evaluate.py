@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
-from starflow.io.files import check_output_folder, write_json, write_text
+from starflow.io.files import check_output_folder, json_text, write_text
 
 if TYPE_CHECKING:
     from starflow.evaluate.report import ContactSheets, EvaluationReport, EvaluationSettings
@@ -117,10 +116,10 @@ def write_report(folder: Path, report: EvaluationReport, options: EvaluateOption
     from starflow.evaluate.render import report_page, report_table
 
     values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
-    write_json(folder / "report.json", values)
+    write_text(folder / "report.json", json_text(values) + "\n")
     sheets = _save_sheets(folder, report.sheets) if report.sheets.samples else []
     write_text(folder / "report.html", report_page(report, f"{options.model} on {options.data}", sheets))
-    print(json.dumps(report.as_json(), indent=2) if options.json else report_table(report))
+    print(json_text(report.as_json()) if options.json else report_table(report))
 
 
 def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:

@@ -58,11 +58,9 @@ OPTIONAL_FILES = (
 """The index of several shards, and what tokenizers are made of."""
 
 _RATIO = re.compile(r"\n in a \d+:\d+ aspect ratio\.\s*\Z")
-
 """The words at a prompt's end that tell a model of several aspect ratios which one is wanted."""
 
 _IGNORED = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
-
 """The marks of a text or picture style, and skin tones."""
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from starflow.data.images import to_float
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
-from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, own_rows, prompts_of
+from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, is_first, own_rows, prompts_of
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 CHUNK = 1024
-
 """Rows that are compared with all references at once, for memory."""
 
 
@@ -209,12 +209,14 @@ def log_likelihoods(log_likelihood: LogLikelihood, rows: Sequence[int], draws: i
     if not rows or draws < 1:
         raise UserError(f"{len(rows)} pictures with {draws} draws of the noise: both must be at least 1")
     own = [rows[index] for index in own_rows(len(rows))]
+    starts = range(0, len(own), batch)
+    shown = tqdm(starts, "likelihoods", unit="batch", disable=None if is_first() else True, leave=False)
     parts = [
         [
             log_likelihood(own[at : at + batch], [row * draws + draw for row in own[at : at + batch]])
             for draw in range(draws)
         ]
-        for at in range(0, len(own), batch)
+        for at in shown
     ]
     found = [torch.stack([nats.double().cpu() for nats in part], dim=1) for part in parts]
     nothing = torch.zeros(0, draws, dtype=torch.float64, device="cpu")

@@ -193,7 +193,8 @@ def report_table(report: EvaluationReport) -> str:
     """Aligned lines."""
     found = report_rows(report)
     width = max(len(name) for name, _ in found)
-    return "\n".join(f"{name:{width}}  {value:>18}" for name, value in found)
+    lines = [f"{name:{width}}  {value:>18}" for name, value in found]
+    return "\n".join([*lines, *(f"note: {remark}" for remark in report.remarks)])
 
 
 def report_page(report: EvaluationReport, title: str, sheets: Sequence[tuple[str, str]]) -> str:
@@ -205,5 +206,6 @@ def report_page(report: EvaluationReport, title: str, sheets: Sequence[tuple[str
         f'<h2>{html.escape(heading)}</h2><img src="{html.escape(file)}" alt="{html.escape(heading)}">'
         for heading, file in sheets
     )
+    notes = "".join(f"<p>Note: {html.escape(remark)}.</p>" for remark in report.remarks)
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1><table>{cells}</table>{shown}</html>\n"
+    return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1><table>{cells}</table>{notes}{shown}</html>\n"

@@ -10,7 +10,7 @@ comparable with any `kid`. Images that are not finite are counted, never drawn a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,9 @@ TUNING_SEED = 1_000_000
 SHEET_SIZE = 16
 """Images on a sheet where no prompts are given."""
 
+
+FEW = 50
+"""Fewer pictures than these, on either side, and a distance says little."""
 
 LogLine = Callable[[str], None]
 """A function that is told the next step, for whoever waits."""
@@ -125,6 +128,8 @@ class EvaluationReport:
     """Share whose nearest training picture shows the prompted concept."""
     classification: Classification | None = None
     outliers: Outliers | None = None
+    remarks: tuple[str, ...] = ()
+    """What a reader should know before believing a number."""
     sheets: ContactSheets = field(default_factory=ContactSheets)
 
     def as_json(self) -> dict[str, Any]:
@@ -196,6 +201,7 @@ def evaluate_pipeline(
         retrieval=retrieval,
         classification=classification,
         outliers=outliers,
+        remarks=tuple(few_pictures(distances, len(measured.heldout_views))),
         sheets=sheets,
     )
 
@@ -210,8 +216,16 @@ def _check_first(
     """Whatever can be refused is refused before the first measure; the outliers' images, if there are any.
 
     Raises:
-        UserError: classes that are unknown, a prompt that the model cannot take, moments or outliers that are none.
+        UserError: classes that are unknown, a prompt that the model cannot take, moments or outliers that are none, or
+            too few pictures for a distance.
     """
+    counts = {"training": len(dataset.train), "held-out": len(dataset.heldout)}
+    for split, count in counts.items():
+        if count < 2 and not settings.only_likelihood:
+            raise UserError(
+                f"the set has {count} {split} picture, expected at least 2 for distances: give more pictures, or only "
+                "measure likelihoods (--bpd)"
+            )
     if settings.classify:
         check_classes(pipeline, dataset.heldout, evenly_spaced(len(dataset.heldout), settings.pictures))
     if not settings.only_likelihood:
@@ -238,6 +252,21 @@ def expected_time(pipeline: StarFlowPipeline, settings: EvaluationSettings) -> s
     candidates = pipeline.config.candidates
     of = f" of {candidates} candidates" if candidates > 1 else ""
     return f"{count} samples{of} are drawn: at most about {length} in one process here, --samples draws fewer"
+
+
+def few_pictures(distances: Distances, heldout: int) -> Iterator[str]:
+    """A remark on each distance that rests on fewer pictures than `FEW`.
+
+    >>> next(few_pictures({"samples": {"count": 2, "not_finite": 0, "kid_x": 0.1}}, heldout=600))
+    'samples: a distance of 2 to 600 pictures says little about the model, as 50 of each are the least to trust'
+    """
+    for name, measures in distances.items():
+        count = int(measures["count"])
+        if min(count, heldout) < FEW:
+            yield (
+                f"{name}: a distance of {count} to {heldout} pictures says little about the model, as {FEW} of each "
+                "are the least to trust"
+            )
 
 
 def measure_reconstructions(pipeline: StarFlowPipeline, dataset: EvaluationSet) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 from starflow.data.images import from_pil, to_float, to_pil
 from starflow.data.views import TrainingViews
@@ -24,6 +25,7 @@ from starflow.evaluate.dataset import (
     evenly_spaced,
     gather_rows,
     image_batches,
+    is_first,
     own_rows,
     prompts_of,
     select_rows,
@@ -117,12 +119,21 @@ def draw_samples(
     """
     wanted = list(islice(cycle(prompts_of(pipeline, heldout, range(len(heldout)))), count))
     own = own_rows(count)
+    bar = tqdm(
+        total=len(own),
+        desc=f"samples at guidance {guidance:g}",
+        unit="picture",
+        disable=None if is_first() else True,
+        leave=False,
+    )
     for start in range(own.start, own.stop, BATCH):
         some = wanted[start : min(start + BATCH, own.stop)]
         made = pipeline(some, guidance=guidance, seed=seed + start, batch_size=BATCH, not_finite="keep")
         pictures = torch.cat([from_pil(image) for image in made.images])
+        bar.update(len(some))
         pictures[~made.latents.isfinite().flatten(1).all(1).cpu()] = torch.nan
         yield pictures
+    bar.close()
 
 
 @torch.no_grad()

@@ -317,7 +317,6 @@ class AutoregressiveBlock(nn.Module):
 
 
 WRAPPER = "_checkpoint_wrapped_module"
-
 """The name under which activation checkpointing keeps a part that it wraps."""
 
 

@@ -32,17 +32,14 @@ Sharding = Literal["replicated", "sharded", "hybrid"]
 """Whether every GPU holds a whole copy, all GPUs share one, or the GPUs of a host share one."""
 
 BYTES = {"float32": 4, "bfloat16": 2}
-
 """Bytes of a number."""
 
 GPUS_PER_HOST = 8
 
 PACKED_BYTES_LIMIT = 4 * 2**30
-
 """Most bytes of packed weights that a CPU keeps; of a larger model only those of the block at work are kept."""
 
 TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
-
 """Parameters of the text encoders whose memory is given back once the prompts are encoded."""
 
 GIB = 2**30

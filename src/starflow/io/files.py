@@ -8,6 +8,7 @@ unpickled.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import secrets
@@ -75,6 +76,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, indented, with a final newline."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_text(values: Any) -> str:
+    """JSON for other programs, indented: a number that is not finite, which JSON does not have, becomes null.
+
+    >>> json_text({"nats": float("nan"), "count": 2})
+    '{\\n  "nats": null,\\n  "count": 2\\n}'
+    """
+    return json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_json(path: Path) -> Any:

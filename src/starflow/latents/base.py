@@ -171,7 +171,6 @@ class PixelLatents:
 
 
 MIN_TILE = 8
-
 """Smallest side of a tile, latent pixels."""
 
 

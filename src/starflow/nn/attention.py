@@ -268,7 +268,6 @@ class Layer(nn.Module):
 
 
 MIN_TOKENS_TO_CAST = 32
-
 """Tokens of a pass from which on casting the weights takes less time than it saves."""
 
 

@@ -38,7 +38,6 @@ from starflow.nn.cpu import drop_file_pages
 from starflow.published.checkpoint import OpenCheckpoint, check_finite
 
 SHARD_BYTES = 2**30
-
 """Bytes that a shard stays under; it waits in memory until it is full."""
 
 ByteProgress = Callable[[int, int], None]
@@ -146,15 +145,12 @@ RELEASES: dict[str, PublishedRelease] = {
 
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
-
 """Values of `model_type` in the config.json of the models that can be read."""
 
 GEMMA_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
-
 """Files to download of such a model, besides config.json."""
 
 SHALLOW_LAYERS = (2, 2, 2, 2, 2)
-
 """Layers of the blocks before the deep one, whose weights start at random."""
 
 

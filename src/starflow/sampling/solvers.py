@@ -48,7 +48,6 @@ from starflow.sampling.predictor import (
 )
 
 TOKENS_PER_GRAPH = 128
-
 """Tokens of a recording: it costs about two tokens to make, and each of its tokens reads half a span too much."""
 
 RecordGraph = Callable[[Callable[[], None]], Callable[[], object]]
@@ -161,11 +160,9 @@ def solve_token_at(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, index
 
 
 DRAFT_FLOOR = 1e-3
-
 """Residual under which a draft is not iterated: its own rounding is as large."""
 
 DRAFT_GAIN = 2.0
-
 """A draft may miss the tolerance by this factor: one more step, which is taken unverified, at least halves the distance
 wherever iterating pays."""
 

@@ -53,11 +53,9 @@ from starflow.nn.attention import Layer
 from starflow.train.settings import ParallelSettings, generator
 
 LONG_TIMEOUT = timedelta(days=30)
-
 """How long the others wait for work that the main process does alone, such as encoding a data set."""
 
 POLL_INTERVAL = 0.02
-
 """Seconds between two looks at the store."""
 
 

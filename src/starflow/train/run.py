@@ -35,9 +35,12 @@ from tqdm import tqdm
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.model import Flow
+from starflow.flow.config import ModelConfig
+from starflow.flow.model import Flow, build
 from starflow.io import files
 from starflow.io.files import write_text
+from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed import World
 from starflow.train.recipe import Recipe
 from starflow.train.recipe_keys import check_changes, check_idle_keys, longest_warmup_text
@@ -46,7 +49,6 @@ from starflow.train.settings import TrainSettings, network_dtype
 LOG_NAME = "log.jsonl"
 
 BACKWARD_COST = 2
-
 """Operations of a backward pass, relative to the forward one."""
 
 
@@ -227,6 +229,10 @@ def _matrix_entries(module: nn.Module) -> int:
     return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
 
 
+SHARE_OF_PRODUCT = 0.5
+"""An update's operations a second over those of a large matrix product: 0.45 to 0.8 as `bench train` measures it."""
+
+
 class MatrixProduct:
     """A large square matrix product on this machine, to be timed beside other work."""
 
@@ -252,6 +258,62 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a few."""
     product = MatrixProduct(device, dtype)
     return max(product.rate() for _ in range(4))
+
+
+def expected_time(run: Run, flow: ModelConfig, rate: float) -> str:
+    """How long the stages of a run that are missing will take here, about; "" where nothing is missing.
+
+    Counted are the operations of every update that is left, forward and backward; of a convolution, as of a flow, those
+    of its products. They are taken to run at `SHARE_OF_PRODUCT` of the rate of a large matrix product.
+
+    Args:
+        run: whose recipe and folder say what is missing.
+        flow: the configuration of the flow that it trains.
+        rate: operations a second of a large matrix product, of one process.
+
+    Example:
+        >>> import tempfile
+        >>> from starflow.flow.config import STARFlowConfig
+        >>> run = Run(Recipe("mine", TrainSettings(steps=10**6)), Path(tempfile.mkdtemp()), torch.device("cpu"))
+        >>> flow = STARFlowConfig(in_channels=4, img_size=4, channels=64, num_blocks=2, layers_per_block=1)
+        >>> expected_time(run, flow, rate=1e11)
+        'time expected here: autoencoder about 45 min, flow about 2 h'
+    """
+    coder, parts = run.recipe.autoencoder, {}
+    with torch.device("meta"):
+        work = training_flops(build(flow))
+    if coder.kind == "small" and not coder.source:
+        coding = _autoencoder_flops(coder.model, run.recipe.data.views.size)
+        if coder.joint:
+            work += coding
+        elif not (run.folder / "autoencoder" / "model" / "config.json").is_file():
+            parts["autoencoder"] = coding * coder.train.batch * _steps_left(coder.train, run.folder / "autoencoder")
+    left = _steps_left(run.recipe.train, run.folder)
+    if left:
+        parts["flow"] = work * run.recipe.train.batch * left / run.world.size
+    seconds = {name: operations / (SHARE_OF_PRODUCT * rate) for name, operations in parts.items()}
+    said = ", ".join(f"{name} about {_duration(value)}" for name, value in seconds.items())
+    return f"time expected here: {said}" if said else ""
+
+
+def _steps_left(settings: TrainSettings, folder: Path) -> int:
+    stored = checkpoints(folder / "checkpoints")
+    return max(0, settings.steps - (int(stored[-1].name.removeprefix("step_")) if stored else 0))
+
+
+def _autoencoder_flops(config: SmallAutoencoderConfig, side: int) -> float:
+    """Operations of one image's forward and backward pass through the autoencoder, at `side` pixels."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = max(config.factor, side // config.factor * config.factor)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = SmallAutoencoder(config)
+        network.decode(network.encode(torch.zeros(2, 3, side, side)))
+    return (1 + BACKWARD_COST) * float(counter.get_total_flops()) / 2
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.0f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 def synchronise(device: torch.device) -> None:

@@ -51,7 +51,8 @@ from starflow.train.init_from import (
 from starflow.train.loader import LoaderSettings, batch_order, make_loader
 from starflow.train.loop import Task, fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Objective, Recipe
-from starflow.train.run import Run
+from starflow.train.run import Run, expected_time, measured_peak
+from starflow.train.settings import network_dtype
 from starflow.train.tasks.autoencoder import AutoencoderTask
 from starflow.train.tasks.cache_latents import CacheJob, cache_latents
 from starflow.train.tasks.flow import FlowTask, LiveFlowTask, LiveLatents
@@ -208,6 +209,7 @@ class Stages:
     def train_flow(self) -> Path:
         """See the function of that name."""
         run, settings = self.run, self.run.recipe.train
+        self._say_expected_time()
         if run.recipe.autoencoder.joint:
             task: Task = self._joint_task()
         elif run.recipe.data.latents == "live":
@@ -279,6 +281,20 @@ class Stages:
             lambda trained, path: _draw_samples(recipe, _pipeline(trained, autoencoder, conditioner, config), path),
             lambda trained, folder: _pipeline(trained, autoencoder, conditioner, config).save_pretrained(folder),
         )
+
+    def _say_expected_time(self) -> None:
+        """Before the first stage, as an autoencoder's hours are the fewer."""
+        run, coder = self.run, self.run.recipe.autoencoder
+        trained = coder.kind == "small" and not coder.source
+        spec = AutoencoderSpec("small", coder.model.channels, coder.model.factor) if trained else self.autoencoder.spec
+        condition, source = self.conditioner.spec if self.conditioner else None, run.recipe.train.init_from
+        if source:
+            run.world.run_on_hosts(lambda: initial_options(source, run.recipe.flow))
+        initial = initial_options(source, run.recipe.flow) if source else None
+        side = run.recipe.data.views.size // spec.factor
+        config = complete_flow(run.recipe.flow, spec, side, condition, initial)
+        if text := expected_time(run, config, measured_peak(run.device, network_dtype(run.recipe.train, run.device))):
+            run.notify(text)
 
     def _first_flow(self, latents: AutoencoderSpec, side: int) -> STARFlow | TarFlow:
         """The recipe's flow: on the meta device, or with the weights that `train.init_from` names."""
