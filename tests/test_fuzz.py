@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.images import ASPECTS, ImageError, aspect_size, decode_image, image_errors, read_image_size
+from starflow.data.buckets import ASPECTS, aspect_size
+from starflow.data.images import ImageError, decode_image, image_errors, read_image_size
 from starflow.data.index import image_tensor, open_source
 from starflow.data.sources.base import ScannedImage, SkippedImage, UnusedFile
 from starflow.data.sources.captions import caption_and_label, read_table, sidecar_fields

@@ -75,7 +75,7 @@ def unknown_key_message(path: str, key: str, known: list[str]) -> str:
     """
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key '{path}': {hint}"
+    return f"unknown key {path!r}: {hint}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

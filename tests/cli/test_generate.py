@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from starflow.cli.options import OutputTarget, parse_size, slug
-from starflow.data.images import ASPECTS, aspect_size
+from starflow.data.buckets import ASPECTS, aspect_size
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
 from starflow.pipeline import inputs

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.images import ASPECTS, Aspect, Buckets, ImageError, Size, aspect_size
+from starflow.data.buckets import ASPECTS, Aspect, Buckets, Size, aspect_size
+from starflow.data.images import ImageError
 from starflow.data.index import ViewDataset, changes_since, image_tensor, open_source, split_indices
 from starflow.data.sets.shapes import SHAPES, draw_shapes
 from starflow.data.sources.base import unit_hash

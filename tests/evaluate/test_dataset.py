@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow.data.images import Buckets
+from starflow.data.buckets import Buckets
 from starflow.data.index import open_source, split_indices
 from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.conditioning import ClassLabels
-from starflow.data.images import ASPECTS, Aspect, aspect_ratio, aspect_size
+from starflow.data.buckets import ASPECTS, Aspect, aspect_ratio, aspect_size
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.latents import AutoencoderSpec, PixelLatents

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.data.images import Buckets, ImageError
+from starflow.data.buckets import Buckets
+from starflow.data.images import ImageError
 from starflow.data.index import IndexedDataset, open_source
 from starflow.train.loader import (
     BLOCKS_MIXED,

@@ -25,7 +25,7 @@ from starflow.cli.options import (
     pick_device,
     pick_dtype,
 )
-from starflow.data.images import ASPECTS, Aspect, aspect_size
+from starflow.data.buckets import ASPECTS, Aspect, aspect_size
 from starflow.errors import UserError
 
 if TYPE_CHECKING:

@@ -206,6 +206,8 @@ def _dedent(text: str) -> str:
 
 def _value(one: Parameter, found: Any) -> Any:
     """A parameter's value, from the text or texts that were given; a default is left as it is."""
+    if found == []:  # what argparse makes of "--flag=--"
+        raise UserError(f"{one.shown} is '--', expected a value")
     if one.several:
         return tuple(_convert(one, text) for text in found or ())
     return _convert(one, found) if isinstance(found, str) and found != one.default else found

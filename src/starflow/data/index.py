@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow.data.images import Aspect, Buckets, ImageError, Size, decode_image, image_errors, on_background
+from starflow.data.buckets import Aspect, Buckets, Size
+from starflow.data.images import ImageError, decode_image, image_errors, on_background
 from starflow.data.sources.base import ScannedImage, SkippedImage, Source, SourceKind, UnusedFile, unit_hash
 from starflow.data.sources.captions import SetSummary
 from starflow.data.sources.folder import FolderSource, order_classes

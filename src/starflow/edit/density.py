@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from starflow.flow import block as affine
-from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import run_offloaded
+from starflow.flow.block import AutoregressiveBlock, run_offloaded
 from starflow.flow.model import Flow
 from starflow.flow.tokens import Grid, in_order, patchify
 from starflow.sampling import guidance as rules

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from starflow.data.images import ImageError, Size, from_pil, on_background, open_image, to_float, to_uint8
+from starflow.data.buckets import Size
+from starflow.data.images import ImageError, from_pil, on_background, open_image, to_float, to_uint8
 from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
 from starflow.data.sources.base import HELDOUT_SHARE, INDEX_FILE, ImageRecord, unit_hash
 from starflow.data.sources.folder import read_folder

@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.flow import block as affine
 from starflow.flow import checkpoint
-from starflow.flow.block import AutoregressiveBlock, BlockSpec, starflow_block_spec, tarflow_block_spec
+from starflow.flow.block import (
+    AutoregressiveBlock,
+    BlockSpec,
+    moved_to,
+    run_offloaded,
+    starflow_block_spec,
+    tarflow_block_spec,
+)
 from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import moved_to, run_offloaded
 from starflow.flow.tokens import Grid, check_tensor, grid_of, in_order, patchify, unpatchify
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starflow.config import read_mapping
 from starflow.errors import UserError
 from starflow.io.files import check_output_folder, read_json, write_json
 from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 from starflow.io.weights import write_checksums
 from starflow.latents.base import Autoencoder, AutoencoderSpec, PixelLatents
 from starflow.latents.diffusers import TAESD_FILES, KLLatents, TinyLatents
-from starflow.latents.small import SmallLatents, load_small, save_small
+from starflow.latents.small import SmallLatents, checked_noise, load_small, save_small
 
 KINDS = ("pixels", "diffusers_kl", "diffusers_tiny", "small")
 
@@ -104,7 +105,7 @@ class DecoderModule(nn.Module):
 def decoder_noise(source: str) -> float:
     """Standard deviation of the latent noise that the decoder in a folder was fine-tuned for; 0 where none is named."""
     path = Path(source).expanduser() / NOISE_FILE
-    return float(read_json(path)["noise_std"]) if path.is_file() else 0.0
+    return checked_noise(read_mapping(path).get("noise_std"), path) if path.is_file() else 0.0
 
 
 def load_trainable(source: str, hub: HubOptions = DEFAULT_HUB) -> TrainableAutoencoder:

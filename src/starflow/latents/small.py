@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from starflow.config import from_dict, to_dict
+from starflow.config import from_dict, read_mapping, to_dict
 from starflow.errors import UserError
 from starflow.flow.checkpoint import assign_weights
 from starflow.io import weights
-from starflow.io.files import read_json, write_json
+from starflow.io.files import write_json
 from starflow.latents.base import AutoencoderSpec, check_images, check_latents
 
 
@@ -173,11 +174,22 @@ def load_small(folder: Path) -> SmallLatents:
     Raises:
         UserError: missing or damaged files, missing or unexpected keys.
     """
-    values = dict(read_json(folder / "config.json"))
-    kind, noise_std = values.pop("kind", None), values.pop("noise_std", 0.0)
+    values = read_mapping(folder / "config.json")
+    kind, noise_std = values.pop("kind", None), checked_noise(values.pop("noise_std", 0.0), folder / "config.json")
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
     network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
     assign_weights(network, weights.read(folder), str(weights.weight_files(folder)[0]))
     network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return SmallLatents(network, float(noise_std), str(folder))
+    return SmallLatents(network, noise_std, str(folder))
+
+
+def checked_noise(value: Any, path: Path) -> float:
+    """A standard deviation that a file gives.
+
+    Raises:
+        UserError: it is no finite number from 0 up.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+        raise UserError(f"'noise_std' in {path} is {value!r}, expected a standard deviation from 0 up")
+    return float(value)

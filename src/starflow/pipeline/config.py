@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from starflow.conditioning import ConditionerSpec
-from starflow.data.images import Aspect, Size, aspect_size
+from starflow.data.buckets import Aspect, Size, aspect_size
 from starflow.data.sources.base import HELDOUT_SHARE
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
-from starflow.data.images import caption_with_ratio, nearest_aspect
+from starflow.data.buckets import caption_with_ratio, nearest_aspect
 from starflow.flow.memory import AUTOENCODERS, GIB, sampling_memory
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents import AutoencoderSpec

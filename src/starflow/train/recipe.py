@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from starflow.config import from_dict, read_mapping, to_dict, unknown_key_message
-from starflow.data.images import Aspect
+from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
 from starflow.flow.config import KINDS, NormType, SeqOrder

@@ -22,7 +22,8 @@ import torch
 from starflow.conditioning import ClassLabels, Conditioner, TextEncoder, TokenEmbeddings
 from starflow.config import to_dict
 from starflow.data import index, latent_cache
-from starflow.data.images import Buckets, from_pil, save_grid
+from starflow.data.buckets import Buckets
+from starflow.data.images import from_pil, save_grid
 from starflow.data.index import ImageDataset, ViewDataset, open_source
 from starflow.data.latent_cache import CachedLatents
 from starflow.data.sets.fashion_mnist import read_fashion_mnist

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from starflow.data import index
-from starflow.data.images import Buckets
+from starflow.data.buckets import Buckets
 from starflow.data.sources.base import ScannedImage, SkippedImage, Source
 
 

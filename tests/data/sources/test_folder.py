@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow.data.images import IMAGE_SUFFIXES, Buckets
+from starflow.data.buckets import Buckets
+from starflow.data.images import IMAGE_SUFFIXES
 from starflow.data.index import open_source
 from starflow.data.sources.base import ImageRecord, unit_hash
 from starflow.data.sources.folder import list_folder, order_classes, read_folder, synset_names, write_index

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from starflow.data.images import Buckets, ImageError
+from starflow.data.buckets import Buckets
+from starflow.data.images import ImageError
 from starflow.data.index import open_source
 from starflow.errors import UserError
 from tests.data.sources.common import encoded, indexed, red, scanned, write_parquet

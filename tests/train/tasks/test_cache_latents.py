@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from starflow.conditioning import ClassLabels
 from starflow.data import latent_cache
-from starflow.data.images import Buckets
+from starflow.data.buckets import Buckets
 from starflow.data.index import IndexedDataset, open_source
 from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError

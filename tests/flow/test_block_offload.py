@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from starflow import StarFlowPipeline, denoise, sample
 from starflow.conditioning import ClassLabels
 from starflow.flow import model as models
-from starflow.flow.block import AutoregressiveBlock
+from starflow.flow.block import AutoregressiveBlock, moved_to
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
-from starflow.flow.memory import moved_to
 from starflow.flow.model import Flow
 from starflow.latents import PixelLatents
 from tests.cli.conftest import CLASSES, random_pipeline

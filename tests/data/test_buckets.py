@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starflow.data.images import ASPECTS, Buckets, aspect_ratio
+from starflow.data.buckets import ASPECTS, Buckets, aspect_ratio
 from starflow.errors import UserError
 
 
