@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experiments.results import Measurements, Result, check_budget, measure_once
 from starflow.data.images import from_pil, make_grid, save_png, to_float, to_pil, to_uint8
-from starflow.edit.inpainting import InpaintSettings
+from starflow.edit.inpainting import InpaintSettings, Method
 from starflow.evaluate import extract_features, kernel_distance, load_extractor
 from starflow.io.files import read_tensors, write_tensors
 from starflow.pipeline.editing import inpaint_picture
@@ -53,14 +53,24 @@ class Budget:
 
 QUICK = Budget(pictures=2, references=4, chunk=2)
 
-# The draws of "resample" and the steps of "paper" are as many as take the seconds of "auto".
+GUIDANCE, TEMPERATURE = 3.0, 0.5
+"""Of the density that every method draws from: what the bundled model draws at."""
+
+
+def _settings(method: Method, steps: int = 6, candidates: int = 8, guidance: float = GUIDANCE) -> InpaintSettings:
+    return InpaintSettings(method, guidance, TEMPERATURE if guidance else 1.0, candidates, steps)
+
+
+# The draws of "resample" and the steps of the other methods are as many as take the seconds of "auto".
 METHODS = {
-    "auto": InpaintSettings("auto"),
-    "resample": InpaintSettings("resample", candidates=80),
-    "paper": InpaintSettings("paper", steps=45),
-    "likeliest of 16": InpaintSettings("resample", candidates=16, temperature=0.8, keep="likeliest"),
-    "hmc": InpaintSettings("hmc"),
-    "chain": InpaintSettings("chain", steps=40),
+    "auto": _settings("auto"),
+    "resample": _settings("resample", candidates=60),
+    "paper": _settings("paper", steps=18),
+    "likeliest of 16": dataclasses.replace(_settings("resample", candidates=16), keep="likeliest"),
+    "hmc": _settings("hmc", steps=14),
+    "chain": _settings("chain", steps=18),
+    "auto, unguided": _settings("auto", guidance=0.0),
+    "resample, unguided": _settings("resample", candidates=90, guidance=0.0),
 }
 
 
@@ -138,7 +148,7 @@ def run(
 
 
 def cell_name(method: str, mask: str, start: int) -> str:
-    return f"{start:02d}-{mask}-{method.replace(' ', '-')}"
+    return f"{start:02d}-{mask}-{method.replace(',', '').replace(' ', '-')}"
 
 
 def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tuple[str, str, int]) -> Measurements:

@@ -42,10 +42,14 @@ class InpaintOptions:
     num_images: Annotated[int, Flag("fillings", "N")] = 1
     seed: Annotated[int, Flag("seed of the first filling; the others count from it", "S")] = 0
     method: Annotated[Literal["auto", "resample", "chain", "hmc", "paper"], Flag("how the hole is filled")] = "auto"
-    guidance: Annotated[float, Flag("how strongly to follow the prompt; 0 is unguided", "W")] = 0.0
-    temperature: Annotated[float, Flag("of the density: 1 is the model's own, less is simpler", "T")] = 1.0
+    guidance: Annotated[
+        float | None, Flag("how strongly to follow the prompt; 0 is unguided (default: the model's)", "W")
+    ] = None
+    temperature: Annotated[
+        float | None, Flag("of the density: 1 is as it was trained, less is simpler (default: the model's)", "T")
+    ] = None
     candidates: Annotated[int, Flag("draws that a filling starts from", "K")] = 8
-    steps: Annotated[int, Flag("of the chain", "N")] = 20
+    steps: Annotated[int, Flag("of the chain", "N")] = 6
     spread: Annotated[float, Flag("how freely the known part moves while a chain draws", "S")] = 0.3
     keep: Annotated[Literal["weighted", "likeliest"], Flag("which draw 'resample' keeps")] = "weighted"
     feather: Annotated[int, Flag("pixels inside the hole over which its edge is blended", "N")] = 2
@@ -65,6 +69,7 @@ def inpaint(options: InpaintOptions) -> None:
     """Run the command."""
     from starflow.data.images import open_image
     from starflow.edit.masks import parse_box
+    from starflow.pipeline.editing import filling_density
     from starflow.pipeline.pipeline import StarFlowPipeline
 
     box = parse_box(options.box) if options.box else None
@@ -72,6 +77,7 @@ def inpaint(options: InpaintOptions) -> None:
     image = open_image(Path(options.image))
     mask = open_mask(options.mask) if options.mask else None
     pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
+    guidance, temperature = filling_density(pipeline.config, options.prompt, options.guidance, options.temperature)
     started = time.perf_counter()
     with progress_bar("fillings", options.num_images) as progress:
         made = pipeline.inpaint(
@@ -83,8 +89,8 @@ def inpaint(options: InpaintOptions) -> None:
             seed=options.seed,
             box=box,
             invert_mask=options.invert_mask,
-            guidance=options.guidance,
-            temperature=options.temperature,
+            guidance=guidance,
+            temperature=temperature,
             candidates=options.candidates,
             steps=options.steps,
             spread=options.spread,
@@ -100,8 +106,8 @@ def inpaint(options: InpaintOptions) -> None:
         "invert_mask": str(options.invert_mask).lower(),
         "prompt": options.prompt,
         "method": options.method,
-        "guidance": f"{options.guidance:g}",
-        "temperature": f"{options.temperature:g}",
+        "guidance": f"{guidance:g}",
+        "temperature": f"{temperature:g}",
         "candidates": f"{options.candidates}",
         "steps": f"{options.steps}",
         "spread": f"{options.spread:g}",
@@ -114,13 +120,13 @@ def inpaint(options: InpaintOptions) -> None:
     report(rows, made.notes, time.perf_counter() - started, as_json=options.json)
 
 
-def check_edit(num_images: int, guidance: float, feather: int) -> None:
+def check_edit(num_images: int, guidance: float | None, feather: int) -> None:
     """Raises UserError: a value that no edit can have."""
     if num_images < 1:
         raise UserError(f"--num-images is {num_images}, expected at least 1")
     if feather < 0:
         raise UserError(f"--feather is {feather}, expected 0 pixels or more")
-    if not (guidance >= 0 and math.isfinite(guidance)):
+    if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
         raise UserError(f"--guidance is {guidance:g}, expected at least 0 (0 is unguided)")
 
 

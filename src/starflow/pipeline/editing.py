@@ -52,6 +52,23 @@ class Edited:
     """What was done with mask and size, a line each."""
 
 
+def filling_density(
+    config: PipelineConfig, prompt: str, guidance: float | None, temperature: float | None
+) -> tuple[float, float]:
+    """Guidance and temperature of the density that holes are filled from: by default what the model draws at.
+
+    Without a prompt there is nothing to be guided to.
+
+    >>> from starflow.pipeline.pipeline import StarFlowPipeline
+    >>> config = StarFlowPipeline.from_pretrained("glyphs").config
+    >>> filling_density(config, "", None, 1.0), filling_density(config, "a red apple", 2.0, 0.7)
+    ((0.0, 1.0), (2.0, 0.7))
+    """
+    if guidance is None:
+        guidance = config.guidance if prompt else 0.0
+    return guidance, config.temperature if temperature is None else temperature
+
+
 class Editable(Protocol):
     """What editing needs of a pipeline; `StarFlowPipeline` fills it in."""
 
@@ -238,10 +255,10 @@ class PictureEditing:
         seed: int = 0,
         box: Box | None = None,
         invert_mask: bool = False,
-        guidance: float = 0.0,
-        temperature: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
         candidates: int = 8,
-        steps: int = 20,
+        steps: int = 6,
         spread: float = 0.3,
         keep: Literal["weighted", "likeliest"] = "weighted",
         feather: int = 2,
@@ -259,8 +276,9 @@ class PictureEditing:
             seed: of the first filling.
             box: (x, y, width, height) in pixels, instead of a mask.
             invert_mask: keep what would be repainted, and repaint the rest.
-            guidance: weight of the density that is drawn from; 0 is the model's own.
-            temperature: of that density; 1 is the model's own.
+            guidance: weight of the density that is drawn from, 0 is unguided; None is what the model draws at, and 0
+                where there is no prompt.
+            temperature: of that density, 1 is as it was trained; None is what the model draws at.
             candidates: draws that a filling starts from.
             steps: of the chain.
             spread: how freely the known part may move while the chains draw, in the latents' units.
@@ -276,6 +294,7 @@ class PictureEditing:
             UserError: nothing to repaint, or a setting that no method can have.
         """
         hole, said = hole_of(image, mask, box, invert=invert_mask)
+        guidance, temperature = filling_density(self.config, prompt, guidance, temperature)
         settings = InpaintSettings(method, guidance, temperature, candidates, steps=steps, spread=spread, keep=keep)
         made = inpaint_picture(self, image, hole, prompt, num_images, seed, settings, feather, cleaning, progress)
         return dataclasses.replace(made, notes=[said, *made.notes])
