@@ -33,7 +33,7 @@ def test_inpaint_writes_pictures_with_their_settings(run: Run, classes: Path, ph
     assert any("inverted" in note for note in told["notes"])
     with Image.open(told["images"][0]["path"]) as image:
         assert image.size == (20, 12)
-        expected = {"prompt": "star", "seed": "7", "method": "auto", "steps": "2", "temperature": "1", "guidance": "0"}
+        expected = {"prompt": "star", "seed": "7", "method": "auto", "steps": "2", "temperature": "1", "guidance": "1"}
         assert {key: image.text[key] for key in expected} == expected  # type: ignore[attr-defined]
 
 
