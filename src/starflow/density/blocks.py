@@ -123,20 +123,6 @@ def check_bounds(bounds: Sequence[Bound], dimensions: int) -> None:
             raise UserError(f"bound {place} is {bound}, expected the lower one below the upper one")
 
 
-class SequenceBlock(AutoregressiveBlock):
-    """A block whose tokens also enter by a hidden layer: behind a linear map alone, the first norm would take away the
-    size of a token of one number."""
-
-    def __init__(self, spec: BlockSpec) -> None:
-        super().__init__(spec)
-        width = spec.layer.width
-        self.features = nn.Sequential(nn.Linear(spec.token_channels, width), nn.GELU(), nn.Linear(width, width))
-
-    def embed(self, inputs_BTC: Tensor, first: int) -> Tensor:
-        features: Tensor = self.features(inputs_BTC.to(self.proj_in.weight.dtype))
-        return super().embed(inputs_BTC, first) + features
-
-
 class ContextEncoder(nn.Module):
     """Contexts and lengths to condition tokens (R, S, W)."""
 
@@ -167,7 +153,7 @@ class SequenceBlocks(nn.Module):
         super().__init__()
         self.config = config
         self.context_encoder = ContextEncoder(config)
-        self.blocks = nn.ModuleList(SequenceBlock(config.block_spec()) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(AutoregressiveBlock(config.block_spec()) for _ in range(config.num_blocks))
 
     def forward(self, x_RNC: Tensor, context: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Data to noise, both 0 in the padding; and log |det dz/dx| (R,) in nats."""
@@ -190,24 +176,21 @@ class SequenceBlocks(nn.Module):
             x_RNC = self._solve(block, z_RNC, condition, lengths, caches)
             if gradient is not None and torch.is_grad_enabled():
                 forward = functools.partial(self._pass, block, condition=condition, lengths=lengths)
-                x_RNC = differentiable_inverse(forward, x_RNC, z_RNC, gradient)
+                x_RNC = _without_padding(differentiable_inverse(forward, x_RNC, z_RNC, gradient), lengths)
             z_RNC = reverse(x_RNC, lengths) if backwards else x_RNC
         return z_RNC
 
     def _pass(
-        self, block: SequenceBlock, x_RNC: Tensor, condition: Tensor | None, lengths: Tensor | None
+        self, block: AutoregressiveBlock, x_RNC: Tensor, condition: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One block, data to noise, in its own order: z and log sigma, both 0 in the padding."""
         z_RNC, log_sigma = block(x_RNC, condition, self._rotary(x_RNC))
-        if lengths is None:
-            return z_RNC, log_sigma
-        within_RN1 = within(lengths, x_RNC.shape[1])[..., None]
-        return torch.where(within_RN1, z_RNC, 0.0), torch.where(within_RN1, log_sigma, 0.0)
+        return _without_padding(z_RNC, lengths), _without_padding(log_sigma, lengths)
 
     @torch.no_grad()
     def _solve(
         self,
-        block: SequenceBlock,
+        block: AutoregressiveBlock,
         z_RNC: Tensor,
         condition: Tensor | None,
         lengths: Tensor | None,
@@ -217,12 +200,12 @@ class SequenceBlocks(nn.Module):
         rows, tokens, _ = z_RNC.shape
         predictor = Predictor.of(block, rows, tokens, [condition], self._rotary(z_RNC), None, caches)
         x_RNC = solve_sequential(predictor, z_RNC, SolverOptions(), ignore_progress).x_BNC
-        return x_RNC if lengths is None else torch.where(within(lengths, tokens)[..., None], x_RNC, 0.0)
+        return _without_padding(x_RNC, lengths)
 
-    def _ordered(self) -> Iterator[tuple[SequenceBlock, bool]]:
+    def _ordered(self) -> Iterator[tuple[AutoregressiveBlock, bool]]:
         """Every block from the data to the noise, and whether it reads backwards."""
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, SequenceBlock)
+            assert isinstance(block, AutoregressiveBlock)
             yield block, number % 2 == 1
 
     def _rotary(self, like: Tensor) -> Tensor:
@@ -236,6 +219,10 @@ class SequenceBlocks(nn.Module):
 def within(lengths: Tensor, tokens: int) -> Tensor:
     """(R, N), true for the first tokens of each row."""
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def _without_padding(x_RNC: Tensor, lengths: Tensor | None) -> Tensor:
+    return x_RNC if lengths is None else torch.where(within(lengths, x_RNC.shape[1])[..., None], x_RNC, 0.0)
 
 
 def reverse(x_RNC: Tensor, lengths: Tensor | None) -> Tensor:
