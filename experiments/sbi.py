@@ -44,7 +44,7 @@ MEASURES = {
 class Budget:
     """How much is computed."""
 
-    simulations: int = 3000
+    simulations: int = 2000
     batch: int = 100
     lr: float = 1e-3
     max_epochs: int = 40
@@ -54,9 +54,9 @@ class Budget:
     layers_per_block: int = 1
     heldout: int = 2000
     observations: int = 3
-    samples: int = 500
-    sbc_draws: int = 150
-    sbc_samples: int = 100
+    samples: int = 400
+    sbc_draws: int = 100
+    sbc_samples: int = 50
     seeds: tuple[int, ...] = SEEDS
 
 

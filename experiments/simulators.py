@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, U
 STEPS = 20
 """Of the time series."""
 
-PROPOSALS = 2_000_000
+PROPOSALS = 800_000
 """Draws of the prior that samples of SLCP's posterior are resampled from."""
 
 
