@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
-from starflow.nn.kv_cache import CachePool
+from starflow.nn.attention import CachePool
 from starflow.nn.layers import LayerSpec
 from starflow.nn.rope import rotary_table
 from starflow.sampling.predictor import Predictor, SolverOptions, ignore_progress
-from starflow.sampling.sequential import solve_sequential
+from starflow.sampling.solvers import solve_sequential
 
 Bound = tuple[float | None, ...]
 """(lower, upper) of one dimension; None where there is none."""

@@ -168,6 +168,9 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
     return Classification(right / len(labels), len(labels), rows, int((~kept).sum()))
 
 
+TEXT_MIXTURE = 0.75
+"""Share of the prompts' mean, beside the null condition, in the condition that prompts are scored at."""
+
 LogLikelihood = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 """A function of rows of a set and a seed for each, to log-likelihoods in nats (B,)."""
@@ -347,7 +350,7 @@ def rank_prompts(
 ) -> Tensor:
     """Which of K prompts fits each picture: the prompts' numbers (B, K), the best first.
 
-    One forward and one backward pass at the null condition order all of them (`condition_scores`). The first `exact` of
+    One forward and one backward pass order all of them (`prompt_scores`). The first `exact` of
     each picture are then ordered by log p(picture | prompt), with as many passes: the first order is a guess.
 
     Args:
@@ -373,7 +376,9 @@ def rank_prompts(
 def prompt_scores(pipeline: StarFlowPipeline, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """The scores (B, K) of `condition_scores` for K prompts, on the CPU.
 
-    They are taken at the null condition for text, and at the mean of the K for classes.
+    They are taken at the mean of the K for classes, and for text at 3/4 of that mean and 1/4 of the null condition: of
+    23 pictures of the bundled model and 1,000 names of emoji, the right name is then 50th at the median, 119th at the
+    mean alone, and 191st at the null condition alone.
 
     Raises:
         UserError: a model without prompts, no such tensor, or not a seed for each picture.
@@ -384,7 +389,8 @@ def prompt_scores(pipeline: StarFlowPipeline, images: Tensor, prompts: Sequence[
         noised = add_training_noise(pipeline.autoencoder.encode(images), pipeline.config, seeds)
         given, null = encode_prompts(prompts, pipeline.conditioner, pipeline.flow, pipeline.config, noised.shape)
     assert given is not None
-    at = None if null is None or pipeline.conditioner.spec.kind == "class" else null[:1]
+    text = null is not None and pipeline.conditioner.spec.kind != "class"
+    at = torch.lerp(null[:1], given.mean(0, keepdim=True), TEXT_MIXTURE) if null is not None and text else None
     return condition_scores(pipeline.flow, noised, given, at).cpu()
 
 
