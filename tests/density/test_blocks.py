@@ -12,7 +12,7 @@ from torch import Tensor
 
 from starflow.density.blocks import SequenceBlocks, SequenceFlowConfig, check_bounds, reverse, within
 from starflow.errors import UserError
-from starflow.flow import affine
+from starflow.flow.block import inverse
 from tests.density.cases import SMALL, Case, cases, make_flow
 from tests.density.cases import within as inside_lengths
 
@@ -102,7 +102,7 @@ def sequential_inverse(blocks: SequenceBlocks, z: Tensor, context: Tensor | None
             hidden = hidden if prefix is None else torch.cat((prefix, hidden), 1)
             hidden = block.run_layers(hidden, blocks._rotary(z))[:, -z.shape[1] :]
             mu, log_sigma = block.gaussian(block.outputs(hidden))
-            new = affine.inverse(z, mu, log_sigma)[:, n : n + 1]
+            new = inverse(z, mu, log_sigma)[:, n : n + 1]
             x = torch.cat((x[:, :n], new, x[:, n + 1 :]), 1)
         if lengths is not None:
             x = torch.where(within(lengths, x.shape[1])[..., None], x, 0.0)
@@ -149,7 +149,7 @@ def test_the_biased_gradient_is_that_of_mu_and_sigma_with_the_tokens_before_deta
     assert prefix is not None
     hidden = torch.cat((prefix, hidden), 1)
     mu, log_sigma = block.gaussian(block.outputs(block.run_layers(hidden, flow.blocks._rotary(z))[:, -5:]))
-    pseudo = affine.inverse(z, mu, log_sigma)
+    pseudo = inverse(z, mu, log_sigma)
     weight, parameters = torch.randn_like(z), list(flow.blocks.parameters())
     torch.testing.assert_close(x, pseudo)
     biased = gradients(x, weight, parameters)

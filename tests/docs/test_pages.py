@@ -84,8 +84,8 @@ def test_posterior(empty: Path) -> None:
     with_sbi = importlib.util.find_spec("sbi") is not None
     names = execute("tutorials/posterior.md", without="" if with_sbi else "from sbi.")
     for samples in [names["samples"], *([names["through_sbi"]] if with_sbi else [])]:
-        assert (samples.mean(0) - torch.tensor([0.4, 0.7])).abs().max() < 0.12
-        assert (samples.std(0) - torch.tensor([0.3, 0.42])).abs().max() < 0.12
+        assert (samples.mean(0) - torch.tensor([0.4, 0.7])).abs().max() < 0.15
+        assert (samples.std(0) - torch.tensor([0.3, 0.42])).abs().max() < 0.15
     assert (names["ranks"].mean(0) - 0.5).abs().max() < 0.08
     assert (names["ranks"].std(0) - 0.29).abs().max() < 0.05
     assert (empty / "posterior" / "model.safetensors").is_file()
