@@ -35,6 +35,12 @@ KIND = "sequence"
 SAMPLED_AT_ONCE = 4096
 """Rows that are drawn together, for the memory of keys and values."""
 
+STANDARDISED_ROWS = 100_000
+"""Training rows that the shift and scale are estimated from, at most."""
+
+CHECKED_ROWS = 65_536
+"""Rows of a data set that are checked together."""
+
 
 class SequenceFlow(nn.Module):
     """A normalizing flow on vectors or sequences, whose density and samples are exact; a new one is the identity.
@@ -247,7 +253,8 @@ class SequenceFlow(nn.Module):
         initial weights are PyTorch's: `torch.manual_seed` before the flow is made repeats them.
 
         Args:
-            x: (R, *event_shape).
+            x: (R, *event_shape). Only the rows of a batch are read at a time, so that a file may be larger than memory:
+                `torch.from_numpy(numpy.load("x.npy", mmap_mode="c"))`.
             context: (R, *context_shape), or None without one.
             lengths: (R,) of a flow of variable length.
             seed: of the split into training and held-out rows, and of their order.
@@ -265,24 +272,26 @@ class SequenceFlow(nn.Module):
             UserError: shapes that do not fit, missing values, values outside the bounds, or a diverging likelihood.
         """
         options = FitOptions(seed, max_epochs, batch_size, lr, validation_fraction, patience, progress)
-        x = self._check_rows(x, context, lengths)
+        self._check_rows(x, context, lengths)
         if not bool(self.standardised):
-            train, _ = split_rows(len(x), options)
-            self.standardise(x[train], _rows(context, train), _rows(lengths, train))
+            some = split_rows(len(x), options)[0][:STANDARDISED_ROWS]
+            self.standardise(x[some], _rows(context, some), _rows(lengths, some))
 
         def log_prob(rows: Sequence[Tensor]) -> Tensor:
             left = iter([one.to(self.device) for one in rows])
-            given = (next(left), None if context is None else next(left), None if lengths is None else next(left))
-            return self.log_prob_rows(*given)
+            events = next(left)
+            contexts, counts = (None if one is None else next(left) for one in (context, lengths))
+            return self.log_prob_rows(self.check_events(events, counts), contexts, counts)
 
         return fit(self, log_prob, [one for one in (x, context, lengths) if one is not None], options)
 
     @torch.no_grad()
     def standardise(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
         """Set the shift and scale of events and contexts from rows of data: one for each of their last axis."""
-        x = self._check_rows(x, context, lengths).to(self.device)
-        unbounded, _ = to_unbounded(x, self.config.bounds)
-        known = None if lengths is None else within(lengths.to(self.device), self.config.tokens)
+        self._check_rows(x, context, lengths)
+        lengths = None if lengths is None else lengths.to(self.device)
+        unbounded, _ = to_unbounded(self.check_events(x.to(self.device), lengths), self.config.bounds)
+        known = None if lengths is None else within(lengths, self.config.tokens)
         if len(self.config.event_shape) == 1 and known is not None:  # each step is a dimension with rows of its own
             steps = [moments_of(unbounded[:, [n]], known[:, n]) for n in range(x.shape[1])]
             shift, scale = torch.cat([one for one, _ in steps]), torch.cat([one for _, one in steps])
@@ -296,18 +305,20 @@ class SequenceFlow(nn.Module):
             self.context_scale.copy_(scale)
         self.standardised.fill_(True)
 
-    def _check_rows(self, x: Tensor, context: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """Events (R, E) to fit, ready for `log_prob_rows`."""
+    def _check_rows(self, x: Tensor, context: Tensor | None, lengths: Tensor | None) -> None:
+        """Refuse data that does not fit; reads a part at a time, as a file that is mapped may be larger than memory."""
         if tuple(x.shape[1:]) != self.config.event_shape:
             raise UserError(f"the data has shape {tuple(x.shape)}, expected (rows, {_listed(self.config.event_shape)})")
-        shape = self(context, lengths).batch_shape
-        if (context is not None or lengths is not None) and tuple(shape) != (len(x),):
-            raise UserError(f"{len(x)} rows of data with contexts or lengths of {tuple(shape)}: give one for each row")
-        x = self.check_events(x, lengths)
-        outside = int((~self.support.check(x)).sum())
+        for name, one in (("contexts", context), ("lengths", lengths)):
+            if one is not None and len(one) != len(x):
+                raise UserError(f"{len(x)} rows of data with {len(one)} {name}: give one for each row")
+        outside = 0
+        for start in range(0, len(x), CHECKED_ROWS):
+            rows = slice(start, start + CHECKED_ROWS)
+            self(_rows(context, rows), _rows(lengths, rows))
+            outside += int((~self.support.check(self.check_events(x[rows], _rows(lengths, rows)))).sum())
         if outside:
             raise UserError(f"{outside} of {len(x)} rows are outside the bounds {self.config.bounds}: widen them")
-        return x
 
     # Saving.
 
