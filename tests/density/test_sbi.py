@@ -83,6 +83,20 @@ def test_a_posterior_in_closed_form() -> None:
     assert (samples.T.cov() - expected.covariance_matrix).abs().max() < 0.06
 
 
+def test_an_observation_may_be_a_sequence() -> None:
+    inference = pytest.importorskip("sbi.inference")
+    torch.manual_seed(0)
+    prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
+    theta = prior.sample((1500,))
+    x = theta[:, None] + 0.5 * torch.randn(1500, 4, 1)  # four noisy readings
+    trainer = inference.NPE(prior, density_estimator=sbi_estimator("posterior", **TINY), show_progress_bars=False)
+    trainer.append_simulations(theta, x).train(**TRAINING)
+    readings = torch.tensor([[0.2], [1.0], [0.6], [1.0]])
+    samples = trainer.build_posterior().sample((1000,), x=readings, show_progress_bars=False)
+    assert float(samples.mean()) == pytest.approx(0.7 * 16 / 17, abs=0.12)
+    assert float(samples.std()) == pytest.approx((1 / 17) ** 0.5, abs=0.08)
+
+
 def test_a_likelihood_in_closed_form() -> None:
     inference = pytest.importorskip("sbi.inference")
     torch.manual_seed(0)

@@ -8,8 +8,9 @@
     posterior = trainer.build_posterior()
 
 Contract: that of `sbi.neural_nets.estimators.ConditionalDensityEstimator`. A posterior's event is theta and its context
-is x, a vector (K,) or a sequence (N, C), which needs no embedding network; a likelihood's are the other way round. What
-is estimated can be pickled, as sbi's own estimators can.
+is x, a vector (K,) or a sequence (N, C), which needs no embedding network; a likelihood's are the other way round, but
+sbi's `NLE` takes vectors alone: flatten a sequence to (N C,) and give `patch_size` C. What is estimated can be pickled,
+as sbi's own estimators can.
 """
 
 from __future__ import annotations
