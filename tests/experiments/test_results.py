@@ -54,7 +54,7 @@ def test_budgets_do_not_mix(tmp_path: Path) -> None:
 
 def test_universality() -> None:
     def seeds(gap: float) -> list[Measurements]:
-        return [{"gap": gap + noise, "parameters": 1000} for noise in (-0.01, 0, 0.01)]
+        return [{"gap": gap + n, "total_variation": gap / 2, "parameters": 1000} for n in (-0.01, 0, 0.01)]
 
     found = {name: {1: seeds(1.0), 2: seeds(0.2), 3: seeds(0.05)} for name in ("mixture", "rings")}
     assert universality.table(found, {"mixture": 0.9, "rings": 0.8})[1:] == [
@@ -62,6 +62,7 @@ def test_universality() -> None:
         ["rings", "0.8", "1 ± 0.0058", "0.2 ± 0.0058", "0.05 ± 0.0058"],
         ["parameters", "", "1,000", "1,000", "1,000"],
     ]
+    assert universality.variation_table(found)[1] == ["mixture", "0.5 ± 0", "0.1 ± 0", "0.025 ± 0"]
 
 
 def test_deep_shallow() -> None:
