@@ -6,6 +6,8 @@ Posteriors are estimated for two moons and SLCP, and the likelihood of a time se
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -116,7 +118,7 @@ def measure(simulator: Simulator, estimator: str, seed: int, budget: Budget) -> 
     build = _builder(estimator, likelihood, budget)
     trainer = (NLE if likelihood else NPE)(simulator.prior, density_estimator=build, show_progress_bars=False)
     started = time.process_time()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):  # sbi-logs go there
         warnings.simplefilter("ignore")  # that the budget ended before convergence; epochs are in the table
         trained = trainer.append_simulations(theta, x).train(
             training_batch_size=budget.batch,

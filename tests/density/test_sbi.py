@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ from starflow.density.sbi import sbi_estimator
 from starflow.errors import UserError
 
 TINY: dict[str, Any] = {"channels": 16, "head_dim": 16, "num_blocks": 2, "layers_per_block": 1}
+
+
+@pytest.fixture(autouse=True)
+def _away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbi writes its logs where it runs."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_another_target_is_an_error() -> None:
