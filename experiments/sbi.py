@@ -116,9 +116,9 @@ def measure(simulator: Simulator, estimator: str, seed: int, budget: Budget) -> 
     theta, x = simulator.draw(budget.simulations, torch.Generator().manual_seed(seed))
     likelihood = simulator.exact_log_prob is not None
     build = _builder(estimator, likelihood, budget)
-    trainer = (NLE if likelihood else NPE)(simulator.prior, density_estimator=build, show_progress_bars=False)
     started = time.process_time()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):  # sbi-logs go there
+        trainer = (NLE if likelihood else NPE)(simulator.prior, density_estimator=build, show_progress_bars=False)
         warnings.simplefilter("ignore")  # that the budget ended before convergence; epochs are in the table
         trained = trainer.append_simulations(theta, x).train(
             training_batch_size=budget.batch,
