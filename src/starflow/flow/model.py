@@ -103,7 +103,7 @@ class Flow(nn.Module, ABC):
             x: (B, C, H, W), latents or pixels.
             condition: STARFlow: (B, S, txt_dim), or None for a model without a condition.
                 TarFlow: labels (B,) with -1 for "no class", None for no class at all, or weights (B, K) of K classes,
-                    floats, for a mixture of the classes' vectors.
+                floats, for a mixture of the classes' vectors.
 
         Returns:
             z (B, C, H, W) and logdet (B,) in nats, float32 (float64 when the model is float64).
