@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.results import Result, markdown_table, update_document, write_result
 
-NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder", "inpainting")
+NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder", "inpainting", "sbi")
 GLYPHS = Path("data/glyphs")
 
 
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
-    from experiments import decoder, deep_shallow, fashion_mnist, guidance, inpainting, universality
+    from experiments import decoder, deep_shallow, fashion_mnist, guidance, inpainting, sbi, universality
     from starflow.nn.cpu import keep_freed_memory
 
     command = " ".join(["python -m experiments", *without_own_paths(sys.argv[1:])])
@@ -80,6 +80,8 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         filling = inpainting.QUICK if options.quick else inpainting.Budget()
         filling = dataclasses.replace(filling, **({"pictures": options.pictures} if options.pictures else {}))
         return inpainting.run(folder, filling, _log, command, options.data or GLYPHS, device)
+    if options.name == "sbi":
+        return sbi.run(folder, sbi.QUICK if options.quick else sbi.Budget(), _log, command)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _log, command, options.data, device)
 

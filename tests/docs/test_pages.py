@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from starflow.cli.main import COMMANDS, main
@@ -33,9 +36,12 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if line.startswith("starflow ")]
 
 
-def execute(page: str) -> dict[str, Any]:
+def execute(page: str, without: str = "") -> dict[str, Any]:
+    """Run the programs of a page, one after another; those that hold `without` are left out, where it is named."""
     names: dict[str, Any] = {}
     for program in blocks(page, "python"):
+        if without and without in program:
+            continue
         exec(compile(program, page, "exec"), names)
     return names
 
@@ -70,6 +76,43 @@ def test_likelihood(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names["best"] == "a red apple"
     assert len(list((empty / "maps").glob("*.png"))) == 2
     assert "nats" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_posterior(empty: Path) -> None:
+    """Against the known posterior; what needs sbi runs where it is installed."""
+    with_sbi = importlib.util.find_spec("sbi") is not None
+    names = execute("tutorials/posterior.md", without="" if with_sbi else "from sbi.")
+    for samples in [names["samples"], *([names["through_sbi"]] if with_sbi else [])]:
+        assert (samples.mean(0) - torch.tensor([0.4, 0.7])).abs().max() < 0.15
+        assert (samples.std(0) - torch.tensor([0.3, 0.42])).abs().max() < 0.15
+    assert (names["ranks"].mean(0) - 0.5).abs().max() < 0.08
+    assert (names["ranks"].std(0) - 0.29).abs().max() < 0.05
+    assert (empty / "posterior" / "model.safetensors").is_file()
+    assert names["again"].config == names["flow"].config
+
+
+@pytest.mark.slow
+def test_time_series() -> None:
+    names = execute("tutorials/time-series.md")
+    assert -0.1 < names["gap"] < 0.8
+    assert -0.1 < names["four_gap"] < 0.6
+    assert names["density"]["flat"] > names["usual"] > names["density"]["noisy"]
+    assert min(names["strangeness"].values()) > names["spread"]
+    assert bool((names["drawn"][:, 4:] == 0).all())
+    assert any(parameter.grad is not None for parameter in names["flow"].parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("glyphs")
+def test_unlikely(empty: Path) -> None:
+    names = execute("tutorials/unlikely.md")
+    assert names["found"]["torn apple"] < names["found"]["apple"] - 100
+    assert names["found"]["white"] > names["found"]["torn apple"]
+    assert names["inside"] / names["extra"].sum() > 0.3
+    torch.testing.assert_close(-names["maps"].sum((1, 2)) * math.log(2), names["nats"], rtol=1e-4, atol=0.5)
+    assert names["words"][int(names["order"][0, 0])] == "a red apple"
+    assert (empty / "bits.png").is_file()
 
 
 def test_the_recipe_of_the_tutorial_is_read() -> None:

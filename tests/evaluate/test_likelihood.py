@@ -9,8 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from starflow.data.images import to_float
 from starflow.errors import UserError
-from starflow.evaluate import log_likelihoods, mean_bits_per_dim
+from starflow.evaluate import (
+    EvaluationSet,
+    log_likelihoods,
+    mean_bits_per_dim,
+    measure_bits_map,
+    measure_one_pass,
+    prompt_scores,
+    rank_prompts,
+)
+from starflow.evaluate.likelihood import measure_likelihoods
+from starflow.flow.model import condition_scores
+from starflow.pipeline.likelihood import add_training_noise
+from tests.cli.conftest import CLASSES
+from tests.evaluate.test_report import pictures, pipeline
+
+__all__ = ["pictures"]
 
 
 def test_bits_of_gaussian_data_are_its_entropy() -> None:
@@ -52,3 +68,46 @@ def test_pictures_without_a_likelihood_are_counted() -> None:
         mean_bits_per_dim(nats[1:2], 2, "noised pixels")
     with pytest.raises(UserError, match="0 pictures with 1 draws"):
         log_likelihoods(lambda rows, seeds: nats, [], 1, 4)
+
+
+def test_scores_of_prompts_are_those_of_the_conditions(pictures: EvaluationSet) -> None:
+    made, images = pipeline(), to_float(pictures.heldout.images)
+    seeds = list(range(len(images)))
+    noised = add_training_noise(made.autoencoder.encode(images), made.config, seeds)
+    given, _ = made._condition(CLASSES, noised.shape)
+    assert given is not None
+    torch.testing.assert_close(prompt_scores(made, images, CLASSES, seeds), condition_scores(made.flow, noised, given))
+
+
+def test_prompts_that_are_compared_exactly_come_in_the_order_of_log_prob(pictures: EvaluationSet) -> None:
+    made, images = pipeline(), to_float(pictures.heldout.images)
+    seeds = list(range(len(images)))
+    nats = torch.stack([made.log_probs(images, [name] * len(images), seeds)[0] for name in CLASSES], 1)
+    assert torch.equal(rank_prompts(made, images, CLASSES, seeds, exact=3), nats.argsort(1, descending=True))
+    first = prompt_scores(made, images, CLASSES, seeds).argsort(1, descending=True)
+    assert torch.equal(rank_prompts(made, images, CLASSES, seeds), first)
+    two = rank_prompts(made, images, CLASSES, seeds, exact=2)
+    assert torch.equal(two[:, 2:], first[:, 2:])
+    best = nats.gather(1, two[:, :2])
+    assert bool((best[:, 0] >= best[:, 1]).all())
+
+
+def test_one_pass_classifies_by_the_largest_score(pictures: EvaluationSet) -> None:
+    made, count = pipeline(), len(pictures.heldout)
+    found = measure_one_pass(made, pictures.heldout, count, draws=2)
+    images = to_float(pictures.heldout.images)
+    scores = sum(prompt_scores(made, images, CLASSES, [2 * row + draw for row in range(count)]) for draw in range(2))
+    assert isinstance(scores, Tensor)
+    right = [CLASSES[k] == label for k, label in zip(scores.argmax(1).tolist(), pictures.heldout.labels, strict=True)]
+    assert found.accuracy == pytest.approx(sum(right) / count)
+    assert sum(map(sum, found.confusion)) == count
+
+
+def test_the_map_of_bits_sums_to_those_of_the_whole(pictures: EvaluationSet) -> None:
+    made = pipeline()
+    bits = measure_bits_map(made, pictures.heldout, most=0)
+    assert bits.ndim == 2
+    assert bits.numel() > 1
+    whole = measure_likelihoods(made, pictures, most=0, draws=1)["heldout"]
+    assert float(bits.sum()) == pytest.approx(whole.bits_per_dim * whole.dimensions, rel=1e-5)
+    assert float(bits.std()) > 0

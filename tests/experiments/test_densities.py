@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiments.densities import HALF, Density, checkerboard, densities
+from experiments.universality import total_variation
 
 CELLS = 900
 
@@ -54,3 +55,12 @@ def test_one_block_is_enough_for_a_gaussian() -> None:
     found = Density("pair", lambda count, draw: torch.zeros(count, 2), pair).one_block_limit()
     assert found == pytest.approx(best - entropy, abs=1e-3)
     assert all(density.one_block_limit(200) > 0.3 for density in densities())
+
+
+def test_total_variation_in_closed_form() -> None:
+    """Two normals a apart: 2 Phi(a / 2) - 1; and disjoint sets: 1."""
+    apart, normal = 1.2, torch.distributions.Normal(0.0, 1.0)
+    draws = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    gaps = normal.log_prob(draws) - normal.log_prob(draws - apart)
+    assert total_variation(gaps) == pytest.approx(2 * float(normal.cdf(torch.tensor(apart / 2))) - 1, abs=3e-3)
+    assert total_variation(torch.full((3,), torch.inf)) == 1

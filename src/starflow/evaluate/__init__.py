@@ -33,8 +33,12 @@ from starflow.evaluate.likelihood import (
     classify,
     log_likelihoods,
     mean_bits_per_dim,
+    measure_bits_map,
+    measure_one_pass,
     nearest_references,
     outliers,
+    prompt_scores,
+    rank_prompts,
 )
 from starflow.evaluate.render import heatmap, save_contact_sheet, save_heatmap
 from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline
@@ -72,6 +76,8 @@ __all__ = [
     "load_moments",
     "log_likelihoods",
     "mean_bits_per_dim",
+    "measure_bits_map",
+    "measure_one_pass",
     "measure_reconstruction",
     "moments",
     "nearest_references",
@@ -80,7 +86,9 @@ __all__ = [
     "outliers",
     "own_rows",
     "precision_recall",
+    "prompt_scores",
     "psnr",
+    "rank_prompts",
     "save_contact_sheet",
     "save_heatmap",
     "save_moments",

@@ -270,9 +270,14 @@ class AutoregressiveBlock(nn.Module):
         return hidden
 
     def class_vector(self, label: Tensor | None) -> Tensor:
-        """Labels (B,) to vectors (B, 1, D) to add to every token; label -1, no class, is the classes' mean."""
+        """Labels (B,) to vectors (B, 1, D) to add to every token; label -1, no class, is the classes' mean.
+
+        Weights (B, K) of the classes, which are floats, give the sum of their vectors by weight.
+        """
         assert self.class_embed is not None
         assert label is not None
+        if label.is_floating_point():
+            return torch.einsum("bk,kod->bod", label.to(self.class_embed.dtype), self.class_embed)
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
     @property

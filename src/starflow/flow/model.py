@@ -102,7 +102,8 @@ class Flow(nn.Module, ABC):
         Args:
             x: (B, C, H, W), latents or pixels.
             condition: STARFlow: (B, S, txt_dim), or None for a model without a condition.
-                TarFlow: labels (B,) with -1 for "no class", or None for no class at all.
+                TarFlow: labels (B,) with -1 for "no class", None for no class at all, or weights (B, K) of K classes,
+                floats, for a mixture of the classes' vectors.
 
         Returns:
             z (B, C, H, W) and logdet (B,) in nats, float32 (float64 when the model is float64).
@@ -341,7 +342,8 @@ class TarFlow(Flow):
     def condition_help(self) -> str:
         if not self.config.num_classes:
             return "no label (None)"
-        return f"labels of shape (batch,) from 0 to {self.config.num_classes - 1}, -1 for no class, or None"
+        last = self.config.num_classes - 1
+        return f"labels of shape (batch,) from 0 to {last}, -1 for no class, weights (batch, {last + 1}), or None"
 
     @property
     def guided_blocks(self) -> list[bool]:
@@ -353,6 +355,8 @@ class TarFlow(Flow):
             return torch.full((batch,), -1, dtype=torch.long, device=self.device) if classes else None
         if not isinstance(condition, Tensor):
             raise UserError(f"the label is a {type(condition).__name__}: pass {self.condition_help}")
+        if classes and condition.is_floating_point() and condition.shape == (batch, classes):
+            return condition
         if not classes or condition.shape != (batch,) or condition.is_floating_point() or condition.dtype == torch.bool:
             shape, dtype = tuple(condition.shape), condition.dtype
             raise UserError(f"the label is {dtype} of shape {shape} for a batch of {batch}: pass {self.condition_help}")
@@ -401,3 +405,35 @@ def token_log_prob(model: Flow, x: Tensor, condition: Tensor | None = None) -> T
         nats_BN = nats_BN - prior_ND.sum(-1)
     patch = model.config.patch_size
     return nats_BN.reshape(len(x), x.shape[2] // patch, x.shape[3] // patch)
+
+
+def condition_scores(model: Flow, x: Tensor, conditions: Tensor, at: Tensor | None = None) -> Tensor:
+    """How much each of K conditions would raise log p(x), to first order, by one forward and one backward pass.
+
+    With weights w of the conditions, c(w) = c_0 + sum_k w_k (c_k - c_0), the score of condition k is
+    d log p(x | c(w)) / d w_k at w = 0 (arXiv 2511.22345 classifies by it). The largest score is a guess of the largest
+    log p(x | c_k), whose K passes it saves; it is exact only where log p is linear in the condition.
+
+    Args:
+        model: the flow.
+        x: (B, C, H, W), as for `model.forward`.
+        conditions: tokens (K, S, E) of STARFlow; labels (K,), or weights of classes (K, classes), of TarFlow.
+        at: c_0, one condition (1, ...), for instance the null condition; None is the mean of the K.
+
+    Returns:
+        (B, K), nats for each unit of weight.
+
+    Raises:
+        UserError: a shape that the model cannot take.
+
+    >>> config = TarFlowConfig(1, 4, patch_size=2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
+    >>> condition_scores(TarFlow(config), torch.zeros(2, 1, 4, 4), torch.arange(3)).shape
+    torch.Size([2, 3])
+    """
+    if isinstance(model, TarFlow) and not conditions.is_floating_point():
+        conditions = torch.eye(model.config.num_classes, dtype=model.work_dtype, device=conditions.device)[conditions]
+    start = conditions.mean(0, keepdim=True) if at is None else at
+    with torch.enable_grad():
+        given = start.expand(len(x), *conditions.shape[1:]).clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model.log_prob(x, given).sum(), given)
+    return gradient.flatten(1) @ (conditions - start).flatten(1).to(gradient.dtype).mT

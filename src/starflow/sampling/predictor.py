@@ -138,9 +138,8 @@ class Predictor:
             engine: compiled code, if there is any.
         """
         given = [condition for condition in conditions if condition is not None]
-        condition = torch.cat(given) if given else None
-        condition_RSE = None if block.proj_txt is None else condition
-        class_R1D = None if block.class_embed is None else block.class_vector(condition)
+        condition_RSE = None if block.proj_txt is None else torch.cat(given)
+        class_R1D = None if block.class_embed is None else torch.cat([block.class_vector(one) for one in given])
         inputs = tokens - block.first_predicted + (0 if condition_RSE is None else condition_RSE.shape[1])
         weight, layer = block.proj_in.weight, block.spec.layer
         cache = caches.take(
