@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from starflow.config import from_dict, read_mapping, to_dict, unknown_key_message
+from starflow.config import Dataclass, from_dict, read_mapping, to_dict, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
@@ -270,6 +270,38 @@ class Recipe:
     """Images drawn for each one that the sample grids and, by default, the finished pipeline keep."""
 
 
+@dataclass(frozen=True)
+class NetworkSizes:
+    """The sizes of a network beside a flow."""
+
+    channels: int = 256
+    """Width, a multiple of `head_dim`."""
+    layers: int | tuple[int, ...] = 2
+    """Transformer layers: of a student, of each of its groups, one number or one each, next to the noise first."""
+    head_dim: int = 64
+    """Width of an attention head, a multiple of 16."""
+
+
+@dataclass(frozen=True)
+class CompanionRecipe:
+    """The part of a recipe that a student's and a denoiser's have in common."""
+
+    name: str
+    """Of the run's folder, where none is given."""
+    teacher: str
+    """The model whose flow it is trained beside: bundled name, folder or hub id."""
+    train: TrainSettings
+    """Training of the network."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """The images, best those that the flow was trained on; encoded once by the model's own parts."""
+    latents: str = ""
+    """Folder of a latent cache to train from instead of `data`: RUN/latents of the flow's own training."""
+    network: NetworkSizes = field(default_factory=NetworkSizes)
+    """Sizes of the network."""
+    prompts: tuple[str, ...] = ()
+    """Prompts (or class names) of the sample grids; empty takes the first classes, or a few usual prompts."""
+
+
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe from a YAML or JSON file, over its base where it names one.
 
@@ -288,13 +320,31 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         >>> recipe.train.lr, recipe.flow.channels, recipe.flow.patch_size
         (0.001, 64, None)
     """
+    values, layers = _read_layers(path, overrides or {})
+    return _without_leftovers(from_dict(Recipe, values), layers)
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Dataclass)
+
+
+def load_recipe_of(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, str] | None = None) -> AnyRecipe:
+    """As `load_recipe`, of a recipe of another kind: of a student or a denoiser.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return from_dict(kind, _read_layers(path, overrides or {})[0])
+
+
+def _read_layers(path: Path, overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A recipe's values, and the layers that they come from: its bases, itself, and what a caller gives over all."""
     layers = _read_with_bases(path)
     given: dict[str, Any] = {}
     values: dict[str, Any] = copy.deepcopy(_merged(layers))
-    for dotted, text in (overrides or {}).items():
+    for dotted, text in overrides.items():
         _set_dotted(values, dotted, text)
         _set_dotted(given, dotted, text)
-    return _without_leftovers(from_dict(Recipe, values), [*layers, given])
+    return values, [*layers, given]
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
