@@ -108,6 +108,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "flow": _flow(folder / "flow", flow),
         "autoencoder": _autoencoder(folder / "autoencoder", config),
         "conditioner": _conditioner(config),
+        **_companions(folder),
     }
 
 
@@ -141,6 +142,24 @@ def _autoencoder(folder: Path, config: PipelineConfig) -> dict[str, Any]:
     network = load_small(folder).network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return facts | {"parameters": parameters, "megabytes": _megabytes(folder)}
+
+
+def _companions(folder: Path) -> dict[str, Any]:
+    """Facts about what stands beside the flow: a student and a denoiser, each named where there is one."""
+    facts = {}
+    for name in ("student", "denoiser"):
+        if (folder / name / "config.json").is_file():
+            values = files.read_json(folder / name / "config.json")
+            own = ("temperature", "largest_guidance") if name == "student" else ("noise_std",)
+            facts[name] = {
+                "approximates": "the flow's samples" if name == "student" else "the Tweedie step",
+                "layers": sum(values["layers"]),
+                "width": values["channels"],
+                "megabytes": _megabytes(folder / name),
+                "teacher": values["teacher"][:12],
+                **{key: values[key] for key in own},
+            }
+    return facts
 
 
 def _conditioner(config: PipelineConfig) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import check_tensor
-from starflow.nn.layers import RMSNorm
 from starflow.sampling.student import Companion, CompanionConfig
 
 
@@ -95,7 +94,7 @@ class Denoiser(Companion):
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config)
-        self.norm, self.proj_out = RMSNorm(config.channels), nn.Linear(config.channels, config.token_channels)
+        self.proj_out = nn.Linear(config.channels, config.token_channels)  # without a norm, which would lose sizes
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
@@ -107,7 +106,7 @@ class Denoiser(Companion):
         """
         tokens, grid = self.to_tokens(x)
         hidden = self.transformer(tokens, grid, self.check_condition(condition, len(x)))[-1]
-        return self.from_tokens(self.proj_out(self.norm(hidden)).float(), grid)
+        return self.from_tokens(self.proj_out(hidden).float(), grid)
 
     @torch.no_grad()
     def clean(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

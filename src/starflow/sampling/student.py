@@ -32,7 +32,7 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
 from starflow.io import files, weights
-from starflow.nn.layers import LayerSpec, RMSNorm
+from starflow.nn.layers import LayerSpec
 from starflow.nn.transformer import BidirectionalTransformer, TransformerSpec
 
 SAMPLED_VALUES = 64
@@ -257,8 +257,9 @@ class Student(Companion):
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        # The projection of x^0 is the network's own output there, those of the other states serve the training.
-        self.heads = nn.ModuleList(nn.Sequential(RMSNorm(width), nn.Linear(width, tokens)) for _ in config.layers)
+        # The projection of x^0 is the network's own output there, those of the other states serve the training. No norm
+        # stands before them: what a linear flow does to a token's size is passed on exactly.
+        self.heads = nn.ModuleList(nn.Linear(width, tokens) for _ in config.layers)
 
     def forward(self, z: Tensor, condition: Tensor | None = None, guidance_B: Tensor | None = None) -> StudentOutput:
         """Noise to clean latents.
