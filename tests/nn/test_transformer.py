@@ -24,7 +24,7 @@ def changed(network: BidirectionalTransformer, token: int) -> torch.Tensor:
     x = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
     other = x.clone()
     other[0, token] += 1
-    difference = network(x, (2, 3), None)[-1] - network(other, (2, 3), None)[-1]
+    difference: torch.Tensor = network(x, (2, 3), None)[-1] - network(other, (2, 3), None)[-1]
     return difference.detach().abs().amax((0, 2))
 
 

@@ -98,11 +98,11 @@ def test_the_folder_holds_both_and_refuses_another_flows(pipe: StarFlowPipeline,
     half = tmp_path / "half"  # the same flow in another precision is the same flow
     pipe.save_pretrained(half, torch.bfloat16)
     assert StarFlowPipeline.from_pretrained(half).student is not None
-    other = random_pipeline("other", PixelLatents(), ClassLabels(CLASSES))
+    stranger = random_pipeline("other", PixelLatents(), ClassLabels(CLASSES))
     with torch.no_grad():
-        for parameter in other.flow.parameters():
+        for parameter in stranger.flow.parameters():
             parameter.mul_(1.1)
-    other.save_pretrained(tmp_path / "other")
+    stranger.save_pretrained(tmp_path / "other")
     for name in ("student", "denoiser"):
         shutil.copytree(tmp_path / "model" / name, tmp_path / "other" / name)
         with pytest.raises(UserError, match=f"the {name} was trained beside another flow"):

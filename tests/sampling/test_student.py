@@ -28,10 +28,10 @@ def random_flow(config: ModelConfig = CONFIG, seed: int = 0) -> STARFlow | TarFl
     return flow.requires_grad_(False)
 
 
-def random_student(flow: STARFlow | TarFlow, **options: float) -> Student:
+def random_student(flow: STARFlow | TarFlow, temperature: float = 1.0) -> Student:
     torch.manual_seed(1)
-    config = StudentConfig(**inputs_of(flow), channels=32, layers=(1, 1, 1), head_dim=16, **options)
-    student = Student(config)
+    sizes = inputs_of(flow)
+    student = Student(StudentConfig(**sizes, channels=32, layers=(1, 1, 1), head_dim=16, temperature=temperature))
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return student.eval().requires_grad_(False)
@@ -51,7 +51,7 @@ def test_a_fingerprint_is_the_weights_and_not_their_precision() -> None:
 @pytest.mark.parametrize("config", [CONFIG, LABELLED], ids=["starflow", "tarflow"])
 def test_what_is_saved_is_what_is_loaded(config: ModelConfig, tmp_path: Path) -> None:
     flow = random_flow(config)
-    student = random_student(flow, temperature=0.7, largest_guidance=3.0)
+    student = random_student(flow, temperature=0.7)
     student.save_pretrained(tmp_path)
     loaded = Student.from_pretrained(tmp_path)
     assert loaded.config == student.config

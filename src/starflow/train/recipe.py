@@ -22,6 +22,7 @@ from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.recipe_keys import default_values, flat_keys, idle_keys
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import ReconstructionLoss
+from starflow.train.tasks.decoder import PerceptualName
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,28 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class JointLoss:
+    """What joint training adds to the reconstruction loss; a weight of 0 leaves a term out.
+
+    Raises:
+        UserError: a number below 0.
+    """
+
+    perceptual: float = 0.0
+    """Weight of the distance of features of images and their reconstructions."""
+    features: PerceptualName = "mobilenetv2"
+    """Network of that distance."""
+    adversarial: float = 0.0
+    """Weight of a critic's mean score of reconstructions; the critic is trained beside."""
+    adversarial_from: int = 500
+    """Update at which the critic starts, once there is something to judge."""
+
+    def __post_init__(self) -> None:
+        if min(self.perceptual, self.adversarial, self.adversarial_from) < 0:
+            raise UserError("expected perceptual, adversarial and adversarial_from >= 0 in autoencoder.joint_loss")
+
+
+@dataclass(frozen=True)
 class AutoencoderRecipe:
     """The latent space: a small autoencoder trained here, a pretrained one, or plain pixels.
 
@@ -100,6 +123,8 @@ class AutoencoderRecipe:
     flow_weight: float = 1.0
     """Weight of the flow's nats beside the reconstruction loss in joint training; 1 is the evidence lower bound of a
     decoder whose negative log-likelihood is the reconstruction loss, per pixel and channel."""
+    joint_loss: JointLoss = field(default_factory=JointLoss)
+    """Perceptual and adversarial terms of joint training, beside `loss`."""
     train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=1000))
     """Training of the small autoencoder."""
 

@@ -43,8 +43,8 @@ def make_task(
 ) -> StudentTask:
     teacher = teacher or make_teacher(random_weights)
     torch.manual_seed(0)
-    sizes = {"channels": 32, "layers": group_sizes(1, 2), "head_dim": 16}
-    student = Student(StudentConfig(**inputs_of(teacher.flow), **sizes, largest_guidance=2.0))
+    sizes = inputs_of(teacher.flow)
+    student = Student(StudentConfig(**sizes, channels=32, layers=group_sizes(1, 2), head_dim=16, largest_guidance=2.0))
     return StudentTask(teacher, student, make_cache(), loss, settings, draw_nothing, World(), None)
 
 
