@@ -13,7 +13,8 @@ from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.student import Student, StudentConfig, inputs_of
+from starflow.sampling.sampler import sample
+from starflow.sampling.student import Student, StudentConfig, StudentOutput, inputs_of
 from tests.cli.conftest import CLASSES, random_pipeline
 
 
@@ -59,6 +60,19 @@ def test_a_model_without_a_student_is_refused(tmp_path: Path) -> None:
     random_pipeline("plain", PixelLatents(), ClassLabels(CLASSES)).save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="holds no student: train one by `starflow train-student`"):
         experiment.run(tmp_path, experiment.QUICK, print, "", str(tmp_path / "plain"), tmp_path)
+
+
+def test_a_guess_that_is_right_takes_one_pass(pipe: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    condition = pipe.conditioner.encode(["star"] * 2) if pipe.conditioner else None
+    with torch.no_grad():
+        states = pipe.flow.trace(sample(pipe.flow, z, condition), condition).states[:-1]
+    assert pipe.student is not None
+    monkeypatch.setattr(pipe.student, "forward", lambda *_: StudentOutput(z, states))
+    found = experiment.guess_passes(pipe, ["star"] * 2, guidance=0.0)
+    assert found["student"] == [1, 1]
+    assert min(found["noise"]) > 1
+    assert min(found["zero"]) > 1
 
 
 def test_the_table_has_times_where_something_is_drawn() -> None:
