@@ -108,8 +108,6 @@ class StudentBatch(NamedTuple):
     """The flow's x^0 .. x^(K-1), each (B, N, D)."""
     condition: Tensor | None
     guidance_B: Tensor
-    guided: Tensor
-    """Indices of the rows that the null branch is computed for, at least one."""
     decoded: list[int]
     """Rows that are compared as pictures."""
 
@@ -172,14 +170,10 @@ class StudentTask(FlowTask):
         condition = self._conditions(indices, dropped)
         clean, z, states = self._traced(indices, seed, step, rows, condition)
         draws = uniform(rows, (2,), seed, "guidance", step)
-        guided_B = (draws[:, 0] < weights.guided) & ~dropped
         strength = weights.guidance if condition is not None else 0.0
-        guidance_B = torch.where(guided_B, strength * draws[:, 1], 0.0)
-        guided = guidance_B.nonzero()[:, 0] if guidance_B.any() else torch.zeros(1, dtype=torch.long)
+        guidance_B = torch.where((draws[:, 0] < weights.guided) & ~dropped, strength * draws[:, 1], 0.0)
         decoded = [place for place, row in enumerate(rows) if row % weights.perceptual_every == 0]
-        return StudentBatch(
-            z, clean, states, condition, guidance_B.to(z), guided.to(z.device), decoded if self._decode else []
-        )
+        return StudentBatch(z, clean, states, condition, guidance_B.to(z), decoded if self._decode else [])
 
     def loss(self, model: nn.Module, batch: StudentBatch) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
         """The sum of all terms, and each distance by itself, in units of the target's mean square."""
@@ -201,15 +195,13 @@ class StudentTask(FlowTask):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _guided(self, model: nn.Module, batch: StudentBatch, out: StudentOutput) -> StudentOutput:
-        """What the loss compares of guided rows: (g(h | c) + w g(h | none)) / (1 + w)."""
-        rows = batch.guided
+        """What the loss compares: (g(h | c) + w g(h | none)) / (1 + w), which is g(h | c) itself where w is 0."""
         with torch.no_grad():
-            null: StudentOutput = model(batch.z[rows], self._null(len(rows)), None)
-        weight = batch.guidance_B[rows].view(-1, 1, 1)
+            null: StudentOutput = model(batch.z, self._null(len(batch.z)), None)
 
         def combined(own: Tensor, other: Tensor) -> Tensor:
-            w = weight.view(-1, *[1] * (own.ndim - 1))
-            return own.index_copy(0, rows, (own[rows] + w * other) / (1 + w))
+            w = batch.guidance_B.view(-1, *[1] * (own.ndim - 1))
+            return (own + w * other) / (1 + w)
 
         states = [combined(own, other) for own, other in zip(out.states, null.states, strict=True)]
         return StudentOutput(combined(out.clean, null.clean), states)
@@ -252,7 +244,7 @@ class StudentTask(FlowTask):
             condition = self._conditions(indices, None)
             clean, z, states = self._traced(indices, 0, 0, range(start, start + len(indices)), condition)
             none = torch.zeros(len(z), device=z.device)
-            batch = StudentBatch(z, clean, states, condition, none, torch.zeros(1, dtype=torch.long), [])
+            batch = StudentBatch(z, clean, states, condition, none, [])
             with network_precision(self.settings, self._device):
                 out = model(z, condition, none)
             total += weight * torch.stack([one.mean() for one in self._distances(out, batch).values()])
