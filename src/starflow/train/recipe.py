@@ -349,10 +349,10 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     return _without_leftovers(from_dict(Recipe, values), layers)
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Dataclass)
+T = TypeVar("T", bound=Dataclass)
 
 
-def load_recipe_of(kind: type[AnyRecipe], path: Path, overrides: Mapping[str, str] | None = None) -> AnyRecipe:
+def load_recipe_of(kind: type[T], path: Path, overrides: Mapping[str, str] | None = None) -> T:
     """As `load_recipe`, of a recipe of another kind: of a student or a denoiser.
 
     Raises:
