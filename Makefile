@@ -8,7 +8,7 @@ PROMPT ?= a red apple
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
-RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder inpainting sbi)
+RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
@@ -33,7 +33,8 @@ docs: $(STAMP)
 # The paper's claims on small models, from nothing; each resumes, and writes its section of docs/results.md.
 # deep-shallow, guidance and fashion-mnist need Fashion-MNIST: apt install dataset-fashion-mnist, or ARGS="--data FOLDER".
 # sbi needs sbi: .venv/bin/python -m pip install 'sbi>=0.27'.
-# inpainting needs the glyphs (starflow prepare-data); decoder needs them and an autoencoder: TAESD from the hub, or ARGS="--autoencoder FOLDER".
+# inpainting needs the glyphs (starflow prepare-data); decoder and cleaning need them and an autoencoder: TAESD from the hub, or ARGS="--autoencoder FOLDER".
+# student needs the glyphs and a model that holds one (starflow train-student): ARGS="--model runs/glyphs-64-student/pipeline".
 $(RESULTS): results-%: $(STAMP)
 	@$(VENV)/bin/python -m experiments $* --document docs/results.md $(ARGS)
 

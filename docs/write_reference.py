@@ -52,7 +52,12 @@ class Key:
 def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0]) if arguments else FOLDER
     os.environ["COLUMNS"] = "90"  # argparse wraps its help to what a page shows without scrolling
-    pages = {**room_pages(), "recipe.md": recipe_page(), "commands.md": commands_page()}
+    pages = {
+        **room_pages(),
+        "recipe.md": recipe_page(),
+        "companions.md": companion_page(),
+        "commands.md": commands_page(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.md"):
         if old.name not in pages:
@@ -131,6 +136,27 @@ def recipe_page() -> str:
     for section, keys in sections(Recipe):
         parts += [f"## {'Top level' if not section else f'`{section}`'}", ""]
         parts += [*_table(("key", "default", "meaning"), [key.row() for key in keys]), ""]
+    return "\n".join(parts)
+
+
+def companion_page() -> str:
+    """Every key of the recipes of a student and of a denoiser, apart from those that every recipe has."""
+    from starflow.train.tasks.denoiser import DenoiserRecipe
+    from starflow.train.tasks.student import StudentRecipe
+
+    parts = [
+        "# Every key of a student's and a denoiser's recipe",
+        "",
+        "`starflow train-student` and `starflow train-denoiser` read recipes of their own (see [Draw in one "
+        "pass](../student.md) and [A learned denoiser](../denoiser.md)). Their sections `data` and `train` are those "
+        "of [every recipe](recipe.md), and here, too, each key is an option of the command.",
+        "",
+    ]
+    for title, recipe in (("A student", StudentRecipe), ("A denoiser", DenoiserRecipe)):
+        for section, keys in sections(recipe):
+            if section.split(".")[0] not in ("data", "train"):
+                parts += [f"## {title}" + (f": `{section}`" if section else ""), ""]
+                parts += [*_table(("key", "default", "meaning"), [key.row() for key in keys]), ""]
     return "\n".join(parts)
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from experiments.results import Result, markdown_table, update_document, write_result
 
-NAMES = ("universality", "deep-shallow", "guidance", "fashion-mnist", "decoder", "inpainting", "sbi")
+NAMES = (
+    "universality",
+    "deep-shallow",
+    "guidance",
+    "fashion-mnist",
+    "decoder",
+    "inpainting",
+    "cleaning",
+    "student",
+    "sbi",
+)
 GLYPHS = Path("data/glyphs")
 
 
@@ -28,9 +38,14 @@ def main() -> int:
     )
     parser.add_argument("--pictures", type=int, default=0, help="for inpainting: how many are filled (default: 48)")
     parser.add_argument(
-        "--data", type=Path, help="Fashion-MNIST's four files (default: Debian's); decoder, inpainting: the glyphs"
+        "--data",
+        type=Path,
+        help="Fashion-MNIST's four files (default: Debian's), or the glyphs",
     )
-    parser.add_argument("--autoencoder", default="madebyollin/taesd", help="for decoder: a folder or hub id")
+    parser.add_argument(
+        "--autoencoder", default="madebyollin/taesd", help="for decoder and cleaning: a folder or hub id"
+    )
+    parser.add_argument("--model", default="glyphs", help="for student: a model's folder that holds one")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     from starflow.train.loop import Interrupted
@@ -56,7 +71,17 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
 
     import torch
 
-    from experiments import decoder, deep_shallow, fashion_mnist, guidance, inpainting, sbi, universality
+    from experiments import (
+        cleaning,
+        decoder,
+        deep_shallow,
+        fashion_mnist,
+        guidance,
+        inpainting,
+        sbi,
+        student,
+        universality,
+    )
     from starflow.nn.cpu import keep_freed_memory
 
     command = " ".join(["python -m experiments", *without_own_paths(sys.argv[1:])])
@@ -76,6 +101,13 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         changed |= {"longer": options.longer} if options.longer else {}
         noisy = dataclasses.replace(decoder.QUICK if options.quick else decoder.Budget(), **changed)
         return decoder.run(folder, noisy, _log, command, options.autoencoder, options.data or GLYPHS, device)
+    if options.name == "cleaning":
+        ways = cleaning.QUICK if options.quick else cleaning.Budget()
+        ways = dataclasses.replace(ways, **({"flow": options.steps} if options.steps else {}))
+        return cleaning.run(folder, ways, _log, command, options.autoencoder, options.data or GLYPHS, device)
+    if options.name == "student":
+        judged = student.QUICK if options.quick else student.Budget()
+        return student.run(folder, judged, _log, command, options.model, options.data or GLYPHS)
     if options.name == "inpainting":
         filling = inpainting.QUICK if options.quick else inpainting.Budget()
         filling = dataclasses.replace(filling, **({"pictures": options.pictures} if options.pictures else {}))

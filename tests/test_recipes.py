@@ -17,9 +17,11 @@ from starflow.data.sets.shapes import draw_shapes
 from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.recipe import Recipe, load_recipe
+from starflow.train.recipe import Recipe, load_recipe, load_recipe_of
 from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
+from starflow.train.tasks.denoiser import DenoiserRecipe
+from starflow.train.tasks.student import StudentRecipe
 from tests.conditioning.conftest import WORDS, save_encoder
 from tests.conditioning.conftest import t5 as t5  # a fixture
 
@@ -27,6 +29,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 SCALED = sorted(path.stem for path in (RECIPES / "tiny").glob("*.yaml"))
 OTHERS = {"tiny", "fashion-mnist", "glyphs-64", "glyphs-64-more", "glyphs-64-plain", "finetune-glyphs", "bench-57m"}
 """Recipes that a processor trains: they are run by tests of their own."""
+COMPANIONS = {"glyphs-64-student": StudentRecipe, "glyphs-64-denoiser": DenoiserRecipe}
+"""Recipes of what stands beside a flow; the tests of their tasks train small ones."""
 
 
 def save_gemma(folder: Path) -> Path:
@@ -153,12 +157,15 @@ def test_a_sibling_has_every_part_of_its_recipe(name: str) -> None:
 
 
 def test_every_recipe_has_a_sibling_or_a_run_of_its_own() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SCALED) | OTHERS
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SCALED) | OTHERS | set(COMPANIONS)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_its_head_names_source_and_expectation(path: Path) -> None:
-    load_recipe(path)
+    if path.stem in COMPANIONS:
+        load_recipe_of(COMPANIONS[path.stem], path)
+    else:
+        load_recipe(path)
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert head.startswith("# ")
     if path.parent.name == "recipes":

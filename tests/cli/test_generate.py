@@ -164,7 +164,7 @@ def test_cleaning_is_the_pipelines(run: Run, classes: Path, text: Path, tmp_path
         assert run("generate", *words).code == 0
         pipeline = StarFlowPipeline.from_pretrained(model)
         assert pixels(file) == pipeline(seed=4, cleaning=way).images[0].tobytes()
-    fails(run("generate", "--cleaning", "soap"), "--cleaning is 'soap'", "one of decoder, tweedie, none")
+    fails(run("generate", "--cleaning", "soap"), "--cleaning is 'soap'", "one of decoder, tweedie, denoiser, none")
 
 
 def test_another_decoder(run: Run, text: Path, tmp_path: Path) -> None:

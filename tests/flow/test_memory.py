@@ -20,7 +20,7 @@ from starflow.cli.main import main
 from starflow.errors import UserError
 from starflow.flow import memory
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig
-from starflow.flow.model import build
+from starflow.flow.model import STARFlow, build
 from starflow.nn.attention import CachePool
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
@@ -178,6 +178,30 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
     assert memory.training_memory(config, 8, checkpointing=True).activations < whole.activations / 5
     assert 3.8e9 < memory.parameter_count(config) < 3.9e9
     assert whole.peak == sum(vars(whole).values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"use_swiglu": True, "norm_type": "rms_norm", "use_qk_norm": True}])
+def test_a_tweedie_step_keeps_what_autograd_does(dtype: memory.Precision, options: dict[str, Any]) -> None:
+    config = STARFlowConfig(4, 16, 128, num_blocks=2, layers_per_block=(2, 4), **options)
+    flow = STARFlow(config).to(getattr(torch, dtype)).requires_grad_(False)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    own = {parameter.untyped_storage().data_ptr() for parameter in flow.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = flow.log_prob(x).sum()
+    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    measured = sum(size for place, size in sizes.items() if place not in own)
+    assert loss.requires_grad
+    assert memory.score_bytes(config, 2, dtype) == pytest.approx(measured, rel=0.1)
+    assert memory.score_bytes(config, 2, dtype, offload=True) < 0.6 * measured
 
 
 @DRAWN

@@ -20,7 +20,11 @@ data:
   latents: live
   workers: {workers}
   views: {{size: 16}}
-autoencoder: {{kind: {kind}, joint: {joint}, model: {{channels: 4, widths: [8], encoder_pairs: 1, decoder_pairs: 1}}}}
+autoencoder:
+  kind: {kind}
+  joint: {joint}
+  joint_loss: {terms}
+  model: {{channels: 4, widths: [8], encoder_pairs: 1, decoder_pairs: 1}}
 conditioning: {{kind: class}}
 flow: {{channels: 32, layers_per_block: [1, 1], patch_size: 4, head_dim: 32}}
 train:
@@ -48,7 +52,15 @@ def test_two_processes_are_one(tmp_path: Path, kind: str, joint: str, layout: st
         image = Image.radial_gradient("L").rotate(15 * n).resize((24, 24 if n % 3 else 16)).convert("RGB")
         image.save(path)
     recipe = tmp_path / "recipe.yaml"
-    values = {"path": tmp_path / "set", "kind": kind, "joint": joint, "layout": layout, "workers": workers}
+    terms = "{adversarial: 0.1, adversarial_from: 2}" if joint == "true" else "{}"
+    values = {
+        "path": tmp_path / "set",
+        "kind": kind,
+        "joint": joint,
+        "terms": terms,
+        "layout": layout,
+        "workers": workers,
+    }
     recipe.write_text(RECIPE.format(**values))
     assert main(["train", str(recipe), "--output", str(tmp_path / "one")]) == 0
     finish(torchrun(2, "starflow", "train", recipe, "--output", tmp_path / "two"))

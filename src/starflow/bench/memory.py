@@ -58,6 +58,9 @@ TRAINING_LAYOUTS: tuple[tuple[Sharding, int], ...] = (
 )
 """How weights lie on the GPUs, and how many there are."""
 
+TWEEDIE_BATCH = 4
+"""Pictures that a Tweedie step cleans at once."""
+
 TRAINING_BATCH = 8
 """Pictures a GPU and pass."""
 
@@ -91,6 +94,9 @@ def predict_memory(model: str) -> dict[str, Any]:
         "guided": guided,
     }
     sampling = [_sampling(shape, scenario, batch, guided=guided) for scenario in SCENARIOS for batch in BATCHES]
+    facts["tweedie"] = [
+        {"kind": one.name, "batch": TWEEDIE_BATCH, "bytes": _tweedie_bytes(config, one)} for one in SCENARIOS
+    ]
     facts |= {"available": available(), "text_encoder": _text_encoder(shape.text_encoder)}
     return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
 
@@ -161,6 +167,11 @@ def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided
         autoencoder=shape.autoencoder,
     )
     return {"kind": scenario.name, "batch": batch, **_with_peak(found)}
+
+
+def _tweedie_bytes(config: ModelConfig, scenario: MemoryScenario) -> int:
+    """What a Tweedie step takes beside the weights, for its backward pass; a decoder or a denoiser needs none of it."""
+    return memory.score_bytes(config, TWEEDIE_BATCH, scenario.dtype, offload=scenario.offload)
 
 
 def _text_encoder(source: str) -> dict[str, Any] | None:

@@ -66,10 +66,15 @@ class GenerateOptions:
     ] = None
     size: Annotated[str, Flag("width and height in pixels, e.g. 64x64 (default: the model's)", "WxH")] = ""
     aspect: Annotated[Aspect | None, Flag("a ratio instead of a size: " + ", ".join(ASPECTS), "W:H")] = None
+    sampler: Annotated[
+        Literal["flow", "student"], Flag("the flow, or the model's student: one pass, an approximation")
+    ] = "flow"
     solver: Annotated[Literal["auto", "sequential", "jacobi"], Flag("how blocks are solved")] = "auto"
     cleaning: Annotated[
-        Literal["decoder", "tweedie", "none"] | None,
-        Flag("how samples lose the noise of training: decoder, tweedie or none (default: the model's)", "WAY"),
+        Literal["decoder", "tweedie", "denoiser", "none"] | None,
+        Flag(
+            "how samples lose the noise of training: decoder, tweedie, denoiser or none (default: the model's)", "WAY"
+        ),
     ] = None
     decoder: Annotated[
         str, Flag("another autoencoder to decode with, e.g. TAESD, or one of train-decoder: folder or hub id", "NAME")
@@ -192,10 +197,7 @@ def _write(
 
     from starflow.data.images import save_png
 
-    weight = pipeline.config.guidance if options.guidance is None else options.guidance
-    scale = pipeline.config.temperature if options.temperature is None else options.temperature
-    count = pipeline.config.candidates if options.candidates is None else options.candidates
-    known = {"guidance": f"{weight:g}", "temperature": f"{scale:g}", "candidates": f"{count}", "model": options.model}
+    known = _drawn_as(pipeline, options)
     form = "{l_bar}{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), bar_format=form, disable=None) as bar:
         for start in range(0, len(prompts), options.batch_size):
@@ -211,6 +213,20 @@ def _write(
                 path = path if options.overwrite else free_path(path, image, texts)
                 save_png(image, path, texts)
                 yield WrittenImage(path, prompt, seed, image)
+
+
+def _drawn_as(pipeline: StarFlowPipeline, options: GenerateOptions) -> dict[str, str]:
+    """What the files say of how they were drawn, beside prompt and seed."""
+    from starflow.pipeline.config import with_sampling_options
+
+    student = pipeline.student if options.sampler == "student" else None
+    drawn_as = with_sampling_options(
+        pipeline.config, options.temperature, options.candidates, student.config if student else None
+    )
+    weight = pipeline.config.guidance if options.guidance is None else options.guidance
+    texts = {"guidance": f"{weight:g}", "temperature": f"{drawn_as.temperature:g}"}
+    texts |= {"candidates": f"{drawn_as.candidates}", "model": options.model}
+    return texts | ({"sampler": "student, an approximation of the flow"} if student else {})
 
 
 def free_path(path: Path, image: Image, texts: Mapping[str, str]) -> Path:
@@ -249,6 +265,7 @@ def _sample(
             candidates=options.candidates,
             seed=seed,
             size=size,
+            sampler=options.sampler,
             solver=options.solver,
             cleaning=options.cleaning,
             batch_size=options.batch_size,

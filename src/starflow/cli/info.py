@@ -108,6 +108,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "flow": _flow(folder / "flow", flow),
         "autoencoder": _autoencoder(folder / "autoencoder", config),
         "conditioner": _conditioner(config),
+        **_companions(folder),
     }
 
 
@@ -141,6 +142,24 @@ def _autoencoder(folder: Path, config: PipelineConfig) -> dict[str, Any]:
     network = load_small(folder).network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return facts | {"parameters": parameters, "megabytes": _megabytes(folder)}
+
+
+def _companions(folder: Path) -> dict[str, Any]:
+    """Facts about what stands beside the flow: a student and a denoiser, each named where there is one."""
+    facts = {}
+    for name in ("student", "denoiser"):
+        if (folder / name / "config.json").is_file():
+            values = files.read_json(folder / name / "config.json")
+            own = ("temperature", "largest_guidance") if name == "student" else ("noise_std",)
+            facts[name] = {
+                "approximates": "the flow's samples" if name == "student" else "the Tweedie step",
+                "layers": sum(values["layers"]),
+                "width": values["channels"],
+                "megabytes": _megabytes(folder / name),
+                "teacher": values["teacher"][:12],
+                **{key: values[key] for key in own},
+            }
+    return facts
 
 
 def _conditioner(config: PipelineConfig) -> dict[str, Any] | None:
@@ -190,7 +209,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
     lines += ["decoder: the autoencoder and what it takes to decode"]
     lines += ["packed: copies for a processor's compiled loop, beside the peak; not on a GPU"]
-    lines += _text_encoder_line(facts, unit, name)
+    lines += _text_encoder_line(facts, unit, name) + _tweedie_lines(facts, unit, name)
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fit")
@@ -221,6 +240,16 @@ def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]
         size = encoder["bytes"] / unit
         return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is freed"]
     return []
+
+
+def _tweedie_lines(facts: dict[str, Any], unit: int, name: str) -> list[str]:
+    """What cleaning by a Tweedie step takes more than the rows, where no decoder or denoiser spares it."""
+    kept = {row["kind"]: row for row in facts["tweedie"]}
+    plain, moved = (kept[kind]["bytes"] / unit for kind in ("bfloat16", "bfloat16 offload"))
+    return [
+        f"a Tweedie step on {kept['bfloat16']['batch']} pictures keeps {plain:.2f} {name} for its backward pass,",
+        f"{moved:.2f} offloaded, in bfloat16; a decoder for noise or a denoiser, none",
+    ]
 
 
 def _fits(row: dict[str, Any], available: dict[str, int]) -> str:

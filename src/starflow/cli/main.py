@@ -59,6 +59,8 @@ COMMANDS = (
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),
     Command("train-autoencoder", "train", "train_autoencoder", "run a recipe's autoencoder stage alone"),
     Command("train-decoder", "train", "train_decoder", "fine-tune an autoencoder's decoder on noisy latents"),
+    Command("train-student", "train", "train_student", "train what draws in one pass, an approximation of a flow"),
+    Command("train-denoiser", "train", "train_denoiser", "train what takes the noise off samples in one pass"),
     Command("cache-latents", "train", "cache_latents", "run a recipe's stages up to its latents"),
     Command("bench train", "bench", "bench_train", "time training against the machine's own matrix product"),
     Command("bench calibrate", "bench", "bench_calibrate", "measure how a model is best sampled here, once"),

@@ -1,4 +1,4 @@
-"""`starflow train`, `train-autoencoder`, `cache-latents` and `train-decoder`: the stages of a recipe, and a decoder."""
+"""The commands that train: the stages of a recipe, a student or a denoiser beside a flow, and a decoder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starflow.errors import UserError
 from starflow.io.files import check_output_folder, folder_lock
 
 if TYPE_CHECKING:
+    from starflow.train.distributed import World
     from starflow.train.run import Run
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
 
@@ -69,6 +70,38 @@ class CacheLatentsOptions(StageOptions):
     """
 
 
+@dataclass(frozen=True)
+class TrainStudentOptions(StageOptions):
+    """Train a student of a flow: it draws in one parallel pass what the flow draws token by token (BiFlow).
+
+    It is an approximation, without a density of its own. The recipe names the model (`teacher`) and its training
+    pictures; the model's own parts encode them once. The same command again resumes, and torchrun shares it among
+    processes. RUN/pipeline is the model with the student in it, for `starflow generate --sampler student`.
+    """
+
+    EXAMPLES: ClassVar[str] = """
+        starflow train-student recipes/glyphs-64-student.yaml
+        starflow train-student recipes/glyphs-64-student.yaml --teacher runs/mine/model --train.steps 2000
+        starflow generate "a red apple" --model runs/glyphs-64-student/pipeline --sampler student
+    """
+
+
+@dataclass(frozen=True)
+class TrainDenoiserOptions(StageOptions):
+    """Train a denoiser beside a flow: one pass that takes the noise off its samples (flow-score matching).
+
+    It approximates the Tweedie step, and spares the backward pass through the flow. The recipe names the model
+    (`teacher`) and its training pictures; the model's own parts encode them once. The same command again resumes, and
+    torchrun shares it among processes. RUN/pipeline is the model with the denoiser in it, which cleans its samples.
+    """
+
+    EXAMPLES: ClassVar[str] = """
+        starflow train-denoiser recipes/glyphs-64-denoiser.yaml
+        starflow train-denoiser recipes/glyphs-64-denoiser.yaml --teacher runs/mine/model
+        starflow generate "a red apple" --model runs/glyphs-64-denoiser/pipeline --cleaning denoiser
+    """
+
+
 def train(options: TrainOptions) -> None:
     """Run `starflow train`."""
     with _started(options) as run:
@@ -99,21 +132,52 @@ def cache_latents(options: CacheLatentsOptions) -> None:
             print(f"done: {run.folder / 'latents'}")
 
 
+def train_student(options: TrainStudentOptions) -> None:
+    """Run `starflow train-student`."""
+    from starflow.train.recipe import load_recipe_of
+    from starflow.train.tasks.student import StudentRecipe, train_student
+
+    recipe = load_recipe_of(StudentRecipe, Path(options.recipe), dict(options.overrides))
+    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+        pipeline = train_student(recipe, folder, world)
+        if world.is_main:
+            print(f"done: starflow generate --model {pipeline} --sampler student")
+
+
+def train_denoiser(options: TrainDenoiserOptions) -> None:
+    """Run `starflow train-denoiser`."""
+    from starflow.train.recipe import load_recipe_of
+    from starflow.train.tasks.denoiser import DenoiserRecipe, train_denoiser
+
+    recipe = load_recipe_of(DenoiserRecipe, Path(options.recipe), dict(options.overrides))
+    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+        pipeline = train_denoiser(recipe, folder, world)
+        if world.is_main:
+            print(f"done: starflow generate --model {pipeline} --cleaning denoiser")
+
+
 @contextlib.contextmanager
 def _started(options: StageOptions) -> Iterator[Run]:
     """The run of a recipe in its folder."""
-    from starflow.train.distributed import join_world
     from starflow.train.recipe import load_recipe
     from starflow.train.run import start_run
 
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
-    folder = Path(options.output).expanduser() if options.output else Path("runs") / recipe.name
-    timeout = recipe.train.parallel.timeout
+    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+        yield start_run(recipe, folder, world.device, world=world)
+
+
+@contextlib.contextmanager
+def _folder_and_world(options: StageOptions, name: str, timeout: float) -> Iterator[tuple[Path, World]]:
+    """The folder of a run, which no other command writes meanwhile, and the processes that carry it out."""
+    from starflow.train.distributed import join_world
+
+    folder = Path(options.output).expanduser() if options.output else Path("runs") / name
     with _training(), join_world(pick_device(options.device), timeout) as world:
         check_output_folder(folder)
-        # The whole command holds it, the stages before the flow too, before anything is written.
+        # The whole command holds it, the stages before the training too, before anything is written.
         with folder_lock(folder, ".run.lock") if world.is_main else contextlib.nullcontext():
-            yield start_run(recipe, folder, world.device, world=world)
+            yield folder, world
 
 
 @contextlib.contextmanager

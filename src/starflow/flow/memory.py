@@ -358,3 +358,26 @@ def _layer_saved_bytes(shape: LayerShape, low: int) -> tuple[int, int]:
     norm = shape.width * (4 + low + (4 if low < 4 else 0))
     attention = low * (2 * shape.inner + 2 * shape.kv) + 4 * (shape.inner + shape.kv)
     return norm + attention, norm + low * (4 if shape.gated else 2) * shape.hidden
+
+
+def score_bytes(config: ModelConfig, batch: int, dtype: Precision, *, offload: bool = False) -> int:
+    """Bytes that a Tweedie step keeps for its backward pass through the flow, whose weights get no gradient.
+
+    Each layer keeps the inputs of its norms, queries, keys and values before and after they are turned, attention's
+    result, and the MLP's hidden channels. An offloaded flow keeps every layer's input, and the rest of one layer.
+
+    >>> from starflow.flow.config import preset
+    >>> f"{score_bytes(preset('starflow-t2i-3b').config, 4, 'bfloat16') / GIB:.1f} GiB"
+    '10.4 GiB'
+    """
+    total = largest = 0
+    for block in range(config.num_blocks):
+        shape, tokens = layer_shape(config, block), batch * _inputs(config, block, config.grid_side**2)
+        kept = 3 * shape.inner + 3 * shape.kv + (3 if shape.gated else 1) * shape.hidden + 2 * shape.width
+        kept *= BYTES[dtype] * tokens
+        if isinstance(config, STARFlowConfig) and dtype == "bfloat16":  # RMS norms keep their inputs in float32
+            kept += tokens * 2 * 2 * shape.width * (config.norm_type == "rms_norm")
+            kept += tokens * 4 * (shape.inner + shape.kv) * config.use_qk_norm
+        largest = max(largest, kept)
+        total += shape.layers * (BYTES[dtype] * tokens * shape.width if offload else kept)
+    return total + (largest if offload else 0)

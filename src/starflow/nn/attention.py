@@ -5,8 +5,8 @@ rotated twice. Writing at `start` makes everything from there on obsolete; there
 write further back and a reset is a write at 0. Positions are Python integers, or tensors on the cache's device: no step
 waits for the device.
 
-Without a cache the T tokens are a whole sequence and attention is causal over it. With a cache they continue
-what the cache holds before `start`, and the result is what the whole sequence would give.
+Without a cache the T tokens are a whole sequence, over which attention is causal unless the spec says otherwise. With a
+cache they continue what it holds before `start`, and the result is what the whole sequence would give.
 
 `computes_in_float32` and `float32_copy` are for bfloat16 layers on processors without bfloat16 arithmetic. There a long
 product takes several times as long as in float32 (6.8 times for 1,152 tokens of width 3072 on a CPU with AVX2), and a
@@ -186,16 +186,16 @@ CachePosition = CacheSlice | CacheIndex
 
 
 class Attention(nn.Module):
-    """Causal attention with its norms: norm, softmax at scale 1/sqrt(H), projection, and the optional norm after.
+    """Attention with its norms: norm, softmax at scale 1/sqrt(H), projection, and the optional norm after.
 
-    It maps (B, T, D) to (B, T, D). The K key/value heads serve groups of N / K query heads (grouped-query attention,
-    arXiv 2305.13245).
+    It is causal unless the spec says otherwise, and maps (B, T, D) to (B, T, D). The K key/value heads serve groups of
+    N / K query heads (grouped-query attention, arXiv 2305.13245).
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
-        self.half_split_rope = spec.half_split_rope
+        self.half_split_rope, self.causal = spec.half_split_rope, spec.causal
         inner = spec.heads * spec.head_dim
         self.norm = make_norm(spec)
         self.qkv = nn.Linear(spec.width, inner + 2 * spec.kv_heads * spec.head_dim, bias=spec.bias)
@@ -214,7 +214,7 @@ class Attention(nn.Module):
         """A whole sequence, or with a cache the tokens that continue it, whose keys and values it stores."""
         q_BNTH, k_BKTH, v_BKTH = self._queries_keys_values(x_BTD, rotary)
         if cache is None or position is None:
-            return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=True))
+            return self._output(self._attend(q_BNTH, k_BKTH, v_BKTH, causal=self.causal))
         if position.query_scale is not None:
             q_BNTH = q_BNTH * position.query_scale.to(q_BNTH.dtype)
         k_BKLH, v_BKLH = position.write(cache, k_BKTH, v_BKTH)

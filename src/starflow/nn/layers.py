@@ -42,6 +42,8 @@ class LayerSpec:
     """Biases of the linear layers."""
     half_split_rope: bool = False
     """Rotate the pairs (i, i + head_dim / 2) instead of adjacent ones."""
+    causal: bool = True
+    """Every token attends to itself and those before it, and otherwise to all; a cache is for the former alone."""
 
 
 class RMSNorm(nn.Module):

@@ -22,11 +22,12 @@ from starflow.data.sources.base import HELDOUT_SHARE
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
+from starflow.sampling.student import StudentConfig
 
 FORMAT = 1
 """The newest format of config.json that is read."""
 
-Cleaning = Literal["decoder", "tweedie", "none"]
+Cleaning = Literal["decoder", "tweedie", "denoiser", "none"]
 """How samples lose the noise of the training data: see `PipelineConfig.cleaning`."""
 
 
@@ -47,8 +48,9 @@ class PipelineConfig:
     guidance: float = 0.0
     """Default guidance weight."""
     cleaning: Cleaning = "decoder"
-    """How samples lose the noise: by a decoder trained for it, by one Tweedie step before decoding, or not at all
-    (uniform noise is gone with rounding; an autoencoder may have the noise in its own latents)."""
+    """How samples lose the noise: by a decoder trained for it, by one Tweedie step before decoding, by a learned
+    denoiser, or not at all (uniform noise is gone with rounding; an autoencoder may have the noise in its own
+    latents)."""
     noise: Literal["gaussian", "uniform"] = "gaussian"
     """Kind of noise in the training data: Gaussian of `noise_std`, or uniform within the levels of 8-bit pixels."""
     aspects: tuple[Aspect, ...] = ()
@@ -145,12 +147,16 @@ def untrained_size_warning(config: PipelineConfig, flow: ModelConfig, size: Size
     )
 
 
-def with_sampling_options(config: PipelineConfig, temperature: float | None, candidates: int | None) -> PipelineConfig:
-    """The configuration with a call's temperature and number of candidates, None being the model's own.
+def with_sampling_options(
+    config: PipelineConfig, temperature: float | None, candidates: int | None, student: StudentConfig | None = None
+) -> PipelineConfig:
+    """The configuration with a call's temperature and number of candidates, None being the model's own, or a student's.
 
     Raises:
         UserError: a temperature of 0 or less, or no candidates.
     """
+    if student is not None:
+        config = dataclasses.replace(config, temperature=student.temperature, candidates=1)
     return dataclasses.replace(
         config,
         temperature=config.temperature if temperature is None else temperature,
@@ -180,7 +186,7 @@ def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) 
 
 
 def choose_cleaning(
-    config: PipelineConfig, asked: Cleaning | None, decoder: AutoencoderSpec, *, replaced: bool
+    config: PipelineConfig, asked: Cleaning | None, decoder: AutoencoderSpec, *, replaced: bool, denoiser: bool
 ) -> Cleaning:
     """The cleaning that a call asks for, or else the one that fits the decoder.
 
@@ -189,17 +195,26 @@ def choose_cleaning(
         asked: by the call; None leaves the choice.
         decoder: what turns latents into pictures.
         replaced: whether it stands in the place of the model's own.
+        denoiser: whether the model has one.
 
     Raises:
-        UserError: a Tweedie step for a model without Gaussian noise.
+        UserError: a Tweedie step for a model without Gaussian noise, or a denoiser that is not there.
     """
     if asked is not None and asked not in get_args(Cleaning):
         raise UserError(f"cleaning is {asked!r}, expected one of {', '.join(map(repr, get_args(Cleaning)))}")
     trained = decoder.noise_std > 0
     if asked == "tweedie" and not config.noise_std:
         raise UserError(f"cleaning is 'tweedie', but '{config.name}' was trained without Gaussian noise: use 'none'")
+    chosen = asked or config.cleaning
+    if chosen == "denoiser" and not denoiser:
+        raise UserError(
+            f"cleaning is 'denoiser', but '{config.name}' has none: train one by `starflow train-denoiser`, or use "
+            "'tweedie'"
+        )
     if asked == "decoder" and config.noise_std and not trained:
         warnings.warn("cleaning is 'decoder', but the decoder was not trained for noise: it stays", stacklevel=4)
     if asked is not None or not replaced or config.cleaning == "none":
-        return asked or config.cleaning
+        return chosen
+    if config.cleaning == "denoiser" and not trained:
+        return "denoiser"
     return "decoder" if trained else "tweedie"

@@ -22,6 +22,7 @@ from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
 from starflow.pipeline.config import Cleaning, PipelineConfig, choose_cleaning
 from starflow.pipeline.likelihood import add_training_noise, log_probs
+from starflow.sampling.denoise import Denoiser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +76,7 @@ class Editable(Protocol):
     flow: STARFlow | TarFlow
     autoencoder: Autoencoder
     decoder: Autoencoder | None
+    denoiser: Denoiser | None
     config: PipelineConfig
 
     @property
@@ -207,7 +209,8 @@ def _scene(pipeline: Editable, image: Image, hole: Tensor, *, keep: bool = False
 
 def _decoded(pipeline: Editable, latents: Tensor, condition: Tensor | None, cleaning: Cleaning | None) -> Tensor:
     decoder = pipeline.decoder or pipeline.autoencoder
-    way = choose_cleaning(pipeline.config, cleaning, decoder.spec, replaced=pipeline.decoder is not None)
+    replaced, denoiser = pipeline.decoder is not None, pipeline.denoiser is not None
+    way = choose_cleaning(pipeline.config, cleaning, decoder.spec, replaced=replaced, denoiser=denoiser)
     return pipeline._decode_clean(latents, condition, way)
 
 

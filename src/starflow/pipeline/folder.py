@@ -36,8 +36,11 @@ from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
 from starflow.pipeline.config import FORMAT, PipelineConfig, size_multiple
+from starflow.sampling.denoise import Denoiser
+from starflow.sampling.student import Student
 
 FLOW, AUTOENCODER, CONDITIONER = "flow", "autoencoder", "conditioner"
+STUDENT, DENOISER = "student", "denoiser"
 
 BUNDLED = ("glyphs",)
 """Names of the models that ship with the package."""
@@ -152,6 +155,35 @@ def open_conditioner(spec: ConditionerSpec, folder: Path, hub: HubOptions, keep:
     """
     source = part_source(spec, folder)
     return load_conditioner(dataclasses.replace(spec, source=source), hub.without_revision, keep)
+
+
+def open_student(folder: Path, flow: Flow) -> Student | None:
+    """The student in a pipeline's folder, or None.
+
+    Raises:
+        UserError: it is damaged, or another flow's.
+    """
+    if not (folder / STUDENT).is_dir():
+        return None
+    student = Student.from_pretrained(folder / STUDENT)
+    student.check_teacher(flow)
+    return student
+
+
+def open_denoiser(folder: Path, flow: Flow) -> Denoiser | None:
+    """As `open_student`, of the learned denoiser."""
+    if not (folder / DENOISER).is_dir():
+        return None
+    denoiser = Denoiser.from_pretrained(folder / DENOISER)
+    denoiser.check_teacher(flow)
+    return denoiser
+
+
+def save_companions(student: Student | None, denoiser: Denoiser | None, folder: Path, dtype: torch.dtype) -> None:
+    """Write what stands beside the flow, if anything, into a pipeline's folder."""
+    for network in (student, denoiser):
+        if network is not None:
+            network.save_pretrained(folder / network.kind, dtype)
 
 
 def open_decoder(source: str, own: Autoencoder, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:

@@ -32,8 +32,9 @@ from starflow.data.buckets import caption_with_ratio, nearest_aspect
 from starflow.flow.memory import AUTOENCODERS, GIB, sampling_memory
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents import AutoencoderSpec
-from starflow.pipeline.config import PipelineConfig
-from starflow.sampling.policy import CacheDtype
+from starflow.pipeline.config import Cleaning, PipelineConfig
+from starflow.sampling.policy import CacheDtype, SampleSettings
+from starflow.sampling.student import Student
 
 LARGEST_SEED = 2**63 - 1
 
@@ -298,3 +299,49 @@ def example_prompts(conditioner: Conditioner | None, count: int) -> list[str]:
     else:
         known = [f"a {colour} {thing}" for thing in ("apple", "car", "cat", "tree") for colour in ("red", "blue")]
     return [known[index % len(known)] for index in range(count)]
+
+
+def check_student_call(
+    sampler: str,
+    student: Student | None,
+    name: str,
+    settings: SampleSettings,
+    cleaning: Cleaning | None,
+    weights: Tensor,
+) -> Student | None:
+    """The student that a call draws with, or None where it draws with the flow.
+
+    Args:
+        sampler: "flow" or "student".
+        student: of the model, if it has one.
+        name: of the model.
+        settings: of the call, those of the flow's solvers.
+        cleaning: that the call asks for.
+        weights: of guidance, one a picture.
+
+    Raises:
+        UserError: no such sampler, no student, a weight above those of its training, or an option that does nothing.
+    """
+    if sampler not in ("flow", "student"):
+        raise UserError(f"sampler is {sampler!r}, expected 'flow' or 'student'")
+    if sampler == "flow":
+        return None
+    if student is None:
+        raise UserError(
+            f"sampler is 'student', but '{name}' has none: train one by `starflow train-student`, or use 'flow'"
+        )
+    default = SampleSettings(settings.guidance, "auto")
+    given = {
+        "solver": settings.solver != default.solver,
+        "guidance_rule": settings.guidance_rule != default.guidance_rule,
+        "guidance_schedule": settings.guidance_schedule != default.guidance_schedule,
+        "cache_dtype": settings.cache_dtype != default.cache_dtype,
+        "cleaning": cleaning not in (None, "none"),
+    }
+    for option, idle in given.items():
+        if idle:
+            raise UserError(f"{option} has no effect with sampler 'student', which takes one pass to clean latents")
+    largest, most = student.config.largest_guidance, float(weights.max())
+    if most > largest:
+        raise UserError(f"guidance is {most:g}, but the student was trained up to {largest:g}: lower it, or use 'flow'")
+    return student

@@ -10,15 +10,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from starflow.data.images import dequantise
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
+from starflow.latents import Autoencoder
 from starflow.pipeline.config import PipelineConfig
-from starflow.pipeline.inputs import check_seeds
+from starflow.pipeline.inputs import check_prompts, check_range, check_seed, check_seeds, check_whole, read_image
 from starflow.sampling.sampler import noise_from_seeds
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Measurable(Protocol):
+    """What a density needs of a pipeline; `StarFlowPipeline` fills it in."""
+
+    flow: STARFlow | TarFlow
+    autoencoder: Autoencoder
+    config: PipelineConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def density_space(self) -> str: ...
+    def log_probs(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]: ...
+    def _condition(self, prompts: Sequence[str], shape: Sequence[int] = ...) -> tuple[Tensor | None, Tensor | None]: ...
+    def _check_pass(self, latents: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -117,3 +139,53 @@ def log_prob_maps(flow: STARFlow | TarFlow, config: PipelineConfig, noised: Tens
 def _nats_per_level(config: PipelineConfig) -> float:
     """log of the levels in a unit of the flow's input, which turns a density into a probability of a level."""
     return math.log(128) if config.noise == "uniform" else 0.0
+
+
+class PictureLikelihood:
+    """The methods that give densities of pictures, for a pipeline to inherit."""
+
+    def log_prob(
+        self: Measurable, image: Image | str | Path, prompt: str = "", *, seed: int = 0, draws: int = 1
+    ) -> LogProb:
+        """Exact log-density of a picture's latent with the model's training noise added under `seed`.
+
+        Args:
+            image: of Pillow's, or a file; its sides must fit the model.
+            prompt: what it is said to show.
+            seed: of the noise; draw d has the seed `seed + d`.
+            draws: of the noise, to average over.
+
+        Raises:
+            UserError: no picture, sides that do not fit the model, no draws, or a density that is not finite.
+        """
+        check_whole("draws", draws)
+        picture, prompts = read_image(image).to(self.device), check_prompts(prompt, 1)
+        found = [self.log_probs(picture, prompts, [check_seed(seed) + draw]) for draw in range(draws)]
+        if not all(bool(nats.isfinite().all()) for nats, _ in found):
+            self._check_pass(self.autoencoder.encode(picture), prompts)
+        return LogProb.mean_of(torch.cat([nats for nats, _ in found]), found[0][1], self.density_space)
+
+    @property
+    def density_space(self: Measurable) -> str:
+        """What `log_prob` is the density of; see `LogProb.space`."""
+        return density_space(self.config)
+
+    @torch.no_grad()
+    def log_probs(
+        self: Measurable, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent.
+
+        Raises:
+            UserError: no such tensor, not a prompt for each or for all, or not a seed for each.
+        """
+        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
+        return log_probs(self.flow, self.config, noised, condition), math.prod(noised.shape[1:])
+
+    @torch.no_grad()
+    def log_prob_maps(self: Measurable, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model`."""
+        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
+        return log_prob_maps(self.flow, self.config, noised, condition)

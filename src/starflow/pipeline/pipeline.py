@@ -47,24 +47,34 @@ from starflow.pipeline.config import (
     with_sampling_options,
 )
 from starflow.pipeline.editing import PictureEditing
-from starflow.pipeline.folder import Parts, default_dtype, load_parts, open_decoder, save_parts, write_card
+from starflow.pipeline.folder import (
+    Parts,
+    default_dtype,
+    load_parts,
+    open_decoder,
+    open_denoiser,
+    open_student,
+    save_companions,
+    save_parts,
+    write_card,
+)
 from starflow.pipeline.inputs import (
     check_counts,
     check_memory,
     check_pair,
     check_prompts,
-    check_range,
     check_seed,
-    check_whole,
+    check_student_call,
     encode_prompts,
     read_image,
     remember_prompts,
 )
-from starflow.pipeline.likelihood import LogProb, add_training_noise, density_space, log_prob_maps, log_probs
+from starflow.pipeline.likelihood import PictureLikelihood
 from starflow.pipeline.locate import find_pipeline, push_folder
-from starflow.sampling.denoise import denoise
+from starflow.sampling.denoise import Denoiser, denoise
 from starflow.sampling.policy import CacheDtype, SampleSettings, SolverChoice
 from starflow.sampling.sampler import ProgressCallback, best_candidates, candidate_noise, offset_progress, sample
+from starflow.sampling.student import Student, draw_by_student
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +94,7 @@ class Generated:
     seeds: list[int]
 
 
-class StarFlowPipeline(PictureEditing):
+class StarFlowPipeline(PictureEditing, PictureLikelihood):
     """A conditioner, a flow and an autoencoder that belong together.
 
     >>> from starflow.conditioning import ClassLabels
@@ -111,6 +121,10 @@ class StarFlowPipeline(PictureEditing):
         self.flow, self.autoencoder, self.conditioner, self.config = flow.eval(), autoencoder, conditioner, config
         self.decoder: Autoencoder | None = None
         """What decodes instead of the autoencoder, if anything."""
+        self.student: Student | None = None
+        """What draws in one parallel pass, an approximation of the flow, where the model has one."""
+        self.denoiser: Denoiser | None = None
+        """What has learned to take the noise off, where the model has it."""
 
     @classmethod
     def from_pretrained(
@@ -154,6 +168,8 @@ class StarFlowPipeline(PictureEditing):
         hub = HubOptions(revision, cache, offline)
         folder = find_pipeline(str(model), hub, "float32" if dtype == torch.float32 else "bfloat16")
         pipeline = cls(*load_parts(folder, hub, keep_text_encoder, conditioner))
+        pipeline.student = open_student(folder, pipeline.flow)
+        pipeline.denoiser = open_denoiser(folder, pipeline.flow)
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.autoencoder, pipeline.config.autoencoder, hub)
         flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
@@ -188,6 +204,7 @@ class StarFlowPipeline(PictureEditing):
         if is_quantized(self.flow):
             raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
         folder = files.check_output_folder(Path(folder))
+        save_companions(self.student, self.denoiser, folder, dtype)
         save_parts(self.flow, self.autoencoder, self.conditioner, self.config, folder, dtype, parts, shard_bytes)
 
     def push_to_hub(
@@ -227,8 +244,8 @@ class StarFlowPipeline(PictureEditing):
                 self.flow.to(dtype=dtype or self.flow.network_dtype).offload(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device '{device}': {str(error).splitlines()[0]}; try --device cpu") from None
-        for part in (self.autoencoder, self.decoder, self.conditioner):
-            network = getattr(part, "network", None)
+        networks = [getattr(part, "network", None) for part in (self.autoencoder, self.decoder, self.conditioner)]
+        for network in (*networks, self.student, self.denoiser):
             if network is not None:
                 network.to(device)
         return self
@@ -257,6 +274,7 @@ class StarFlowPipeline(PictureEditing):
         guidance: float | Sequence[float] | Tensor | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
+        sampler: Literal["flow", "student"] = "flow",
         solver: SolverChoice = "auto",
         guidance_rule: Literal["gaussian", "linear"] = "gaussian",
         guidance_schedule: Literal["constant", "linear"] = "constant",
@@ -277,6 +295,8 @@ class StarFlowPipeline(PictureEditing):
             guidance: weight w >= 0, 0 is unguided: one, or one a picture of the whole call; by default the model's own.
             seed: of the first picture.
             size: (width, height) in pixels; by default that of training.
+            sampler: "flow", or the model's "student", an approximation of it in one parallel pass, which draws by
+                default one candidate at a temperature of its own, of latents without noise.
             solver: "sequential" | "jacobi" | "auto" | a policy a block; see `starflow.sample`.
             guidance_rule: "gaussian" (STARFlow) or "linear" (TarFlow).
             guidance_schedule: "constant" or "linear" (annealed).
@@ -284,8 +304,8 @@ class StarFlowPipeline(PictureEditing):
                 cleaner (Glow, arXiv 1807.03039, section 6); by default the model's own.
             candidates: pictures drawn for each one that is kept, which is the likeliest of them under its prompt; by
                 default the model's own. 1, and a temperature of 1, sample from the model.
-            cleaning: the samples' way out of the noise, "decoder", "tweedie" or "none"; by default the model's own,
-                and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
+            cleaning: the samples' way out of the noise, "decoder", "tweedie", "denoiser" or "none"; by default the
+                model's own, and with another `decoder` that one's if it was trained for noise, else a Tweedie step.
             batch_size: pictures or candidates sampled at once; changes memory, not pictures.
             cache_dtype: precision of keys and values: the "network"'s, or "bfloat16" to halve a float32 cache.
             tile: side in latent pixels of the tiles that are decoded one by one, for memory; None is whole batches.
@@ -301,10 +321,11 @@ class StarFlowPipeline(PictureEditing):
         size = None if size is None else check_pair(size)
         check_seed(check_seed(seed) + len(prompts) - 1)
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
-        drawn_as = with_sampling_options(self.config, temperature, candidates)
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
+        student = check_student_call(sampler, self.student, self.config.name, settings, cleaning, weights)
+        drawn_as = with_sampling_options(self.config, temperature, candidates, student.config if student else None)
         shape = latent_shape(self.config, self.flow.config, size)
-        cleaning = self._cleaning(cleaning)
+        cleaning = "none" if student else self._cleaning(cleaning)
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
@@ -317,58 +338,17 @@ class StarFlowPipeline(PictureEditing):
             some = slice(start, start + batch_size)
             drawn, condition = self._sample(
                 prompts[some],
-                candidate_noise(seeds[some], shape, drawn_as.candidates),
+                candidate_noise(seeds[some], shape, drawn_as.candidates + (1 if student else 0)),
                 drawn_as.temperature,
                 dataclasses.replace(settings, guidance=weights[some]),
                 batch_size,
                 offset_progress(progress, start // batch_size, math.ceil(len(prompts) / batch_size)),
+                student,
                 keep=not_finite == "keep",
             )
             latents.append(drawn)
             images += to_pil(self._decode_clean(drawn, condition, cleaning, tile, keep=not_finite == "keep"))
         return Generated(images, torch.cat(latents), prompts, seeds)
-
-    def log_prob(self, image: Image | str | Path, prompt: str = "", *, seed: int = 0, draws: int = 1) -> LogProb:
-        """Exact log-density of a picture's latent with the model's training noise added under `seed`.
-
-        Args:
-            image: of Pillow's, or a file; its sides must fit the model.
-            prompt: what it is said to show.
-            seed: of the noise; draw d has the seed `seed + d`.
-            draws: of the noise, to average over.
-
-        Raises:
-            UserError: no picture, sides that do not fit the model, no draws, or a density that is not finite.
-        """
-        check_whole("draws", draws)
-        picture, prompts = read_image(image).to(self.device), check_prompts(prompt, 1)
-        found = [self.log_probs(picture, prompts, [check_seed(seed) + draw]) for draw in range(draws)]
-        if not all(bool(nats.isfinite().all()) for nats, _ in found):
-            self._check_pass(self.autoencoder.encode(picture), prompts)
-        return LogProb.mean_of(torch.cat([nats for nats, _ in found]), found[0][1], self.density_space)
-
-    @property
-    def density_space(self) -> str:
-        """What `log_prob` is the density of; see `LogProb.space`."""
-        return density_space(self.config)
-
-    @torch.no_grad()
-    def log_probs(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
-        """`log_prob` of pictures (B, 3, H, W) in [-1, 1]: nats (B,), and the dimensions of each latent.
-
-        Raises:
-            UserError: no such tensor, not a prompt for each or for all, or not a seed for each.
-        """
-        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
-        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
-        return log_probs(self.flow, self.config, noised, condition), math.prod(noised.shape[1:])
-
-    @torch.no_grad()
-    def log_prob_maps(self, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model`."""
-        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
-        condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
-        return log_prob_maps(self.flow, self.config, noised, condition)
 
     @torch.no_grad()
     def encode(self, image: Image | str | Path, prompt: str = "") -> Tensor:
@@ -406,11 +386,22 @@ class StarFlowPipeline(PictureEditing):
         settings: SampleSettings,
         batch_size: int,
         progress: ProgressCallback | None,
+        student: Student | None = None,
         *,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents (B, C, h, w) of a batch from its candidates' noise, and their condition."""
+        """Latents (B, C, h, w) of a batch from its candidates' noise, and their condition.
+
+        For a student's draws the last noise of each picture is what its candidates are scored with.
+        """
         condition, null = self._condition(prompts, noise.shape)
+        if student is not None:
+            noise, weight = noise.to(self.device), torch.as_tensor(settings.guidance)
+            own = self.config.noise_std * noise[:, -1]
+            drawn = draw_by_student(
+                student, self.flow, temperature * noise[:, :-1], condition, weight, own, batch_size, progress
+            )
+            return drawn, condition
         drawn = best_candidates(
             self.flow, temperature * noise.to(self.device), condition, null, settings, batch_size, progress, keep=keep
         )
@@ -418,7 +409,8 @@ class StarFlowPipeline(PictureEditing):
 
     def _cleaning(self, asked: Cleaning | None) -> Cleaning:
         decoder = (self.decoder or self.autoencoder).spec
-        return choose_cleaning(self.config, asked, decoder, replaced=self.decoder is not None)
+        replaced, denoiser = self.decoder is not None, self.denoiser is not None
+        return choose_cleaning(self.config, asked, decoder, replaced=replaced, denoiser=denoiser)
 
     def _decode(self, latents: Tensor, tile: int | None = None, *, keep: bool = False) -> Tensor:
         with torch.no_grad():
@@ -440,8 +432,11 @@ class StarFlowPipeline(PictureEditing):
         """Sampled latents to pictures (B, 3, H, W) in [-1, 1], cleaned of the noise."""
         if cleaning == "tweedie":
             latents = denoise(self.flow, latents, condition, sigma=self.config.noise_std)
-            if not keep:
-                check_finite(self.flow, latents, {"condition": condition}, {}, "cleaning overflows: use 'none'")
+        if cleaning == "denoiser":
+            assert self.denoiser is not None
+            latents = self.denoiser.clean(latents, condition)
+        if cleaning in ("tweedie", "denoiser") and not keep:
+            check_finite(self.flow, latents, {"condition": condition}, {}, "cleaning overflows: use 'none'")
         return self._decode(latents, tile, keep=keep)
 
     def _condition(self, prompts: Sequence[str], shape: Sequence[int] = (1, 1)) -> tuple[Tensor | None, Tensor | None]:

@@ -1,15 +1,22 @@
-"""Denoising a sample by one Tweedie step on the model's own score (STARFlow, arXiv 2506.06276, section 3.3)."""
+"""Denoising of a sample by the flow's own score: computed, as one Tweedie step, or learned by a network of its own.
+
+The Tweedie step (STARFlow, arXiv 2506.06276, section 3.3) takes a backward pass through the whole flow. A `Denoiser`
+has learned that score from such passes (flow-score matching, STARFlow-V, arXiv 2511.20462), and takes one pass of its
+own, small network: an approximation.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import check_tensor
+from starflow.sampling.student import Companion, CompanionConfig
 
 
 def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: float = 0.3) -> Tensor:
@@ -38,8 +45,71 @@ def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: floa
     if not (sigma >= 0 and math.isfinite(sigma)):
         raise UserError(f"sigma is {sigma}, expected a standard deviation of at least 0")
     check_tensor("the input", x)
+    return x.detach().to(model.work_dtype) + sigma**2 * score_of(model, x, condition)
+
+
+def score_of(model: Flow, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    """grad_x log p(x | condition) of every picture of x (B, C, H, W), in at least float32; no parameter's gradient.
+
+    Raises:
+        UserError: a shape that the model cannot take.
+    """
     with torch.inference_mode(mode=False), torch.enable_grad():
         noisy = x.detach().to(model.work_dtype).clone().requires_grad_()  # clones leave a caller's inference mode
         given = None if condition is None else condition.detach().clone()
         (score,) = torch.autograd.grad(model.log_prob(noisy, given).sum(), noisy)
-    return (noisy + sigma**2 * score).detach()
+    assert isinstance(score, Tensor)
+    return score
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(CompanionConfig):
+    """A denoiser's sizes, and the noise that it takes off."""
+
+    noise_std: float = 0.3
+    """Standard deviation of that noise, in the flow's units."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise_std > 0:
+            raise UserError(f"noise_std is {self.noise_std}, expected above 0: a flow without noise needs no denoiser")
+
+
+class Denoiser(Companion):
+    """A network s(x) that approximates -sigma grad_x log p(x | condition); a new one is 0.
+
+    >>> from starflow.flow.config import STARFlowConfig
+    >>> from starflow.flow.model import STARFlow
+    >>> from starflow.sampling.student import inputs_of
+    >>> flow = STARFlow(STARFlowConfig(2, 4, 32, num_blocks=2, layers_per_block=1, head_dim=16))
+    >>> denoiser = Denoiser(DenoiserConfig(**inputs_of(flow), channels=32, layers=(2,), head_dim=16))
+    >>> x = torch.ones(1, 2, 4, 4)
+    >>> torch.equal(denoiser.clean(x), x)
+    True
+    """
+
+    kind = "denoiser"
+    config_class = DenoiserConfig
+    config: DenoiserConfig
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__(config)
+        self.proj_out = nn.Linear(config.channels, config.token_channels)  # without a norm, which would lose sizes
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """s(x) of noised latents (B, C, H, W), float32.
+
+        Raises:
+            UserError: a shape that the flow cannot take either.
+        """
+        tokens, grid = self.to_tokens(x)
+        hidden = self.transformer(tokens, grid, self.check_condition(condition, len(x)))[-1]
+        return self.from_tokens(self.proj_out(hidden).float(), grid)
+
+    @torch.no_grad()
+    def clean(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """x - sigma s(x), latents (B, C, H, W) without the noise, float32."""
+        s: Tensor = self(x, condition)
+        return x.float() - self.config.noise_std * s

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from starflow.config import from_dict, read_mapping, to_dict, unknown_key_message
+from starflow.config import Dataclass, from_dict, read_mapping, to_dict, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
@@ -22,6 +22,7 @@ from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.recipe_keys import default_values, flat_keys, idle_keys
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.autoencoder import ReconstructionLoss
+from starflow.train.tasks.decoder import PerceptualName
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,28 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class JointLoss:
+    """What joint training adds to the reconstruction loss; a weight of 0 leaves a term out.
+
+    Raises:
+        UserError: a number below 0.
+    """
+
+    perceptual: float = 0.0
+    """Weight of the distance of features of images and their reconstructions."""
+    features: PerceptualName = "mobilenetv2"
+    """Network of that distance."""
+    adversarial: float = 0.0
+    """Weight of a critic's mean score of reconstructions; the critic is trained beside."""
+    adversarial_from: int = 500
+    """Update at which the critic starts, once there is something to judge."""
+
+    def __post_init__(self) -> None:
+        if min(self.perceptual, self.adversarial, self.adversarial_from) < 0:
+            raise UserError("expected perceptual, adversarial and adversarial_from >= 0 in autoencoder.joint_loss")
+
+
+@dataclass(frozen=True)
 class AutoencoderRecipe:
     """The latent space: a small autoencoder trained here, a pretrained one, or plain pixels.
 
@@ -100,6 +123,8 @@ class AutoencoderRecipe:
     flow_weight: float = 1.0
     """Weight of the flow's nats beside the reconstruction loss in joint training; 1 is the evidence lower bound of a
     decoder whose negative log-likelihood is the reconstruction loss, per pixel and channel."""
+    joint_loss: JointLoss = field(default_factory=JointLoss)
+    """Perceptual and adversarial terms of joint training, beside `loss`."""
     train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=1000))
     """Training of the small autoencoder."""
 
@@ -270,6 +295,38 @@ class Recipe:
     """Images drawn for each one that the sample grids and, by default, the finished pipeline keep."""
 
 
+@dataclass(frozen=True)
+class NetworkSizes:
+    """The sizes of a network beside a flow."""
+
+    channels: int = 256
+    """Width, a multiple of `head_dim`."""
+    layers: int | tuple[int, ...] = 2
+    """Transformer layers: of a student, of each of its groups, one number or one each, next to the noise first."""
+    head_dim: int = 64
+    """Width of an attention head, a multiple of 16."""
+
+
+@dataclass(frozen=True)
+class CompanionRecipe:
+    """The part of a recipe that a student's and a denoiser's have in common."""
+
+    name: str
+    """Of the run's folder, where none is given."""
+    teacher: str
+    """The model whose flow it is trained beside: bundled name, folder or hub id."""
+    train: TrainSettings
+    """Training of the network."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """The images, best those that the flow was trained on; encoded once by the model's own parts."""
+    latents: str = ""
+    """Folder of a latent cache to train from instead of `data`: RUN/latents of the flow's own training."""
+    network: NetworkSizes = field(default_factory=NetworkSizes)
+    """Sizes of the network."""
+    prompts: tuple[str, ...] = ()
+    """Prompts (or class names) of the sample grids; empty takes the first classes, or a few usual prompts."""
+
+
 def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe from a YAML or JSON file, over its base where it names one.
 
@@ -288,13 +345,31 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         >>> recipe.train.lr, recipe.flow.channels, recipe.flow.patch_size
         (0.001, 64, None)
     """
+    values, layers = _read_layers(path, overrides or {})
+    return _without_leftovers(from_dict(Recipe, values), layers)
+
+
+T = TypeVar("T", bound=Dataclass)
+
+
+def load_recipe_of(kind: type[T], path: Path, overrides: Mapping[str, str] | None = None) -> T:
+    """As `load_recipe`, of a recipe of another kind: of a student or a denoiser.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return from_dict(kind, _read_layers(path, overrides or {})[0])
+
+
+def _read_layers(path: Path, overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A recipe's values, and the layers that they come from: its bases, itself, and what a caller gives over all."""
     layers = _read_with_bases(path)
     given: dict[str, Any] = {}
     values: dict[str, Any] = copy.deepcopy(_merged(layers))
-    for dotted, text in (overrides or {}).items():
+    for dotted, text in overrides.items():
         _set_dotted(values, dotted, text)
         _set_dotted(given, dotted, text)
-    return _without_leftovers(from_dict(Recipe, values), [*layers, given])
+    return values, [*layers, given]
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:

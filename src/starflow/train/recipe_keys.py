@@ -48,7 +48,7 @@ KEYS: dict[str, str] = {
     **dict.fromkeys(("data.latents", "data.window", "data.workers"), "free"),
     **{f"data.{key}": "data" for key in ("source", "path", "shapes", "heldout", "aspects", "views")},
     **{f"autoencoder.{key}": "autoencoder" for key in ("kind", "source", "channels", "model", "joint")},
-    **{f"autoencoder.{key}": "autoencoder" for key in ("noise_min", "noise_max", "loss", "flow_weight")},
+    **{f"autoencoder.{key}": "autoencoder" for key in ("noise_min", "noise_max", "loss", "flow_weight", "joint_loss")},
     **{f"autoencoder.train.{key}": "autoencoder" if what == "stage" else what for key, what in _SETTINGS.items()},
     "conditioning": "latents",
     "flow": "flow",
@@ -104,7 +104,11 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
         "its schedule is not 'trapezoid'",
         lambda r: r.autoencoder.train.schedule == "cosine",
     ),
-    (("autoencoder.flow_weight",), "autoencoder.joint is off", lambda r: not r.autoencoder.joint),
+    (
+        ("autoencoder.flow_weight", "autoencoder.joint_loss"),
+        "autoencoder.joint is off",
+        lambda r: not r.autoencoder.joint,
+    ),
     (
         ("conditioning.encoder", "conditioning.tokens"),
         "conditioning.kind is neither 'text' nor 'embeddings'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.train.recipe import AutoencoderRecipe, Objective, Recipe, load_recipe
+from starflow.train.recipe import AutoencoderRecipe, JointLoss, Objective, Recipe, load_recipe
 from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
+from starflow.train.tasks.decoder import Perceptual
 from starflow.train.tasks.joint import JointModel
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -26,13 +28,13 @@ FLOW = STARFlowConfig(in_channels=4, img_size=4, channels=32, num_blocks=2, laye
 CPU = torch.device("cpu")
 
 
-def make_model(**recipe: float) -> tuple[JointModel, torch.Tensor, torch.Tensor]:
+def make_model(**recipe: Any) -> tuple[JointModel, torch.Tensor, torch.Tensor]:
     """A model with a flow that is no identity, pictures (6, 3, 16, 16) and noise."""
     torch.manual_seed(0)
     flow = STARFlow(FLOW)
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    sizes = AutoencoderRecipe(joint=True, model=SIZES, **recipe)  # type: ignore[arg-type]
+    sizes = AutoencoderRecipe(joint=True, model=SIZES, **recipe)
     model = JointModel(SmallAutoencoder(SIZES), flow, Objective(noise_std=0.5, latent_penalty=0.0), sizes)
     return model, to_float(draw_shapes(6, 16, 0).images), torch.randn(6, 4, 4, 4)
 
@@ -71,6 +73,33 @@ def test_the_latent_noise_is_constant() -> None:
     model.sigma = 0.0
     assert float(model(images, noise, None)[0]) == pytest.approx(float(model(images, 0 * noise, None)[0]))
     assert float(one) != float(model(images, noise, None)[0])
+
+
+def test_the_perceptual_and_the_adversarial_term_reach_what_they_are_for() -> None:
+    """Both reach encoder and decoder; the critic learns from its own hinge alone, and starts when it is told to."""
+    terms = JointLoss(perceptual=0.5, adversarial=0.1)
+    model, images, noise = make_model(joint_loss=terms)
+
+    def distance(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return (own.mean((2, 3)) - wanted.mean((2, 3))).square().mean()
+
+    plain, _ = model(images, noise, None)
+    model._perceptual = (cast(Perceptual, distance),)
+    with_distance, found = model(images, noise, None)
+    assert float(with_distance.detach()) == pytest.approx(float((plain + 0.5 * found["perceptual"]).detach()), rel=1e-5)
+    assert "critic" not in found
+    whole, found = model(images, noise, None, use_critic=True)
+    expected = with_distance + 0.1 * found["adversarial"] + found["critic"]
+    assert float(whole.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert model.critic is not None
+    judges, coders = list(model.critic.parameters()), list(model.autoencoder.parameters())
+    to_judges = torch.autograd.grad(found["adversarial"], judges, retain_graph=True, allow_unused=True)
+    assert all(grad is None for grad in to_judges)
+    to_coders = torch.autograd.grad(found["critic"], coders, retain_graph=True, allow_unused=True)
+    assert all(grad is None for grad in to_coders)
+    for name in ("adversarial", "perceptual"):
+        reached = torch.autograd.grad(found[name], coders, retain_graph=True, allow_unused=True)
+        assert any(grad is not None and float(grad.abs().max()) > 0 for grad in reached), name
 
 
 def test_both_losses_fall() -> None:

@@ -169,17 +169,21 @@ class DecoderObjective(nn.Module):
             terms["perceptual"] = perceptual(output, images)
             loss = loss + self._weights.perceptual * terms["perceptual"]
         if self.critic is not None and use_critic:
-            terms["adversarial"] = -self._frozen_critic(output).float().mean()
-            real, decoded = self.critic(images).float(), self.critic(output.detach()).float()
-            terms["critic"] = F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
+            terms |= adversarial_terms(self.critic, output, images)
             loss = loss + self._weights.adversarial * terms["adversarial"] + terms["critic"]
         return loss, terms
 
-    def _frozen_critic(self, images: Tensor) -> Tensor:
-        assert self.critic is not None
-        weights = {name: tensor.detach() for name, tensor in self.critic.named_parameters()}
-        scores: Tensor = functional_call(self.critic, weights, (images,))
-        return scores
+
+def adversarial_terms(critic: Critic, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Decoded and original images (B, 3, H, W) -> "adversarial", the decoder's term, and "critic", the critic's hinge.
+
+    The first goes through the critic without gradients to its weights, the second through images without gradients.
+    """
+    weights = {name: tensor.detach() for name, tensor in critic.named_parameters()}
+    scores: Tensor = functional_call(critic, weights, (output,))
+    real, decoded = critic(images).float(), critic(output.detach()).float()
+    hinge = F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
+    return {"adversarial": -scores.float().mean(), "critic": hinge}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ bound of an image is then, up to the entropy of that noise, which is constant,
     log p(x | z) + log p(z),    z = mean(x) + sigma e,    e standard normal,
 
 with the flow as log p(z). Nothing is detached: the flow's likelihood shapes the encoder, the reconstruction keeps
-latents apart, and as the decoder learns from noisy latents, samples need no cleaning.
+latents apart, and as the decoder learns from noisy latents, samples need no cleaning. `autoencoder.joint_loss` adds the
+perceptual and the adversarial term that a decoder's own training has (`starflow.train.tasks.decoder`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from starflow.train.distributed import World
 from starflow.train.loader import LoaderSettings, normal
 from starflow.train.recipe import AutoencoderRecipe, Objective
 from starflow.train.settings import TrainSettings, network_precision
+from starflow.train.tasks.decoder import Critic, Perceptual, adversarial_terms, load_perceptual
 from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
 
 
@@ -36,19 +38,29 @@ class JointModel(nn.Module):
     """Both networks and their objective, as a module, so that one call covers all that is trained."""
 
     def __init__(
-        self, autoencoder: SmallAutoencoder, flow: STARFlow | TarFlow, objective: Objective, recipe: AutoencoderRecipe
+        self,
+        autoencoder: SmallAutoencoder,
+        flow: STARFlow | TarFlow,
+        objective: Objective,
+        recipe: AutoencoderRecipe,
+        perceptual: Perceptual | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.density = FlowLoss(flow, objective.latent_penalty)
         self.sigma, self.reconstruction = objective.noise_std, recipe.loss
+        self.critic = Critic() if recipe.joint_loss.adversarial else None
+        # Not a submodule: its weights are not trained, averaged or saved.
+        self._joint_loss, self._perceptual = recipe.joint_loss, (perceptual,)
         config = autoencoder.config
         self.weight = (
             recipe.flow_weight * config.channels / (3 * config.factor**2)
         )  # latent dimensions per image dimension
 
-    def forward(self, images: Tensor, noise: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> scalar loss, and both terms."""
+    def forward(
+        self, images: Tensor, noise: Tensor, condition: Tensor | None, use_critic: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, 3, H, W) in [-1, 1] and standard normal noise (B, C, h, w) -> scalar loss, and its terms."""
         z = self.autoencoder.encode(images) + self.sigma * noise
         nats, squares, logdet, penalty = self.density(z.float(), condition)
         output = self.autoencoder.decode(z)
@@ -56,7 +68,15 @@ class JointModel(nn.Module):
         terms = {"reconstruction": reconstruction, **terms}
         terms |= {"squares": squares, "logdet": logdet, "penalty": penalty}
         terms["bits_per_dim"] = bits_per_dim(squares.detach() - logdet.detach())
-        return reconstruction + self.weight * nats, terms
+        loss = reconstruction + self.weight * nats
+        (perceptual,) = self._perceptual
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(output.float(), images)
+            loss = loss + self._joint_loss.perceptual * terms["perceptual"]
+        if self.critic is not None and use_critic:
+            terms |= adversarial_terms(self.critic, output.float(), images)
+            loss = loss + self._joint_loss.adversarial * terms["adversarial"] + terms["critic"]
+        return loss, terms
 
 
 class JointTask(LiveFlowTask):
@@ -80,7 +100,13 @@ class JointTask(LiveFlowTask):
         # Only sizes are read of this copy: the autoencoder that is trained encodes for itself.
         latents = LiveLatents(dataset, joint_latents(copy.deepcopy(autoencoder), objective), conditioner)
         super().__init__(flow, latents, objective, settings, _do_nothing, _do_nothing, world, loading)
-        self.model = JointModel(autoencoder, flow, objective, recipe)
+        self.adversarial_from = recipe.joint_loss.adversarial_from
+        perceptual = None
+        if recipe.joint_loss.perceptual:
+            perceptual = load_perceptual(recipe.joint_loss.features, self._device)
+        with torch.random.fork_rng(devices=[]):  # the critic's first weights, equal in every process
+            torch.manual_seed(settings.seed)
+            self.model = JointModel(autoencoder, flow, objective, recipe, perceptual).to(self._device)
         self._draw_both, self._save_both = draw, save
 
     def _latent_noise(self, images: Tensor, seed: int, step: int, rows: range) -> Tensor:
@@ -89,11 +115,12 @@ class JointTask(LiveFlowTask):
         return normal(rows, shape, seed, "noise", step).to(self._device)
 
     def batch(self, step: int, rows: range) -> Any:
-        """Images in [-1, 1], the noise of their latents, and their conditions."""
+        """Images in [-1, 1], the noise of their latents, their conditions, and whether the critic is used."""
         images, indices = self._images(step, rows)
         noise = self._latent_noise(images, self.settings.seed, step, rows)
         condition = self._conditions(indices, self._dropped(step, rows))
-        return to_float(images.to(self._device, non_blocking=True)), noise, condition
+        critic = step >= self.adversarial_from
+        return to_float(images.to(self._device, non_blocking=True)), noise, condition, critic
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The bound of both parts, its terms, and how many images neighbours stand in for."""

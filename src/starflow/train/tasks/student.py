@@ -1,0 +1,319 @@
+"""Training of a student, which learns to draw in one pass what its flow draws token by token.
+
+Source: BiFlow, arXiv 2512.10953. The flow is frozen. For noised latents x its parallel pass gives the states x = x^0,
+.., x^K = z of all blocks; the student starts at z and is to come by every state, and to the clean latent. With D the
+mean square over a picture's latent, in units of the state's own mean square, the loss of a picture is the sum over
+clean latent and states of D (D + c)^-p, the second factor detached, and the distance of features of the decoded
+pictures.
+
+Guidance is trained in: with a weight w, what is compared is (g(h | c) + w g(h | none)) / (1 + w), the second term
+without a gradient, so that g(h | c) learns to lie as far beyond g(h | none) as w says. At w = 0 it is the plain loss.
+
+RUN/recipe.json   the settings          RUN/index/ or views.safetensors, RUN/latents/   as any training
+RUN/log.jsonl, samples/, checkpoints/, best/, model/   model/ is the student alone
+RUN/pipeline/     the flow's pipeline with the student in it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from starflow.data.images import from_pil, save_grid
+from starflow.data.latent_cache import CachedLatents
+from starflow.errors import UserError
+from starflow.flow.model import Flow
+from starflow.latents import Autoencoder
+from starflow.latents.load import DecoderModule, TrainableAutoencoder
+from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.student import Student, StudentConfig, StudentOutput, group_sizes, inputs_of
+from starflow.train.distributed import World
+from starflow.train.loader import uniform
+from starflow.train.loop import fit
+from starflow.train.recipe import CompanionRecipe, Objective
+from starflow.train.settings import TrainSettings, network_precision
+from starflow.train.tasks.decoder import Perceptual, PerceptualName, load_perceptual
+from starflow.train.tasks.denoiser import CompanionStages, save_companion, save_pipeline, with_companions
+from starflow.train.tasks.flow import FlowTask
+
+SCALED_BY = 64
+"""Training latents whose states say what the mean square of a state is, at most."""
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """What a student is trained for; see the module.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
+
+    power: float = 1.0
+    """p of the weight (D + c)^-p of a term."""
+    floor: float = 0.01
+    """c of that weight."""
+    alignment: float = 1.0
+    """Weight of the flow's states beside the clean latent."""
+    perceptual: float = 0.5
+    """Weight of the distance of decoded pictures; 0 leaves it out."""
+    perceptual_every: int = 4
+    """Of so many pictures of a batch one is decoded for that."""
+    features: PerceptualName = "mobilenetv2"
+    """Network of that distance."""
+    guidance: float = 4.0
+    """The largest guidance weight, below which weights are drawn evenly; 0 trains no guidance."""
+    guided: float = 0.5
+    """Share of the pictures that are trained with a weight above 0."""
+    drop_condition: float = 0.1
+    """Share of the conditions that are replaced by none."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.power, self.floor, self.alignment, self.perceptual, self.guidance)
+        if min(numbers) < 0 or self.perceptual_every < 1:
+            raise UserError("expected power, floor, alignment, perceptual and guidance >= 0 and perceptual_every >= 1")
+        if not (0 <= self.guided <= 1 and 0 <= self.drop_condition <= 1):
+            raise UserError("expected guided and drop_condition in [0, 1]")
+
+
+@dataclass(frozen=True)
+class StudentRecipe(CompanionRecipe):
+    """A student's training.
+
+    Example:
+        >>> StudentRecipe("mine", "glyphs", TrainSettings(steps=100)).loss.guidance
+        4.0
+    """
+
+    temperature: float = 1.0
+    """Factor on the noise that the student draws at by default, stored with it."""
+    guidance: float | None = None
+    """Weight of the guided row of the sample grids; empty is the model's own."""
+    loss: StudentLoss = field(default_factory=StudentLoss)
+    """What it is trained for."""
+
+
+class StudentBatch(NamedTuple):
+    """What the loss of one update reads."""
+
+    z: Tensor
+    """(B, C, H, W)"""
+    clean: Tensor
+    """(B, C, H, W)"""
+    states: list[Tensor]
+    """The flow's x^0 .. x^(K-1), each (B, N, D)."""
+    condition: Tensor | None
+    guidance_B: Tensor
+    decoded: list[int]
+    """Rows that are compared as pictures."""
+
+
+class StudentTask(FlowTask):
+    """Alignment of a student with its flow; see the module's docstring and `starflow.train.loop.Task`."""
+
+    def __init__(
+        self,
+        teacher: StarFlowPipeline,
+        student: Student,
+        cache: CachedLatents,
+        loss: StudentLoss,
+        settings: TrainSettings,
+        draw: Callable[[Student, Path], None],
+        world: World,
+        perceptual: Perceptual | None,
+    ) -> None:
+        """Train this student of the teacher's flow.
+
+        Args:
+            teacher: whose flow and decoder stay as they are.
+            student: real and equal in every process.
+            cache: latents and conditions by index.
+            loss: see `StudentLoss`.
+            settings: see `TrainSettings`.
+            draw: writes a sample grid of the student that it is handed.
+            world: the processes that train together.
+            perceptual: distance of decoded pictures, or None.
+        """
+        config = teacher.config
+        objective = Objective(config.noise, config.noise_std, loss.drop_condition)
+        super().__init__(teacher.flow, cache, objective, settings, _do_nothing, _do_nothing, world)
+        self.teacher, self.weights, self._draw_student, self._perceptual = teacher, loss, draw, perceptual
+        self.model, self.flops = student, 0.0
+        self._decode = _decoder(teacher.autoencoder) if perceptual is not None else None
+        self.scales = self._mean_squares()
+
+    @torch.no_grad()
+    def _traced(
+        self, indices: Tensor, seed: int, step: int, rows: range, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Clean latents, noise z, and the flow's states of noised latents."""
+        mean, std = self.cache.posterior(indices)
+        x = self._add_noise(mean, std, seed, step, rows)
+        with network_precision(self.settings, self._device):
+            trace = self.teacher.flow.trace(x, condition)
+        return mean.to(x), trace.z, trace.states[:-1]
+
+    def _mean_squares(self) -> list[float]:
+        """The mean square of the clean latents and of every state, over some of the training latents."""
+        some = max(self.train, key=len)[:SCALED_BY]
+        clean, _, states = self._traced(some, 0, 0, range(len(some)), self._conditions(some, None))
+        return [max(float(one.square().mean()), 1e-8) for one in (clean, *states)]
+
+    def batch(self, step: int, rows: range) -> StudentBatch:  # type: ignore[override]
+        """Noise and what the student is to make of it."""
+        indices, seed, weights = self._indices(step, rows), self.settings.seed, self.weights
+        dropped = self._dropped(step, rows)
+        condition = self._conditions(indices, dropped)
+        clean, z, states = self._traced(indices, seed, step, rows, condition)
+        draws = uniform(rows, (2,), seed, "guidance", step)
+        strength = weights.guidance if condition is not None else 0.0
+        guidance_B = torch.where((draws[:, 0] < weights.guided) & ~dropped, strength * draws[:, 1], 0.0)
+        decoded = [place for place, row in enumerate(rows) if row % weights.perceptual_every == 0]
+        return StudentBatch(z, clean, states, condition, guidance_B.to(z), decoded if self._decode else [])
+
+    def loss(self, model: nn.Module, batch: StudentBatch) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        """The sum of all terms, and each distance by itself, in units of the target's mean square."""
+        with network_precision(self.settings, self._device):
+            out: StudentOutput = model(batch.z, batch.condition, batch.guidance_B)
+            if batch.condition is not None and self.weights.guidance:
+                out = self._guided(model, batch, out)
+        distances = self._distances(out, batch)
+        weights = [1.0, *[self.weights.alignment] * len(batch.states)]
+        terms = {name: one.mean() for name, one in distances.items()}
+        weighted = [
+            weight * (one * (one.detach() + self.weights.floor) ** -self.weights.power).mean()
+            for weight, one in zip(weights, distances.values(), strict=True)
+        ]
+        loss = torch.stack(weighted).sum()
+        if self._perceptual is not None:
+            terms["perceptual"] = self._picture_distance(out.clean, batch)
+            loss = loss + self.weights.perceptual * terms["perceptual"]
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _guided(self, model: nn.Module, batch: StudentBatch, out: StudentOutput) -> StudentOutput:
+        """What the loss compares: (g(h | c) + w g(h | none)) / (1 + w), which is g(h | c) itself where w is 0."""
+        with torch.no_grad():
+            null: StudentOutput = model(batch.z, self._null(len(batch.z)), None)
+
+        def combined(own: Tensor, other: Tensor) -> Tensor:
+            w = batch.guidance_B.view(-1, *[1] * (own.ndim - 1))
+            return (own + w * other) / (1 + w)
+
+        states = [combined(own, other) for own, other in zip(out.states, null.states, strict=True)]
+        return StudentOutput(combined(out.clean, null.clean), states)
+
+    def _null(self, count: int) -> Tensor | None:
+        """The condition of no prompt, for so many pictures."""
+        assert self.cache.null is not None
+        if self.reads_labels:
+            return torch.full((count,), -1, device=self._device)
+        return self.cache.null.to(self._device, torch.float32).expand(count, -1, -1)
+
+    def _distances(self, out: StudentOutput, batch: StudentBatch) -> dict[str, Tensor]:
+        """D of each picture (B,), of the clean latent and of every state."""
+        pairs = [("clean", out.clean, batch.clean)]
+        states = zip(out.states, batch.states, strict=True)
+        pairs += [(f"state_{number}", *pair) for number, pair in enumerate(states)]
+        return {
+            name: (own - wanted).square().flatten(1).mean(1) / scale
+            for (name, own, wanted), scale in zip(pairs, self.scales, strict=True)
+        }
+
+    def _picture_distance(self, clean: Tensor, batch: StudentBatch) -> Tensor:
+        """Distance of decoded pictures, the mean over a batch as the pictures that are decoded stand for it."""
+        if not batch.decoded:
+            return clean.new_zeros(())
+        assert self._decode is not None
+        assert self._perceptual is not None
+        with network_precision(self.settings, self._device):
+            with torch.no_grad():
+                wanted = self._decode(batch.clean[batch.decoded]).float()
+            own = self._decode(clean[batch.decoded]).float()
+            share = len(batch.decoded) * self.weights.perceptual_every / len(clean)
+            return share * self._perceptual(own, wanted).float()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Distances of held-out latents, unguided; the loss is that of the clean latent."""
+        names = ["clean", *(f"state_{number}" for number in range(len(self.scales) - 1))]
+        total = torch.zeros(len(names), device=self._device)
+        for start, indices, weight in self._own_batches(self.heldout):
+            condition = self._conditions(indices, None)
+            clean, z, states = self._traced(indices, 0, 0, range(start, start + len(indices)), condition)
+            none = torch.zeros(len(z), device=z.device)
+            batch = StudentBatch(z, clean, states, condition, none, [])
+            with network_precision(self.settings, self._device):
+                out = model(z, condition, none)
+            total += weight * torch.stack([one.mean() for one in self._distances(out, batch).values()])
+        count = sum(map(len, self.heldout))
+        found = {name: value / count for name, value in zip(names, self.world.all_reduce(total), strict=True)}
+        return {"loss": found["clean"], **found}
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> None:
+        """Write a sample grid of the student."""
+        assert isinstance(model, Student)
+        self._draw_student(model, path)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the student."""
+        save_companion(model, folder)
+
+    def describe(self, terms: Mapping[str, float]) -> dict[str, str]:
+        """The distances of clean latent and of the state next to the noise."""
+        return {"clean": f"{terms['clean']:.4f}", "last": f"{terms[f'state_{len(self.scales) - 2}']:.4f}"}
+
+
+def _do_nothing(flow: Flow, path: Path) -> None:
+    """The flow is neither drawn from nor saved."""
+
+
+def _decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+    """What turns latents into pictures with a gradient to the latents, and none to its weights."""
+    if isinstance(autoencoder, TrainableAutoencoder):
+        return DecoderModule(autoencoder).requires_grad_(False)
+    return autoencoder.decode
+
+
+def train_student(recipe: StudentRecipe, folder: Path, world: World, *, progress: bool = True) -> Path:
+    """Train a student; what is in the folder already is not done again. Returns the pipeline's folder. Collective.
+
+    Raises:
+        UserError: the recipe cannot be carried out; the message says what is wrong.
+        Interrupted: after a signal, once a checkpoint has been written.
+    """
+    stages = CompanionStages(recipe, folder, world, progress=progress)
+    cache, teacher = stages.cached_latents(), stages.teacher
+    torch.manual_seed(recipe.train.seed)
+    sizes = recipe.network
+    config = StudentConfig(
+        **inputs_of(teacher.flow),
+        channels=sizes.channels,
+        layers=group_sizes(sizes.layers, len(teacher.flow.blocks)),
+        head_dim=sizes.head_dim,
+        temperature=recipe.temperature,
+        largest_guidance=recipe.loss.guidance if teacher.conditioner else 0.0,
+    )
+    student = Student(config).to(world.device)
+    perceptual = load_perceptual(recipe.loss.features, world.device) if recipe.loss.perceptual else None
+    weight = teacher.config.guidance if recipe.guidance is None else recipe.guidance
+    prompts = stages.prompts()
+
+    def draw(trained: Student, path: Path) -> None:
+        weights = (0.0, weight) if teacher.conditioner else (0.0,)
+        draw_grid(with_companions(teacher, student=trained.eval()), prompts, weights, path)
+
+    task = StudentTask(teacher, student, cache, recipe.loss, recipe.train, draw, world, perceptual)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    stages.run.notify(f"student: {count / 1e6:.1f} M parameters, {recipe.train.steps} steps")
+    fit(task, recipe.train, folder, progress, world)
+    return save_pipeline(stages, student=Student.from_pretrained(folder / "model"))
+
+
+def draw_grid(pipeline: StarFlowPipeline, prompts: Sequence[str], weights: Sequence[float], path: Path) -> None:
+    """One image a prompt by the student, seeds counting from 0, one row a guidance weight."""
+    rows = [pipeline(prompts, guidance=weight, sampler="student", not_finite="keep").images for weight in weights]
+    save_grid(torch.cat([from_pil(image) for row in rows for image in row]), path, columns=len(prompts))

@@ -1,0 +1,220 @@
+"""A student learns its flow's states; what is guided is as the formula says; and its run is as any other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from starflow.cli.main import main
+from starflow.errors import UserError
+from starflow.flow.tokens import patchify
+from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.sampler import sample
+from starflow.sampling.student import Student, StudentConfig, StudentOutput, group_sizes, inputs_of
+from starflow.train.distributed import World
+from starflow.train.loop import fit
+from starflow.train.run import read_log
+from starflow.train.settings import TrainSettings
+from starflow.train.tasks.student import StudentBatch, StudentLoss, StudentTask
+from tests.train.distributed.launch import finish, torchrun
+from tests.train.distributed.scenario import numbers
+from tests.train.tasks.companions import (
+    SETTINGS,
+    make_cache,
+    make_linear,
+    make_teacher,
+    random_weights,
+    save_shapes_teacher,
+)
+
+PLAIN = StudentLoss(perceptual=0.0, guidance=2.0)
+
+
+def draw_nothing(student: Student, path: Path) -> None:
+    pass
+
+
+def make_task(
+    loss: StudentLoss = PLAIN, settings: TrainSettings = SETTINGS, teacher: StarFlowPipeline | None = None
+) -> StudentTask:
+    teacher = teacher or make_teacher(random_weights)
+    torch.manual_seed(0)
+    sizes = inputs_of(teacher.flow)
+    student = Student(StudentConfig(**sizes, channels=32, layers=group_sizes(1, 2), head_dim=16, largest_guidance=2.0))
+    return StudentTask(teacher, student, make_cache(), loss, settings, draw_nothing, World(), None)
+
+
+def test_the_states_are_those_of_the_flows_own_blocks() -> None:
+    task = make_task()
+    batch, flow = task.batch(3, range(8)), task.teacher.flow
+    rotary = flow.rotary((4, 4))
+    tokens = batch.states[0]
+    for number, block in enumerate(flow.iter_blocks()):
+        assert torch.allclose(tokens, batch.states[number], atol=1e-5)
+        tokens, _ = block(batch.states[number], batch.condition, flow.block_rotary(block, rotary))
+    assert torch.allclose(tokens, patchify(batch.z, 1), atol=1e-5)
+    noise = batch.states[0] - patchify(batch.clean, 1)
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.1)
+    indices = task._indices(3, range(8))
+    assert torch.equal(batch.clean, task.cache.posterior(indices)[0])
+
+
+def test_the_draws_of_a_row_do_not_depend_on_the_others() -> None:
+    task = make_task()
+    whole, part = task.batch(2, range(8)), task.batch(2, range(4, 8))
+    assert torch.equal(whole.guidance_B[4:], part.guidance_B)
+    assert torch.allclose(whole.z[4:], part.z, atol=1e-5)
+    assert float(whole.guidance_B.max()) <= 2.0
+    assert 0 < int((whole.guidance_B > 0).sum()) < 8
+
+
+def test_at_weight_zero_the_loss_is_the_plain_one() -> None:
+    guided, plain = (make_task(replace(PLAIN, power=0.0, guidance=weight)) for weight in (2.0, 0.0))
+    for parameter in guided.model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    plain.model.load_state_dict(guided.model.state_dict())
+    batch = guided.batch(0, range(8))
+    zero = batch._replace(guidance_B=0 * batch.guidance_B)
+    one, other = guided.loss(guided.model, zero)[0], plain.loss(plain.model, zero)[0]
+    assert float(one.detach()) == pytest.approx(float(other.detach()), rel=1e-5)
+    assert float(guided.loss(guided.model, batch)[0].detach()) != pytest.approx(float(other.detach()), rel=1e-4)
+
+
+class Extrapolating(nn.Module):
+    """What a perfect student gives: (1 + w) x - w u, where u is its own unguided answer without a condition."""
+
+    def __init__(self, batch: StudentBatch, null: Tensor) -> None:
+        super().__init__()
+        self.batch, self.null = batch, null
+
+    def forward(self, z: Tensor, condition: Tensor | None, guidance_B: Tensor | None = None) -> StudentOutput:
+        if guidance_B is None:
+            assert condition is not None
+            assert torch.equal(condition, self.null.expand_as(condition))
+            return StudentOutput(0.5 * z, [0.5 * patchify(z, 1)] * 2)
+        w = guidance_B.view(-1, 1, 1)
+        unguided = 0.5 * patchify(z, 1)
+        states = [(1 + w) * state - w * unguided for state in self.batch.states]
+        clean = (1 + w[..., None]) * self.batch.clean - w[..., None] * 0.5 * z
+        return StudentOutput(clean, states)
+
+
+def test_what_is_guided_lies_beyond_the_null_branch_by_the_weight() -> None:
+    task = make_task()
+    batch = task.batch(0, range(8))
+    assert task.cache.null is not None
+    loss, terms = task.loss(Extrapolating(batch, task.cache.null.float()), batch)
+    assert float(loss) == pytest.approx(0.0, abs=1e-8)
+    assert all(float(term) < 1e-10 for term in terms.values())
+
+
+def test_a_linear_flows_student_reaches_its_exact_inverse(tmp_path: Path) -> None:
+    teacher = make_teacher(lambda parameter: None)
+    make_linear(teacher)
+    settings = replace(
+        SETTINGS, steps=150, batch=8, lr=1e-2, warmup=10, average=0.9, evaluate_every=150, checkpoint_every=150
+    )
+    task = make_task(replace(PLAIN, guidance=0.0, power=0.5), settings, teacher)
+    fit(task, settings, tmp_path, show_progress=False)
+    student = Student.from_pretrained(tmp_path / "model")
+    z = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    condition = teacher.conditioner.encode(["a"] * 16) if teacher.conditioner else None
+    exact = sample(teacher.flow, z, condition)
+    drawn = teacher.flow.from_tokens(student(z, condition).states[0], (4, 4))
+    assert float((drawn - exact).norm() / exact.norm()) < 0.03
+    assert float((z - exact).norm() / exact.norm()) > 0.3
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    fit(make_task(), SETTINGS, tmp_path / "whole", show_progress=False)
+    short = replace(SETTINGS, steps=5, schedule="trapezoid", decay=0.0)
+    long = replace(short, steps=8)
+    for settings in (short, long):
+        fit(make_task(settings=settings), settings, tmp_path / "parts", show_progress=False)
+    fit(make_task(settings=long), long, tmp_path / "long", show_progress=False)
+    parts, whole = (
+        [line["loss"] for line in read_log(tmp_path / name / "log.jsonl") if "loss" in line]
+        for name in ("parts", "long")
+    )
+    assert parts == whole
+    assert len(whole) == 8
+
+
+RECIPE = """
+name: small-student
+teacher: {teacher}
+data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
+network: {{channels: 32, layers: 1, head_dim: 16}}
+loss: {{perceptual: {perceptual}, guidance: 2.0}}
+train:
+  steps: 4
+  batch: 8
+  lr: 1.0e-2
+  warmup: 1
+  evaluate_every: 2
+  sample_every: 4
+  checkpoint_every: 2
+temperature: 0.8
+prompts: [circle, star]
+"""
+
+
+def write_recipe(folder: Path, perceptual: float) -> Path:
+    teacher = save_shapes_teacher(folder / "teacher")
+    path = folder / "student.yaml"
+    path.write_text(RECIPE.format(teacher=teacher, perceptual=perceptual))
+    return path
+
+
+def test_the_command_trains_a_student_that_the_pipeline_draws_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = write_recipe(tmp_path, perceptual=0.0), tmp_path / "run"
+    assert main(["train-student", str(recipe), "--output", str(run)]) == 0
+    assert (run / "samples" / "step_00000004.png").is_file()
+    pipe = StarFlowPipeline.from_pretrained(run / "pipeline")
+    assert pipe.student is not None
+    assert pipe.student.config.temperature == 0.8
+    made = pipe("star", num_images=2, seed=3, sampler="student")
+    z = 0.8 * torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    condition = pipe.conditioner.encode(["star"] * 2) if pipe.conditioner else None
+    assert torch.allclose(made.latents, pipe.student(z, condition, torch.ones(2)).clean, atol=1e-5)
+    assert main(["train-student", str(recipe), "--output", str(run), "--network.channels", "64"]) == 2
+    assert "was started with another network.channels" in capsys.readouterr().err
+
+
+def test_a_cache_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, perceptual=0.0)
+    assert main(["train-student", str(recipe), "--output", str(tmp_path / "run")]) == 0
+    again = ["train-student", str(recipe), "--latents", str(tmp_path / "run" / "latents")]
+    assert main([*again, "--output", str(tmp_path / "again")]) == 0
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "again")
+    assert not (tmp_path / "again" / "latents").exists()
+    capsys.readouterr()
+    make_teacher(random_weights, ("x",)).save_pretrained(tmp_path / "teacher")
+    assert main([*again, "--output", str(tmp_path / "other")]) == 2
+    assert "name a cache that it was trained on" in capsys.readouterr().err
+
+
+def test_numbers_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="perceptual_every >= 1"):
+        StudentLoss(perceptual_every=0)
+    with pytest.raises(UserError, match="guided and drop_condition"):
+        StudentLoss(guided=2.0)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, perceptual=0.0)
+    assert main(["train-student", str(recipe), "--output", str(tmp_path / "one")]) == 0
+    arguments = (recipe, "--output", tmp_path / "two", "--train.parallel.layout", "sharded")
+    finish(torchrun(2, "starflow", "train-student", *arguments))
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for mine, other in zip(one, two, strict=True):
+        assert other == pytest.approx(mine, rel=2e-3, abs=2e-4)
+    assert (tmp_path / "two" / "pipeline" / "student" / "config.json").is_file()
