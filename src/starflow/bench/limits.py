@@ -40,6 +40,7 @@ from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.attention import CachePool
 from starflow.nn.cpu import return_freed_memory
+from starflow.nn.quantize import STORED_BYTES
 from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
@@ -137,9 +138,11 @@ def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: i
     seen = inputs * prefix + inputs * (inputs + 1) // 2  # keys that all tokens together attend to
     seen_before = prefix * (prefix + 1) // 2
     stack, ends = _matrix_entries(block.attn_blocks), _matrix_entries(block.proj_in) + _matrix_entries(block.proj_out)
-    size = block.proj_in.weight.element_size()
+    size, form = block.proj_in.weight.element_size(), block.weight_form
     cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
-    read = (inputs + bool(prefix)) * _parameter_bytes(block.attn_blocks) + inputs * ends * size + seen * cache
+    weights = _parameter_bytes(block.attn_blocks)
+    weights += int(stack * (STORED_BYTES[form] - size))
+    read = (inputs + bool(prefix)) * weights + inputs * ends * size + seen * cache
     attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
     return SamplingWork(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
 

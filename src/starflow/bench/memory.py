@@ -22,6 +22,7 @@ from starflow.flow.memory import AUTOENCODERS, AutoencoderShape, Precision, Shar
 from starflow.io import files
 from starflow.io.hub import HubError, HubOptions, snapshot
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+from starflow.nn.quantize import WeightFormat
 from starflow.pipeline.locate import find_model, is_release
 from starflow.published.convert import RELEASES
 from starflow.train.init_from import expected_flow
@@ -37,16 +38,17 @@ class MemoryScenario:
 
     name: str
     dtype: Precision
-    int8: bool = False
+    weights: WeightFormat | None = None
     offload: bool = False
 
 
 SCENARIOS = (
     MemoryScenario("float32", "float32"),
     MemoryScenario("bfloat16", "bfloat16"),
-    MemoryScenario("int8", "bfloat16", int8=True),
+    MemoryScenario("int8", "bfloat16", "int8"),
+    MemoryScenario("int4", "bfloat16", "int4"),
     MemoryScenario("bfloat16 offload", "bfloat16", offload=True),
-    MemoryScenario("int8 offload", "bfloat16", int8=True, offload=True),
+    MemoryScenario("int8 offload", "bfloat16", "int8", offload=True),
 )
 
 TRAINING_LAYOUTS: tuple[tuple[Sharding, int], ...] = (
@@ -156,7 +158,7 @@ def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided
         batch,
         guided=guided,
         dtype=scenario.dtype,
-        int8=scenario.int8,
+        weights=scenario.weights,
         offload=scenario.offload,
         autoencoder=shape.autoencoder,
     )

@@ -14,6 +14,7 @@ from typing import Literal
 
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
+from starflow.nn.quantize import STORED_BYTES, WeightFormat
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -25,6 +26,9 @@ BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number."""
 
 GPUS_PER_HOST = 8
+
+MAPPED_BYTES = 2**30
+"""Bytes of a model's weights over which packed copies come from mapped files."""
 
 PACKED_BYTES_LIMIT = 4 * 2**30
 """Most bytes of packed weights that a CPU keeps; of a larger model only those of the block at work are kept."""
@@ -169,32 +173,31 @@ def token_channels(config: ModelConfig) -> int:
     return config.in_channels * config.patch_size**2
 
 
-def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the flow's weights; with `int8` the linear maps next to the noise take a byte and a scale a channel."""
-    return sum(block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks))
+def weight_bytes(config: ModelConfig, dtype: Precision, weights: WeightFormat | None = None) -> int:
+    """Bytes of the flow's weights, the linear maps of its layers in a format of their own or in `dtype`."""
+    return sum(block_bytes(config, block, dtype, weights) for block in range(config.num_blocks))
 
 
-def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
+def block_bytes(config: ModelConfig, block: int, dtype: Precision, weights: WeightFormat | None = None) -> int:
     """Bytes of one block's weights; see `weight_bytes`."""
     total = block_parameter_count(config, block) * BYTES[dtype]
-    if int8 and block == config.num_blocks - 1:
+    if weights is not None:
         shape = layer_shape(config, block)
-        total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
+        total += int(shape.layers * shape.linear * (STORED_BYTES[weights] - BYTES[dtype]))
     return total
 
 
-def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the weights that a CPU's compiled loop holds packed; of a large model those of the block at work."""
-    blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
-    return sum(blocks) if sum(blocks) <= PACKED_BYTES_LIMIT else max(*blocks, PACKED_BYTES_LIMIT)
+def packed_bytes(config: ModelConfig, dtype: Precision, weights: WeightFormat | None = None) -> int:
+    """Bytes of the packed weights that a CPU's compiled loop reads; of a model over `MAPPED_BYTES` they lie in files."""
+    return sum(_packed_block(config, block, weights or dtype) for block in range(config.num_blocks))
 
 
-def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
-    """Bytes of a packed block: its layers in their precision, both projections in float32, without padding."""
+def _packed_block(config: ModelConfig, block: int, form: WeightFormat) -> int:
+    """Bytes of a packed block: its matrices in their format, everything else in float32, without padding."""
     shape, channels = layer_shape(config, block), token_channels(config)
     ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
     vectors = shape.parameters - shape.linear
-    return shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
+    return int(shape.layers * (shape.linear * STORED_BYTES[form] + 4 * vectors)) + 4 * ends
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
@@ -232,7 +235,7 @@ def sampling_memory(
     guided: bool = True,
     dtype: Precision = "float32",
     cache_dtype: Precision | None = None,
-    int8: bool = False,
+    weights: WeightFormat | None = None,
     offload: bool = False,
     iterated: bool = True,
     autoencoder: AutoencoderShape | None = None,
@@ -247,7 +250,7 @@ def sampling_memory(
         guided: whether guidance runs a null branch beside the condition's.
         dtype: of the flow's weights.
         cache_dtype: of keys and values; None is `dtype`.
-        int8: whether the linear maps of the block next to the noise have weights of one byte.
+        weights: format of the linear maps of the layers; None is `dtype`.
         offload: whether only the weights of the block at work are on the device.
         iterated: whether blocks other than the last are solved by fixed-point iteration, over whole sequences.
         autoencoder: one of `AUTOENCODERS`, or None for the latents alone.
@@ -276,14 +279,14 @@ def sampling_memory(
         area = tokens * config.patch_size**2
         area = area if tile is None else min((tile + 2 * coder.reach) ** 2, area)
         decoding = coder.pixel_bytes * area * coder.factor**2 * (batch if tile is None else 1)
-    blocks = [block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks)]
+    blocks = [block_bytes(config, block, dtype, weights) for block in range(config.num_blocks)]
     return SamplingMemory(
         max(blocks) if offload else sum(blocks),
         cache_bytes(config, batch, tokens, cache_dtype or dtype, guided=guided),
         activations * BYTES[dtype],
         4 * coder.parameters if coder else 0,
         decoding,
-        0 if offload else packed_bytes(config, dtype, int8=int8),
+        0 if offload else packed_bytes(config, dtype, weights),
     )
 
 

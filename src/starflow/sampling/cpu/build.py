@@ -31,7 +31,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 TIMEOUT_SECONDS = 120
 
-VERSION = 2
+VERSION = 3
 """Version of the functions and structs that step.cpp shares with pack.py."""
 
 
@@ -48,7 +48,12 @@ class Library:
     @property
     def panels(self) -> PanelLayout:
         """The layout in which it reads weights."""
-        return PanelLayout(self.handle.starflow_panel(), self.handle.starflow_vector())
+        return PanelLayout(self.handle.starflow_panel())
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether the processor multiplies numbers in bfloat16, and the library lets it."""
+        return bool(self.handle.starflow_bfloat16_products())
 
     def workspace(self, block: BlockStruct, count: int) -> int:
         """Floats that a call for `count` tokens needs."""
@@ -179,7 +184,7 @@ def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "version": (number, ()),
         "panel": (number, ()),
-        "vector": (number, ()),
+        "bfloat16_products": (number, ()),
         "workspace": (ctypes.c_int64, (block, number)),
         "solve": (None, (block, number, number)),
         "extend": (None, (block, address, number, number)),

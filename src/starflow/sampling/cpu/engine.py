@@ -3,13 +3,19 @@
 Contract: the answer is that of the eager path up to rounding, and a picture's is bit for bit the same whatever its
 batch and the number of threads, given the same condition. It works on the predictor's own cache, in its layout, so
 either path may go on where the other stopped. What it does not cover goes the eager way: devices other than a CPU,
-precisions other than float32 and bfloat16, and blocks that are no longer as they were built: quantised weights, other
-layers, forward hooks. Networks in bfloat16 are computed in float32 from their bfloat16 weights and cache. Nothing
-depends on torch's default precision and device, and every address is checked before it is handed on.
+precisions other than float32 and bfloat16, and blocks that are no longer as they were built: torchao's weights, other
+layers, forward hooks. Networks in bfloat16 have their products in bfloat16 where the processor multiplies it, and in
+float32 from their bfloat16 weights elsewhere. Nothing depends on torch's default precision and device, and every
+address is checked before it is handed on.
 
-An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights and decides whether to
-build the library. It builds where that takes less time than it saves: at once for a large model, and for a small one
-when as much time has been spent without it. Several threads may sample with one model at once.
+An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights. At the first use it
+loads the library, which is built where it is missing, once a machine (`make` does it when it installs), unless the
+model is so small that eager code draws a picture in a moment. A model stays with what was found then, so that a picture
+does not change from one call to the next. Several threads may sample with one model at once.
+
+Packed integer weights, and those of a model over `MAPPED_BYTES`, are kept as files in the cache folder: the next
+process packs nothing. Those of large models are mapped, so that the system may drop their pages; others are copied into
+memory, where large pages make them faster to read.
 
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
 """
@@ -17,38 +23,48 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
-import math
+import hashlib
+import os
 import threading
 import time
 import warnings
 import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import PACKED_BYTES_LIMIT
+from starflow.flow.memory import MAPPED_BYTES, PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
+from starflow.io import files
 from starflow.nn.attention import KVCache, LayerCache
-from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
-from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
+from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, mapped_files, on_huge_pages
+from starflow.nn.quantize import WeightFormat
+from starflow.sampling.cpu.build import VERSION, BuildCommand, BuildError, Library, cache_folder
 from starflow.sampling.cpu.pack import (
+    FORMAT_NUMBERS,
+    STORED,
     BlockStruct,
     LayerStruct,
     PackedBlock,
     address_of,
     bytes_of,
+    matrices_bytes,
     pack,
     parameter_versions,
+    write_matrices,
 )
 from starflow.sampling.predictor import Predictor, TokenProgress, ignore_progress
 
-BUILD_SECONDS = 5.0
-"""About the time that a build takes, and so what it must save."""
+WORTH_BUILDING = 0.1
+"""Seconds of a picture on the eager path from which on the library is built, once a machine, in about 7 s."""
 
 TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
 """About the time of a layer's calls at one token on the eager path, and the rate at which it reads weights."""
@@ -58,6 +74,12 @@ CALL_SECONDS = 0.2
 
 THREAD_BYTES = 2**16
 """About the bytes of weights between two barriers that are worth another thread."""
+
+SAMPLED_VALUES = 64
+"""Values of a mapped parameter that tell whether it was written to."""
+
+KEPT_SECONDS = 30 * 24 * 3600
+"""Files of packed weights that nobody used for so long are removed when another one is written."""
 
 RULE_NUMBERS = {"gaussian": 1, "linear": 2}
 """The guidance rules as step.cpp numbers them; 0 is none."""
@@ -74,18 +96,17 @@ class CpuEngine:
     library: Library | None = None
     """None until it is found or built."""
     disabled: bool = False
-    """Whether there is only the eager path, because a build failed."""
+    """Whether there is only the eager path: the model is too small for a build, or the build failed."""
+    model_bytes: int = 0
+    """Of the model's parameters; over `MAPPED_BYTES`, packed weights are mapped from files."""
     build_seconds: float = 0.0
     """What compiling and loading the library took."""
     compiled: bool = False
     """Whether it was compiled for this engine, rather than found."""
-    _build_command: BuildCommand | None = None
-    _eager_seconds_spent: float = 0.0
-    """About the seconds that went by on the eager path where the library would have been of use."""
-    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
+    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[WeightFormat, PackedBlock]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    """Weights of each block as they are (False), and rounded to bfloat16 (True)."""
+    """Weights of each block, in its own format and in those of guesses."""
     _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
     """Whether the library covers a block, as it is in this call."""
     _work: list[Tensor] = field(default_factory=list)
@@ -94,7 +115,7 @@ class CpuEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies of a model load the library and pack weights for themselves."""
-        return CpuEngine, (self.eager_seconds, None, self.disabled)
+        return CpuEngine, (self.eager_seconds, None, self.disabled, self.model_bytes)
 
     @property
     def bytes(self) -> int:
@@ -102,13 +123,12 @@ class CpuEngine:
         return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
 
     def ready(self, predictor: Predictor) -> bool:
-        """Whether it can compute for this predictor: it covers block and cache, and is built or worth it."""
+        """Whether it can compute for this predictor: it covers block and cache, and there is a library."""
         if self.disabled or not self._covers(predictor):
             return False
         if self.library is None:
             with self._lock:
-                self._load()
-                self._eager_seconds_spent += _pass_seconds(predictor.block)
+                self._load(or_build=self.eager_seconds > WORTH_BUILDING)
         return self.library is not None
 
     def _covers(self, predictor: Predictor) -> bool:
@@ -122,31 +142,31 @@ class CpuEngine:
     def build(self) -> None:
         """Build the library now, whether or not that pays for this model."""
         with self._lock:
-            self._eager_seconds_spent = math.inf
-            self._load()
+            self.disabled = False
+            self._load(or_build=True)
 
-    def _load(self) -> None:
-        """Load the library where it is there already, or where building it takes less time than it saves."""
+    def _load(self, *, or_build: bool) -> None:
+        """Load the library where it is there already, or build it; whatever comes of it stays so."""
         if self.disabled or self.library is not None:
             return
         try:
-            self._build_command = self._build_command or BuildCommand.here()
-            found = self._build_command.built()
-            if found or max(self.eager_seconds, self._eager_seconds_spent) > BUILD_SECONDS:
+            command = BuildCommand.here()
+            found = command.built()
+            if found or or_build:
                 began = time.perf_counter()
-                self.library = self._build_command.build()
+                self.library = command.build()
                 self.build_seconds, self.compiled = time.perf_counter() - began, not found
         except BuildError as error:
-            self.disabled = True
             warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
+        self.disabled = self.library is None
 
     def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress) -> None:
         """Solve all predicted tokens in place; the condition is in the cache already."""
-        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress, rounded=False)
+        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress)
 
-    def solve_rounded(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
-        """Solve some tokens in place with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
-        self._solve(predictor, x_BNC, noise_BNC, tokens, ignore_progress, rounded=True)
+    def guess(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, form: WeightFormat) -> None:
+        """Solve some tokens in place with the layers' matrices rounded to a format of fewer bytes, as a guess."""
+        self._solve(predictor, x_BNC, noise_BNC, tokens, ignore_progress, form)
 
     def _solve(
         self,
@@ -155,8 +175,7 @@ class CpuEngine:
         noise_BNC: Tensor,
         tokens: range,
         progress: TokenProgress,
-        *,
-        rounded: bool,
+        form: WeightFormat | None = None,
     ) -> None:
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
@@ -164,7 +183,7 @@ class CpuEngine:
         if not (x_BNC.shape == noise_BNC.shape == wanted and inputs <= _cache_length(predictor)):
             shapes = tuple(x_BNC.shape), tuple(noise_BNC.shape)
             raise ValueError(f"tokens {shapes} and {inputs} inputs, expected {wanted} and {_cache_length(predictor)}")
-        with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
+        with self._call(predictor, x_BNC, noise_BNC, 1, form) as call:
             start, count = tokens.start, 1
             while start < tokens.stop:
                 stop = min(start + count, tokens.stop)
@@ -206,19 +225,50 @@ class CpuEngine:
             self.library.extend(call.block, address, position, count)
         return out_RTD.to(hidden_RTD.dtype)
 
-    def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
-        """A block's packed weights, as they are or rounded; they are packed anew where its parameters have changed."""
+    def packed(self, block: AutoregressiveBlock, form: WeightFormat | None = None) -> PackedBlock:
+        """A block's packed weights, in its own format or another; packed anew where its parameters have changed."""
         assert self.library is not None
+        form = form or block.weight_form
         with self._lock:
-            both = self._packed.setdefault(block, {})
-            found = both.get(rounded)
+            every = self._packed.setdefault(block, {})
+            found = every.get(form)
             if found is None or found.versions != parameter_versions(block):
-                both.pop(rounded, None)
-                self._make_room(block)
+                every.pop(form, None)
                 checksums = self._checksums(block)  # before anything is copied, as the versions
-                found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
-                found = both[rounded] = replace(found, checksums=checksums)
+                file = self._file(block, form, checksums)
+                if file is None:
+                    self._make_room(block)
+                mapped = file is not None and self._large
+                found = pack(block, self.library.panels, form, (lambda one: one) if mapped else _on_huge_pages, file)
+                found = every[form] = replace(found, checksums=checksums, mapped=mapped)
             return found
+
+    @property
+    def _large(self) -> bool:
+        return self.model_bytes > MAPPED_BYTES
+
+    def _file(self, block: AutoregressiveBlock, form: WeightFormat, checksums: tuple[int, ...]) -> Path | None:
+        """The file of a block's packed matrices, which is written where it is missing; None for one that has none.
+
+        Weights that are being trained are not worth a file.
+        """
+        assert self.library is not None
+        panels = self.library.panels
+        trained = block.training and any(one.requires_grad for one in block.parameters())
+        if trained or not (self._large or form in ("int8", "int4")):
+            return None
+        known = repr((VERSION, panels, form, block.spec, checksums))
+        try:
+            file = cache_folder() / f"packed-{hashlib.sha256(known.encode()).hexdigest()[:20]}.bin"
+            if not (file.is_file() and file.stat().st_size == matrices_bytes(block, panels, form)):
+                _remove_old(file.parent)
+                with files.atomic_write(file) as temporary:
+                    write_matrices(temporary, block, panels, form)
+            os.utime(file)  # it was used today
+        except (BuildError, UserError, OSError) as error:
+            warnings.warn(f"packed weights stay in memory: {error}")
+            return None
+        return file
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' packed weights if all together are large: packing again costs little."""
@@ -227,26 +277,43 @@ class CpuEngine:
                 del self._packed[other]
 
     def drop_changed(self) -> None:
-        """Drop packed weights whose parameters have been written to since, in whichever way."""
+        """Drop packed weights whose parameters have been written to since.
+
+        Of parameters that are mapped from a file, as those of a large model are, only some values are looked at.
+        """
         with self._lock:
             self._covered.clear()
-            for block, both in list(self._packed.items()):
+            for block, every in list(self._packed.items()):
                 checksums = self._checksums(block)
-                if any(packed.checksums != checksums for packed in both.values()):
+                if any(packed.checksums != checksums for packed in every.values()):
                     del self._packed[block]
 
     def _checksums(self, block: AutoregressiveBlock) -> tuple[int, ...]:
-        library = self.library
+        """Of each parameter a number that depends on all values, or on the file behind them and some of them."""
+        library, parameters = self.library, list(block.parameters())
         assert library is not None
-        return tuple(library.checksum(one) if _is_plain_parameter(one) else -1 for one in block.parameters())
+        if not all(map(_is_plain_parameter, parameters)):
+            return (-1,)
+        origins = mapped_files(parameters) if self._large else [None] * len(parameters)
+        found = []
+        for parameter, origin in zip(parameters, origins, strict=True):
+            step = 1 if origin is None else max(1, parameter.numel() // SAMPLED_VALUES)
+            values = library.checksum(parameter.detach().flatten()[::step])
+            found.append(values if origin is None else zlib.crc32(repr((origin, values)).encode()))
+        return tuple(found)
 
     @contextmanager
     def _call(
-        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int, *, rounded: bool = False
+        self,
+        predictor: Predictor,
+        x_BNC: Tensor,
+        noise_BNC: Tensor,
+        count: int,
+        form: WeightFormat | None = None,
     ) -> Iterator[_Call]:
         """The struct of one call, with a workspace that goes back to the engine afterwards."""
         assert self.library is not None
-        packed = self.packed(predictor.block, rounded=rounded)
+        packed = self.packed(predictor.block, form)
         call = _make_call(predictor, packed, x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
         with self._lock:
@@ -274,7 +341,9 @@ def cpu_engine_of(model: Flow) -> CpuEngine:
     found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.runtime_cache["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())))
+        found = model.runtime_cache["engine"] = CpuEngine(
+            tokens * sum(map(_pass_seconds, model.iter_blocks())), model_bytes=sum(map(bytes_of, model.parameters()))
+        )
     found.drop_changed()
     return found
 
@@ -302,6 +371,20 @@ def _cache_length(predictor: Predictor) -> int:
 
 def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove the packed weights that nobody used for long."""
+    for file in folder.glob("packed-*.bin"):
+        if file.stat().st_mtime < time.time() - KEPT_SECONDS:
+            file.unlink(missing_ok=True)
+
+
+def _format_number(block: AutoregressiveBlock, packed: PackedBlock, library: Library) -> int:
+    """How step.cpp is to multiply: a network in bfloat16 has its products in bfloat16, where the processor can."""
+    if packed.form == "bfloat16" and block.proj_in.weight.dtype == torch.bfloat16 and library.multiplies_bfloat16:
+        return FORMAT_NUMBERS["bfloat16 products"]
+    return FORMAT_NUMBERS[packed.form]
 
 
 def _on_huge_pages(tensor: Tensor) -> Tensor:
@@ -362,7 +445,7 @@ def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_B
         half_split=layer.half_split_rope,
         softplus=spec.softplus,
         rule=0 if guidance is None else RULE_NUMBERS[guidance.rule],
-        half_weights=packed.in_bfloat16,
+        weights=_format_number(predictor.block, packed, library),
         half_cache=keys.dtype == torch.bfloat16,
         clip=spec.clip,
     )
@@ -370,7 +453,7 @@ def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_B
     layers = (LayerStruct * spec.layers)(
         *(
             LayerStruct(
-                **{name: address_of(name, tensor, 1, *SUPPORTED_DTYPES) for name, tensor in weights.items()},
+                **{name: address_of(name, tensor, 1, *STORED.values()) for name, tensor in weights.items()},
                 keys=address_of("keys", cache.keys_BNLH, keys.numel(), keys.dtype),
                 values=address_of("values", cache.values_BNLH, keys.numel(), keys.dtype),
             )
