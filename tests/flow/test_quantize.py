@@ -1,4 +1,4 @@
-"""Weights in fewer bits: every pass is of the same rounded weights, on a CPU by our own code and elsewhere by torchao."""
+"""Weights in fewer bits: every pass is of the same rounded weights; on a CPU by our code, elsewhere by torchao."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer weights: near the given ones, with scales that depend on nothing else, and the same wherever they are read."""
+"""Integer weights: near the given ones, with scales that depend on nothing else, the same wherever they are read."""
 
 from __future__ import annotations
 

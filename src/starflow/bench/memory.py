@@ -93,7 +93,7 @@ def predict_memory(model: str) -> dict[str, Any]:
         "guided": guided,
     }
     sampling = [_sampling(shape, scenario, batch, guided=guided) for scenario in SCENARIOS for batch in BATCHES]
-    facts |= {"available": available(), "text_encoder": _text_encoder(shape.text_encoder)}
+    facts |= {"available": available(), "text_encoder": shape.text_encoder, "denoised": shape.denoised}
     return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
 
 
@@ -107,6 +107,8 @@ class ModelShape:
     """None for a flow alone."""
     text_encoder: str
     """Where it is from; "" is none."""
+    denoised: bool
+    """Whether samples are cleaned by a Tweedie step."""
 
 
 def model_shape(model: str) -> ModelShape:
@@ -119,23 +121,24 @@ def model_shape(model: str) -> ModelShape:
         recipe = load_recipe(Path(model))
         config, kind = expected_flow(recipe)
         condition = recipe.conditioning
-        return ModelShape(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
+        encoder = condition.encoder if condition.kind == "text" else ""
+        return ModelShape(config, AUTOENCODERS[kind], encoder, denoised=False)
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
     if name in PRESETS:
         known = PRESETS[name]
         coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
-        return ModelShape(known.config, coder, known.text)
+        return ModelShape(known.config, coder, known.text, denoised=True)
     with _configs_of(model) as folder:
         values = files.read_json(folder / "config.json")
         if "autoencoder" not in values:  # a flow alone
-            return ModelShape(config_from_dict(values), None, "")
+            return ModelShape(config_from_dict(values), None, "", denoised=False)
         flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
         coder = AUTOENCODERS[values["autoencoder"]["kind"]]
         own = folder / "autoencoder" / "config.json"
         if values["autoencoder"]["kind"] == "small" and own.is_file():
             coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
     reader = values.get("conditioner") or {}
-    return ModelShape(flow, coder, reader.get("source", ""))
+    return ModelShape(flow, coder, reader.get("source", ""), values.get("cleaning") == "tweedie")
 
 
 @contextmanager
@@ -161,14 +164,10 @@ def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided
         weights=scenario.weights,
         offload=scenario.offload,
         autoencoder=shape.autoencoder,
+        text_encoder=shape.text_encoder,
+        denoised=shape.denoised,
     )
-    return {"kind": scenario.name, "batch": batch, **_with_peak(found)}
-
-
-def _text_encoder(source: str) -> dict[str, Any] | None:
-    """The memory that a large text encoder takes while it encodes; it is freed before pictures are drawn."""
-    count = memory.TEXT_ENCODER_PARAMETERS.get(source)
-    return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
+    return {"kind": scenario.name, "batch": batch, **_with_peak(found), "cpu_peak": found.cpu_peak}
 
 
 def _small_parameters(values: dict[str, Any]) -> int:

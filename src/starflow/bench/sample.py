@@ -46,7 +46,7 @@ from starflow.pipeline.inputs import encode_prompts, example_prompts
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.calibrate import CalibrationData, calibrate, in_turn, machine_of, seconds_of
-from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
+from starflow.sampling.cpu.engine import covers_block, cpu_engine_of
 from starflow.sampling.policy import Policy, SampleSettings, SolverName, keep_policy
 from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 from starflow.sampling.solvers import relative_change
@@ -427,7 +427,7 @@ def _measure_one_time_costs(model: Flow, first: float) -> OneTimeCosts:
         engine.build()
     if engine.library is None:
         return OneTimeCosts(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
-    fresh = model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+    fresh = model.runtime_cache["engine"] = engine.without_packed()
     started = time.perf_counter()
     for block in model.iter_blocks():
         if covers_block(block):

@@ -177,7 +177,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     available = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "activations", "decoder", "peak", "packed")
+    parts = ("weights", "cache", "passes", "decoder", "encoder", "peak", "packed", "cpu_peak")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters",
         f"{facts['tokens']} tokens a picture{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
@@ -185,12 +185,21 @@ def memory_text(facts: dict[str, Any]) -> str:
         f"{'sampling':16} {'batch':>5}{_heads(parts)} fits",
     ]
     for row in facts["sampling"]:
-        summed = row | {"decoder": row["autoencoder"] + row["decoding"]}
+        summed = row | {
+            "decoder": row["autoencoder"] + row["decoding"],
+            "passes": max(row["activations"], row["denoising"]),
+            "encoder": row["text_encoder"],
+        }
         lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit)} {_fits(row, available)}")
     lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
+    lines += [
+        "passes: activations; with a Tweedie step what its backward pass needs"
+        if facts["denoised"]
+        else "passes: activations"
+    ]
     lines += ["decoder: the autoencoder and what it takes to decode"]
-    lines += ["packed: copies for a processor's compiled loop, beside the peak; not on a GPU"]
-    lines += _text_encoder_line(facts, unit, name)
+    lines += ["encoder: of texts; one of over a gigabyte is released before pictures are drawn"]
+    lines += ["packed: what a processor's compiled loop reads; cpu: the peak there, with it"]
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fit")
@@ -204,7 +213,13 @@ def memory_text(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in available.items())])
 
 
-_SHORT = {"activations": "activ.", "parameters": "params", "gradients": "grads", "gathered": "gather"}
+_SHORT = {
+    "activations": "activ.",
+    "cpu_peak": "cpu",
+    "parameters": "params",
+    "gradients": "grads",
+    "gathered": "gather",
+}
 
 
 def _heads(parts: tuple[str, ...]) -> str:
@@ -215,18 +230,10 @@ def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
     return "".join(f"{row[part] / unit:8.2f}" for part in parts)
 
 
-def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]:
-    """The memory of a large text encoder, which the rows leave out."""
-    if encoder := facts["text_encoder"]:
-        size = encoder["bytes"] / unit
-        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is freed"]
-    return []
-
-
 def _fits(row: dict[str, Any], available: dict[str, int]) -> str:
     """The smallest GPU that a row fits, and a star where it fits this machine's processor with its packed copies."""
     from starflow.bench.memory import HOST
 
     gpu = next((f"{size}" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
-    here = "offload" not in row["kind"] and row["peak"] + row["packed"] <= USABLE_SHARE * available.get(HOST, 0)
+    here = "offload" not in row["kind"] and row["cpu_peak"] <= USABLE_SHARE * available.get(HOST, 0)
     return f"{gpu + ('*' if here else ''):>4}"

@@ -30,11 +30,17 @@ GPUS_PER_HOST = 8
 MAPPED_BYTES = 2**30
 """Bytes of a model's weights over which packed copies come from mapped files."""
 
-PACKED_BYTES_LIMIT = 4 * 2**30
-"""Most bytes of packed weights that a CPU keeps; of a larger model only those of the block at work are kept."""
+TEXT_ENCODER_BYTES = {
+    "google/flan-t5-xl": 2 * 1_223_527_424,
+    "sentence-transformers/all-MiniLM-L6-v2": 4 * 22_713_216,
+}
+"""Bytes of the weights of text encoders that are known."""
 
-TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
-"""Parameters of the text encoders whose memory is given back once the prompts are encoded."""
+KEPT_ENCODER_BYTES = 10**9
+"""Bytes of a text encoder under which it stays in memory; a larger one is released once the prompts are encoded."""
+
+DENOISED_TOKENS = 1024
+"""Tokens that one Tweedie step takes at most, or a picture's."""
 
 GIB = 2**30
 
@@ -95,17 +101,36 @@ class SamplingMemory:
     """Keys and values."""
     activations: int
     """Of the largest pass: the condition's, or where blocks are iterated a whole sequence's."""
+    denoising: int
+    """What a Tweedie step keeps for its backward pass; 0 where samples are cleaned in another way."""
     autoencoder: int
     """Its weights."""
     decoding: int
     """The decoder's activations; the flow's are gone by then."""
+    text_encoder: int
+    """Its weights."""
     packed: int
     """Copies of the weights that a CPU's compiled loop reads; `peak` leaves them out."""
+    unpacked: int
+    """Weights that a CPU holds beside the packed copies, in their precision; 0 where both are mapped from files."""
 
     @property
     def peak(self) -> int:
-        """The most at any time, packed copies aside. Caches stay while a batch is decoded."""
-        return self.weights + self.cache + self.autoencoder + max(self.activations, self.decoding)
+        """The most at any time on a device that computes from `weights`."""
+        return self.weights + self._beside_weights
+
+    @property
+    def cpu_peak(self) -> int:
+        """The most at any time on a CPU. Mapped weights that are not at work count nothing: the system drops them."""
+        return self.unpacked + self.packed + self._beside_weights
+
+    @property
+    def _beside_weights(self) -> int:
+        """Caches stay while a batch is cleaned and decoded; a large text encoder is gone before there are any."""
+        sampling = self.cache + max(self.activations, self.denoising, self.decoding)
+        if self.text_encoder < KEPT_ENCODER_BYTES:
+            return self.autoencoder + self.text_encoder + sampling
+        return self.autoencoder + max(self.text_encoder, sampling)
 
 
 @dataclass(frozen=True)
@@ -188,8 +213,14 @@ def block_bytes(config: ModelConfig, block: int, dtype: Precision, weights: Weig
 
 
 def packed_bytes(config: ModelConfig, dtype: Precision, weights: WeightFormat | None = None) -> int:
-    """Bytes of the packed weights that a CPU's compiled loop reads; of a model over `MAPPED_BYTES` they lie in files."""
-    return sum(_packed_block(config, block, weights or dtype) for block in range(config.num_blocks))
+    """Bytes of the packed weights that a CPU's compiled loop reads; of a mapped model those of the largest block."""
+    blocks = [_packed_block(config, block, weights or dtype) for block in range(config.num_blocks)]
+    return max(blocks) if is_mapped(config, dtype) else sum(blocks)
+
+
+def is_mapped(config: ModelConfig, dtype: Precision) -> bool:
+    """Whether a CPU maps a model's packed weights from files, so that those of one block at a time are in memory."""
+    return weight_bytes(config, dtype) > MAPPED_BYTES
 
 
 def _packed_block(config: ModelConfig, block: int, form: WeightFormat) -> int:
@@ -239,6 +270,8 @@ def sampling_memory(
     offload: bool = False,
     iterated: bool = True,
     autoencoder: AutoencoderShape | None = None,
+    text_encoder: str = "",
+    denoised: bool = False,
     tile: int | None = None,
 ) -> SamplingMemory:
     """Memory of sampling `batch` images at once and decoding them.
@@ -254,6 +287,8 @@ def sampling_memory(
         offload: whether only the weights of the block at work are on the device.
         iterated: whether blocks other than the last are solved by fixed-point iteration, over whole sequences.
         autoencoder: one of `AUTOENCODERS`, or None for the latents alone.
+        text_encoder: where it is from; one that is not in `TEXT_ENCODER_BYTES` counts nothing.
+        denoised: whether samples are cleaned by a Tweedie step.
         tile: side in latent pixels of the tiles that are decoded one by one; None is whole images.
 
     Raises:
@@ -284,10 +319,41 @@ def sampling_memory(
         max(blocks) if offload else sum(blocks),
         cache_bytes(config, batch, tokens, cache_dtype or dtype, guided=guided),
         activations * BYTES[dtype],
+        denoising_bytes(config, batch, tokens, dtype) if denoised and not offload else 0,
         4 * coder.parameters if coder else 0,
         decoding,
+        TEXT_ENCODER_BYTES.get(text_encoder, 0),
         0 if offload else packed_bytes(config, dtype, weights),
+        0 if is_mapped(config, dtype) else weight_bytes(config, dtype),
     )
+
+
+def denoised_at_once(tokens: int) -> int:
+    """Pictures of so many tokens that a Tweedie step takes at once: the products of a large one fill any device."""
+    return max(1, DENOISED_TOKENS // max(1, tokens))
+
+
+def denoising_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision) -> int:
+    """Bytes that a Tweedie step keeps for its backward pass, of weights without gradients, and one layer's gradients.
+
+    Of every layer and token: what the norms read; queries, keys, values and the result of attention, and queries and
+    keys before their rotation (in bfloat16 before their norm too) in float32; the MLP's hidden channels, of a gated one
+    both and the gate's GELU.
+    """
+    low, batch = BYTES[dtype], min(batch, denoised_at_once(tokens))
+    rms, post, wide = False, False, 1
+    if isinstance(config, STARFlowConfig):
+        rms, post = config.norm_type == "rms_norm", config.use_post_norm
+        wide = 2 if config.use_qk_norm and low < 4 else 1
+    total = back = 0
+    for block in range(config.num_blocks):
+        shape, count = layer_shape(config, block), batch * _inputs(config, block, tokens)
+        norms = 2 * shape.width * ((4 if rms else low) + 4 * post)
+        attention = low * (2 * shape.inner + 2 * shape.kv) + wide * 4 * (shape.inner + shape.kv)
+        hidden = low * shape.hidden
+        total += shape.layers * count * (norms + attention + hidden * (3 if shape.gated else 1))
+        back = max(back, count * hidden * (3 if shape.gated else 2))
+    return total + back
 
 
 def _pass_bytes(config: ModelConfig, block: int, tokens: int) -> int:

@@ -119,8 +119,8 @@ class RoundedLinear(nn.Linear):
         made.weight, made.bias, made.form = linear.weight, linear.bias, form
         return made.train(linear.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, effective_weight(self).to(input.dtype), self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, effective_weight(self).to(x.dtype), self.bias)
 
 
 def effective_weight(linear: nn.Linear) -> Tensor:

@@ -310,7 +310,8 @@ class StarFlowPipeline(PictureEditing):
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
-        check_memory(self.flow, shape, at_once, cache_dtype, (self.decoder or self.autoencoder).spec, tile)
+        decoder = (self.decoder or self.autoencoder).spec
+        check_memory(self.flow, shape, at_once, cache_dtype, decoder, tile, denoised=cleaning == "tweedie")
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []

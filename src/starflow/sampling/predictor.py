@@ -38,7 +38,9 @@ InitialGuess = Literal["noise", "zero", "previous", "gaussian", "bfloat16", "int
 every token's noise in the Gaussian of that last token; or the tokens solved one by one with weights rounded to a
 format of fewer bytes."""
 
-ROUNDED_GUESSES: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
+RoundedGuess = Literal["bfloat16", "int8", "int4"]
+
+ROUNDED_GUESSES: tuple[RoundedGuess, ...] = ("bfloat16", "int8", "int4")
 """The guesses that are solved with rounded weights, from the most bytes to the fewest."""
 
 
@@ -173,7 +175,7 @@ class Predictor:
         self._extend(prefix_RSD, 0)
 
     @property
-    def rounded_guesses(self) -> tuple[WeightFormat, ...]:
+    def rounded_guesses(self) -> tuple[RoundedGuess, ...]:
         """The formats of fewer bytes than the block's own to guess with; none without the compiled loop."""
         if self.engine is None or not self.engine.ready(self):
             return ()

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from starflow.flow.config import STARFlowConfig
-from starflow.nn.quantize import WeightFormat
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.predictor import ROUNDED_GUESSES, SolverOptions, SolverResult
+from starflow.sampling.predictor import ROUNDED_GUESSES, RoundedGuess, SolverOptions, SolverResult
 from starflow.sampling.solvers import Span, fixed_point_step, relative_change, solve_jacobi
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
@@ -33,7 +32,7 @@ def rounded(
     library: Library | None,
     tolerance: float,
     segment: int | None = None,
-    form: WeightFormat = "bfloat16",
+    form: RoundedGuess = "bfloat16",
 ) -> SolverResult:
     predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
     return solve_jacobi(predictor, given.noise_BNC, SolverOptions(tolerance, segment, guess=form), lambda _: None)
@@ -43,7 +42,7 @@ def rounded(
 @pytest.mark.parametrize("segment", [None, 12])
 @torch.no_grad()
 def test_the_answer_is_verified_and_near(
-    library: Library, given: Solving, segment: int | None, form: WeightFormat
+    library: Library, given: Solving, segment: int | None, form: RoundedGuess
 ) -> None:
     exact, found = given.eager(), rounded(given, library, 2e-2, segment, form)
     assert found.sequential_tokens == 0

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import MAPPED_BYTES, PACKED_BYTES_LIMIT
+from starflow.flow.memory import MAPPED_BYTES
 from starflow.flow.model import Flow
 from starflow.io import files
 from starflow.nn.attention import KVCache, LayerCache
@@ -74,6 +74,9 @@ CALL_SECONDS = 0.2
 
 THREAD_BYTES = 2**16
 """About the bytes of weights between two barriers that are worth another thread."""
+
+PACKED_BYTES_LIMIT = 4 * 2**30
+"""Most bytes of packed weights outside of files; of a larger model only those of the block at work are kept."""
 
 SAMPLED_VALUES = 64
 """Values of a mapped parameter that tell whether it was written to."""
@@ -116,6 +119,10 @@ class CpuEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies of a model load the library and pack weights for themselves."""
         return CpuEngine, (self.eager_seconds, None, self.disabled, self.model_bytes)
+
+    def without_packed(self) -> CpuEngine:
+        """A new engine of the same library that has packed nothing."""
+        return CpuEngine(self.eager_seconds, self.library, self.disabled, self.model_bytes)
 
     @property
     def bytes(self) -> int:
@@ -272,7 +279,8 @@ class CpuEngine:
 
     def _make_room(self, block: AutoregressiveBlock) -> None:
         """Drop the other blocks' packed weights if all together are large: packing again costs little."""
-        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_BYTES_LIMIT:
+        others = [packed for every in self._packed.values() for packed in every.values() if not packed.mapped]
+        if sum(map(bytes_of, block.parameters())) + sum(one.bytes for one in others) > PACKED_BYTES_LIMIT:
             for other in [other for other in self._packed if other is not block]:
                 del self._packed[other]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ class PanelLayout:
             return whole.view(-1, self.panel, inputs).transpose(1, 2).float().contiguous()
         if form == "bfloat16":
             pairs = nn.functional.pad(whole.bfloat16(), (0, inputs % 2)).unflatten(1, (-1, 2))
-            return pairs.unflatten(0, (-1, self.panel)).transpose(1, 2).contiguous()
+            words: Tensor = pairs.unflatten(0, (-1, self.panel)).transpose(1, 2).contiguous()
+            return words
         return self._pack_integers(whole, form)
 
     def _pack_integers(self, whole_NK: Tensor, form: IntegerFormat) -> Tensor:
@@ -240,7 +241,7 @@ def write_matrices(file: Path, block: AutoregressiveBlock, panels: PanelLayout, 
     with file.open("wb") as opened:
         for matrices in pack_matrices(block, panels, form):
             for matrix in matrices.values():
-                opened.write(memoryview(matrix.flatten().view(torch.uint8).numpy()))
+                opened.write(matrix.flatten().view(torch.uint8).numpy().data)
 
 
 def matrices_bytes(block: AutoregressiveBlock, panels: PanelLayout, form: WeightFormat) -> int:
