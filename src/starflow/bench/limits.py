@@ -61,7 +61,7 @@ RESET_PEAK = "5"
 """What Linux takes, written to `CLEAR`, as the wish to record the peak of memory anew."""
 
 
-BASELINE_FILES = ("textbook", "dit")
+BASELINE_FILES = ("textbook", "compiled", "dit")
 
 
 @dataclass(frozen=True)

@@ -304,9 +304,9 @@ class BenchTrainOptions:
     architecture: Annotated[str, Argument("57m, or the name of a preset", "ARCHITECTURE")] = "57m"
     batch: Annotated[int, Flag("pictures an update, over all processes", "N")] = 4
     updates: Annotated[int, Flag("timed updates, after one that is not", "N")] = 10
-    precision: Annotated[Precision | Literal["auto"], Flag("of the network; auto is bfloat16 where a GPU has it")] = (
-        "auto"
-    )
+    precision: Annotated[
+        Precision | Literal["auto"], Flag("of the network; auto is bfloat16 where the device multiplies it")
+    ] = "auto"
     compile: Annotated[bool, Flag("compile every Transformer layer")] = False
     recompute: Annotated[bool, Flag("keep no activations of attention and MLPs")] = False
     layout: Annotated[Literal["replicated", "sharded", "hybrid"], Flag("of the weights, under torchrun")] = "replicated"

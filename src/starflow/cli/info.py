@@ -177,28 +177,27 @@ def memory_text(facts: dict[str, Any]) -> str:
     available = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "passes", "decoder", "encoder", "peak", "packed", "cpu_peak")
+    parts = ("weights", "cache", "passes", "coders", "peak", "packed", "cpu_peak")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters",
         f"{facts['tokens']} tokens a picture{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
         "",
-        f"{'sampling':16} {'batch':>5}{_heads(parts)} fits",
+        f"{'sampling':16} {'batch':>5}{_heads(parts, 7)} fits",
     ]
     for row in facts["sampling"]:
         summed = row | {
-            "decoder": row["autoencoder"] + row["decoding"],
+            "coders": row["autoencoder"] + row["decoding"] + row["text_encoder"],
             "passes": max(row["activations"], row["denoising"]),
-            "encoder": row["text_encoder"],
         }
-        lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit)} {_fits(row, available)}")
+        lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit, 7)} {_fits(row, available)}")
     lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
     lines += [
         "passes: activations; with a Tweedie step what its backward pass needs"
         if facts["denoised"]
         else "passes: activations"
     ]
-    lines += ["decoder: the autoencoder and what it takes to decode"]
-    lines += ["encoder: of texts; one of over a gigabyte is released before pictures are drawn"]
+    lines += ["coders: autoencoder, what it takes to decode, and the text encoder, which is"]
+    lines += ["released before pictures are drawn where it has over a gigabyte"]
     lines += ["packed: what a processor's compiled loop reads; cpu: the peak there, with it"]
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
@@ -214,6 +213,7 @@ def memory_text(facts: dict[str, Any]) -> str:
 
 
 _SHORT = {
+    "weights": "flow",
     "activations": "activ.",
     "cpu_peak": "cpu",
     "parameters": "params",
@@ -222,12 +222,12 @@ _SHORT = {
 }
 
 
-def _heads(parts: tuple[str, ...]) -> str:
-    return "".join(f"{_SHORT.get(part, part):>8}" for part in parts)
+def _heads(parts: tuple[str, ...], width: int = 8) -> str:
+    return "".join(f"{_SHORT.get(part, part):>{width}}" for part in parts)
 
 
-def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
-    return "".join(f"{row[part] / unit:8.2f}" for part in parts)
+def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int, width: int = 8) -> str:
+    return "".join(f"{row[part] / unit:{width}.{2 if row[part] < 1000 * unit else 0}f}" for part in parts)
 
 
 def _fits(row: dict[str, Any], available: dict[str, int]) -> str:

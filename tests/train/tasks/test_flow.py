@@ -54,7 +54,7 @@ def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> I
 
 def make_task(cache: InMemoryLatents, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
-    settings = TrainSettings(steps=3, batch=8)
+    settings = TrainSettings(steps=3, batch=8, precision="float32")
     return FlowTask(flow or random_flow(), cache, objective, settings, draw=do_nothing, save=do_nothing)
 
 
