@@ -2,10 +2,10 @@
 
     benchmarks/gpu.sh --output results --seconds 530
 
-In this order: the numerical tests and those marked gpu; recorded graphs against the eager loop in float32 and bfloat16;
+In this order: the numerical tests and those marked gpu; recorded graphs against an eager loop in both precisions;
 `bench sample` of the 3.8 B shape, of the 57 M model and of the bundled one, with 8 bits, and within 8 GB by offload;
-`bench train` of the 1.4 B and 3.8 B shapes; and the bundled model's recipe for the minutes that are left, where its data
-are at hand. A part that takes longer than it may is stopped, and what it printed is kept.
+`bench train` of the 1.4 B and 3.8 B shapes; and the bundled model's recipe for the minutes that are left, where
+its data are at hand. A part that takes longer than it may is stopped, and what it printed is kept.
 """
 
 from __future__ import annotations

@@ -120,6 +120,20 @@ def test_any_other_is_built_for_at_once(
     assert [path.name for path in empty_cache.iterdir()] == [recipe.path.name]
 
 
+def test_the_module_builds_before_the_first_picture_or_says_why_not(
+    empty_cache: Path, recipe: BuildCommand, library: Library, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
+    build.main()
+    assert capsys.readouterr().out == f"compiled token loop: {empty_cache / recipe.path.name}\n"
+    assert (empty_cache / recipe.path.name).is_file()
+    set_compiler("/nowhere/c++", monkeypatch)
+    build.main()
+    assert "no compiled token loop, so sampling will be slower: no C++ compiler" in capsys.readouterr().out
+    assert "python -m starflow.sampling.cpu.build" in (ROOT / "Makefile").read_text()
+
+
 def test_a_damaged_library_is_built_anew(
     full_cache: BuildCommand, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

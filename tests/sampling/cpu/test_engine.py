@@ -22,6 +22,7 @@ from starflow.flow.quantize import set_weight_format
 from starflow.nn.attention import CachePool, CacheShape, CacheSlice
 from starflow.nn.quantize import WeightFormat
 from starflow.sampling.cpu import engine as engine_module
+from starflow.sampling.cpu import packed as packed_module
 from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import covers_block, cpu_engine_of
 from starflow.sampling.cpu.pack import address_of, layers_of, pack
@@ -136,7 +137,7 @@ def test_the_default_solver_gives_a_picture_bit_for_bit_in_any_batch_alone_and_a
     together = draw(slice(None), at_once)
     for row in range(3):
         assert torch.equal(draw(slice(row, row + 1), 4)[0], together[row])
-    assert engine._packed
+    assert engine.weights.blocks
 
 
 @FEWER
@@ -398,7 +399,7 @@ def test_weights_that_change_while_they_are_packed_are_packed_again(
             block.proj_in.weight.mul_(2)
         return packed
 
-    monkeypatch.setattr(engine_module, "pack", pack_and_write)
+    monkeypatch.setattr(packed_module, "pack", pack_and_write)
     torn = engine.packed(block)
     monkeypatch.undo()
     assert engine.packed(block) is not torn
@@ -466,9 +467,9 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
     model, noise = randomised(config, 0), torch.randn(2, 2, 4, 4)
     engine = model.runtime_cache["engine"] = engine_for(library)
     expected = run(model, noise, None, None, SampleSettings()).x
-    whole, first = engine.bytes, engine._packed[next(model.iter_blocks())]["float32"].bytes
-    assert len(engine._packed) == 3
-    monkeypatch.setattr(engine_module, "PACKED_BYTES_LIMIT", whole // 2)
+    whole, first = engine.bytes, engine.weights.blocks[next(model.iter_blocks())]["float32"].bytes
+    assert len(engine.weights.blocks) == 3
+    monkeypatch.setattr(packed_module, "PACKED_BYTES_LIMIT", whole // 2)
     engine = model.runtime_cache["engine"] = engine_for(library)
     most = 0
 
@@ -479,7 +480,7 @@ def test_of_a_large_model_only_the_block_at_work_is_packed(library: Library, mon
     for _ in range(2):
         assert torch.equal(run(model, noise, None, None, SampleSettings(), look).x, expected)
     assert most == first
-    assert list(engine._packed) == [model.blocks[0]]
+    assert list(engine.weights.blocks) == [model.blocks[0]]
 
 
 def test_progress_is_told_of_every_token(library: Library) -> None:

@@ -1,5 +1,7 @@
 """Build step.cpp with the user's own compiler, once a machine, and load the library.
 
+    python -m starflow.sampling.cpu.build        # before the first picture; `make` does it when it installs
+
 Contract: the library lies in the user's cache folder under a name made of the source, the flags, the compiler and the
 processor; it is written there whole. Nothing is loaded from a folder that others may write to.
 """
@@ -196,3 +198,18 @@ def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     assert handle.starflow_version() == VERSION
     return handle
+
+
+def main() -> None:
+    """Build the library where it is missing, and say where it lies, or in one line why there is none."""
+    try:
+        command = BuildCommand.here()
+        command.build()
+        said = f"compiled token loop: {command.path}"
+    except BuildError as error:
+        said = f"no compiled token loop, so sampling will be slower: {error}"
+    sys.stdout.write(f"{said}\n")
+
+
+if __name__ == "__main__":
+    main()

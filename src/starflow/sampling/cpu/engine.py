@@ -13,41 +13,29 @@ loads the library, which is built where it is missing, once a machine (`make` do
 model is so small that eager code draws a picture in a moment. A model stays with what was found then, so that a picture
 does not change from one call to the next. Several threads may sample with one model at once.
 
-Packed integer weights, and those of a model over `MAPPED_BYTES`, are kept as files in the cache folder: the next
-process packs nothing. Those of large models are mapped, so that the system may drop their pages; others are copied into
-memory, where large pages make them faster to read.
-
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import threading
 import time
 import warnings
 import weakref
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import MAPPED_BYTES
 from starflow.flow.model import Flow
-from starflow.io import files
 from starflow.nn.attention import KVCache, LayerCache
-from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, mapped_files, on_huge_pages
 from starflow.nn.quantize import WeightFormat
-from starflow.sampling.cpu.build import VERSION, BuildCommand, BuildError, Library, cache_folder
+from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
     FORMAT_NUMBERS,
     STORED,
@@ -56,11 +44,8 @@ from starflow.sampling.cpu.pack import (
     PackedBlock,
     address_of,
     bytes_of,
-    matrices_bytes,
-    pack,
-    parameter_versions,
-    write_matrices,
 )
+from starflow.sampling.cpu.packed import PackedWeights, is_plain_parameter
 from starflow.sampling.predictor import Predictor, TokenProgress, ignore_progress
 
 WORTH_BUILDING = 0.1
@@ -74,15 +59,6 @@ CALL_SECONDS = 0.2
 
 THREAD_BYTES = 2**16
 """About the bytes of weights between two barriers that are worth another thread."""
-
-PACKED_BYTES_LIMIT = 4 * 2**30
-"""Most bytes of packed weights outside of files; of a larger model only those of the block at work are kept."""
-
-SAMPLED_VALUES = 64
-"""Values of a mapped parameter that tell whether it was written to."""
-
-KEPT_SECONDS = 30 * 24 * 3600
-"""Files of packed weights that nobody used for so long are removed when another one is written."""
 
 RULE_NUMBERS = {"gaussian": 1, "linear": 2}
 """The guidance rules as step.cpp numbers them; 0 is none."""
@@ -100,16 +76,11 @@ class CpuEngine:
     """None until it is found or built."""
     disabled: bool = False
     """Whether there is only the eager path: the model is too small for a build, or the build failed."""
-    model_bytes: int = 0
-    """Of the model's parameters; over `MAPPED_BYTES`, packed weights are mapped from files."""
+    weights: PackedWeights = field(default_factory=PackedWeights)
     build_seconds: float = 0.0
     """What compiling and loading the library took."""
     compiled: bool = False
     """Whether it was compiled for this engine, rather than found."""
-    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[WeightFormat, PackedBlock]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    """Weights of each block, in its own format and in those of guesses."""
     _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
     """Whether the library covers a block, as it is in this call."""
     _work: list[Tensor] = field(default_factory=list)
@@ -118,16 +89,16 @@ class CpuEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies of a model load the library and pack weights for themselves."""
-        return CpuEngine, (self.eager_seconds, None, self.disabled, self.model_bytes)
+        return CpuEngine, (self.eager_seconds, None, self.disabled, self.weights)
 
     def without_packed(self) -> CpuEngine:
         """A new engine of the same library that has packed nothing."""
-        return CpuEngine(self.eager_seconds, self.library, self.disabled, self.model_bytes)
+        return CpuEngine(self.eager_seconds, self.library, self.disabled, PackedWeights(self.weights.model_bytes))
 
     @property
     def bytes(self) -> int:
         """Memory that the packed weights take."""
-        return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
+        return self.weights.bytes
 
     def ready(self, predictor: Predictor) -> bool:
         """Whether it can compute for this predictor: it covers block and cache, and there is a library."""
@@ -169,21 +140,22 @@ class CpuEngine:
 
     def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress) -> None:
         """Solve all predicted tokens in place; the condition is in the cache already."""
-        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress)
+        self.solve_tokens(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress)
 
     def guess(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, form: WeightFormat) -> None:
         """Solve some tokens in place with the layers' matrices rounded to a format of fewer bytes, as a guess."""
-        self._solve(predictor, x_BNC, noise_BNC, tokens, ignore_progress, form)
+        self.solve_tokens(predictor, x_BNC, noise_BNC, tokens, form=form)
 
-    def _solve(
+    def solve_tokens(
         self,
         predictor: Predictor,
         x_BNC: Tensor,
         noise_BNC: Tensor,
         tokens: range,
-        progress: TokenProgress,
+        progress: TokenProgress = ignore_progress,
         form: WeightFormat | None = None,
     ) -> None:
+        """Solve some tokens in place, given those before them, with weights in the block's own format or another."""
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         inputs = predictor.prefix_length + predictor.tokens - predictor.first
@@ -235,80 +207,14 @@ class CpuEngine:
     def packed(self, block: AutoregressiveBlock, form: WeightFormat | None = None) -> PackedBlock:
         """A block's packed weights, in its own format or another; packed anew where its parameters have changed."""
         assert self.library is not None
-        form = form or block.weight_form
-        with self._lock:
-            every = self._packed.setdefault(block, {})
-            found = every.get(form)
-            if found is None or found.versions != parameter_versions(block):
-                every.pop(form, None)
-                checksums = self._checksums(block)  # before anything is copied, as the versions
-                file = self._file(block, form, checksums)
-                if file is None:
-                    self._make_room(block)
-                mapped = file is not None and self._large
-                found = pack(block, self.library.panels, form, (lambda one: one) if mapped else _on_huge_pages, file)
-                found = every[form] = replace(found, checksums=checksums, mapped=mapped)
-            return found
-
-    @property
-    def _large(self) -> bool:
-        return self.model_bytes > MAPPED_BYTES
-
-    def _file(self, block: AutoregressiveBlock, form: WeightFormat, checksums: tuple[int, ...]) -> Path | None:
-        """The file of a block's packed matrices, which is written where it is missing; None for one that has none.
-
-        Weights that are being trained are not worth a file.
-        """
-        assert self.library is not None
-        panels = self.library.panels
-        trained = block.training and any(one.requires_grad for one in block.parameters())
-        if trained or not (self._large or form in ("int8", "int4")):
-            return None
-        known = repr((VERSION, panels, form, block.spec, checksums))
-        try:
-            file = cache_folder() / f"packed-{hashlib.sha256(known.encode()).hexdigest()[:20]}.bin"
-            if not (file.is_file() and file.stat().st_size == matrices_bytes(block, panels, form)):
-                _remove_old(file.parent)
-                with files.atomic_write(file) as temporary:
-                    write_matrices(temporary, block, panels, form)
-            os.utime(file)  # it was used today
-        except (BuildError, UserError, OSError) as error:
-            warnings.warn(f"packed weights stay in memory: {error}")
-            return None
-        return file
-
-    def _make_room(self, block: AutoregressiveBlock) -> None:
-        """Drop the other blocks' packed weights if all together are large: packing again costs little."""
-        others = [packed for every in self._packed.values() for packed in every.values() if not packed.mapped]
-        if sum(map(bytes_of, block.parameters())) + sum(one.bytes for one in others) > PACKED_BYTES_LIMIT:
-            for other in [other for other in self._packed if other is not block]:
-                del self._packed[other]
+        return self.weights.of_block(block, form or block.weight_form, self.library)
 
     def drop_changed(self) -> None:
-        """Drop packed weights whose parameters have been written to since.
-
-        Of parameters that are mapped from a file, as those of a large model are, only some values are looked at.
-        """
+        """Forget what a block is covered by, and drop packed weights whose parameters have been written to since."""
         with self._lock:
             self._covered.clear()
-            for block, every in list(self._packed.items()):
-                checksums = self._checksums(block)
-                if any(packed.checksums != checksums for packed in every.values()):
-                    del self._packed[block]
-
-    def _checksums(self, block: AutoregressiveBlock) -> tuple[int, ...]:
-        """Of each parameter a number that depends on all values, or on the file behind them and some of them."""
-        library, parameters = self.library, list(block.parameters())
-        assert library is not None
-        if not all(map(_is_plain_parameter, parameters)):
-            return (-1,)
-        origins = mapped_files(parameters) if self._large else [None] * len(parameters)
-        found = []
-        for parameter, origin in zip(parameters, origins, strict=True):
-            step = 1 if origin is None else max(1, parameter.numel() // SAMPLED_VALUES)
-            values = library.checksum(parameter.detach().flatten()[::step])
-            found.append(values if origin is None else zlib.crc32(repr((origin, values)).encode()))
-        return tuple(found)
+        if self.library is not None:
+            self.weights.drop_changed(self.library)
 
     @contextmanager
     def _call(
@@ -349,9 +255,9 @@ def cpu_engine_of(model: Flow) -> CpuEngine:
     found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.runtime_cache["engine"] = CpuEngine(
-            tokens * sum(map(_pass_seconds, model.iter_blocks())), model_bytes=sum(map(bytes_of, model.parameters()))
-        )
+        weights = PackedWeights(sum(map(bytes_of, model.parameters())))
+        found = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())), weights=weights)
+        model.runtime_cache["engine"] = found
     found.drop_changed()
     return found
 
@@ -381,25 +287,11 @@ def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
 
-def _remove_old(folder: Path) -> None:
-    """Remove the packed weights that nobody used for long."""
-    for file in folder.glob("packed-*.bin"):
-        if file.stat().st_mtime < time.time() - KEPT_SECONDS:
-            file.unlink(missing_ok=True)
-
-
 def _format_number(block: AutoregressiveBlock, packed: PackedBlock, library: Library) -> int:
     """How step.cpp is to multiply: a network in bfloat16 has its products in bfloat16, where the processor can."""
     if packed.form == "bfloat16" and block.proj_in.weight.dtype == torch.bfloat16 and library.multiplies_bfloat16:
         return FORMAT_NUMBERS["bfloat16 products"]
     return FORMAT_NUMBERS[packed.form]
-
-
-def _on_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy in memory that is asked for in huge pages: the panels are read as one long stream."""
-    if tensor.nbytes < HUGE_PAGE_THRESHOLD:
-        return tensor
-    return on_huge_pages(torch.empty_like(tensor)).copy_(tensor)
 
 
 def covers_block(block: AutoregressiveBlock) -> bool:
@@ -409,7 +301,7 @@ def covers_block(block: AutoregressiveBlock) -> bool:
         dtype in SUPPORTED_DTYPES
         and block.spec.layer.head_dim % 2 == 0
         and block.as_built
-        and all(_is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
+        and all(is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
 
 
@@ -421,11 +313,6 @@ def covers_cache(cache: KVCache, block: AutoregressiveBlock) -> bool:
     alike = all(one.dtype == first.dtype and one.shape == wanted and one.is_contiguous() for one in tensors)
     on_host = all(one.device.type == "cpu" for one in tensors)
     return alike and on_host and first.dtype in SUPPORTED_DTYPES and len(cache.layers) == block.spec.layers
-
-
-def _is_plain_parameter(parameter: Tensor) -> bool:
-    """Whether its values are plain numbers in the memory of a CPU."""
-    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
 
 
 def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from starflow.flow.quantize import set_weight_format
 from starflow.nn.quantize import WeightFormat, quantize, rounded
-from starflow.sampling.cpu import engine as engine_module
+from starflow.sampling.cpu import packed as packed_module
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.cpu.engine import KEPT_SECONDS, CpuEngine
+from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.cpu.pack import MATRICES, PanelLayout, matrices_bytes, pack
+from starflow.sampling.cpu.packed import KEPT_SECONDS, PackedWeights
 from starflow.sampling.policy import SampleSettings
 from tests.sampling.cpu.common import drawn, engine_for
 from tests.sampling.cpu.test_engine import text_case
@@ -53,7 +54,7 @@ def read(packed: Tensor, form: WeightFormat, panel: int, output: int, number: in
 
 
 def engine_of(library: Library, size: int = 0) -> CpuEngine:
-    return CpuEngine(1.0, library, model_bytes=size)
+    return CpuEngine(1.0, library, weights=PackedWeights(size))
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
@@ -68,7 +69,7 @@ def test_integers_are_packed_once_a_machine(
     def pack_again(*_given: object) -> None:
         raise AssertionError("it is there")
 
-    monkeypatch.setattr(engine_module, "write_matrices", pack_again)
+    monkeypatch.setattr(packed_module, "write_matrices", pack_again)
     again = text_case()
     set_weight_format(again.model.eval().requires_grad_(False), form)
     assert torch.equal(drawn(again, SampleSettings(1.0), library), first)
@@ -79,7 +80,7 @@ def test_integers_are_packed_once_a_machine(
 def test_matrices_from_a_file_are_those_that_are_packed(
     library: Library, empty_cache: Path, form: WeightFormat, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(packed_module, "MAPPED_BYTES", 1)
     block = next(text_case(use_swiglu=True).model.eval().iter_blocks())
     found, expected = engine_of(library, 2 * large).packed(block, form), pack(block, library.panels, form)
     assert found.mapped is large
@@ -119,7 +120,7 @@ def test_weights_in_training_and_a_full_disk_leave_no_file(
     def full(*_given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine_module, "write_matrices", full)
+    monkeypatch.setattr(packed_module, "write_matrices", full)
     with pytest.warns(UserWarning, match="packed weights stay in memory: cannot write .*No space left"):
         found = engine_for(library).packed(block.eval(), "int8")
     assert list(empty_cache.iterdir()) == []
