@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from starflow.bench.limits import measure_limits, sampling_work
+from starflow.bench.train import architecture
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.config import config_to_dict, preset
+from starflow.flow.config import config_to_dict
 from starflow.flow.model import STARFlow, build
 from starflow.flow.quantize import set_weight_format
 from starflow.io import weights
@@ -37,7 +38,7 @@ from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor
 from starflow.sampling.sampler import branch_conditions, noise_from_seeds, run
 
-NAME, GUIDANCE, SECONDS_A_RUN = "starflow-t2i-3b", 3.0, 1.0
+GUIDANCE, SECONDS_A_RUN = 3.0, 1.0
 
 BANDWIDTHS = (10, 20, 40, 60, 100, 200)
 """GB/s of a large read: a laptop with one channel of memory has about 20, with two about 40 to 60, and up to 200."""
@@ -59,9 +60,9 @@ class MemoryWatch(threading.Thread):
             time.sleep(0.1)
 
 
-def make(folder: Path) -> dict[str, Any]:
+def make(folder: Path, name: str) -> dict[str, Any]:
     """Write a model of random weights, small enough that nothing overflows."""
-    config = preset(NAME).config
+    config = architecture(name)
     with torch.device("meta"):
         shapes = {name: held.shape for name, held in build(config).state_dict().items()}
     pool = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -128,9 +129,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def time_block(
     model: STARFlow, block: AutoregressiveBlock, number: int, conditions: Tensor, pool: CachePool
 ) -> dict[str, float]:
-    """Seconds of the condition's pass and of a token at the start and at the end of a block; between them it is linear."""
+    """Seconds of the condition's pass and of a token at both ends of a block; between them it is linear."""
     shape = (model.config.in_channels, model.config.img_size, model.config.img_size)
-    noise_BNC, grid = model.to_tokens(noise_from_seeds([0], shape))
+    tokens, grid = model.to_tokens(noise_from_seeds([0], shape))
+    noise_BNC = tokens.contiguous()
     guidance = SampleSettings(GUIDANCE).guidance_for(noise_BNC) if model.guided_blocks[number] else None
     given = branch_conditions(model, conditions[0], conditions[1], 1, guidance)
     table = model.block_rotary(block, model.rotary(grid))
@@ -155,9 +157,9 @@ def time_block(
     }
 
 
-def table() -> dict[str, Any]:
+def table(name: str) -> dict[str, Any]:
     """Minutes of a guided picture of 256 px, from the bytes that have to be read, at each bandwidth."""
-    config = preset(NAME).config
+    config = architecture(name)
     with torch.device("meta"):
         model = build(config).to(torch.bfloat16)
     found: dict[str, Any] = {}
@@ -176,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("make", "time", "table"))
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--shape", default="starflow-t2i-3b", help="the name of a preset, or 57m, to make")
     parser.add_argument("--weights", choices=("bfloat16", "int8", "int4"), default="int8")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--whole", action="store_true", help="draw a whole picture as well")
@@ -183,11 +186,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.stage == "table":
-        print(json.dumps(table()))
+        print(json.dumps(table(options.shape)))
         return
     if options.folder is None:
         sys.exit("name the folder of the model")
-    print(json.dumps(make(options.folder) if options.stage == "make" else measure(options.folder, options)))
+    print(
+        json.dumps(make(options.folder, options.shape) if options.stage == "make" else measure(options.folder, options))
+    )
 
 
 if __name__ == "__main__":

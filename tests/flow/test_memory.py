@@ -108,6 +108,8 @@ def test_a_large_text_encoder_is_gone_before_pictures_and_a_small_one_stays() ->
     assert small.peak == plain.peak + small.text_encoder
     tiny = memory.sampling_memory(config, 1, tokens=4, text_encoder="google/flan-t5-xl", dtype="bfloat16")
     assert tiny.peak == tiny.weights + tiny.text_encoder
+    away = memory.sampling_memory(config, 1, tokens=4, text_encoder="google/flan-t5-xl", dtype="bfloat16", offload=True)
+    assert away.peak == away.weights + away.cache + away.activations, "offloaded weights are not beside the encoder"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -114,23 +114,25 @@ class SamplingMemory:
     unpacked: int
     """Weights that a CPU holds beside the packed copies, in their precision; 0 where both are mapped from files."""
 
+    beside_encoder: int
+    """Weights that are on the device while prompts are encoded: none that are offloaded."""
+
     @property
     def peak(self) -> int:
         """The most at any time on a device that computes from `weights`."""
-        return self.weights + self._beside_weights
+        return self._most(self.weights, self.beside_encoder)
 
     @property
     def cpu_peak(self) -> int:
         """The most at any time on a CPU. Mapped weights that are not at work count nothing: the system drops them."""
-        return self.unpacked + self.packed + self._beside_weights
+        return self._most(self.unpacked + self.packed, self.unpacked)
 
-    @property
-    def _beside_weights(self) -> int:
+    def _most(self, weights: int, beside_encoder: int) -> int:
         """Caches stay while a batch is cleaned and decoded; a large text encoder is gone before there are any."""
-        sampling = self.cache + max(self.activations, self.denoising, self.decoding)
+        sampling = weights + self.cache + max(self.activations, self.denoising, self.decoding)
         if self.text_encoder < KEPT_ENCODER_BYTES:
             return self.autoencoder + self.text_encoder + sampling
-        return self.autoencoder + max(self.text_encoder, sampling)
+        return self.autoencoder + max(beside_encoder + self.text_encoder, sampling)
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def sampling_memory(
         TEXT_ENCODER_BYTES.get(text_encoder, 0),
         0 if offload else packed_bytes(config, dtype, weights),
         0 if is_mapped(config, dtype) else weight_bytes(config, dtype),
+        0 if offload else sum(blocks),
     )
 
 
