@@ -131,8 +131,8 @@ def time_block(
 ) -> dict[str, float]:
     """Seconds of the condition's pass and of a token at both ends of a block; between them it is linear."""
     shape = (model.config.in_channels, model.config.img_size, model.config.img_size)
-    tokens, grid = model.to_tokens(noise_from_seeds([0], shape))
-    noise_BNC = tokens.contiguous()
+    whole, grid = model.to_tokens(noise_from_seeds([0], shape))
+    noise_BNC = whole.contiguous()
     guidance = SampleSettings(GUIDANCE).guidance_for(noise_BNC) if model.guided_blocks[number] else None
     given = branch_conditions(model, conditions[0], conditions[1], 1, guidance)
     table = model.block_rotary(block, model.rotary(grid))
