@@ -46,7 +46,7 @@ def test_a_rounded_model_is_one_with_rounded_layers(form: WeightFormat) -> None:
     assert torch.equal(denoise(model, x, condition), denoise(expected, x, condition))
     for solver in ("sequential", "jacobi"):
         ours, theirs = (sample(one, x, condition, condition * 0, 1.0, solver) for one in (model, expected))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("form", ROUNDED)
