@@ -58,6 +58,7 @@ $(STAMP): requirements/lock.txt requirements/lock-data.txt pyproject.toml
 	@$(VENV)/bin/python -m pip install -r requirements/lock.txt
 	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-data.txt
 	@$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@$(VENV)/bin/python -m starflow.sampling.cpu.build
 	@touch $@
 
 # Needs uv (pip install uv). Pins already in the lock are kept: delete a line to renew it, after moving LOCK_DATE.

@@ -1,4 +1,4 @@
-"""Write what `starflow bench sample --output FILE`, `growth.py` and `int8.py` measured into docs/performance.md.
+"""Write what `starflow bench sample --output FILE`, `growth.py` and `weights.py` measured into docs/performance.md.
 
     python benchmarks/document.py benchmarks/results/*.json
 
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.files:
         report = json.loads(path.read_text(encoding="utf-8"))
-        write = growth if "sweeps" in report else int8 if "int8" in report else section
+        write = growth if "sweeps" in report else weights if "formats" in report else section
         fill(options.document, path.stem, write(report))
         print(f"{path} -> {options.document}")
 
@@ -124,17 +124,23 @@ def others(report: dict[str, Any]) -> list[str]:
     return rows
 
 
-def int8(report: dict[str, Any]) -> str:
-    """What rounding costs, in a paragraph."""
-    before, after = (size / 2**20 for size in report["weight_bytes"])
-    return (
-        f"`{report['model']}`: weights of {after:.1f} MiB instead of {before:.1f}. {report['pictures']} held-out "
-        f"pictures: {report['nats_per_dim']:.3f} nats a dimension, {report['nats_per_dim_change']:+.5f} by rounding "
-        f"(of one picture at most {report['nats_per_dim_change_largest']:.5f}). {report['samples']} samples of equal "
-        f"seeds, guidance {report['guidance']:g}: latents {report['latents_apart_mean']:.1%} apart (at most "
-        f"{report['latents_apart_largest']:.1%}), pictures {report['decibels_mean']:.1f} dB (at least "
-        f"{report['decibels_least']:.1f}).\n\nCommand: `{report['command']}`."
-    )
+def weights(report: dict[str, Any]) -> str:
+    """What every format costs: a paragraph and a table."""
+    lines = [
+        f"`{report['model']}`: {report['pictures']} held-out pictures take {report['nats_per_dim']:.3f} nats/dim "
+        f"with float32 weights ({report['weight_bytes'] / 2**20:.1f} MiB). {report['samples']} samples of equal seeds, "
+        f"guidance {report['guidance']:g}.",
+        "",
+        "| weights | MiB | nats/dim lost | of one picture at most | latents apart, mean | at most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in report["formats"].items():
+        lines.append(
+            f"| {name} | {one['weight_bytes'] / 2**20:.1f} | {one['nats_per_dim_change']:+.5f} ± "
+            f"{one['standard_error']:.5f} | {one['nats_per_dim_change_largest']:.5f} | "
+            f"{one['latents_apart_mean']:.1%} | {one['latents_apart_largest']:.1%} |"
+        )
+    return "\n".join([*lines, "", f"Command: `{report['command']}`."])
 
 
 NEEDS = ("weights", "cache", "arithmetic")

@@ -44,10 +44,10 @@ def test_weights_and_caches_are_those_predicted(monkeypatch: pytest.MonkeyPatch)
 def test_packed_copies_are_those_predicted() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         model = randomised(CONFIG, 0).to(dtype)
-        packed = sum(pack(block, PanelLayout(16, 8)).bytes for block in model.iter_blocks())
+        packed = sum(pack(block, PanelLayout(16)).bytes for block in model.iter_blocks())
         predicted = memory.packed_bytes(CONFIG, name)  # type: ignore[arg-type]
         assert predicted <= packed <= 1.01 * predicted, "more than panels filled up"
-    assert memory.packed_bytes(CONFIG, "float32", int8=True) < memory.packed_bytes(CONFIG, "float32") / 2
+    assert memory.packed_bytes(CONFIG, "float32", "int8") < memory.packed_bytes(CONFIG, "float32") / 2
 
 
 @LINUX

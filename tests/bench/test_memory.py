@@ -52,7 +52,7 @@ def test_every_scenario_has_its_own_row(tmp_path: Path) -> None:
     assert found["parameters"] == memory.parameter_count(config)
     rows = {(row["kind"], row["batch"]): row for row in found["sampling"]}
     assert len(rows) == len(SCENARIOS) * len(BATCHES)
-    single = memory.sampling_memory(config, 4, guided=True, autoencoder=memory.AUTOENCODERS["pixels"])
+    single = memory.sampling_memory(config, 4, guided=True, autoencoder=memory.AUTOENCODERS["pixels"], denoised=True)
     assert rows["float32", 4]["peak"] == single.peak
     assert rows["bfloat16", 4]["weights"] * 2 == rows["float32", 4]["weights"]
     assert rows["bfloat16 offload", 4]["weights"] < rows["bfloat16", 4]["weights"]

@@ -147,7 +147,7 @@ def test_ceilings() -> None:
 
 def test_a_folder_without_baselines_is_refused(tmp_path: Path) -> None:
     task = DrawTask(build(SMALL), torch.zeros(1, 2, 4, 4), None, None, 0.0)
-    with pytest.raises(UserError, match=r"has none of textbook.py, dit.py: name a folder of baselines"):
+    with pytest.raises(UserError, match=r"has none of textbook.py, compiled.py, dit.py: name a folder of baselines"):
         load_baselines(tmp_path, task)
 
 

@@ -26,7 +26,7 @@ def test_the_figures_fit_each_other(config: STARFlowConfig | TarFlowConfig, monk
     ticks = itertools.count()
     monkeypatch.setattr("starflow.bench.train.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     monkeypatch.setattr("starflow.bench.train.MatrixProduct.rate", lambda _: 1e12)
-    speed = measure(config, TrainSettings(steps=3, batch=4), World())
+    speed = measure(config, TrainSettings(precision="float32", steps=3, batch=4), World())
     assert (speed.first_update, speed.update) == (3.0, 3.0)
     assert speed.forward == speed.backward == speed.optimiser == 1.0
     assert speed.product_flops_per_second == 1e12

@@ -1,4 +1,4 @@
-"""The baselines of benchmarks/ are fair: the textbook decoder draws our pictures, the DiT has our parameters."""
+"""The baselines of benchmarks/ are fair: the decoders draw our pictures, the DiT has our parameters."""
 
 from __future__ import annotations
 
@@ -28,17 +28,29 @@ def module(name: str) -> ModuleType:
     return found
 
 
-TEXTBOOK = module("textbook")
+TEXTBOOK, COMPILED = module("textbook"), module("compiled")
 
 
 @settings(max_examples=30, derandomize=True)
 @given(case=cases(torch.float32))
-def test_the_textbook_decoder_draws_the_same_pictures(case: Case) -> None:
+def test_both_decoders_draw_the_same_pictures(case: Case) -> None:
     weight = 0.0 if case.condition is None else 1.5
     null = torch.full((2,), -1) if case.null_condition is None and case.condition is not None else case.null_condition
     task = DrawTask(case.model, case.x, case.condition, null, weight)
     ours = sample(case.model, case.x, case.condition, null, weight)
     torch.testing.assert_close(TEXTBOOK.decode(task), ours, rtol=1e-4, atol=2e-5)
+    if case.null_condition is not None or case.condition is None:
+        static = COMPILED.CompiledDecoder(task, compile=False)
+        for _ in range(2):  # the second batch finds the caches of the first
+            torch.testing.assert_close(static.decode(), ours, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_compiling_changes_nothing() -> None:
+    config = STARFlowConfig(in_channels=2, img_size=4, channels=48, head_dim=24, num_blocks=2, layers_per_block=1)
+    task = DrawTask(randomised(config, 0).requires_grad_(False), torch.randn(2, 2, 4, 4), None, None, 0.0)
+    compiled, eager = (COMPILED.CompiledDecoder(task, compile=one).decode() for one in (True, False))
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=2e-5)
 
 
 def test_both_are_found_and_the_dit_is_as_large_as_the_model() -> None:
@@ -49,7 +61,7 @@ def test_both_are_found_and_the_dit_is_as_large_as_the_model() -> None:
     model = randomised(config, 0)
     task = DrawTask(model, torch.randn(2, 4, 8, 8), torch.randn(2, 2, 4), torch.zeros(2, 2, 4), 2.0)
     found = {one.name: one for one in load_baselines(FOLDER, task)}
-    assert list(found) == ["textbook decoder", "DiT, 50 steps", "DiT, 250 steps"]
+    assert list(found) == ["textbook decoder", "compiled static-cache decoder", "DiT, 50 steps", "DiT, 250 steps"]
     assert found["DiT, 250 steps"].scale == pytest.approx(5 * found["DiT, 50 steps"].scale)
     drawn = found["DiT, 50 steps"].action()
     assert isinstance(drawn, torch.Tensor)

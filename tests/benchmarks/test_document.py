@@ -56,7 +56,7 @@ def test_it_goes_into_its_own_place_and_again(tmp_path: Path) -> None:
 
 def test_the_document_has_a_place_for_every_command_it_names() -> None:
     text = document.DOCUMENT.read_text()
-    for name in ("sample", "sample-trained", "sample-glyphs", "growth", "int8"):
+    for name in ("sample", "sample-trained", "sample-glyphs", "growth", "weights"):
         assert f"benchmarks/results/{name}.json" in text
         assert f"<!-- {name} -->" in text
         assert f"<!-- /{name} -->" in text

@@ -112,11 +112,11 @@ def test_memory_of_a_hub_model_fetches_its_configurations_alone(
 
 
 def test_a_row_of_memory_names_what_it_fits() -> None:
-    row = {"kind": "bfloat16", "peak": 5 * 2**30, "packed": 2 * 2**30}
+    row = {"kind": "bfloat16", "peak": 5 * 2**30, "cpu_peak": 7 * 2**30}
     available = {"this machine": 7 * 2**30, "a card": 6 * 2**30}
     assert _fits(row, available) == "   6"  # the packed copies are this machine's alone
-    assert _fits({**row, "packed": 0}, available) == "  6*"
-    assert _fits({**row, "packed": 0, "kind": "int8 offload"}, available) == "   6"
+    assert _fits({**row, "cpu_peak": 5 * 2**30}, available) == "  6*"
+    assert _fits({**row, "cpu_peak": 5 * 2**30, "kind": "int8 offload"}, available) == "   6"
     assert _fits({**row, "peak": 500 * 2**30}, available) == "   -"
 
 

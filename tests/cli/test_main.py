@@ -80,6 +80,8 @@ def test_the_module_is_the_command() -> None:
         (["generate", "--sed", "1"], ["unknown option '--sed'", "'--seed'"]),
         (["generate", "--zzz", "1"], ["unknown option '--zzz'", "starflow generate --help"]),
         (["generate", "--num", "1"], ["unknown option '--num'"]),
+        (["generate", "a cat", "--int8"], ["--int8 is now --weights int8: write that instead"]),
+        (["generate", "a cat", "--weights", "int3"], ["--weights is 'int3'", "int8, int4"]),
         (["generate", "a", "b"], ["unexpected argument 'b'", "in quotes"]),
         (["generate", "--seed", "x"], ["--seed is 'x'", "a whole number"]),
         (["generate", "--guidance", "much"], ["--guidance is 'much'", "a number"]),

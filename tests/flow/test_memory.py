@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import weakref
@@ -20,8 +21,10 @@ from starflow.cli.main import main
 from starflow.errors import UserError
 from starflow.flow import memory
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig
-from starflow.flow.model import STARFlow, build
+from starflow.flow.model import build
 from starflow.nn.attention import CachePool
+from starflow.nn.quantize import WeightFormat
+from starflow.sampling.denoise import denoise
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
 from starflow.train.distributed import checkpoint_activations
@@ -72,17 +75,60 @@ def test_packed_weights_are_the_layers_matrices_and_all_else_in_float32(
         rest = sum(one.numel() for part in parts for one in part.parameters()) - matrices
         expected.append(memory.BYTES[dtype] * matrices + 4 * rest)
     assert memory.packed_bytes(config, dtype) == sum(expected)
-    if len(expected) > 1:
-        assert memory.packed_bytes(config, dtype, int8=True) == sum(expected[:-1])
+    assert memory.packed_bytes(config, dtype, "int8") < memory.packed_bytes(config, dtype)
 
 
-def test_of_a_large_model_only_what_works_is_packed() -> None:
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_of_a_large_model_only_what_works_is_in_memory(weights: WeightFormat | None) -> None:
+    """The packed copies of the other blocks and the weights themselves are mapped from files."""
     config = PRESETS["starflow-t2i-3b"].config
     deep = config.num_blocks - 1
-    assert memory.packed_bytes(config, "float32") == pytest.approx(
-        memory.block_bytes(config, deep, "float32"), rel=0.01
+    assert memory.packed_bytes(config, "bfloat16", weights) == pytest.approx(
+        memory.block_bytes(config, deep, "bfloat16", weights), rel=0.01
     )
-    assert memory.packed_bytes(config, "bfloat16", int8=True) < memory.PACKED_BYTES_LIMIT
+    found = memory.sampling_memory(config, 1, dtype="bfloat16", weights=weights, iterated=False)
+    assert found.unpacked == 0
+    assert found.cpu_peak == found.packed + found.cache + found.activations
+
+
+def test_a_small_model_is_in_memory_twice_on_a_cpu() -> None:
+    config = PRESETS["tarflow-afhq-256"].config
+    small = dataclasses.replace(config, channels=128)
+    found = memory.sampling_memory(small, 1, weights="int8")
+    assert found.unpacked == memory.weight_bytes(small, "float32") > found.weights > found.packed / 2
+
+
+def test_a_large_text_encoder_is_gone_before_pictures_and_a_small_one_stays() -> None:
+    config = PRESETS["starflow-t2i-3b"].config
+    plain = memory.sampling_memory(config, 4, dtype="bfloat16")
+    large = memory.sampling_memory(config, 4, dtype="bfloat16", text_encoder="google/flan-t5-xl")
+    small = memory.sampling_memory(config, 4, text_encoder="sentence-transformers/all-MiniLM-L6-v2", dtype="bfloat16")
+    assert large.text_encoder > memory.KEPT_ENCODER_BYTES > small.text_encoder > 0
+    assert large.peak == plain.peak, "sampling four takes more than the encoder"
+    assert small.peak == plain.peak + small.text_encoder
+    tiny = memory.sampling_memory(config, 1, tokens=4, text_encoder="google/flan-t5-xl", dtype="bfloat16")
+    assert tiny.peak == tiny.weights + tiny.text_encoder
+    away = memory.sampling_memory(config, 1, tokens=4, text_encoder="google/flan-t5-xl", dtype="bfloat16", offload=True)
+    assert away.peak == away.weights + away.cache + away.activations, "offloaded weights are not beside the encoder"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_what_a_tweedie_step_keeps_is_about_what_is_predicted(
+    dtype: memory.Precision, *, swiglu: bool, batch: int
+) -> None:
+    """Forty pictures of 64 tokens are more than are taken at once."""
+    config = STARFlowConfig(
+        in_channels=4, img_size=8, channels=192, num_blocks=2, layers_per_block=(1, 3), txt_size=4, txt_dim=16,
+        use_swiglu=swiglu, norm_type="rms_norm" if swiglu else "layer_norm", use_qk_norm=swiglu, use_post_norm=swiglu,
+    )  # fmt: skip
+    model = build(config).requires_grad_(False).to(getattr(torch, dtype))
+    x, condition = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 16)
+    with Living() as living:
+        denoise(model, x, condition)
+    predicted = memory.sampling_memory(config, batch, dtype=dtype, denoised=True).denoising
+    assert 0.85 * living.most < predicted < 1.2 * living.most
 
 
 class Living(TorchDispatchMode):
@@ -180,30 +226,6 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
     assert whole.peak == sum(vars(whole).values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"use_swiglu": True, "norm_type": "rms_norm", "use_qk_norm": True}])
-def test_a_tweedie_step_keeps_what_autograd_does(dtype: memory.Precision, options: dict[str, Any]) -> None:
-    config = STARFlowConfig(4, 16, 128, num_blocks=2, layers_per_block=(2, 4), **options)
-    flow = STARFlow(config).to(getattr(torch, dtype)).requires_grad_(False)
-    for parameter in flow.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    own = {parameter.untyped_storage().data_ptr() for parameter in flow.parameters()}
-    kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    x = torch.randn(2, 4, 16, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = flow.log_prob(x).sum()
-    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
-    measured = sum(size for place, size in sizes.items() if place not in own)
-    assert loss.requires_grad
-    assert memory.score_bytes(config, 2, dtype) == pytest.approx(measured, rel=0.1)
-    assert memory.score_bytes(config, 2, dtype, offload=True) < 0.6 * measured
-
-
 @DRAWN
 @given(batch=st.integers(1, 64), guided=st.booleans())
 def test_less_precision_and_smaller_tiles_take_less(batch: int, guided: bool) -> None:
@@ -213,9 +235,9 @@ def test_less_precision_and_smaller_tiles_take_less(batch: int, guided: bool) ->
         known = {"guided": guided, "autoencoder": coder}
         return memory.sampling_memory(config, batch, **known, **options).peak  # type: ignore[arg-type]
 
-    assert peak(dtype="bfloat16", int8=True) < peak(dtype="bfloat16") < peak(cache_dtype="bfloat16") < peak()
+    assert peak(dtype="bfloat16", weights="int8") < peak(dtype="bfloat16") < peak(cache_dtype="bfloat16") < peak()
     assert peak(tile=16) <= peak()
-    assert peak(dtype="bfloat16", int8=True, offload=True) < peak(dtype="bfloat16", offload=True)
+    assert peak(dtype="bfloat16", weights="int8", offload=True) < peak(dtype="bfloat16", offload=True)
     assert peak(dtype="bfloat16", offload=True) < peak(dtype="bfloat16")
 
 
@@ -223,10 +245,10 @@ def test_the_released_model_fits_8_gb_of_a_gpu_with_int8_and_offload() -> None:
     """Of 8 GB a driver's context takes a part; a batch of one, guided, with its cache and sd-vae."""
     config, coder = PRESETS["starflow-t2i-3b"].config, memory.AUTOENCODERS["diffusers_kl"]
     whole = memory.sampling_memory(config, 1, dtype="bfloat16", autoencoder=coder)
-    small = memory.sampling_memory(config, 1, dtype="bfloat16", int8=True, offload=True, autoencoder=coder)
+    small = memory.sampling_memory(config, 1, dtype="bfloat16", weights="int8", offload=True, autoencoder=coder)
     assert whole.peak > 8e9
     assert small.peak < 6e9
-    assert small.weights == max(memory.block_bytes(config, block, "bfloat16", int8=True) for block in range(6))
+    assert small.weights == max(memory.block_bytes(config, block, "bfloat16", "int8") for block in range(6))
 
 
 def test_impossible_amounts_are_refused() -> None:
@@ -242,7 +264,7 @@ def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.Capt
     assert main(["info", model, "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {row["kind"] for row in facts["sampling"]} == {
-        "float32", "bfloat16", "int8", "bfloat16 offload", "int8 offload",
+        "float32", "bfloat16", "int8", "int4", "bfloat16 offload", "int8 offload",
     }  # fmt: skip
     assert {row["gpus"] for row in facts["training"]} == {1, 8, 64}
     assert main(["info", model, "--memory"]) == 0
@@ -254,6 +276,10 @@ def test_a_published_repository_is_known_without_a_network(capsys: pytest.Captur
     assert main(["info", "apple/starflow", "--memory", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == memory.parameter_count(PRESETS["starflow-t2i-3b"].config)
-    assert facts["text_encoder"] == {"source": "google/flan-t5-xl", "bytes": 2_447_054_848}
+    assert facts["text_encoder"] == "google/flan-t5-xl"
+    assert {row["text_encoder"] for row in facts["sampling"]} == {2_447_054_848}
+    assert facts["denoised"]
     assert main(["info", "apple/starflow", "--memory"]) == 0
-    assert "google/flan-t5-xl takes 2.28 GiB before that, and is freed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2.84" in out, "autoencoder, decoding and text encoder"
+    assert "released before pictures are drawn" in out

@@ -16,7 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from starflow.nn import cpu
-from starflow.nn.cpu import HUGE_PAGE_BYTES, HUGE_PAGE_THRESHOLD, cpu_lines, cpu_name, has_bfloat16, on_huge_pages
+from starflow.nn.cpu import (
+    HUGE_PAGE_BYTES,
+    HUGE_PAGE_THRESHOLD,
+    MappedFile,
+    cpu_lines,
+    cpu_name,
+    has_bfloat16,
+    mapped_files,
+    multiplies_bfloat16,
+    on_huge_pages,
+)
+from starflow.train.settings import TrainSettings, network_dtype
 
 ON_GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 
@@ -151,6 +162,37 @@ def test_this_processor_has_bfloat16_if_its_vectors_are_wide() -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("other processors have other names for it")
     assert has_bfloat16(torch.device("cpu")) == (torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("flags\t: avx512f avx512_bf16", True), ("flags\t: avx2 avx512f", False), ("Features\t: asimd bf16", True)],
+)
+def test_a_processor_multiplies_bfloat16_if_it_has_the_instructions(
+    flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"{flags}\n")
+    monkeypatch.setattr(cpu, "CPU_LISTING", tmp_path / "cpuinfo")
+    assert multiplies_bfloat16(torch.device("cpu")) is expected
+    low = torch.bfloat16 if expected else torch.float32
+    assert network_dtype(TrainSettings(steps=1), torch.device("cpu")) == low
+    assert network_dtype(TrainSettings(steps=1, precision="float32"), torch.device("cpu")) == torch.float32
+    assert network_dtype(TrainSettings(steps=1, precision="bfloat16"), torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(cpu, "CPU_LISTING", tmp_path / "nothing")
+    assert not multiplies_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc of Linux")
+def test_a_mapped_tensor_tells_its_file_and_place(tmp_path: Path) -> None:
+    path, count = tmp_path / "some numbers", 4 * mmap.PAGESIZE
+    path.write_bytes(bytes(count))
+    tensor = torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
+    whole, part, other = mapped_files([tensor, tensor[mmap.PAGESIZE + 64 :], torch.zeros(4)])
+    assert other is None
+    assert whole == MappedFile(str(path), count, path.stat().st_mtime_ns, path.stat().st_ino, 0)
+    assert part == whole._replace(offset=mmap.PAGESIZE + 64)
+    path.unlink()
+    assert mapped_files([tensor]) == [None], "what is gone has no name that another process could find"
 
 
 def test_the_processors_name_and_flags_are_those_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ POLICIES = st.builds(
     st.just("jacobi"),
     st.sampled_from([None, 1, 3]),
     st.sampled_from([None, 1, 2]),
-    st.sampled_from(["noise", "zero", "previous", "gaussian", "rounded"]),
+    st.sampled_from(["noise", "zero", "previous", "gaussian", "int8"]),
     st.booleans(),
 )
 

@@ -17,7 +17,15 @@ from starflow.train.run import read_log
 from starflow.train.settings import TrainSettings, generator
 
 SETTINGS = TrainSettings(
-    steps=12, batch=4, lr=0.05, warmup=2, average=0.9, evaluate_every=5, sample_every=6, checkpoint_every=4
+    precision="float32",
+    steps=12,
+    batch=4,
+    lr=0.05,
+    warmup=2,
+    average=0.9,
+    evaluate_every=5,
+    sample_every=6,
+    checkpoint_every=4,
 )
 
 

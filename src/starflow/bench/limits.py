@@ -40,8 +40,9 @@ from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.attention import CachePool
 from starflow.nn.cpu import return_freed_memory
+from starflow.nn.quantize import STORED_BYTES
 from starflow.sampling.calibrate import synchronize
-from starflow.sampling.cpu.engine import CpuEngine, cpu_engine_of
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.cpu.pack import bytes_of
 from starflow.train.run import MatrixProduct
 
@@ -60,7 +61,7 @@ RESET_PEAK = "5"
 """What Linux takes, written to `CLEAR`, as the wish to record the peak of memory anew."""
 
 
-BASELINE_FILES = ("textbook", "dit")
+BASELINE_FILES = ("textbook", "compiled", "dit")
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: i
     seen = inputs * prefix + inputs * (inputs + 1) // 2  # keys that all tokens together attend to
     seen_before = prefix * (prefix + 1) // 2
     stack, ends = _matrix_entries(block.attn_blocks), _matrix_entries(block.proj_in) + _matrix_entries(block.proj_out)
-    size = block.proj_in.weight.element_size()
+    size, form = block.proj_in.weight.element_size(), block.weight_form
     cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
-    read = (inputs + bool(prefix)) * _parameter_bytes(block.attn_blocks) + inputs * ends * size + seen * cache
+    weights = _parameter_bytes(block.attn_blocks)
+    weights += int(stack * (STORED_BYTES[form] - size))
+    read = (inputs + bool(prefix)) * weights + inputs * ends * size + seen * cache
     attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
     return SamplingWork(float(read), float(rows * (2 * (inputs + prefix) * stack + 2 * inputs * ends + attention)))
 
@@ -169,8 +172,8 @@ class Footprint:
 
     @property
     def predicted_peak(self) -> int:
-        """The predicted peak, with packed copies where the compiled loop made some."""
-        return self.predicted.peak + (self.predicted.packed if self.packed else 0)
+        """The predicted peak, of a CPU where the compiled loop packed weights."""
+        return self.predicted.cpu_peak if self.packed else self.predicted.peak
 
 
 @dataclass
@@ -205,7 +208,7 @@ def measure_footprint(
 
     parameter, engine = next(model.parameters()), cpu_engine_of(model)
     if engine.library is not None:  # without the rounded copies of other solvers
-        model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+        model.runtime_cache["engine"] = engine.without_packed()
     picture(CachePool())  # packs weights, and makes what stays
     caches = CachePool()
     with track_memory(parameter.device) as found:
@@ -217,8 +220,15 @@ def measure_footprint(
     if autoencoder is not None:
         known = AUTOENCODERS[autoencoder.spec.kind]
         shape = memory.AutoencoderShape(coder // 4, known.factor, known.pixel_bytes, known.reach)
+    form = next(iter(model.iter_blocks())).weight_form
     predicted = memory.sampling_memory(
-        model.config, batch, guided=guided, dtype=dtype, iterated=False, autoencoder=shape
+        model.config,
+        batch,
+        guided=guided,
+        dtype=dtype,
+        weights=None if form == dtype else form,
+        iterated=False,
+        autoencoder=shape,
     )
     peak = None if found.bytes is None else weights + packed + coder + found.bytes
     return Footprint(batch, weights, packed, caches.bytes, coder, peak, predicted)

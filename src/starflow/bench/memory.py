@@ -22,6 +22,7 @@ from starflow.flow.memory import AUTOENCODERS, AutoencoderShape, Precision, Shar
 from starflow.io import files
 from starflow.io.hub import HubError, HubOptions, snapshot
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
+from starflow.nn.quantize import WeightFormat
 from starflow.pipeline.locate import find_model, is_release
 from starflow.published.convert import RELEASES
 from starflow.train.init_from import expected_flow
@@ -37,16 +38,17 @@ class MemoryScenario:
 
     name: str
     dtype: Precision
-    int8: bool = False
+    weights: WeightFormat | None = None
     offload: bool = False
 
 
 SCENARIOS = (
     MemoryScenario("float32", "float32"),
     MemoryScenario("bfloat16", "bfloat16"),
-    MemoryScenario("int8", "bfloat16", int8=True),
+    MemoryScenario("int8", "bfloat16", "int8"),
+    MemoryScenario("int4", "bfloat16", "int4"),
     MemoryScenario("bfloat16 offload", "bfloat16", offload=True),
-    MemoryScenario("int8 offload", "bfloat16", int8=True, offload=True),
+    MemoryScenario("int8 offload", "bfloat16", "int8", offload=True),
 )
 
 TRAINING_LAYOUTS: tuple[tuple[Sharding, int], ...] = (
@@ -57,9 +59,6 @@ TRAINING_LAYOUTS: tuple[tuple[Sharding, int], ...] = (
     ("sharded", 64),
 )
 """How weights lie on the GPUs, and how many there are."""
-
-TWEEDIE_BATCH = 4
-"""Pictures that a Tweedie step cleans at once."""
 
 TRAINING_BATCH = 8
 """Pictures a GPU and pass."""
@@ -94,10 +93,7 @@ def predict_memory(model: str) -> dict[str, Any]:
         "guided": guided,
     }
     sampling = [_sampling(shape, scenario, batch, guided=guided) for scenario in SCENARIOS for batch in BATCHES]
-    facts["tweedie"] = [
-        {"kind": one.name, "batch": TWEEDIE_BATCH, "bytes": _tweedie_bytes(config, one)} for one in SCENARIOS
-    ]
-    facts |= {"available": available(), "text_encoder": _text_encoder(shape.text_encoder)}
+    facts |= {"available": available(), "text_encoder": shape.text_encoder, "denoised": shape.denoised}
     return facts | {"training_batch": TRAINING_BATCH, "sampling": sampling, "training": training}
 
 
@@ -111,6 +107,8 @@ class ModelShape:
     """None for a flow alone."""
     text_encoder: str
     """Where it is from; "" is none."""
+    denoised: bool
+    """Whether samples are cleaned by a Tweedie step."""
 
 
 def model_shape(model: str) -> ModelShape:
@@ -123,23 +121,24 @@ def model_shape(model: str) -> ModelShape:
         recipe = load_recipe(Path(model))
         config, kind = expected_flow(recipe)
         condition = recipe.conditioning
-        return ModelShape(config, AUTOENCODERS[kind], condition.encoder if condition.kind == "text" else "")
+        encoder = condition.encoder if condition.kind == "text" else ""
+        return ModelShape(config, AUTOENCODERS[kind], encoder, denoised=False)
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
     if name in PRESETS:
         known = PRESETS[name]
         coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
-        return ModelShape(known.config, coder, known.text)
+        return ModelShape(known.config, coder, known.text, denoised=True)
     with _configs_of(model) as folder:
         values = files.read_json(folder / "config.json")
         if "autoencoder" not in values:  # a flow alone
-            return ModelShape(config_from_dict(values), None, "")
+            return ModelShape(config_from_dict(values), None, "", denoised=False)
         flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
         coder = AUTOENCODERS[values["autoencoder"]["kind"]]
         own = folder / "autoencoder" / "config.json"
         if values["autoencoder"]["kind"] == "small" and own.is_file():
             coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
     reader = values.get("conditioner") or {}
-    return ModelShape(flow, coder, reader.get("source", ""))
+    return ModelShape(flow, coder, reader.get("source", ""), values.get("cleaning") == "tweedie")
 
 
 @contextmanager
@@ -162,22 +161,13 @@ def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided
         batch,
         guided=guided,
         dtype=scenario.dtype,
-        int8=scenario.int8,
+        weights=scenario.weights,
         offload=scenario.offload,
         autoencoder=shape.autoencoder,
+        text_encoder=shape.text_encoder,
+        denoised=shape.denoised,
     )
-    return {"kind": scenario.name, "batch": batch, **_with_peak(found)}
-
-
-def _tweedie_bytes(config: ModelConfig, scenario: MemoryScenario) -> int:
-    """What a Tweedie step takes beside the weights, for its backward pass; a decoder or a denoiser needs none of it."""
-    return memory.score_bytes(config, TWEEDIE_BATCH, scenario.dtype, offload=scenario.offload)
-
-
-def _text_encoder(source: str) -> dict[str, Any] | None:
-    """The memory that a large text encoder takes while it encodes; it is freed before pictures are drawn."""
-    count = memory.TEXT_ENCODER_PARAMETERS.get(source)
-    return None if count is None else {"source": source, "bytes": count * memory.BYTES["bfloat16"]}
+    return {"kind": scenario.name, "batch": batch, **_with_peak(found), "cpu_peak": found.cpu_peak}
 
 
 def _small_parameters(values: dict[str, Any]) -> int:

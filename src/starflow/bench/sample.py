@@ -36,15 +36,17 @@ from starflow.bench.limits import (
 from starflow.bench.train import architecture
 from starflow.flow.config import PRESETS
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
+from starflow.flow.quantize import set_weight_format, weight_format
 from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.nn.attention import CachePool
+from starflow.nn.quantize import WeightFormat
 from starflow.pipeline.config import latent_shape
 from starflow.pipeline.inputs import encode_prompts, example_prompts
 from starflow.pipeline.locate import find_pipeline
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.calibrate import CalibrationData, calibrate, in_turn, machine_of, seconds_of
-from starflow.sampling.cpu.engine import CpuEngine, covers_block, cpu_engine_of
+from starflow.sampling.cpu.engine import covers_block, cpu_engine_of
 from starflow.sampling.policy import Policy, SampleSettings, SolverName, keep_policy
 from starflow.sampling.sampler import SamplingResult, noise_from_seeds, run
 from starflow.sampling.solvers import relative_change
@@ -206,6 +208,8 @@ class SpeedReport:
     parameters: int
     tokens: int
     dtype: str
+    weights: str
+    """Format of the layers' weights."""
     machine: str
     torch: str
     date: str
@@ -221,23 +225,30 @@ class SpeedReport:
     """Of the largest batch, with guidance, token by token."""
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchmarkedModel:
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, weights: WeightFormat | None = None
+) -> BenchmarkedModel:
     """Load a trained model by its folder, bundled name or hub id, or build "57m" or a preset with random weights.
 
     Raises:
         UserError: no such model.
     """
     if name in (RANDOM_MODEL, *PRESETS):
-        return _with_random_conditions(name, _random_model(name).to(device, dtype), trained=False)
+        model = _random_model(name).to(dtype)
+        if weights is not None:
+            set_weight_format(model, weights, device)
+        return _with_random_conditions(name, model.to(device), trained=False)
     folder = find_pipeline(name)
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
-        pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype)
+        pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype, weights=weights)
         data = calibration_data(pipeline)
         return BenchmarkedModel(name, pipeline.flow, True, data.condition, data.null_condition, pipeline.autoencoder)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
-    flow = kind.from_pretrained(folder).requires_grad_(False).to(device, dtype)
-    return _with_random_conditions(name, flow, trained=False)
+    flow = kind.from_pretrained(folder).requires_grad_(False).to(dtype)
+    if weights is not None:
+        set_weight_format(flow, weights, device)
+    return _with_random_conditions(name, flow.to(device), trained=False)
 
 
 def _random_model(name: str) -> STARFlow | TarFlow:
@@ -302,6 +313,7 @@ def measure(given: BenchmarkedModel, benchmark: SamplingBenchmark, note: Note = 
         parameters=sum(one.numel() for one in model.parameters()),
         tokens=_tokens(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
+        weights=weight_format(model),
         machine=machine_of(parameter.device),
         torch=torch.__version__,
         date=time.strftime("%Y-%m-%d"),
@@ -415,7 +427,7 @@ def _measure_one_time_costs(model: Flow, first: float) -> OneTimeCosts:
         engine.build()
     if engine.library is None:
         return OneTimeCosts(first, 0.0, compiled=False, pack_seconds=0.0, packed_bytes=0)
-    fresh = model.runtime_cache["engine"] = CpuEngine(engine.eager_seconds, engine.library)
+    fresh = model.runtime_cache["engine"] = engine.without_packed()
     started = time.perf_counter()
     for block in model.iter_blocks():
         if covers_block(block):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from starflow.cli.options import Argument, Device, Flag, Precision, pick_device, pick_dtype
+from starflow.cli.options import Argument, Device, Flag, Precision, WeightFormat, pick_device, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ class BenchSampleOptions:
     threads: Annotated[int, Flag("of a CPU; 0 leaves torch its choice", "N")] = 0
     device: Annotated[Device, Flag("where to compute")] = "auto"
     dtype: Annotated[Precision, Flag("precision of the network")] = "float32"
+    weights: Annotated[WeightFormat | None, Flag("format of the layers' weights (default: --dtype)", "FORMAT")] = None
     output: Annotated[str, Flag("write the JSON to a file as well", "FILE")] = ""
     json: Annotated[bool, Flag("print JSON alone")] = False
 
@@ -207,7 +208,7 @@ def bench_sample(options: BenchSampleOptions) -> None:
         options.repeats,
         None if options.baselines == "none" else folder,
     )
-    given = load_model(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    given = load_model(options.model, pick_device(options.device), pick_dtype(options.dtype), options.weights)
     report = measure(given, benchmark, lambda text: print(text, file=sys.stderr))
     values = {"command": command_of(options), **to_dict(report)}
     if options.output:
@@ -220,6 +221,7 @@ def command_of(options: BenchSampleOptions) -> str:
     flags = [f"--batches {options.batches}", f"--guidance {options.guidance:g}", f"--compare-at {options.compare_at}"]
     flags += [f"--repeats {options.repeats}", f"--device {options.device}", f"--dtype {options.dtype}"]
     flags += [f"--threads {options.threads}"] if options.threads else []
+    flags += [f"--weights {options.weights}"] if options.weights else []
     return " ".join(["starflow bench sample", options.model, *flags])
 
 
@@ -234,7 +236,7 @@ def sample_table(report: SpeedReport) -> list[str]:
     load = " to ".join("/".join(f"{one:.2f}" for one in loads) for loads in report.load)
     rows = [
         ("model", f"{report.model}: {report.parameters / 1e6:.1f} M parameters, {report.tokens} tokens, {weights}"),
-        ("machine", f"{report.machine}, {report.dtype}, torch {report.torch}; load {load}"),
+        ("machine", f"{report.machine}, {report.dtype}, weights {report.weights}, torch {report.torch}; load {load}"),
         ("ceilings", f"{ceilings.bytes_per_second / 1e9:.1f} GB/s (large read), "
                      f"{ceilings.flops_per_second / 1e9:.1f} GFLOP/s (large product)"),
         ("compiled loop", loop if once.packed_bytes else "none"),
@@ -302,9 +304,9 @@ class BenchTrainOptions:
     architecture: Annotated[str, Argument("57m, or the name of a preset", "ARCHITECTURE")] = "57m"
     batch: Annotated[int, Flag("pictures an update, over all processes", "N")] = 4
     updates: Annotated[int, Flag("timed updates, after one that is not", "N")] = 10
-    precision: Annotated[Precision | Literal["auto"], Flag("of the network; auto is bfloat16 where a GPU has it")] = (
-        "auto"
-    )
+    precision: Annotated[
+        Precision | Literal["auto"], Flag("of the network; auto is bfloat16 where the device multiplies it")
+    ] = "auto"
     compile: Annotated[bool, Flag("compile every Transformer layer")] = False
     recompute: Annotated[bool, Flag("keep no activations of attention and MLPs")] = False
     layout: Annotated[Literal["replicated", "sharded", "hybrid"], Flag("of the weights, under torchrun")] = "replicated"

@@ -20,6 +20,7 @@ from starflow.cli.options import (
     Flag,
     OutputTarget,
     Precision,
+    WeightFormat,
     check_seed,
     parse_size,
     pick_device,
@@ -46,7 +47,7 @@ class GenerateOptions:
         starflow generate --class star --model runs/tiny
         starflow generate "a red apple" --aspect 16:9
         starflow generate "a red apple" --model OWNER/NAME@REVISION --decoder madebyollin/taesd
-        starflow generate "a red apple" --model apple/starflow --int8 --offload
+        starflow generate "a red apple" --model apple/starflow --weights int8 --offload
     """
 
     prompt: Annotated[str, Argument("what to show; an empty prompt samples unconditionally")] = ""
@@ -90,7 +91,10 @@ class GenerateOptions:
         Precision | None,
         Flag("precision of the network (default: float32, or as stored from a billion parameters on)", "DTYPE"),
     ] = None
-    int8: Annotated[bool, Flag("weights of one byte next to the noise, for memory (needs torchao)")] = False
+    weights: Annotated[
+        WeightFormat | None,
+        Flag("format of the layers' weights, fewer bits for speed and memory (default: --dtype)", "FORMAT"),
+    ] = None
     offload: Annotated[bool, Flag("only the block at work on the device, the others on the CPU, for memory")] = False
     cache_dtype: Annotated[CacheDtype, Flag("precision of the attention's cache")] = "network"
     tile: Annotated[int | None, Flag("decode in tiles of so many latent pixels, for memory", "N")] = None
@@ -175,7 +179,7 @@ def _load(options: GenerateOptions) -> StarFlowPipeline:
         options.model,
         pick_device(options.device),
         pick_dtype(options.dtype) if options.dtype else None,
-        int8=options.int8,
+        weights=options.weights,
         offload=options.offload,
         decoder=options.decoder or None,
     )

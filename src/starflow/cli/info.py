@@ -196,20 +196,28 @@ def memory_text(facts: dict[str, Any]) -> str:
     available = facts["available"]
     largest = max(row["peak"] for row in facts["sampling"])
     unit, name = (GIB, "GiB") if largest > GIB else (GIB // 1024, "MiB")
-    parts = ("weights", "cache", "activations", "decoder", "peak", "packed")
+    parts = ("weights", "cache", "passes", "coders", "peak", "packed", "cpu_peak")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters",
         f"{facts['tokens']} tokens a picture{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
         "",
-        f"{'sampling':16} {'batch':>5}{_heads(parts)} fits",
+        f"{'sampling':16} {'batch':>5}{_heads(parts, 7)} fits",
     ]
     for row in facts["sampling"]:
-        summed = row | {"decoder": row["autoencoder"] + row["decoding"]}
-        lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit)} {_fits(row, available)}")
+        summed = row | {
+            "coders": row["autoencoder"] + row["decoding"] + row["text_encoder"],
+            "passes": max(row["activations"], row["denoising"]),
+        }
+        lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit, 7)} {_fits(row, available)}")
     lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
-    lines += ["decoder: the autoencoder and what it takes to decode"]
-    lines += ["packed: copies for a processor's compiled loop, beside the peak; not on a GPU"]
-    lines += _text_encoder_line(facts, unit, name) + _tweedie_lines(facts, unit, name)
+    lines += [
+        "passes: activations; with a Tweedie step what its backward pass needs"
+        if facts["denoised"]
+        else "passes: activations"
+    ]
+    lines += ["coders: autoencoder, what it takes to decode, and the text encoder, which is"]
+    lines += ["released before pictures are drawn where it has over a gigabyte"]
+    lines += ["packed: what a processor's compiled loop reads; cpu: the peak there, with it"]
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]
     lines.append(f"{'':10} {'GPUs':>4} {'ckpt':>4}{_heads(training)} fit")
@@ -223,33 +231,22 @@ def memory_text(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in available.items())])
 
 
-_SHORT = {"activations": "activ.", "parameters": "params", "gradients": "grads", "gathered": "gather"}
+_SHORT = {
+    "weights": "flow",
+    "activations": "activ.",
+    "cpu_peak": "cpu",
+    "parameters": "params",
+    "gradients": "grads",
+    "gathered": "gather",
+}
 
 
-def _heads(parts: tuple[str, ...]) -> str:
-    return "".join(f"{_SHORT.get(part, part):>8}" for part in parts)
+def _heads(parts: tuple[str, ...], width: int = 8) -> str:
+    return "".join(f"{_SHORT.get(part, part):>{width}}" for part in parts)
 
 
-def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int) -> str:
-    return "".join(f"{row[part] / unit:8.2f}" for part in parts)
-
-
-def _text_encoder_line(facts: dict[str, Any], unit: int, name: str) -> list[str]:
-    """The memory of a large text encoder, which the rows leave out."""
-    if encoder := facts["text_encoder"]:
-        size = encoder["bytes"] / unit
-        return [f"the text encoder {encoder['source']} takes {size:.2f} {name} before that, and is freed"]
-    return []
-
-
-def _tweedie_lines(facts: dict[str, Any], unit: int, name: str) -> list[str]:
-    """What cleaning by a Tweedie step takes more than the rows, where no decoder or denoiser spares it."""
-    kept = {row["kind"]: row for row in facts["tweedie"]}
-    plain, moved = (kept[kind]["bytes"] / unit for kind in ("bfloat16", "bfloat16 offload"))
-    return [
-        f"a Tweedie step on {kept['bfloat16']['batch']} pictures keeps {plain:.2f} {name} for its backward pass,",
-        f"{moved:.2f} offloaded, in bfloat16; a decoder for noise or a denoiser, none",
-    ]
+def _numbers(row: dict[str, Any], parts: tuple[str, ...], unit: int, width: int = 8) -> str:
+    return "".join(f"{row[part] / unit:{width}.{2 if row[part] < 1000 * unit else 0}f}" for part in parts)
 
 
 def _fits(row: dict[str, Any], available: dict[str, int]) -> str:
@@ -257,5 +254,5 @@ def _fits(row: dict[str, Any], available: dict[str, int]) -> str:
     from starflow.bench.memory import HOST
 
     gpu = next((f"{size}" for size in GPU_SIZES if row["peak"] <= USABLE_SHARE * size * GIB), "-")
-    here = "offload" not in row["kind"] and row["peak"] + row["packed"] <= USABLE_SHARE * available.get(HOST, 0)
+    here = "offload" not in row["kind"] and row["cpu_peak"] <= USABLE_SHARE * available.get(HOST, 0)
     return f"{gpu + ('*' if here else ''):>4}"

@@ -31,6 +31,10 @@ OVERRIDES = "overrides"
 """The field, where a class has it, that takes options of other names: (("train.lr", "1e-4"), ...)."""
 
 
+REPLACED = {"--int8": "--weights int8"}
+"""Options of before, and what does their work now."""
+
+
 class Options(Protocol):
     """The form of a class of options: a dataclass with examples."""
 
@@ -127,6 +131,8 @@ def parse(cls: type[T], command: str, words: Sequence[str]) -> T:
     flags = [one.shown for one in known if isinstance(one.annotation, Flag)]
     rest, overrides = split_overrides(words, flags) if overridable else (list(words), [])
     found, unknown = _parser(cls, known, command).parse_known_args(rest)
+    if unknown and unknown[0] in REPLACED:
+        raise UserError(f"{unknown[0]} is now {REPLACED[unknown[0]]}: write that instead")
     if unknown:
         raise UserError(_unknown_option(unknown[0], flags, command))
     given = {one.field: _value(one, getattr(found, one.field)) for one in known}
@@ -292,6 +298,8 @@ def slug(text: str) -> str:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 Precision = Literal["float32", "bfloat16"]
+
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 
 CacheDtype = Literal["network", "bfloat16"]
 

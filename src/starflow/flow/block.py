@@ -34,6 +34,7 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePosition, Layer, computes_in_float32, float32_copy
 from starflow.nn.layers import LayerSpec, RMSNorm, runs_as_written
+from starflow.nn.quantize import RoundedLinear, WeightFormat
 
 SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1: a network that says 0 leaves x unchanged
 
@@ -281,6 +282,14 @@ class AutoregressiveBlock(nn.Module):
         return torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))[label]
 
     @property
+    def weight_form(self) -> WeightFormat:
+        """The format of the layers' matrices: what they are rounded to, or else their precision."""
+        for part in self.attn_blocks.modules():
+            if isinstance(part, RoundedLinear):
+                return part.form
+        return "bfloat16" if self.proj_in.weight.dtype == torch.bfloat16 else "float32"
+
+    @property
     def as_built(self) -> bool:
         """Whether it has the parts and the parameters of a new block of its spec, and nothing is hooked into them.
 
@@ -337,10 +346,10 @@ def _parts_of(spec: BlockSpec) -> dict[str, tuple[type, str, tuple[tuple[str, to
 
 
 def _describe_parts(block: AutoregressiveBlock) -> dict[str, tuple[type, str, tuple[tuple[str, torch.Size], ...]]]:
-    """The type, the options and the parameters' shapes of every part, by its name."""
+    """The type, the options and the parameters' shapes of every part, by its name; rounding is no other type."""
     return {
         name.replace(f".{WRAPPER}", ""): (
-            type(part),
+            nn.Linear if type(part) is RoundedLinear else type(part),
             part.extra_repr(),
             tuple((key, held.shape) for key, held in part._parameters.items() if held is not None),
         )

@@ -14,6 +14,7 @@ from typing import Literal
 
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
+from starflow.nn.quantize import STORED_BYTES, WeightFormat
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -26,11 +27,20 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 GPUS_PER_HOST = 8
 
-PACKED_BYTES_LIMIT = 4 * 2**30
-"""Most bytes of packed weights that a CPU keeps; of a larger model only those of the block at work are kept."""
+MAPPED_BYTES = 2**30
+"""Bytes of a model's weights over which packed copies come from mapped files."""
 
-TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
-"""Parameters of the text encoders whose memory is given back once the prompts are encoded."""
+TEXT_ENCODER_BYTES = {
+    "google/flan-t5-xl": 2 * 1_223_527_424,
+    "sentence-transformers/all-MiniLM-L6-v2": 4 * 22_713_216,
+}
+"""Bytes of the weights of text encoders that are known."""
+
+KEPT_ENCODER_BYTES = 10**9
+"""Bytes of a text encoder under which it stays in memory; a larger one is released once the prompts are encoded."""
+
+DENOISED_TOKENS = 1024
+"""Tokens that one Tweedie step takes at most, or a picture's."""
 
 GIB = 2**30
 
@@ -91,17 +101,38 @@ class SamplingMemory:
     """Keys and values."""
     activations: int
     """Of the largest pass: the condition's, or where blocks are iterated a whole sequence's."""
+    denoising: int
+    """What a Tweedie step keeps for its backward pass; 0 where samples are cleaned in another way."""
     autoencoder: int
     """Its weights."""
     decoding: int
     """The decoder's activations; the flow's are gone by then."""
+    text_encoder: int
+    """Its weights."""
     packed: int
     """Copies of the weights that a CPU's compiled loop reads; `peak` leaves them out."""
+    unpacked: int
+    """Weights that a CPU holds beside the packed copies, in their precision; 0 where both are mapped from files."""
+
+    beside_encoder: int
+    """Weights that are on the device while prompts are encoded: none that are offloaded."""
 
     @property
     def peak(self) -> int:
-        """The most at any time, packed copies aside. Caches stay while a batch is decoded."""
-        return self.weights + self.cache + self.autoencoder + max(self.activations, self.decoding)
+        """The most at any time on a device that computes from `weights`."""
+        return self._most(self.weights, self.beside_encoder)
+
+    @property
+    def cpu_peak(self) -> int:
+        """The most at any time on a CPU. Mapped weights that are not at work count nothing: the system drops them."""
+        return self._most(self.unpacked + self.packed, self.unpacked)
+
+    def _most(self, weights: int, beside_encoder: int) -> int:
+        """Caches stay while a batch is cleaned and decoded; a large text encoder is gone before there are any."""
+        sampling = weights + self.cache + max(self.activations, self.denoising, self.decoding)
+        if self.text_encoder < KEPT_ENCODER_BYTES:
+            return self.autoencoder + self.text_encoder + sampling
+        return self.autoencoder + max(beside_encoder + self.text_encoder, sampling)
 
 
 @dataclass(frozen=True)
@@ -169,32 +200,37 @@ def token_channels(config: ModelConfig) -> int:
     return config.in_channels * config.patch_size**2
 
 
-def weight_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the flow's weights; with `int8` the linear maps next to the noise take a byte and a scale a channel."""
-    return sum(block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks))
+def weight_bytes(config: ModelConfig, dtype: Precision, weights: WeightFormat | None = None) -> int:
+    """Bytes of the flow's weights, the linear maps of its layers in a format of their own or in `dtype`."""
+    return sum(block_bytes(config, block, dtype, weights) for block in range(config.num_blocks))
 
 
-def block_bytes(config: ModelConfig, block: int, dtype: Precision, *, int8: bool = False) -> int:
+def block_bytes(config: ModelConfig, block: int, dtype: Precision, weights: WeightFormat | None = None) -> int:
     """Bytes of one block's weights; see `weight_bytes`."""
     total = block_parameter_count(config, block) * BYTES[dtype]
-    if int8 and block == config.num_blocks - 1:
+    if weights is not None:
         shape = layer_shape(config, block)
-        total -= shape.layers * (shape.linear * (BYTES[dtype] - 1) - shape.outputs * BYTES[dtype])
+        total += int(shape.layers * shape.linear * (STORED_BYTES[weights] - BYTES[dtype]))
     return total
 
 
-def packed_bytes(config: ModelConfig, dtype: Precision, *, int8: bool = False) -> int:
-    """Bytes of the weights that a CPU's compiled loop holds packed; of a large model those of the block at work."""
-    blocks = [_packed_block(config, block, dtype) for block in range(config.num_blocks - int8)]
-    return sum(blocks) if sum(blocks) <= PACKED_BYTES_LIMIT else max(*blocks, PACKED_BYTES_LIMIT)
+def packed_bytes(config: ModelConfig, dtype: Precision, weights: WeightFormat | None = None) -> int:
+    """Bytes of the packed weights that a CPU's compiled loop reads; of a mapped model those of the largest block."""
+    blocks = [_packed_block(config, block, weights or dtype) for block in range(config.num_blocks)]
+    return max(blocks) if is_mapped(config, dtype) else sum(blocks)
 
 
-def _packed_block(config: ModelConfig, block: int, dtype: Precision) -> int:
-    """Bytes of a packed block: its layers in their precision, both projections in float32, without padding."""
+def is_mapped(config: ModelConfig, dtype: Precision) -> bool:
+    """Whether a CPU maps a model's packed weights from files, so that those of one block at a time are in memory."""
+    return weight_bytes(config, dtype) > MAPPED_BYTES
+
+
+def _packed_block(config: ModelConfig, block: int, form: WeightFormat) -> int:
+    """Bytes of a packed block: its matrices in their format, everything else in float32, without padding."""
     shape, channels = layer_shape(config, block), token_channels(config)
     ends = (channels + 1) * shape.width + (shape.width + 1) * 2 * channels
     vectors = shape.parameters - shape.linear
-    return shape.layers * (shape.linear * BYTES[dtype] + 4 * vectors) + 4 * ends
+    return int(shape.layers * (shape.linear * STORED_BYTES[form] + 4 * vectors)) + 4 * ends
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision, *, guided: bool) -> int:
@@ -232,10 +268,12 @@ def sampling_memory(
     guided: bool = True,
     dtype: Precision = "float32",
     cache_dtype: Precision | None = None,
-    int8: bool = False,
+    weights: WeightFormat | None = None,
     offload: bool = False,
     iterated: bool = True,
     autoencoder: AutoencoderShape | None = None,
+    text_encoder: str = "",
+    denoised: bool = False,
     tile: int | None = None,
 ) -> SamplingMemory:
     """Memory of sampling `batch` images at once and decoding them.
@@ -247,10 +285,12 @@ def sampling_memory(
         guided: whether guidance runs a null branch beside the condition's.
         dtype: of the flow's weights.
         cache_dtype: of keys and values; None is `dtype`.
-        int8: whether the linear maps of the block next to the noise have weights of one byte.
+        weights: format of the linear maps of the layers; None is `dtype`.
         offload: whether only the weights of the block at work are on the device.
         iterated: whether blocks other than the last are solved by fixed-point iteration, over whole sequences.
         autoencoder: one of `AUTOENCODERS`, or None for the latents alone.
+        text_encoder: where it is from; one that is not in `TEXT_ENCODER_BYTES` counts nothing.
+        denoised: whether samples are cleaned by a Tweedie step.
         tile: side in latent pixels of the tiles that are decoded one by one; None is whole images.
 
     Raises:
@@ -276,15 +316,47 @@ def sampling_memory(
         area = tokens * config.patch_size**2
         area = area if tile is None else min((tile + 2 * coder.reach) ** 2, area)
         decoding = coder.pixel_bytes * area * coder.factor**2 * (batch if tile is None else 1)
-    blocks = [block_bytes(config, block, dtype, int8=int8) for block in range(config.num_blocks)]
+    blocks = [block_bytes(config, block, dtype, weights) for block in range(config.num_blocks)]
     return SamplingMemory(
         max(blocks) if offload else sum(blocks),
         cache_bytes(config, batch, tokens, cache_dtype or dtype, guided=guided),
         activations * BYTES[dtype],
+        denoising_bytes(config, batch, tokens, dtype) if denoised and not offload else 0,
         4 * coder.parameters if coder else 0,
         decoding,
-        0 if offload else packed_bytes(config, dtype, int8=int8),
+        TEXT_ENCODER_BYTES.get(text_encoder, 0),
+        0 if offload else packed_bytes(config, dtype, weights),
+        0 if is_mapped(config, dtype) else weight_bytes(config, dtype),
+        0 if offload else sum(blocks),
     )
+
+
+def denoised_at_once(tokens: int) -> int:
+    """Pictures of so many tokens that a Tweedie step takes at once: the products of a large one fill any device."""
+    return max(1, DENOISED_TOKENS // max(1, tokens))
+
+
+def denoising_bytes(config: ModelConfig, batch: int, tokens: int, dtype: Precision) -> int:
+    """Bytes that a Tweedie step keeps for its backward pass, of weights without gradients, and one layer's gradients.
+
+    Of every layer and token: what the norms read; queries, keys, values and the result of attention, and queries and
+    keys before their rotation (in bfloat16 before their norm too) in float32; the MLP's hidden channels, of a gated one
+    both and the gate's GELU.
+    """
+    low, batch = BYTES[dtype], min(batch, denoised_at_once(tokens))
+    rms, post, wide = False, False, 1
+    if isinstance(config, STARFlowConfig):
+        rms, post = config.norm_type == "rms_norm", config.use_post_norm
+        wide = 2 if config.use_qk_norm and low < 4 else 1
+    total = back = 0
+    for block in range(config.num_blocks):
+        shape, count = layer_shape(config, block), batch * _inputs(config, block, tokens)
+        norms = 2 * shape.width * ((4 if rms else low) + 4 * post)
+        attention = low * (2 * shape.inner + 2 * shape.kv) + wide * 4 * (shape.inner + shape.kv)
+        hidden = low * shape.hidden
+        total += shape.layers * count * (norms + attention + hidden * (3 if shape.gated else 1))
+        back = max(back, count * hidden * (3 if shape.gated else 2))
+    return total + back
 
 
 def _pass_bytes(config: ModelConfig, block: int, tokens: int) -> int:
@@ -358,26 +430,3 @@ def _layer_saved_bytes(shape: LayerShape, low: int) -> tuple[int, int]:
     norm = shape.width * (4 + low + (4 if low < 4 else 0))
     attention = low * (2 * shape.inner + 2 * shape.kv) + 4 * (shape.inner + shape.kv)
     return norm + attention, norm + low * (4 if shape.gated else 2) * shape.hidden
-
-
-def score_bytes(config: ModelConfig, batch: int, dtype: Precision, *, offload: bool = False) -> int:
-    """Bytes that a Tweedie step keeps for its backward pass through the flow, whose weights get no gradient.
-
-    Each layer keeps the inputs of its norms, queries, keys and values before and after they are turned, attention's
-    result, and the MLP's hidden channels. An offloaded flow keeps every layer's input, and the rest of one layer.
-
-    >>> from starflow.flow.config import preset
-    >>> f"{score_bytes(preset('starflow-t2i-3b').config, 4, 'bfloat16') / GIB:.1f} GiB"
-    '10.4 GiB'
-    """
-    total = largest = 0
-    for block in range(config.num_blocks):
-        shape, tokens = layer_shape(config, block), batch * _inputs(config, block, config.grid_side**2)
-        kept = 3 * shape.inner + 3 * shape.kv + (3 if shape.gated else 1) * shape.hidden + 2 * shape.width
-        kept *= BYTES[dtype] * tokens
-        if isinstance(config, STARFlowConfig) and dtype == "bfloat16":  # RMS norms keep their inputs in float32
-            kept += tokens * 2 * 2 * shape.width * (config.norm_type == "rms_norm")
-            kept += tokens * 4 * (shape.inner + shape.kv) * config.use_qk_norm
-        largest = max(largest, kept)
-        total += shape.layers * (BYTES[dtype] * tokens * shape.width if offload else kept)
-    return total + (largest if offload else 0)

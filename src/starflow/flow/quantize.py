@@ -1,8 +1,8 @@
-"""Int8 weights, by torchao, for the block next to the noise: they save memory, not time.
+"""The format of a flow's weights: the linear maps inside the layers of every block, almost all of its parameters.
 
-The linear maps inside that block's layers, almost all parameters of a deep-shallow flow, keep one byte a weight and one
-scale an output channel, and are multiplied in the network's precision. First and last projections, norms and the other
-blocks stay as they are. What it costs in nats/dim is stated in docs/performance.md.
+On a CPU the weights stay as they are and every pass is of the rounded ones (`starflow.nn.quantize`); the compiled loop
+packs them in their format. On other devices torchao stores 8 or 4 bits and multiplies in the network's precision. First
+and last projections, norms and embeddings stay as they are. What it costs in nats/dim is stated in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,26 +12,72 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from starflow.errors import UserError
 from starflow.flow.model import Flow
+from starflow.nn.quantize import GROUP_INPUTS, RoundedLinear, WeightFormat
 
 
-def quantize_int8(model: Flow) -> None:
-    """Round the weights of the block next to the noise to 8 bits, in place; there is no way back.
+def set_weight_format(model: Flow, form: WeightFormat, device: str | torch.device = "cpu") -> None:
+    """Round the weights of all layers to a format, in place.
+
+    Args:
+        model: whose weights are rounded; its precision is that of the arithmetic.
+        form: "float32", "bfloat16", "int8" or "int4".
+        device: where the model will compute.
 
     Raises:
-        UserError: torchao is not installed.
+        UserError: the weights are rounded already, have more bits than the arithmetic, or need torchao, which is not
+            installed.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("int8 weights need torchao, which is not installed: pip install 'starflow[int8]'")
-    block = list(model.iter_blocks())[-1]
-    with _only_errors("torchao"):  # it warns of kernels that this machine cannot use
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(block.attn_blocks, Int8WeightOnlyConfig())
+    stored, precision = weight_format(model), str(model.network_dtype).removeprefix("torch.")
+    if form == stored:
+        return
+    if stored != precision:
+        raise UserError(f"the weights are {stored} already, expected a model as it was loaded: load it with {form}")
+    if form == "float32" or (form == "bfloat16" and precision != "float32"):
+        raise UserError(f"weights are {form} where the arithmetic is {precision}: choose dtype {form} as well")
+    for block in model.iter_blocks():
+        if form == "bfloat16" or torch.device(device).type == "cpu":
+            _replace_linears(block.attn_blocks, form)
+        else:
+            _quantize_by_torchao(block.attn_blocks, form)
     model.runtime_cache.clear()  # what was measured or packed was of the other weights
+
+
+def weight_format(model: Flow) -> str:
+    """The format of the layers' weights; of one that was not rounded, the name of its precision."""
+    for part in next(iter(model.iter_blocks())).attn_blocks.modules():
+        if isinstance(part, RoundedLinear):
+            return part.form
+        if isinstance(part, nn.Linear) and type(part.weight.data) is not Tensor:
+            return "quantized by torchao"
+    return str(model.network_dtype).removeprefix("torch.")
+
+
+def is_rounded(model: Flow) -> bool:
+    """Whether `set_weight_format` has rounded the model's weights."""
+    return weight_format(model) != str(model.network_dtype).removeprefix("torch.")
+
+
+def _replace_linears(layers: nn.Module, form: WeightFormat) -> None:
+    for module in list(layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, RoundedLinear.of(child, form))
+
+
+def _quantize_by_torchao(layers: nn.Module, form: WeightFormat) -> None:
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(f"{form} weights need torchao, which is not installed: pip install 'starflow[int8]'")
+    with _only_errors("torchao"):  # it warns of kernels that this machine cannot use
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+        quantize_(
+            layers, Int8WeightOnlyConfig() if form == "int8" else Int4WeightOnlyConfig(group_size=GROUP_INPUTS[form])
+        )
 
 
 @contextmanager
@@ -44,9 +90,3 @@ def _only_errors(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def is_quantized(model: Flow) -> bool:
-    """Whether `quantize_int8` has rounded the model's weights."""
-    maps = (module for module in list(model.iter_blocks())[-1].attn_blocks.modules() if isinstance(module, nn.Linear))
-    return any(type(linear.weight.data) is not Tensor for linear in maps)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from starflow.nn.cpu import has_bfloat16, on_huge_pages
 from starflow.nn.layers import MLP, GatedMLP, LayerSpec, RMSNorm, make_norm
+from starflow.nn.quantize import RoundedLinear, effective_weight
 from starflow.nn.rope import rotate
 
 
@@ -280,10 +281,13 @@ def computes_in_float32(block: nn.Module, hidden_BTD: Tensor) -> bool:
 
 
 def float32_copy(layer: nn.Module, spec: LayerSpec) -> Layer:
-    """A copy of a layer in float32, without gradients."""
+    """A copy of a layer in float32, without gradients, of the weights that it computes with."""
     with torch.device("meta"):
         twin = Layer(spec)
     twin.load_state_dict({name: tensor.float() for name, tensor in layer.state_dict().items()}, assign=True)
+    for name, part in layer.named_modules():
+        if isinstance(part, RoundedLinear):
+            twin.get_submodule(name).weight = nn.Parameter(effective_weight(part).float())
     return twin.requires_grad_(False)
 
 

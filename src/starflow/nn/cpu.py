@@ -11,8 +11,10 @@ import functools
 import mmap
 import platform
 import sys
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,11 @@ HUGE_PAGE_THRESHOLD = 4 * 2**20
 """Bytes of a tensor from which on huge pages are worth asking for."""
 
 CPU_LISTING = Path("/proc/cpuinfo")
+
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Instructions that multiply bfloat16 numbers, as Linux calls them."""
+
+MAPPINGS = Path("/proc/self/maps")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -49,6 +56,20 @@ def has_bfloat16(device: torch.device) -> bool:
 def _cpu_has_bfloat16() -> bool:
     ask_onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return ask_onednn is None or bool(ask_onednn())
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions that multiply bfloat16 numbers, and so products faster than those in float32.
+
+    Of a CPU those of AVX512-BF16, AMX and their like on ARM, as Linux lists them.
+
+    >>> multiplies_bfloat16(torch.device("meta"))
+    False
+    """
+    if device.type == "cuda":
+        return has_bfloat16(device)
+    flags = {flag for line in cpu_lines("flags", "Features") for flag in line.split()}
+    return device.type == "cpu" and bool(flags & BFLOAT16_FLAGS)
 
 
 def cpu_name() -> str:
@@ -98,6 +119,40 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE_THRESHOLD:
         _advise(tensor, HUGE_PAGE_BYTES, MADV_HUGEPAGE)
     return tensor
+
+
+class MappedFile(NamedTuple):
+    """The place in a file that a tensor's values are mapped from, and which file it is."""
+
+    path: str
+    size: int
+    changed_ns: int
+    inode: int
+    offset: int
+
+
+def mapped_files(tensors: Sequence[Tensor]) -> list[MappedFile | None]:
+    """Where tensors are mapped from; None for memory that no file is behind, and where the system does not tell.
+
+    >>> mapped_files([torch.zeros(4)])
+    [None]
+    """
+    lines = [line.split(maxsplit=5) for line in MAPPINGS.read_text().splitlines()] if MAPPINGS.is_file() else []
+    ranges = [(int(line[0].split("-")[0], 16), int(line[0].split("-")[1], 16), line) for line in lines]
+    starts = [start for start, _, _ in ranges]
+    if not lines:
+        return [None] * len(tensors)
+    return [
+        _mapped_file(tensor.data_ptr(), ranges[max(0, bisect(starts, tensor.data_ptr()) - 1)]) for tensor in tensors
+    ]
+
+
+def _mapped_file(address: int, mapping: tuple[int, int, list[str]]) -> MappedFile | None:
+    start, stop, fields = mapping
+    if not (start <= address < stop and len(fields) == 6 and Path(fields[5]).is_file()):
+        return None
+    known = Path(fields[5]).stat()
+    return MappedFile(fields[5], known.st_size, known.st_mtime_ns, known.st_ino, address - start + int(fields[2], 16))
 
 
 def drop_file_pages(tensor: Tensor) -> None:

@@ -171,8 +171,13 @@ def call_bytes(
     cache_dtype: CacheDtype,
     decoder: AutoencoderSpec,
     tile: int | None,
+    *,
+    denoised: bool = False,
 ) -> int:
-    """About the bytes that sampling and decoding `batch` latents of a shape (C, h, w) at once take, without weights."""
+    """About the bytes that sampling and decoding `batch` latents of a shape (C, h, w) at once take, without weights.
+
+    With a Tweedie step between the two where they are `denoised`.
+    """
     low = flow.network_dtype == torch.bfloat16
     needed = sampling_memory(
         flow.config,
@@ -182,9 +187,10 @@ def call_bytes(
         cache_dtype="bfloat16" if low or cache_dtype == "bfloat16" else "float32",
         iterated=False,
         autoencoder=AUTOENCODERS.get(decoder.kind),
+        denoised=denoised and flow.offloaded_to is None,
         tile=tile,
     )
-    return needed.cache + max(needed.activations, needed.decoding)
+    return needed.cache + max(needed.activations, needed.denoising, needed.decoding)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -208,6 +214,8 @@ def check_memory(
     cache_dtype: CacheDtype,
     decoder: AutoencoderSpec,
     tile: int | None,
+    *,
+    denoised: bool = False,
 ) -> None:
     """Refuse a call that does not fit; the arguments are those of `call_bytes`.
 
@@ -215,7 +223,7 @@ def check_memory(
         UserError: it needs more memory than is free; names the ways out.
     """
     free = free_bytes(flow.device)
-    needed = call_bytes(flow, shape, batch, cache_dtype, decoder, tile)
+    needed = call_bytes(flow, shape, batch, cache_dtype, decoder, tile, denoised=denoised)
     if free is None or needed <= free:
         return
     ways = ["a smaller size", *(["fewer at once"] if batch > 1 else []), "cache_dtype bfloat16"]

@@ -29,13 +29,14 @@ from starflow.data.images import to_pil
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError, broken_rows, check_finite, check_trace
 from starflow.flow.model import STARFlow, TarFlow
-from starflow.flow.quantize import is_quantized, quantize_int8
+from starflow.flow.quantize import is_rounded, set_weight_format
 from starflow.flow.tokens import check_tensor
 from starflow.io import files
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
 from starflow.latents import Autoencoder
 from starflow.latents.base import decode_in_tiles
+from starflow.nn.quantize import WeightFormat
 from starflow.pipeline.config import (
     Cleaning,
     PipelineConfig,
@@ -133,7 +134,7 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         *,
-        int8: bool = False,
+        weights: WeightFormat | None = None,
         offload: bool = False,
         decoder: str | None = None,
         keep_text_encoder: bool | None = None,
@@ -151,7 +152,8 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
             device: where everything is put.
             dtype: of the flow's network; densities and autoencoder stay in float32. None is float32, or the precision
                 that is stored where the flow has over a billion parameters.
-            int8: round the weights of the block next to the noise to 8 bits, for memory.
+            weights: format of the weights of the flow's layers, for speed and memory: "int8" or "int4", or "bfloat16"
+                under float32 arithmetic; None is `dtype`. On other devices than a CPU integers need torchao.
             offload: keep the flow's blocks on the CPU, and on `device` the one that is at work, for memory.
             decoder: folder or hub id of another autoencoder that turns latents into pictures: a small one of the same
                 latents, such as TAESD for sd-vae's, or one with a decoder of `starflow train-decoder`.
@@ -173,8 +175,8 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         if decoder is not None:
             pipeline.decoder = open_decoder(decoder, pipeline.autoencoder, pipeline.config.autoencoder, hub)
         flow, dtype = pipeline.flow, dtype or default_dtype(pipeline.flow)
-        if int8:
-            quantize_int8(flow.to(dtype))  # where the weights are: whole, they may not fit the device
+        if weights is not None:
+            set_weight_format(flow.to(dtype), weights, device)  # before they move: whole, they may not fit the device
         if offload:
             flow.to(dtype).offload(device)
         pipeline.to(device, dtype)
@@ -201,8 +203,8 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         Raises:
             UserError: the folder cannot be written, or the disk is full.
         """
-        if is_quantized(self.flow):
-            raise UserError("the weights are rounded to int8, which is not saved: load the model without int8 first")
+        if is_rounded(self.flow):
+            raise UserError("the weights are rounded, which is not saved: load the model without weights= first")
         folder = files.check_output_folder(Path(folder))
         save_companions(self.student, self.denoiser, folder, dtype)
         save_parts(self.flow, self.autoencoder, self.conditioner, self.config, folder, dtype, parts, shard_bytes)
@@ -329,7 +331,8 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         if size is not None and (note := untrained_size_warning(self.config, self.flow.config, size)):
             warnings.warn(note, stacklevel=2)
         at_once = min(batch_size, len(prompts) * drawn_as.candidates)
-        check_memory(self.flow, shape, at_once, cache_dtype, (self.decoder or self.autoencoder).spec, tile)
+        decoder = (self.decoder or self.autoencoder).spec
+        check_memory(self.flow, shape, at_once, cache_dtype, decoder, tile, denoised=cleaning == "tweedie")
         remember_prompts(prompts, self.conditioner, self.config, shape)
         seeds = [seed + index for index in range(len(prompts))]
         images: list[Image] = []

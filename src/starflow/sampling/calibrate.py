@@ -41,7 +41,14 @@ from starflow.sampling.policy import (
     SolverChoice,
     Timing,
 )
-from starflow.sampling.predictor import InitialGuess, Predictor, SolverResult, ignore_progress, worth_drafting
+from starflow.sampling.predictor import (
+    ROUNDED_GUESSES,
+    InitialGuess,
+    Predictor,
+    SolverResult,
+    ignore_progress,
+    worth_drafting,
+)
 from starflow.sampling.sampler import run, solve_blocks, solve_by_policy
 from starflow.sampling.solvers import Span, fixed_point_step, relative_change
 
@@ -82,8 +89,7 @@ def converge(block: SolvedBlock, tolerance: float) -> Convergence:
     tried += [BlockPolicy("jacobi", segment, None, nearest) for segment in SEGMENTS if segment < length]
     if worth_drafting(block.predictor):
         tried += [dataclasses.replace(policy, draft=True) for policy in tried]
-    if block.predictor.can_solve_rounded:
-        tried.append(BlockPolicy("jacobi", None, None, "rounded"))
+    tried += [BlockPolicy("jacobi", None, None, form) for form in block.predictor.rounded_guesses]
     converged = [found for policy in tried if (found := _try(block, policy, tolerance)) is not None]
     return Convergence(contraction, distances, tuple(sorted(converged, key=lambda one: one.passes)))
 
@@ -250,8 +256,8 @@ def race(timings: Sequence[Timings], tolerance: float, repeats: int, number: int
 
     actions = {policy: functools.partial(solve_by, policy) for policy in so_far}
     once = {policy: seconds_of(action, device) for policy, action in actions.items()}
-    limit = WORTH_TIMING * once[sequential]  # "rounded" may have packed weights in its first run
-    promising = [policy for policy in so_far if once[policy] <= limit or policy.guess == "rounded"]
+    limit = WORTH_TIMING * once[sequential]  # a rounded guess may have packed weights in its first run
+    promising = [policy for policy in so_far if once[policy] <= limit or policy.guess in ROUNDED_GUESSES]
     left = [policy for policy in promising if not solutions[policy].sequential_tokens]
     times = dict(zip(left, in_turn([actions[policy] for policy in left], device, repeats), strict=True))
     return {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow.errors import UserError
+from starflow.flow.memory import denoised_at_once
 from starflow.flow.model import Flow
 from starflow.flow.tokens import check_tensor
 from starflow.sampling.student import Companion, CompanionConfig
@@ -21,6 +22,8 @@ from starflow.sampling.student import Companion, CompanionConfig
 
 def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: float = 0.3) -> Tensor:
     """x + sigma^2 * grad_x log p(x | condition): the mean of the clean picture given the noisy one.
+
+    Large pictures are taken one by one, as the backward pass needs what every layer computed.
 
     Args:
         model: the flow; its parameters get no gradient.
@@ -45,7 +48,13 @@ def denoise(model: Flow, x: Tensor, condition: Tensor | None = None, sigma: floa
     if not (sigma >= 0 and math.isfinite(sigma)):
         raise UserError(f"sigma is {sigma}, expected a standard deviation of at least 0")
     check_tensor("the input", x)
-    return x.detach().to(model.work_dtype) + sigma**2 * score_of(model, x, condition)
+    several = condition is None or len(condition) == len(x)  # or the model says what is wrong
+    at_once = denoised_at_once(math.prod(x.shape[2:]) // model.config.patch_size**2) if several else len(x)
+    conditions = [None] * len(x) if condition is None else condition.split(at_once)
+    pieces = zip(x.split(at_once), conditions, strict=False)
+    return torch.cat(
+        [one.detach().to(model.work_dtype) + sigma**2 * score_of(model, one, given) for one, given in pieces]
+    )
 
 
 def score_of(model: Flow, x: Tensor, condition: Tensor | None = None) -> Tensor:

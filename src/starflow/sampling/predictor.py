@@ -29,12 +29,19 @@ from torch.nn import functional as F
 from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import CachePool, CacheShape, CacheSlice, KVCache, LayerCache
 from starflow.nn.cpu import has_bfloat16
+from starflow.nn.quantize import WeightFormat, effective_weight
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
 
-InitialGuess = Literal["noise", "zero", "previous", "gaussian", "rounded"]
+InitialGuess = Literal["noise", "zero", "previous", "gaussian", "bfloat16", "int8", "int4"]
 """What an iteration starts from: the noise, which is what the block before gave; zeros; the last token that is solved;
-every token's noise in the Gaussian of that last token; or the tokens solved one by one with rounded weights."""
+every token's noise in the Gaussian of that last token; or the tokens solved one by one with weights rounded to a
+format of fewer bytes."""
+
+RoundedGuess = Literal["bfloat16", "int8", "int4"]
+
+ROUNDED_GUESSES: tuple[RoundedGuess, ...] = ("bfloat16", "int8", "int4")
+"""The guesses that are solved with rounded weights, from the most bytes to the fewest."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,12 @@ class Predictor:
         self._extend(prefix_RSD, 0)
 
     @property
-    def can_solve_rounded(self) -> bool:
-        """Whether the compiled loop is there, and the block's weights have more precision than it would round to."""
-        ready = self.engine is not None and self.engine.ready(self)
-        return ready and self.block.proj_in.weight.dtype == torch.float32
+    def rounded_guesses(self) -> tuple[RoundedGuess, ...]:
+        """The formats of fewer bytes than the block's own to guess with; none without the compiled loop."""
+        if self.engine is None or not self.engine.ready(self):
+            return ()
+        own = self.block.weight_form
+        return ROUNDED_GUESSES[ROUNDED_GUESSES.index(own) + 1 :] if own in ROUNDED_GUESSES else ROUNDED_GUESSES
 
     def inputs(self, x_BNC: Tensor, start: int, stop: int) -> Tensor:
         """The inputs (B, T, C) that predict tokens start..stop-1: the token before each, or the start token."""
@@ -239,8 +248,8 @@ class TokenEngine(Protocol):
         """Invert the whole block token by token, in place."""
         ...
 
-    def solve_rounded(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
-        """Invert some tokens with rounded weights, in place, as a guess."""
+    def guess(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, form: WeightFormat) -> None:
+        """Invert some tokens with weights rounded to a format, in place, as a guess."""
         ...
 
 
@@ -253,7 +262,7 @@ class _BFloat16Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = linear.weight.detach().to(torch.bfloat16)
+        self.weight = effective_weight(linear).detach().to(torch.bfloat16)
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:

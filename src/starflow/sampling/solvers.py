@@ -35,6 +35,7 @@ from starflow.flow import block
 from starflow.flow import block as affine
 from starflow.nn.attention import CacheIndex
 from starflow.sampling.predictor import (
+    ROUNDED_GUESSES,
     InitialGuess,
     Predictor,
     SolverOptions,
@@ -178,7 +179,7 @@ def solve_jacobi(
         options: tolerance, segments, iterations and initial guess.
         progress: told of the tokens of each segment.
     """
-    if options.guess == "rounded" and not predictor.can_solve_rounded:
+    if options.guess in ROUNDED_GUESSES and options.guess not in predictor.rounded_guesses:
         return solve_sequential(predictor, noise_BNC, options, progress)  # exact, where no cheaper guess is to be had
     noise_BNC = noise_BNC.contiguous()
     x_BNC = noise_BNC.clone()
@@ -291,9 +292,9 @@ def _set_initial_guess(
         x_BTC.copy_(x_BNC[:, span.start - 1 : span.start].expand_as(x_BTC))
     elif guess == "gaussian":
         x_BTC.copy_(block.inverse(z_BTC, last.mu_B1C, last.log_sigma_B1C))
-    elif guess == "rounded":
+    elif guess in ROUNDED_GUESSES:
         assert predictor.engine is not None
-        predictor.engine.solve_rounded(predictor, x_BNC, noise_BNC, range(span.start, span.stop))
+        predictor.engine.guess(predictor, x_BNC, noise_BNC, range(span.start, span.stop), guess)
 
 
 def iterate(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, span: Span, rule: StoppingRule) -> IterationResult:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from starflow.errors import UserError
-from starflow.nn.cpu import has_bfloat16
+from starflow.nn.cpu import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TrainSettings:
     average: float = 0.999
     """Decay per update of the averaged weights, reached from below as (1 + t) / (10 + t)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network's passes; "auto" is bfloat16 on a GPU that has it, else float32. Losses are always float32."""
+    """Of the network's passes; "auto" is bfloat16 on a device that multiplies it, else float32. Losses are float32."""
     compile: bool = False
     """Compile every Transformer layer with torch.compile."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -139,14 +139,13 @@ class TrainSettings:
 
 
 def network_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """bfloat16 where the settings ask for it, or leave it open and the device is a GPU that has it; else float32.
+    """bfloat16 where the settings ask for it, or leave it open and the device multiplies it; else float32.
 
     Example:
-        >>> network_dtype(TrainSettings(steps=1), torch.device("cpu"))
+        >>> network_dtype(TrainSettings(steps=1, precision="float32"), torch.device("cpu"))
         torch.float32
     """
-    native = device.type == "cuda" and has_bfloat16(device)
-    low = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
+    low = settings.precision == "bfloat16" or (settings.precision == "auto" and multiplies_bfloat16(device))
     return torch.bfloat16 if low else torch.float32
 
 

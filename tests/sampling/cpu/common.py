@@ -32,7 +32,7 @@ def drawn(case: Case, settings: SampleSettings, library: Library | None, rows: s
     condition, null = (None if one is None else one[rows] for one in (case.condition, case.null_condition))
     engine = case.model.runtime_cache["engine"] = engine_for(library)
     x = run(case.model, case.x[rows], condition, null, settings).x
-    assert len(engine._packed) == (len(case.model.blocks) if library else 0)
+    assert len(engine.weights.blocks) == (len(case.model.blocks) if library else 0)
     return x
 
 

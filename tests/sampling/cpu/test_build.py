@@ -17,9 +17,8 @@ from torch import Tensor
 
 from starflow.flow.model import Flow
 from starflow.sampling.cpu import build
-from starflow.sampling.cpu import engine as engine_module
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
-from starflow.sampling.cpu.engine import BUILD_SECONDS, CpuEngine
+from starflow.sampling.cpu.engine import WORTH_BUILDING, CpuEngine
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
 from tests.compilers import set_compiler
@@ -63,7 +62,7 @@ def test_without_a_working_compiler_it_samples_eagerly_with_one_note(
     if script is not None:
         compiler(tmp_path, f'[ "$1" = --version ] && exit 0\n{script}', monkeypatch)
     case = text_case()
-    case.model.runtime_cache["engine"] = CpuEngine(2 * BUILD_SECONDS)
+    case.model.runtime_cache["engine"] = CpuEngine(2 * WORTH_BUILDING)
     with pytest.warns(UserWarning, match=f"without its compiled loop, several times slower: .*{reason}") as notes:
         first = sampled(case.model)
     assert len(notes) == 1
@@ -80,31 +79,25 @@ def test_a_small_model_says_that_there_is_no_compiler_too(empty_cache: Path, mon
         sampled()
 
 
-def test_a_small_model_is_not_worth_a_build(empty_cache: Path, recipe: BuildCommand) -> None:
+def test_a_model_of_a_moment_is_not_worth_a_build(empty_cache: Path, recipe: BuildCommand) -> None:
     model = text_case().model
-    sampled(model)
+    sampled(model, CpuEngine(0.5 * WORTH_BUILDING))
     assert list(empty_cache.iterdir()) == []
     engine = model.runtime_cache["engine"]
     assert isinstance(engine, CpuEngine)
     assert engine.library is None
-    assert not engine.disabled
 
 
-def test_it_is_built_when_as_much_was_spent_without_it(
-    empty_cache: Path, library: Library, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a picture takes adds up; the build itself is a copy here."""
-    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    # The model has 3 layers and 16 tokens a block.
-    monkeypatch.setattr(engine_module, "TOKEN_SECONDS", BUILD_SECONDS / 100)
+def test_a_model_stays_with_what_its_first_picture_was_drawn_by(full_cache: BuildCommand) -> None:
+    """A library that another model or process builds meanwhile changes none of its pictures."""
+    away = full_cache.path.rename(full_cache.path.with_suffix(".away"))
     model, engine = text_case().model, CpuEngine(0.0)
-    eager = sampled(model, engine)
+    first = sampled(model, engine)
+    away.rename(full_cache.path)
+    assert torch.equal(sampled(model), first)
     assert engine.library is None
-    assert 0.5 * BUILD_SECONDS < engine._eager_seconds_spent < BUILD_SECONDS
-    assert_close(sampled(model), eager)
-    assert engine.library is not None
-    assert_close(sampled(model), eager)
-    assert engine.bytes > 0
+    engine.build()
+    assert engine.library is not None, "an explicit wish is heard"
 
 
 def test_what_was_built_before_is_used_at_once(full_cache: BuildCommand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +110,28 @@ def test_what_was_built_before_is_used_at_once(full_cache: BuildCommand, monkeyp
     assert engine.library is not None
 
 
-def test_a_large_model_is_built_for_at_once(
+def test_any_other_is_built_for_at_once(
     empty_cache: Path, library: Library, recipe: BuildCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
-    engine = CpuEngine(2 * BUILD_SECONDS)
+    engine = CpuEngine(2 * WORTH_BUILDING)
     sampled(engine=engine)
     assert engine.library is not None
     assert [path.name for path in empty_cache.iterdir()] == [recipe.path.name]
+
+
+def test_the_module_builds_before_the_first_picture_or_says_why_not(
+    empty_cache: Path, recipe: BuildCommand, library: Library, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(BuildCommand, "_compile", lambda self: shutil.copy(recipe.path, self.path))
+    build.main()
+    assert capsys.readouterr().out == f"compiled token loop: {empty_cache / recipe.path.name}\n"
+    assert (empty_cache / recipe.path.name).is_file()
+    set_compiler("/nowhere/c++", monkeypatch)
+    build.main()
+    assert "no compiled token loop, so sampling will be slower: no C++ compiler" in capsys.readouterr().out
+    assert "python -m starflow.sampling.cpu.build" in (ROOT / "Makefile").read_text()
 
 
 def test_a_damaged_library_is_built_anew(

@@ -9,7 +9,7 @@ import torch
 
 from starflow.flow.config import STARFlowConfig
 from starflow.sampling.cpu.build import Library
-from starflow.sampling.predictor import SolverOptions, SolverResult
+from starflow.sampling.predictor import ROUNDED_GUESSES, RoundedGuess, SolverOptions, SolverResult
 from starflow.sampling.solvers import Span, fixed_point_step, relative_change, solve_jacobi
 from tests.registry import Case, randomised
 from tests.sampling.cpu.common import Solving, engine_for, solving
@@ -27,17 +27,27 @@ def given(request: pytest.FixtureRequest) -> Solving:
     return solving(Case(randomised(CONFIG, 0), noise, condition, condition * 0), request.param, 2.0)
 
 
-def rounded(given: Solving, library: Library | None, tolerance: float, segment: int | None = None) -> SolverResult:
+def rounded(
+    given: Solving,
+    library: Library | None,
+    tolerance: float,
+    segment: int | None = None,
+    form: RoundedGuess = "bfloat16",
+) -> SolverResult:
     predictor = dataclasses.replace(given.predictor, engine=engine_for(library))
-    return solve_jacobi(predictor, given.noise_BNC, SolverOptions(tolerance, segment, guess="rounded"), lambda _: None)
+    return solve_jacobi(predictor, given.noise_BNC, SolverOptions(tolerance, segment, guess=form), lambda _: None)
 
 
+@pytest.mark.parametrize("form", ROUNDED_GUESSES)
 @pytest.mark.parametrize("segment", [None, 12])
 @torch.no_grad()
-def test_the_answer_is_verified_and_near(library: Library, given: Solving, segment: int | None) -> None:
-    exact, found = given.eager(), rounded(given, library, 2e-2, segment)
+def test_the_answer_is_verified_and_near(
+    library: Library, given: Solving, segment: int | None, form: RoundedGuess
+) -> None:
+    exact, found = given.eager(), rounded(given, library, 2e-2, segment, form)
     assert found.sequential_tokens == 0
-    assert found.iterations == (3 if segment else 1), "rounding alone was off by more than the bound"
+    if form != "int4":
+        assert found.iterations == (3 if segment else 1), "rounding alone was off by more than the bound"
     assert (found.residual_B > 0).all()
     given.predictor.prefill()
     whole = Span(0, given.predictor.tokens)
@@ -65,9 +75,8 @@ def test_without_the_compiled_loop_it_goes_token_by_token(given: Solving) -> Non
 @torch.no_grad()
 def test_rounded_copies_take_half_and_are_forgotten_with_the_others(library: Library, given: Solving) -> None:
     block, engine = given.predictor.block, engine_for(library)
-    whole, half = engine.packed(block), engine.packed(block, rounded=True)
-    assert half.in_bfloat16
-    assert not whole.in_bfloat16
+    whole, half = engine.packed(block), engine.packed(block, "bfloat16")
+    assert (whole.form, half.form) == ("float32", "bfloat16")
     assert engine.bytes == whole.bytes + half.bytes
     matrices = [sum(layer[name].nbytes for name in ("qkv", "proj", "up", "down")) for layer in whole.layers]
     halved = [sum(layer[name].nbytes for name in ("qkv", "proj", "up", "down")) for layer in half.layers]

@@ -32,6 +32,7 @@ CONFIG = STARFlowConfig(
     txt_dim=4,
 )
 SETTINGS = TrainSettings(
+    precision="float32",
     steps=8,
     batch=8,
     lr=0.02,

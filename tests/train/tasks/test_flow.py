@@ -54,7 +54,7 @@ def make_cache(count: int = 12, heldout: int = 3, std: float | None = None) -> I
 
 def make_task(cache: InMemoryLatents, objective: Objective, flow: STARFlow | TarFlow | None = None) -> FlowTask:
     torch.manual_seed(0)
-    settings = TrainSettings(steps=3, batch=8)
+    settings = TrainSettings(steps=3, batch=8, precision="float32")
     return FlowTask(flow or random_flow(), cache, objective, settings, draw=do_nothing, save=do_nothing)
 
 
@@ -129,6 +129,22 @@ def test_dropped_conditions_are_the_null_condition(share: float) -> None:
     own = torch.eye(4)[[cache.entries[i].condition for i in rows.tolist()]][:, None]
     _, squares, _, _ = task.model(noised, null if share else own)
     assert float(terms["squares"]) == pytest.approx(float(squares), rel=1e-6)
+
+
+def test_the_loss_in_bfloat16_is_that_in_float32_within_rounding() -> None:
+    """And so are its gradients, which reach weights in float32."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        task = make_task(make_cache(), Objective(drop_condition=0.0))
+        task.settings = replace(task.settings, precision=precision)
+        loss, _ = task.loss(task.model, task.batch(0, range(8)))
+        loss.backward()
+        gradients = [one.grad.flatten() for one in task.model.parameters() if one.grad is not None]
+        assert all(one.dtype == torch.float32 for one in gradients)
+        found[precision] = loss.detach(), torch.cat(gradients)
+    (exact, slope), (low, low_slope) = found["float32"], found["bfloat16"]
+    assert 0 < abs(low - exact) < 2e-2 * abs(exact) + 1e-2
+    assert torch.linalg.vector_norm(low_slope - slope) < 5e-2 * torch.linalg.vector_norm(slope)
 
 
 def test_a_tarflow_reads_the_cached_rows_as_labels() -> None:

@@ -1,5 +1,7 @@
 """Build step.cpp with the user's own compiler, once a machine, and load the library.
 
+    python -m starflow.sampling.cpu.build        # before the first picture; `make` does it when it installs
+
 Contract: the library lies in the user's cache folder under a name made of the source, the flags, the compiler and the
 processor; it is written there whole. Nothing is loaded from a folder that others may write to.
 """
@@ -31,7 +33,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 TIMEOUT_SECONDS = 120
 
-VERSION = 2
+VERSION = 3
 """Version of the functions and structs that step.cpp shares with pack.py."""
 
 
@@ -48,7 +50,12 @@ class Library:
     @property
     def panels(self) -> PanelLayout:
         """The layout in which it reads weights."""
-        return PanelLayout(self.handle.starflow_panel(), self.handle.starflow_vector())
+        return PanelLayout(self.handle.starflow_panel())
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether the processor multiplies numbers in bfloat16, and the library lets it."""
+        return bool(self.handle.starflow_bfloat16_products())
 
     def workspace(self, block: BlockStruct, count: int) -> int:
         """Floats that a call for `count` tokens needs."""
@@ -179,7 +186,7 @@ def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "version": (number, ()),
         "panel": (number, ()),
-        "vector": (number, ()),
+        "bfloat16_products": (number, ()),
         "workspace": (ctypes.c_int64, (block, number)),
         "solve": (None, (block, number, number)),
         "extend": (None, (block, address, number, number)),
@@ -191,3 +198,18 @@ def _declare_functions(handle: ctypes.CDLL) -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     assert handle.starflow_version() == VERSION
     return handle
+
+
+def main() -> None:
+    """Build the library where it is missing, and say where it lies, or in one line why there is none."""
+    try:
+        command = BuildCommand.here()
+        command.build()
+        said = f"compiled token loop: {command.path}"
+    except BuildError as error:
+        said = f"no compiled token loop, so sampling will be slower: {error}"
+    sys.stdout.write(f"{said}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,13 +3,15 @@
 Contract: the answer is that of the eager path up to rounding, and a picture's is bit for bit the same whatever its
 batch and the number of threads, given the same condition. It works on the predictor's own cache, in its layout, so
 either path may go on where the other stopped. What it does not cover goes the eager way: devices other than a CPU,
-precisions other than float32 and bfloat16, and blocks that are no longer as they were built: quantised weights, other
-layers, forward hooks. Networks in bfloat16 are computed in float32 from their bfloat16 weights and cache. Nothing
-depends on torch's default precision and device, and every address is checked before it is handed on.
+precisions other than float32 and bfloat16, and blocks that are no longer as they were built: torchao's weights, other
+layers, forward hooks. Networks in bfloat16 have their products in bfloat16 where the processor multiplies it, and in
+float32 from their bfloat16 weights elsewhere. Nothing depends on torch's default precision and device, and every
+address is checked before it is handed on.
 
-An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights and decides whether to
-build the library. It builds where that takes less time than it saves: at once for a large model, and for a small one
-when as much time has been spent without it. Several threads may sample with one model at once.
+An engine belongs to a model and is kept with it (`cpu_engine_of`); it holds the packed weights. At the first use it
+loads the library, which is built where it is missing, once a machine (`make` does it when it installs), unless the
+model is so small that eager code draws a picture in a moment. A model stays with what was found then, so that a picture
+does not change from one call to the next. Several threads may sample with one model at once.
 
 Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T some of them, C token channels, D width.
 """
@@ -17,7 +19,6 @@ Shapes: B pictures, R rows (B, or 2B with the null branch second), N tokens, T s
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 import time
 import warnings
@@ -28,27 +29,27 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from starflow.flow.block import AutoregressiveBlock
-from starflow.flow.memory import PACKED_BYTES_LIMIT
 from starflow.flow.model import Flow
 from starflow.nn.attention import KVCache, LayerCache
-from starflow.nn.cpu import HUGE_PAGE_THRESHOLD, on_huge_pages
+from starflow.nn.quantize import WeightFormat
 from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
 from starflow.sampling.cpu.pack import (
+    FORMAT_NUMBERS,
+    STORED,
     BlockStruct,
     LayerStruct,
     PackedBlock,
     address_of,
     bytes_of,
-    pack,
-    parameter_versions,
 )
+from starflow.sampling.cpu.packed import PackedWeights, is_plain_parameter
 from starflow.sampling.predictor import Predictor, TokenProgress, ignore_progress
 
-BUILD_SECONDS = 5.0
-"""About the time that a build takes, and so what it must save."""
+WORTH_BUILDING = 0.1
+"""Seconds of a picture on the eager path from which on the library is built, once a machine, in about 7 s."""
 
 TOKEN_SECONDS, BYTES_A_SECOND = 3e-4, 8e9
 """About the time of a layer's calls at one token on the eager path, and the rate at which it reads weights."""
@@ -74,18 +75,12 @@ class CpuEngine:
     library: Library | None = None
     """None until it is found or built."""
     disabled: bool = False
-    """Whether there is only the eager path, because a build failed."""
+    """Whether there is only the eager path: the model is too small for a build, or the build failed."""
+    weights: PackedWeights = field(default_factory=PackedWeights)
     build_seconds: float = 0.0
     """What compiling and loading the library took."""
     compiled: bool = False
     """Whether it was compiled for this engine, rather than found."""
-    _build_command: BuildCommand | None = None
-    _eager_seconds_spent: float = 0.0
-    """About the seconds that went by on the eager path where the library would have been of use."""
-    _packed: weakref.WeakKeyDictionary[AutoregressiveBlock, dict[bool, PackedBlock]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    """Weights of each block as they are (False), and rounded to bfloat16 (True)."""
     _covered: weakref.WeakKeyDictionary[AutoregressiveBlock, bool] = field(default_factory=weakref.WeakKeyDictionary)
     """Whether the library covers a block, as it is in this call."""
     _work: list[Tensor] = field(default_factory=list)
@@ -94,21 +89,24 @@ class CpuEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make copies of a model load the library and pack weights for themselves."""
-        return CpuEngine, (self.eager_seconds, None, self.disabled)
+        return CpuEngine, (self.eager_seconds, None, self.disabled, self.weights)
+
+    def without_packed(self) -> CpuEngine:
+        """A new engine of the same library that has packed nothing."""
+        return CpuEngine(self.eager_seconds, self.library, self.disabled, PackedWeights(self.weights.model_bytes))
 
     @property
     def bytes(self) -> int:
         """Memory that the packed weights take."""
-        return sum(packed.bytes for both in list(self._packed.values()) for packed in both.values())
+        return self.weights.bytes
 
     def ready(self, predictor: Predictor) -> bool:
-        """Whether it can compute for this predictor: it covers block and cache, and is built or worth it."""
+        """Whether it can compute for this predictor: it covers block and cache, and there is a library."""
         if self.disabled or not self._covers(predictor):
             return False
         if self.library is None:
             with self._lock:
-                self._load()
-                self._eager_seconds_spent += _pass_seconds(predictor.block)
+                self._load(or_build=self.eager_seconds > WORTH_BUILDING)
         return self.library is not None
 
     def _covers(self, predictor: Predictor) -> bool:
@@ -122,49 +120,49 @@ class CpuEngine:
     def build(self) -> None:
         """Build the library now, whether or not that pays for this model."""
         with self._lock:
-            self._eager_seconds_spent = math.inf
-            self._load()
+            self.disabled = False
+            self._load(or_build=True)
 
-    def _load(self) -> None:
-        """Load the library where it is there already, or where building it takes less time than it saves."""
+    def _load(self, *, or_build: bool) -> None:
+        """Load the library where it is there already, or build it; whatever comes of it stays so."""
         if self.disabled or self.library is not None:
             return
         try:
-            self._build_command = self._build_command or BuildCommand.here()
-            found = self._build_command.built()
-            if found or max(self.eager_seconds, self._eager_seconds_spent) > BUILD_SECONDS:
+            command = BuildCommand.here()
+            found = command.built()
+            if found or or_build:
                 began = time.perf_counter()
-                self.library = self._build_command.build()
+                self.library = command.build()
                 self.build_seconds, self.compiled = time.perf_counter() - began, not found
         except BuildError as error:
-            self.disabled = True
             warnings.warn(f"sampling goes on without its compiled loop, several times slower: {error}")
+        self.disabled = self.library is None
 
     def solve(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress) -> None:
         """Solve all predicted tokens in place; the condition is in the cache already."""
-        self._solve(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress, rounded=False)
+        self.solve_tokens(predictor, x_BNC, noise_BNC, range(predictor.first, predictor.tokens), progress)
 
-    def solve_rounded(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range) -> None:
-        """Solve some tokens in place with the layers' matrices rounded to bfloat16: half the bytes, and a guess."""
-        self._solve(predictor, x_BNC, noise_BNC, tokens, ignore_progress, rounded=True)
+    def guess(self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, tokens: range, form: WeightFormat) -> None:
+        """Solve some tokens in place with the layers' matrices rounded to a format of fewer bytes, as a guess."""
+        self.solve_tokens(predictor, x_BNC, noise_BNC, tokens, form=form)
 
-    def _solve(
+    def solve_tokens(
         self,
         predictor: Predictor,
         x_BNC: Tensor,
         noise_BNC: Tensor,
         tokens: range,
-        progress: TokenProgress,
-        *,
-        rounded: bool,
+        progress: TokenProgress = ignore_progress,
+        form: WeightFormat | None = None,
     ) -> None:
+        """Solve some tokens in place, given those before them, with weights in the block's own format or another."""
         assert self.library is not None
         wanted = (_pictures(predictor), predictor.tokens, predictor.block.spec.token_channels)
         inputs = predictor.prefix_length + predictor.tokens - predictor.first
         if not (x_BNC.shape == noise_BNC.shape == wanted and inputs <= _cache_length(predictor)):
             shapes = tuple(x_BNC.shape), tuple(noise_BNC.shape)
             raise ValueError(f"tokens {shapes} and {inputs} inputs, expected {wanted} and {_cache_length(predictor)}")
-        with self._call(predictor, x_BNC, noise_BNC, 1, rounded=rounded) as call:
+        with self._call(predictor, x_BNC, noise_BNC, 1, form) as call:
             start, count = tokens.start, 1
             while start < tokens.stop:
                 stop = min(start + count, tokens.stop)
@@ -206,47 +204,30 @@ class CpuEngine:
             self.library.extend(call.block, address, position, count)
         return out_RTD.to(hidden_RTD.dtype)
 
-    def packed(self, block: AutoregressiveBlock, *, rounded: bool = False) -> PackedBlock:
-        """A block's packed weights, as they are or rounded; they are packed anew where its parameters have changed."""
+    def packed(self, block: AutoregressiveBlock, form: WeightFormat | None = None) -> PackedBlock:
+        """A block's packed weights, in its own format or another; packed anew where its parameters have changed."""
         assert self.library is not None
-        with self._lock:
-            both = self._packed.setdefault(block, {})
-            found = both.get(rounded)
-            if found is None or found.versions != parameter_versions(block):
-                both.pop(rounded, None)
-                self._make_room(block)
-                checksums = self._checksums(block)  # before anything is copied, as the versions
-                found = pack(block, self.library.panels, _on_huge_pages, rounded=rounded)
-                found = both[rounded] = replace(found, checksums=checksums)
-            return found
-
-    def _make_room(self, block: AutoregressiveBlock) -> None:
-        """Drop the other blocks' packed weights if all together are large: packing again costs little."""
-        if sum(map(bytes_of, block.parameters())) + self.bytes > PACKED_BYTES_LIMIT:
-            for other in [other for other in self._packed if other is not block]:
-                del self._packed[other]
+        return self.weights.of_block(block, form or block.weight_form, self.library)
 
     def drop_changed(self) -> None:
-        """Drop packed weights whose parameters have been written to since, in whichever way."""
+        """Forget what a block is covered by, and drop packed weights whose parameters have been written to since."""
         with self._lock:
             self._covered.clear()
-            for block, both in list(self._packed.items()):
-                checksums = self._checksums(block)
-                if any(packed.checksums != checksums for packed in both.values()):
-                    del self._packed[block]
-
-    def _checksums(self, block: AutoregressiveBlock) -> tuple[int, ...]:
-        library = self.library
-        assert library is not None
-        return tuple(library.checksum(one) if _is_plain_parameter(one) else -1 for one in block.parameters())
+        if self.library is not None:
+            self.weights.drop_changed(self.library)
 
     @contextmanager
     def _call(
-        self, predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, count: int, *, rounded: bool = False
+        self,
+        predictor: Predictor,
+        x_BNC: Tensor,
+        noise_BNC: Tensor,
+        count: int,
+        form: WeightFormat | None = None,
     ) -> Iterator[_Call]:
         """The struct of one call, with a workspace that goes back to the engine afterwards."""
         assert self.library is not None
-        packed = self.packed(predictor.block, rounded=rounded)
+        packed = self.packed(predictor.block, form)
         call = _make_call(predictor, packed, x_BNC, noise_BNC, self.library)
         needed = self.library.workspace(call.block, count)
         with self._lock:
@@ -274,7 +255,9 @@ def cpu_engine_of(model: Flow) -> CpuEngine:
     found = model.runtime_cache.get("engine")
     if not isinstance(found, CpuEngine):
         tokens = model.config.grid_side**2
-        found = model.runtime_cache["engine"] = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())))
+        weights = PackedWeights(sum(map(bytes_of, model.parameters())))
+        found = CpuEngine(tokens * sum(map(_pass_seconds, model.iter_blocks())), weights=weights)
+        model.runtime_cache["engine"] = found
     found.drop_changed()
     return found
 
@@ -304,11 +287,11 @@ def _pictures(predictor: Predictor) -> int:
     return _rows(predictor) if predictor.guidance is None else len(predictor.guidance.weight_B)
 
 
-def _on_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy in memory that is asked for in huge pages: the panels are read as one long stream."""
-    if tensor.nbytes < HUGE_PAGE_THRESHOLD:
-        return tensor
-    return on_huge_pages(torch.empty_like(tensor)).copy_(tensor)
+def _format_number(block: AutoregressiveBlock, packed: PackedBlock, library: Library) -> int:
+    """How step.cpp is to multiply: a network in bfloat16 has its products in bfloat16, where the processor can."""
+    if packed.form == "bfloat16" and block.proj_in.weight.dtype == torch.bfloat16 and library.multiplies_bfloat16:
+        return FORMAT_NUMBERS["bfloat16 products"]
+    return FORMAT_NUMBERS[packed.form]
 
 
 def covers_block(block: AutoregressiveBlock) -> bool:
@@ -318,7 +301,7 @@ def covers_block(block: AutoregressiveBlock) -> bool:
         dtype in SUPPORTED_DTYPES
         and block.spec.layer.head_dim % 2 == 0
         and block.as_built
-        and all(_is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
+        and all(is_plain_parameter(parameter) and parameter.dtype == dtype for parameter in block.parameters())
     )
 
 
@@ -330,11 +313,6 @@ def covers_cache(cache: KVCache, block: AutoregressiveBlock) -> bool:
     alike = all(one.dtype == first.dtype and one.shape == wanted and one.is_contiguous() for one in tensors)
     on_host = all(one.device.type == "cpu" for one in tensors)
     return alike and on_host and first.dtype in SUPPORTED_DTYPES and len(cache.layers) == block.spec.layers
-
-
-def _is_plain_parameter(parameter: Tensor) -> bool:
-    """Whether its values are plain numbers in the memory of a CPU."""
-    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
 
 
 def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_BNC: Tensor, library: Library) -> _Call:
@@ -362,7 +340,7 @@ def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_B
         half_split=layer.half_split_rope,
         softplus=spec.softplus,
         rule=0 if guidance is None else RULE_NUMBERS[guidance.rule],
-        half_weights=packed.in_bfloat16,
+        weights=_format_number(predictor.block, packed, library),
         half_cache=keys.dtype == torch.bfloat16,
         clip=spec.clip,
     )
@@ -370,7 +348,7 @@ def _make_call(predictor: Predictor, packed: PackedBlock, x_BNC: Tensor, noise_B
     layers = (LayerStruct * spec.layers)(
         *(
             LayerStruct(
-                **{name: address_of(name, tensor, 1, *SUPPORTED_DTYPES) for name, tensor in weights.items()},
+                **{name: address_of(name, tensor, 1, *STORED.values()) for name, tensor in weights.items()},
                 keys=address_of("keys", cache.keys_BNLH, keys.numel(), keys.dtype),
                 values=address_of("values", cache.values_BNLH, keys.numel(), keys.dtype),
             )

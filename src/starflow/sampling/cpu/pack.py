@@ -1,8 +1,9 @@
 """Packs a block's weights in the order in which step.cpp reads them, and mirrors its structs field by field.
 
-Contract: packed weights are the only copies that are made: as many bytes again as the block's own, and while they are
-made those of one layer more. They hold for the parameters as they were; `parameter_versions` and checksums of their
-values tell whether they have changed.
+Contract: packed weights are the only copies that are made: in the format of the block, as many bytes again as its own,
+and while they are made those of one layer more. The matrices may lie in a file, which is mapped: `write_matrices` and
+`map_matrices`. They hold for the parameters as they were; `parameter_versions` and checksums of their values tell
+whether they have changed.
 
 Shapes: D width, K inputs and N outputs of a linear layer, R rows (B pictures, twice with guidance).
 """
@@ -10,8 +11,10 @@ Shapes: D width, K inputs and N outputs of a linear layer, R rows (B pictures, t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,14 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import Layer
-from starflow.nn.layers import MLP, GatedMLP, RMSNorm
+from starflow.nn.layers import MLP, GatedMLP, LayerSpec, RMSNorm
+from starflow.nn.quantize import GROUP_INPUTS, IntegerFormat, WeightFormat, quantize
+
+FORMAT_NUMBERS = {"float32": 0, "bfloat16": 1, "bfloat16 products": 2, "int8": 3, "int4": 4}
+"""The formats of matrices as step.cpp numbers them; number 2 multiplies with inputs in bfloat16."""
+
+MATRICES = ("qkv", "proj", "up", "down")
+"""The matrices of a layer, by the names of `LAYER_POINTERS`."""
 
 LAYER_POINTERS = (
     *("qkv", "proj", "up", "down", "qkv_bias", "proj_bias", "up_bias", "down_bias"),
@@ -29,7 +39,7 @@ LAYER_POINTERS = (
 BLOCK_INTEGERS = (
     *("pictures", "rows", "width", "heads", "kv_heads", "head_dim", "hidden", "layers"),
     *("channels", "length", "tokens", "first", "prefix", "threads"),
-    *("rms", "gated", "half_split", "softplus", "rule", "half_weights", "half_cache"),
+    *("rms", "gated", "half_split", "softplus", "rule", "weights", "half_cache"),
 )
 
 BLOCK_POINTERS = (
@@ -56,9 +66,9 @@ class BlockStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PanelLayout:
-    """How the library reads weights: in panels of `panel` outputs, `vector` numbers at a time.
+    """How the library reads weights: in panels of `panel` outputs.
 
-    >>> layout = PanelLayout(panel=4, vector=2)
+    >>> layout = PanelLayout(panel=4)
     >>> layout.padded(6)
     8
     >>> layout.pack_matrix(torch.arange(6.0).view(3, 2)).tolist()  # of each input the values of 4 outputs
@@ -66,7 +76,6 @@ class PanelLayout:
     """
 
     panel: int
-    vector: int
 
     def padded(self, count: int) -> int:
         """`count` rounded up to whole panels."""
@@ -84,19 +93,40 @@ class PanelLayout:
         count = values_TD.shape[-1]
         return nn.functional.pad(values_TD.detach().float(), (0, self.padded(count) - count)).contiguous()
 
-    def pack_matrix(self, weight_NK: Tensor) -> Tensor:
-        """A linear layer's weight as panels (N / panel, K, panel), in float32.
+    def pack_matrix(self, weight_NK: Tensor, form: WeightFormat = "float32") -> Tensor:
+        """A linear layer's weight as panels, (N / panel, ...); step.cpp has the layout of each format.
 
-        A bfloat16 weight stays so, its panels as pairs of numbers that one word of 32 bits holds.
+        float32 is (K, panel), bfloat16 (K / 2, panel, 2), and integers are bytes, (groups of inputs, bytes of a group).
         """
         outputs, inputs = weight_NK.shape
         whole = nn.functional.pad(weight_NK.detach(), (0, 0, 0, self.padded(outputs) - outputs))
-        panels = whole.view(-1, self.panel, inputs).transpose(1, 2)
-        if weight_NK.dtype != torch.bfloat16:
-            return panels.float().contiguous()
-        pairs = panels.unflatten(2, (-1, 2, self.vector)).transpose(3, 4)
-        packed: Tensor = pairs.contiguous().flatten(2)
-        return packed
+        if form == "float32":
+            return whole.view(-1, self.panel, inputs).transpose(1, 2).float().contiguous()
+        if form == "bfloat16":
+            pairs = nn.functional.pad(whole.bfloat16(), (0, inputs % 2)).unflatten(1, (-1, 2))
+            words: Tensor = pairs.unflatten(0, (-1, self.panel)).transpose(1, 2).contiguous()
+            return words
+        return self._pack_integers(whole, form)
+
+    def _pack_integers(self, whole_NK: Tensor, form: IntegerFormat) -> Tensor:
+        found = quantize(whole_NK, form)
+        panels = found.codes_NGS.unflatten(0, (-1, self.panel)).transpose(1, 2)  # of panels, groups, outputs, inputs
+        if form == "int4":  # of four inputs the first two, and above them the other two
+            four = panels.unflatten(3, (-1, 2, 2)) + 8
+            panels = (four[..., 0, :] + four[..., 1, :] * 16).flatten(3)
+        codes = panels.unflatten(3, (-1, 2)).transpose(2, 3).flatten(2).view(torch.uint8)
+        scales = found.scales_NG.unflatten(0, (-1, self.panel)).transpose(1, 2).contiguous().view(torch.uint8)
+        return torch.cat((codes, scales), dim=2)
+
+    def matrix_shape(self, outputs: int, inputs: int, form: WeightFormat) -> tuple[int, ...]:
+        """The shape of a packed matrix."""
+        panels = self.padded(outputs) // self.panel
+        if form == "float32":
+            return panels, inputs, self.panel
+        if form == "bfloat16":
+            return panels, (inputs + 1) // 2, self.panel, 2
+        size = GROUP_INPUTS[form]
+        return panels, -(-inputs // size), self.panel * (size * (8 if form == "int8" else 4) // 8 + 2)
 
 
 @dataclass(frozen=True)
@@ -108,8 +138,10 @@ class PackedBlock:
     """The block's other weights, by the names of `BLOCK_POINTERS`."""
     versions: tuple[tuple[int, int], ...]
     """Of the parameters when they were packed; see `parameter_versions`."""
-    in_bfloat16: bool
-    """Whether the layers' matrices are in bfloat16."""
+    form: WeightFormat
+    """Of the layers' matrices."""
+    mapped: bool = False
+    """Whether the matrices lie in a file, whose pages the system may drop."""
     checksums: tuple[int, ...] = ()
     """Of the parameters' values when they were packed."""
 
@@ -153,29 +185,31 @@ def parameter_versions(block: AutoregressiveBlock) -> tuple[tuple[int, int], ...
 def pack(
     block: AutoregressiveBlock,
     panels: PanelLayout,
+    form: WeightFormat | None = None,
     place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    *,
-    rounded: bool = False,
+    file: Path | None = None,
 ) -> PackedBlock:
     """Copies of a block's weights in the layout of the library.
 
     Args:
         block: whose weights are copied.
         panels: of the library.
-        place: called with each tensor of a layer; what it returns is kept.
-        rounded: make the layers' matrices bfloat16, whatever the block's precision.
+        form: of the layers' matrices; None is the block's own.
+        place: called with each matrix; what it returns is kept.
+        file: that holds the matrices already, to be mapped; None packs them.
     """
     versions = parameter_versions(block)  # before anything is copied: who writes meanwhile makes the copies obsolete
-    in_bfloat16 = rounded or block.proj_in.weight.dtype == torch.bfloat16
+    form = form or block.weight_form
+    found = pack_matrices(block, panels, form) if file is None else map_matrices(file, block, panels, form)
     layers = tuple(
-        {name: place(tensor) for name, tensor in _layer(layer, panels, in_bfloat16=in_bfloat16).items()}
-        for layer in layers_of(block)
+        {name: place(matrix) for name, matrix in matrices.items()} | _layer_vectors(layer, panels)
+        for layer, matrices in zip(layers_of(block), found, strict=True)
     )
     width, channels = block.spec.layer.width, block.spec.token_channels
     other = {
-        "proj_in": panels.pack_matrix(block.proj_in.weight.float()),
+        "proj_in": panels.pack_matrix(block.proj_in.weight),
         "proj_in_bias": panels.pack_vector(block.proj_in.bias, width),
-        "proj_out": panels.pack_matrix(block.proj_out.weight.float()),
+        "proj_out": panels.pack_matrix(block.proj_out.weight),
         "proj_out_bias": panels.pack_vector(block.proj_out.bias, 2 * channels),
     }
     if isinstance(block.final_norm, RMSNorm):
@@ -185,7 +219,65 @@ def pack(
         other["table"] = panels.pack_rows(table)
     if block.sos_embed is not None:
         other["start"] = block.sos_embed.detach().float().flatten().contiguous()
-    return PackedBlock(layers, other, versions, in_bfloat16)
+    return PackedBlock(layers, other, versions, form, mapped=file is not None)
+
+
+def pack_matrices(block: AutoregressiveBlock, panels: PanelLayout, form: WeightFormat) -> Iterator[dict[str, Tensor]]:
+    """The matrices of one layer after another, by the names of `MATRICES`."""
+    for layer in layers_of(block):
+        linears = _linears(layer)
+        yield {
+            name: torch.stack([panels.pack_matrix(one.weight, form) for one in linears[name]], dim=1).flatten(0, 1)
+            for name in MATRICES
+        }
+
+
+def write_matrices(file: Path, block: AutoregressiveBlock, panels: PanelLayout, form: WeightFormat) -> None:
+    """Write the matrices of all layers, one after the other, to a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with file.open("wb") as opened:
+        for matrices in pack_matrices(block, panels, form):
+            for matrix in matrices.values():
+                opened.write(matrix.flatten().view(torch.uint8).numpy().data)
+
+
+def matrices_bytes(block: AutoregressiveBlock, panels: PanelLayout, form: WeightFormat) -> int:
+    """The size of the file that `write_matrices` writes."""
+    shapes = matrix_shapes(block.spec.layer, panels, form).values()
+    return block.spec.layers * sum(math.prod(shape) for shape in shapes) * STORED[form].itemsize
+
+
+def map_matrices(
+    file: Path, block: AutoregressiveBlock, panels: PanelLayout, form: WeightFormat
+) -> Iterator[dict[str, Tensor]]:
+    """The matrices that `write_matrices` wrote, mapped: memory is taken as they are read."""
+    whole = torch.from_file(str(file), shared=False, size=matrices_bytes(block, panels, form), dtype=torch.uint8)
+    shapes, start = matrix_shapes(block.spec.layer, panels, form), 0
+    for _ in range(block.spec.layers):
+        found = {}
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape) * STORED[form].itemsize
+            found[name] = whole[start:stop].view(STORED[form]).view(shape)
+            start = stop
+        yield found
+
+
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8, "int4": torch.uint8}
+
+
+def matrix_shapes(spec: LayerSpec, panels: PanelLayout, form: WeightFormat) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's packed matrices, in their order."""
+    inner, heads = spec.heads * spec.head_dim, (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    up, *rest = panels.matrix_shape(spec.hidden, spec.width, form)
+    return {
+        "qkv": panels.matrix_shape(heads, spec.width, form),
+        "proj": panels.matrix_shape(spec.width, inner, form),
+        "up": (up * (2 if spec.swiglu else 1), *rest),
+        "down": panels.matrix_shape(spec.width, spec.hidden, form),
+    }
 
 
 def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
@@ -195,19 +287,25 @@ def layers_of(block: AutoregressiveBlock) -> Iterator[Layer]:
         yield layer
 
 
-def _layer(layer: Layer, panels: PanelLayout, *, in_bfloat16: bool) -> dict[str, Tensor]:
+def _linears(layer: Layer) -> dict[str, list[Any]]:
+    """The linear maps of each of `MATRICES`: one, or two of one shape whose panels alternate."""
+    attention, mlp = layer.attention, _mlp(layer)
+    return {
+        "qkv": [attention.qkv],
+        "proj": [attention.proj],
+        "up": [mlp.gate_proj, mlp.up_proj] if isinstance(mlp, GatedMLP) else [_first(mlp)],
+        "down": [mlp.down_proj if isinstance(mlp, GatedMLP) else _last(mlp)],
+    }
+
+
+def _layer_vectors(layer: Layer, panels: PanelLayout) -> dict[str, Tensor]:
+    """Biases and norms."""
     attention, mlp = layer.attention, _mlp(layer)
     width = attention.proj.out_features
-    found = {
-        **_linear("qkv", [attention.qkv], panels, in_bfloat16),
-        **_linear("proj", [attention.proj], panels, in_bfloat16),
-        **_linear(
-            "up", [mlp.gate_proj, mlp.up_proj] if isinstance(mlp, GatedMLP) else [_first(mlp)], panels, in_bfloat16
-        ),
-        **_linear("down", [mlp.down_proj if isinstance(mlp, GatedMLP) else _last(mlp)], panels, in_bfloat16),
-        **_norm("norm1", attention.norm, width, panels),
-        **_norm("norm2", mlp.norm, width, panels),
-    }
+    found = {**_norm("norm1", attention.norm, width, panels), **_norm("norm2", mlp.norm, width, panels)}
+    for name, linears in _linears(layer).items():
+        biases = [panels.pack_vector(one.bias, one.out_features).view(-1, panels.panel) for one in linears]
+        found[f"{name}_bias"] = torch.stack(biases, dim=1).flatten()
     offsets = {
         "query_norm": attention.query_norm,
         "key_norm": attention.key_norm,
@@ -232,14 +330,6 @@ def _first(mlp: MLP) -> Any:
 
 def _last(mlp: MLP) -> Any:
     return mlp.main[2]
-
-
-def _linear(name: str, linears: Sequence[Any], panels: PanelLayout, in_bfloat16: bool) -> dict[str, Tensor]:
-    """One linear layer, or two of one shape whose panels alternate."""
-    outputs, dtype = linears[0].out_features, torch.bfloat16 if in_bfloat16 else torch.float32
-    weight = torch.stack([panels.pack_matrix(linear.weight.to(dtype)) for linear in linears], dim=1).flatten(0, 1)
-    biases = [panels.pack_vector(linear.bias, outputs).view(-1, panels.panel) for linear in linears]
-    return {name: weight, f"{name}_bias": torch.stack(biases, dim=1).flatten()}
 
 
 def _norm(name: str, norm: nn.Module, width: int, panels: PanelLayout) -> dict[str, Tensor]:

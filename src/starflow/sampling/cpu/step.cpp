@@ -1,12 +1,17 @@
 // Solves one block of a flow token by token, noise to data: every layer of every token inside one call.
 //
 // Contract: the arithmetic of a row (a picture's branch) is the same whatever the other rows, their number and the
-// number of threads, so a picture is bit for bit what it would be alone. Everything is float32; weights and cache may
-// be stored in bfloat16. Nothing is allocated, locked or printed: the caller provides the memory.
+// number of threads, so a picture is bit for bit what it would be alone. Sums, norms and attention are float32; the
+// cache may be stored in bfloat16. Nothing is allocated, locked or printed: the caller provides the memory.
 //
 // A product reads its weights once, in the order in which they lie: panels of PANEL outputs, the inputs as the outer
 // index. All rows use a panel before the next is read, so that at 4 to 8 rows a product takes as long as reading its
 // weights. The panels are divided among the threads, which wait for each other at a barrier after every stage.
+//
+// The layers' matrices come in one of five formats (`Format`), each a struct with the same functions. Integer weights
+// have a scale for each group of inputs of an output. Their products are of integers, exact whatever the processor: a
+// row's inputs are rounded to 16 bits with a scale a group (2^-16 of the group's largest), multiplied and summed as
+// integers within the group, and scaled into a float32 sum.
 //
 // The structs are mirrored in pack.py.
 
@@ -20,6 +25,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #define RELAX() __builtin_ia32_pause()
 #elif defined(__aarch64__)
@@ -40,7 +48,7 @@ struct Layer {
 struct Block {
     int32_t pictures, rows, width, heads, kv_heads, head_dim, hidden, layers;
     int32_t channels, length, tokens, first, prefix, threads;
-    int32_t rms, gated, half_split, softplus, rule, half_weights, half_cache;  // rule: 0 none, 1 gaussian, 2 linear
+    int32_t rms, gated, half_split, softplus, rule, weights, half_cache;  // rule: 0 none, 1 gaussian, 2 linear
     float clip;
     const Layer *layer;
     const float *proj_in, *proj_in_bias, *proj_out, *proj_out_bias;  // always float32
@@ -73,13 +81,20 @@ constexpr int LINE = 16;           // floats of a cache line
 constexpr int ROW_GAP = LINE;  // between rows: at distances of powers of two they would evict each other from a cache
 constexpr int NEIGHBOUR_TILES = 8;  // tiles of rows that use the same piece of a panel in turn, while it is in a cache
 constexpr int PIECE = 128, LONG_PIECE = 512;  // inputs of a piece where reading limits, and where arithmetic does
-constexpr int REPEATED_ROWS = 32;  // up to so many rows every thread computes all norms for itself
-constexpr int PREFETCH = 128 * PANEL;  // weights that are prefetched: a piece, so that reading never pauses
+constexpr int REPEATED_ROWS = 64;  // up to so many rows, times threads, every thread computes all norms for itself
+constexpr int PREFETCH = 8192;  // bytes ahead that are prefetched, so that reading never pauses
+constexpr int LINE_BYTES = 64;
+
+enum Format { FLOAT32, BFLOAT16, BFLOAT16_PRODUCTS, INT8, INT4 };  // of a block's matrices, as pack.py numbers them
 
 typedef float vf __attribute__((vector_size(4 * VECTOR)));
 typedef int32_t vi __attribute__((vector_size(4 * VECTOR)));
 typedef uint32_t vu __attribute__((vector_size(4 * VECTOR)));
 typedef uint16_t vh __attribute__((vector_size(2 * VECTOR)));
+typedef int16_t vs __attribute__((vector_size(4 * VECTOR)));   // pairs of 16 bits
+typedef int16_t vsh __attribute__((vector_size(2 * VECTOR)));  // single ones
+typedef int8_t vb __attribute__((vector_size(2 * VECTOR)));    // pairs of 8 bits
+typedef uint8_t vub __attribute__((vector_size(2 * VECTOR)));
 typedef uint16_t half;  // a bfloat16
 
 inline vf splat(float a) { return a - vf{}; }
@@ -88,10 +103,20 @@ inline vf load(const float *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
+// Compilers that prefer shorter vectors would split these.
+#if defined(__AVX512BW__)
+inline vu widen(vh h) { return (vu)_mm512_cvtepu16_epi32((__m256i)h); }
+inline vs widen(vb b) { return (vs)_mm512_cvtepi8_epi16((__m256i)b); }
+inline vs widen(vub b) { return (vs)_mm512_cvtepu8_epi16((__m256i)b); }
+#else
+inline vu widen(vh h) { return __builtin_convertvector(h, vu); }
+inline vs widen(vb b) { return __builtin_convertvector(b, vs); }
+inline vs widen(vub b) { return __builtin_convertvector(b, vs); }
+#endif
 inline vf load(const half *p) {
     vh h;
     memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
+    return (vf)(widen(h) << 16);
 }
 inline float one(const float *p) { return *p; }
 inline float one(const half *p) {
@@ -107,6 +132,11 @@ inline void store_one(half *p, float v) {  // round to nearest, ties to even; a 
     *p = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+inline vi splat_word(const float *p) {  // 32 bits of any meaning
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    return bits - vi{};
+}
 inline float sum(vf v) {  // by halves, always in the same order
     float lane[VECTOR];
     store(lane, v);
@@ -148,71 +178,309 @@ inline vf tanh_gelu(vf x) {
 
 // ---- products ----
 
-inline void panel_row(const float *w, vf *b) {
-    for (int j = 0; j < PANEL_VECTORS; j++) b[j] = load(w + j * VECTOR);
-}
-inline void panel_row(const half *w, vf *b) {  // each word holds a value of one vector and, above it, of the next
-    for (int j = 0; j < PANEL_VECTORS / 2; j++) {
-        vu word;
-        memcpy(&word, w + 2 * j * VECTOR, sizeof word);
-        b[2 * j] = (vf)(word << 16);
-        b[2 * j + 1] = (vf)(word & 0xffff0000u);
-    }
-}
+// A format has
+//   stride(K)         floats of a row of inputs, as its products take them
+//   convert(y, x, K)  makes such a row of float32 inputs, where `converts`
+//   panel(K), at(k)   bytes of a panel of K inputs, and of the inputs before number k
+//   tile<R, P>(..)    out[p][r][:] (+)= sum_k x[r][k] w[p][k][:] for R rows and P panels, over `count` inputs from k
+//                     on, in order; panels are `next` bytes apart.
 
-// out[p][r][:] (+)= sum_k x[r][k] w[p][k][:] for R rows and P panels, k in order; panels are `next` apart.
-template <int R, int P, class W>
-void tile(const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out, bool more) {
-    vf acc[P][R][PANEL_VECTORS] = {};
-    if (more)
-        for (int p = 0; p < P; p++)
-            for (int r = 0; r < R; r++)
-                for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] = load(out + (p * R + r) * PANEL + j * VECTOR);
-    for (int k = 0; k < K; k++) {
-        vf b[P][PANEL_VECTORS];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) {
-            __builtin_prefetch(w + p * next + k * PANEL + PREFETCH);
-            if (sizeof(W) * PANEL > 64) __builtin_prefetch(w + p * next + k * PANEL + PREFETCH + LINE);
-            panel_row(w + p * next + k * PANEL, b[p]);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const vf a = splat(x[r * stride + k]);
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] += a * b[p][j];
-        }
-    }
+template <int R, int P>
+inline void take(vf (&acc)[P][R][PANEL_VECTORS], const float *out, bool more) {
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < PANEL_VECTORS; j++)
+                acc[p][r][j] = more ? load(out + (p * R + r) * PANEL + j * VECTOR) : vf{};
+}
+template <int R, int P>
+inline void give(const vf (&acc)[P][R][PANEL_VECTORS], float *out) {
     for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++)
             for (int j = 0; j < PANEL_VECTORS; j++) store(out + (p * R + r) * PANEL + j * VECTOR, acc[p][r][j]);
 }
+inline void prefetch(const char *p, int bytes) {
+    for (int i = 0; i < bytes; i += LINE_BYTES) __builtin_prefetch(p + PREFETCH + i);
+}
 
-template <int R, class W>
-void tiles(int panels, const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out, bool more) {
+struct Float32 {
+    static constexpr bool converts = false;
+    static ptrdiff_t panel(int K) { return ptrdiff_t(K) * PANEL * 4; }
+    static ptrdiff_t at(int k) { return panel(k); }
+    static ptrdiff_t stride(int K) { return K; }
+    static void convert(float *, const float *, int) {}
+
+    template <int R, int P>
+    static void tile(const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count, float *out,
+                     bool more) {
+        vf acc[P][R][PANEL_VECTORS];
+        take<R, P>(acc, out, more);
+        x += k;
+        for (int i = 0; i < count; i++) {
+            vf b[P][PANEL_VECTORS];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const char *from = w + p * next + i * (PANEL * 4);
+                prefetch(from, PANEL * 4);
+                for (int j = 0; j < PANEL_VECTORS; j++) b[p][j] = load((const float *)from + j * VECTOR);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const vf a = splat(x[r * stride + i]);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] += a * b[p][j];
+            }
+        }
+        give<R, P>(acc, out);
+    }
+};
+
+// Words of two bfloat16 numbers: of an output the weights of one input and, above it, of the next.
+struct BFloat16 {
+    static constexpr bool converts = false;
+    static ptrdiff_t panel(int K) { return ptrdiff_t(K + K % 2) * PANEL * 2; }
+    static ptrdiff_t at(int k) { return panel(k); }
+    static ptrdiff_t stride(int K) { return K; }
+    static void convert(float *, const float *, int) {}
+
+    template <int R, int P>
+    static void tile(const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count, float *out,
+                     bool more) {
+        vf acc[P][R][PANEL_VECTORS];
+        take<R, P>(acc, out, more);
+        x += k;
+        for (int i = 0; i < count; i += 2) {
+            vf b[P][2][PANEL_VECTORS];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const char *from = w + p * next + i * (PANEL * 2);
+                prefetch(from, PANEL * 4);
+                for (int j = 0; j < PANEL_VECTORS; j++) {
+                    vu word;
+                    memcpy(&word, from + j * VECTOR * 4, sizeof word);
+                    b[p][0][j] = (vf)(word << 16);
+                    b[p][1][j] = (vf)(word & 0xffff0000u);
+                }
+            }
+            const int last = i + 1 < count ? 2 : 1;
+            for (int h = 0; h < last; h++)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    const vf a = splat(x[r * stride + i + h]);
+#pragma GCC unroll 4
+                    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                        for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] += a * b[p][h][j];
+                }
+        }
+        give<R, P>(acc, out);
+    }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define BFLOAT16_DOT 1
+// The same words, multiplied with inputs in bfloat16, two at a time.
+struct BFloat16Products : BFloat16 {
+    static constexpr bool converts = true;
+    static ptrdiff_t stride(int K) { return (K + 1) / 2; }
+
+    static void convert(float *y, const float *x, int K) {
+        half *to = (half *)y;
+        if (K % 2) to[K] = 0;
+        int i = 0;
+        for (; i + VECTOR <= K; i += VECTOR) {
+            const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(x + i));
+            memcpy(to + i, &rounded, sizeof rounded);
+        }
+        for (; i < K; i++) store_one(to + i, x[i]);
+    }
+
+    template <int R, int P>
+    static void tile(const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count, float *out,
+                     bool more) {
+        vf acc[P][R][PANEL_VECTORS];
+        take<R, P>(acc, out, more);
+        x += k / 2;
+        for (int i = 0; i < (count + 1) / 2; i++) {
+            vi b[P][PANEL_VECTORS];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const char *from = w + p * next + i * (PANEL * 4);
+                prefetch(from, PANEL * 4);
+                for (int j = 0; j < PANEL_VECTORS; j++) memcpy(&b[p][j], from + j * VECTOR * 4, sizeof b[p][j]);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const vi a = splat_word(x + r * stride + i);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < PANEL_VECTORS; j++)
+                        acc[p][r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[p][r][j], (__m512bh)b[p][j], (__m512bh)a);
+            }
+        }
+        give<R, P>(acc, out);
+    }
+};
+#else
+#define BFLOAT16_DOT 0
+typedef BFloat16 BFloat16Products;
+#endif
+
+// sum + a b + A B of words with 16 bits a and, above them, A.
+inline vi dot(vi sum, vi a, vi b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+struct EightBits {  // of two inputs in turn, for every output
+    static constexpr int GROUP = 64, INPUTS = 2, OFFSET = 0;
+    static void unpack(const char *from, vi *word) {
+        vb bytes;
+        memcpy(&bytes, from, sizeof bytes);
+        word[0] = (vi)widen(bytes);
+    }
+};
+struct FourBits {  // weights plus 8; of two inputs in turn and, above them, of the next two
+    static constexpr int GROUP = 32, INPUTS = 4, OFFSET = 8;
+    static void unpack(const char *from, vi *word) {
+        vub bytes;
+        memcpy(&bytes, from, sizeof bytes);
+        const vs wide = widen(bytes);
+        word[0] = (vi)(wide & 15), word[1] = (vi)(wide >> 4);
+    }
+};
+
+// Groups of weights, each followed by its outputs' scales in bfloat16.
+template <class Bits>
+struct Integers {
+    static constexpr bool converts = true;
+    static constexpr int GROUP = Bits::GROUP, STEP = Bits::INPUTS, STEP_BYTES = 2 * PANEL;
+    static constexpr int WEIGHT_BYTES = GROUP / STEP * STEP_BYTES, GROUP_BYTES = WEIGHT_BYTES + 2 * PANEL;
+    static int groups(int K) { return (K + GROUP - 1) / GROUP; }
+    static ptrdiff_t panel(int K) { return ptrdiff_t(groups(K)) * GROUP_BYTES; }
+    static ptrdiff_t at(int k) { return panel(k); }
+    static constexpr int ROW_GROUP = GROUP / 2 + 2;  // floats: pairs of inputs, their scale, -OFFSET times their sum
+    static ptrdiff_t stride(int K) { return ptrdiff_t(groups(K)) * ROW_GROUP; }
+
+    static void convert(float *y, const float *x, int K) {
+        float padding[GROUP];
+        for (int g = 0; g < groups(K); g++, y += ROW_GROUP) {
+            const float *from = x + g * GROUP;
+            if (K - g * GROUP < GROUP) {
+                memset(padding, 0, sizeof padding);
+                memcpy(padding, from, 4 * (K - g * GROUP));
+                from = padding;
+            }
+            group(y, from);
+        }
+    }
+    static void group(float *y, const float *x) {
+        vf most{}, broken{};  // what is no number makes the scale none
+        for (int i = 0; i < GROUP; i += VECTOR) {
+            const vf v = load(x + i), a = v < 0 ? -v : v;
+            most = a > most ? a : most;
+            broken += v - v;
+        }
+        float lane[VECTOR], largest = 0;
+        store(lane, most);
+        for (float one : lane) largest = one > largest ? one : largest;
+        const vf factor = splat(largest > 1e-30f ? 32767.f / largest : 0.f), magic = splat(12582912.f);
+        int16_t *to = (int16_t *)y;
+        vi total{};
+        for (int i = 0; i < GROUP; i += VECTOR) {
+            const vi n = (vi)(load(x + i) * factor + magic) - (vi)magic;
+            const vsh narrow = __builtin_convertvector(n, vsh);
+            memcpy(to + i, &narrow, sizeof narrow);
+            total += n;
+        }
+        int32_t parts[VECTOR], sum_all = 0;
+        memcpy(parts, &total, sizeof parts);
+        for (int32_t one : parts) sum_all += one;
+        sum_all *= -Bits::OFFSET;
+        y[GROUP / 2] = (largest > 1e-30f ? largest : 0.f) / 32767.f + sum(broken);
+        memcpy(y + GROUP / 2 + 1, &sum_all, 4);
+    }
+
+    template <int R, int P>
+    static void tile(const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count, float *out,
+                     bool more) {
+        x += k / GROUP * ROW_GROUP;
+        for (int g = 0; g < groups(count); g++, x += ROW_GROUP, w += GROUP_BYTES) {
+            vi acc[P][R][PANEL_VECTORS];
+            for (int p = 0; p < P; p++)
+                for (int r = 0; r < R; r++)
+                    for (int j = 0; j < PANEL_VECTORS; j++)
+                        acc[p][r][j] = Bits::OFFSET ? splat_word(x + r * stride + GROUP / 2 + 1) : vi{};
+            for (int i = 0; i < GROUP / STEP; i++) {
+                vi b[P][PANEL_VECTORS][STEP / 2];
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++) {
+                    const char *from = w + p * next + i * STEP_BYTES;
+                    prefetch(from, STEP_BYTES);
+                    for (int j = 0; j < PANEL_VECTORS; j++) Bits::unpack(from + 2 * j * VECTOR, b[p][j]);
+                }
+#pragma GCC unroll 2
+                for (int h = 0; h < STEP / 2; h++)
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; r++) {
+                        const vi a = splat_word(x + r * stride + i * (STEP / 2) + h);
+#pragma GCC unroll 4
+                        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                            for (int j = 0; j < PANEL_VECTORS; j++) acc[p][r][j] = dot(acc[p][r][j], b[p][j][h], a);
+                    }
+            }
+            for (int p = 0; p < P; p++)
+                for (int j = 0; j < PANEL_VECTORS; j++) {
+                    const vf scale = load((const half *)(w + p * next + WEIGHT_BYTES) + j * VECTOR);
+                    for (int r = 0; r < R; r++) {
+                        float *to = out + (p * R + r) * PANEL + j * VECTOR;
+                        const vf before = more || g ? load(to) : vf{};
+                        const vf factor = scale * splat(x[r * stride + GROUP / 2]);
+                        store(to, before + factor * __builtin_convertvector(acc[p][r][j], vf));
+                    }
+                }
+        }
+    }
+};
+typedef Integers<EightBits> Int8;
+typedef Integers<FourBits> Int4;
+
+template <int R, class F>
+void tiles(int panels, const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count, float *out,
+           bool more) {
     if constexpr (R <= TILE) {
         if constexpr (4 * R <= TILE)
-            if (panels == 4) return tile<R, 4>(x, stride, w, next, K, out, more);
+            if (panels == 4) return F::template tile<R, 4>(x, stride, w, next, k, count, out, more);
         if constexpr (2 * R <= TILE)
-            if (panels == 2) return tile<R, 2>(x, stride, w, next, K, out, more);
-        tile<R, 1>(x, stride, w, next, K, out, more);
+            if (panels == 2) return F::template tile<R, 2>(x, stride, w, next, k, count, out, more);
+        F::template tile<R, 1>(x, stride, w, next, k, count, out, more);
     }
 }
 
-template <class W>
-void tiles_of(int rows, int panels, const float *x, ptrdiff_t stride, const W *w, ptrdiff_t next, int K, float *out,
-              bool more) {
+template <class F>
+void tiles_of(int rows, int panels, const float *x, ptrdiff_t stride, const char *w, ptrdiff_t next, int k, int count,
+              float *out, bool more) {
     switch (rows) {
-        case 1: return tiles<1>(panels, x, stride, w, next, K, out, more);
-        case 2: return tiles<2>(panels, x, stride, w, next, K, out, more);
-        case 3: return tiles<3>(panels, x, stride, w, next, K, out, more);
-        case 4: return tiles<4>(panels, x, stride, w, next, K, out, more);
-        case 5: return tiles<5>(panels, x, stride, w, next, K, out, more);
-        case 6: return tiles<6>(panels, x, stride, w, next, K, out, more);
-        case 7: return tiles<7>(panels, x, stride, w, next, K, out, more);
-        default: return tiles<8>(panels, x, stride, w, next, K, out, more);
+        case 1: return tiles<1, F>(panels, x, stride, w, next, k, count, out, more);
+        case 2: return tiles<2, F>(panels, x, stride, w, next, k, count, out, more);
+        case 3: return tiles<3, F>(panels, x, stride, w, next, k, count, out, more);
+        case 4: return tiles<4, F>(panels, x, stride, w, next, k, count, out, more);
+        case 5: return tiles<5, F>(panels, x, stride, w, next, k, count, out, more);
+        case 6: return tiles<6, F>(panels, x, stride, w, next, k, count, out, more);
+        case 7: return tiles<7, F>(panels, x, stride, w, next, k, count, out, more);
+        default: return tiles<8, F>(panels, x, stride, w, next, k, count, out, more);
     }
 }
 
@@ -227,22 +495,22 @@ inline int padded(int outputs) { return panels_of(outputs) * PANEL; }
 
 // x (rows, K) times panels share.from .. share.to-1; done(panel, row, values) takes PANEL outputs of a row.
 // If there are more rows than a tile holds, some tiles use a piece of a panel in turn while it is in a cache.
-template <class W, class Done>
-void product(int rows, const float *x, ptrdiff_t stride, const W *w, int K, Share share, Done done) {
+template <class F, class Done>
+void product(int rows, const float *x, ptrdiff_t stride, const void *w, int K, Share share, Done done) {
     const int steps = (rows + TILE - 1) / TILE, piece = steps == 1 ? K : steps <= NEIGHBOUR_TILES ? PIECE : LONG_PIECE;
     const int most = rows > TILE / 2 ? 1 : rows > TILE / 4 ? 2 : 4;
     float out[NEIGHBOUR_TILES * TILE * PANEL];
     for (int p = share.from; p < share.to;) {
         int count = most;
         while (count > share.to - p) count /= 2;
-        const W *panel = w + ptrdiff_t(p) * K * PANEL;
+        const char *panel = (const char *)w + p * F::panel(K);
         for (int s = 0; s < steps; s += NEIGHBOUR_TILES) {
             const int last = s + NEIGHBOUR_TILES < steps ? s + NEIGHBOUR_TILES : steps;
             for (int k = 0; k < K; k += piece)
                 for (int t = s; t < last; t++) {
                     const Share some(rows, t, steps);
-                    tiles_of(some.to - some.from, count, x + some.from * stride + k, stride,
-                             panel + ptrdiff_t(k) * PANEL, ptrdiff_t(K) * PANEL, k + piece < K ? piece : K - k, out + (t - s) * TILE * PANEL, k > 0);
+                    tiles_of<F>(some.to - some.from, count, x + some.from * stride, stride, panel + F::at(k),
+                                F::panel(K), k, k + piece < K ? piece : K - k, out + (t - s) * TILE * PANEL, k > 0);
                 }
             for (int t = s; t < last; t++) {
                 const Share some(rows, t, steps);
@@ -328,13 +596,22 @@ class Barrier {
     }
 };
 
+// Floats between rows of inputs in a format's own numbers; 0 where it takes float32.
+inline size_t converted_stride(int format, int K) {
+    size_t floats = 0;
+    if (format == BFLOAT16_PRODUCTS && BFloat16Products::converts) floats = BFloat16Products::stride(K);
+    if (format == INT8) floats = Int8::stride(K);
+    if (format == INT4) floats = Int4::stride(K);
+    return floats ? (floats + LINE - 1) / LINE * LINE + ROW_GAP : 0;
+}
+
 struct Workspace {  // the parts of a call's memory; rows are whole panels and ROW_GAP apart
     int width, qkv, inner, hidden, outputs, scores;
     bool shared_norms;  // whether the norms of rows are divided among the threads, which takes one more barrier
     float *x, *heads, *attended, *expanded, *out, *spare, *common, *own;
-    size_t normed_size, own_size, floats;
+    size_t normed_size, converted_size, own_size, floats;
 
-    Workspace(const Block &b, int rows, float *work) {
+    Workspace(const Block &b, int rows, int asked_threads, float *work) {
         width = padded(b.width) + ROW_GAP, inner = padded(b.heads * b.head_dim) + ROW_GAP;
         hidden = padded(b.hidden) + ROW_GAP;
         qkv = padded((b.heads + 2 * b.kv_heads) * b.head_dim) + ROW_GAP, outputs = padded(2 * b.channels);
@@ -344,11 +621,14 @@ struct Workspace {  // the parts of a call's memory; rows are whole panels and R
         x = take(size_t(rows) * width), heads = take(size_t(rows) * qkv), attended = take(size_t(rows) * inner);
         expanded = take(size_t(rows) * hidden), out = take(size_t(rows) * outputs), spare = take(size_t(rows) * width);
         const int most = width > padded(b.channels) ? width : padded(b.channels);
-        shared_norms = rows > REPEATED_ROWS && b.threads > 1;
+        shared_norms = int64_t(rows) * asked_threads > REPEATED_ROWS;
         normed_size = (size_t(rows) * most + LINE - 1) / LINE * LINE;
-        if (shared_norms) common = take(normed_size), normed_size = 0;
+        const int inputs = b.hidden > b.width ? b.hidden : b.width, inner_inputs = b.heads * b.head_dim;
+        converted_size = size_t(rows) * converted_stride(b.weights, inputs > inner_inputs ? inputs : inner_inputs);
+        common = take(shared_norms ? normed_size + converted_size : 0);
         own = p;
-        own_size = normed_size + (size_t(scores) + LINE - 1) / LINE * LINE + LINE;  // threads share no cache line
+        own_size = shared_norms ? 0 : normed_size + converted_size;
+        own_size += (size_t(scores) + LINE - 1) / LINE * LINE + LINE;  // threads share no cache line
         floats = size_t(p - work) + own_size * b.threads;
     }
 };
@@ -358,12 +638,13 @@ struct Worker {
     const Workspace &space;
     Barrier &barrier;
     const int thread;
-    float *normed, *scratch;
+    float *normed, *converted, *scratch;
 
     Worker(const Block &block, const Workspace &r, Barrier &bar, int t)
         : b(block), space(r), barrier(bar), thread(t) {
         float *mine = r.own + t * r.own_size;
-        normed = r.shared_norms ? r.common : mine, scratch = mine + r.normed_size;
+        normed = r.shared_norms ? r.common : mine, converted = normed + r.normed_size;
+        scratch = r.shared_norms ? mine : converted + r.converted_size;
     }
 
     Share share(int count) const { return Share(count, thread, b.threads); }
@@ -376,20 +657,37 @@ struct Worker {
         if (space.shared_norms) barrier.wait();
     }
 
-    const float *norm(int rows, const float *w, const float *bias) {
+    struct Inputs {  // rows as the products of a format take them
+        const float *rows;
+        ptrdiff_t stride;
+    };
+
+    template <class F>
+    Inputs norm(int rows, const float *w, const float *bias) {
+        const ptrdiff_t apart = converted_stride(b.weights, b.width);
         fill(rows, [&](int r) {
             const float *x = space.x + size_t(r) * space.width;
             float *y = normed + size_t(r) * space.width;
             b.rms ? rms_norm(y, x, b.width, w) : layer_norm(y, x, b.width, w, bias);
+            if (F::converts) F::convert(converted + r * apart, y, b.width);
         });
-        return normed;
+        if (F::converts) return {converted, apart};
+        return {normed, space.width};
+    }
+
+    template <class F>
+    Inputs convert(int rows, const float *x, ptrdiff_t stride, int K) {
+        if (!F::converts) return {x, stride};
+        const ptrdiff_t apart = converted_stride(b.weights, K);
+        fill(rows, [&](int r) { F::convert(converted + r * apart, x + r * stride, K); });
+        return {converted, apart};
     }
 
     // Add a product's outputs to the residual stream, through a norm where there is one.
-    template <class W>
-    void add(int rows, const float *y, ptrdiff_t stride, const W *w, int K, const float *bias, const float *post) {
+    template <class F>
+    void add(int rows, Inputs y, const void *w, int K, const float *bias, const float *post) {
         float *to = post ? space.spare : space.x;
-        product(rows, y, stride, w, K, share(panels_of(b.width)), [&](int panel, int row, const float *sums) {
+        product<F>(rows, y.rows, y.stride, w, K, share(panels_of(b.width)), [&](int panel, int row, const float *sums) {
             float *out = to + size_t(row) * space.width + panel * PANEL;
             for (int j = 0; j < PANEL; j += VECTOR) {
                 const vf v = load(sums + j) + load(bias + panel * PANEL + j);
@@ -503,20 +801,20 @@ struct Worker {
         }
     }
 
-    template <class W>
-    void expand(const Layer &layer, int rows, const float *y) {
-        const W *w = (const W *)layer.up;
+    template <class F>
+    void expand(const Layer &layer, int rows, Inputs y) {
         if (!b.gated) {
-            product(rows, y, space.width, w, b.width, share(panels_of(b.hidden)), [&](int p, int row, const float *sums) {
-                float *out = space.expanded + size_t(row) * space.hidden + p * PANEL;
-                for (int j = 0; j < PANEL; j += VECTOR)
-                    store(out + j, gelu(load(sums + j) + load(layer.up_bias + p * PANEL + j)));
-            });
+            product<F>(rows, y.rows, y.stride, layer.up, b.width, share(panels_of(b.hidden)),
+                       [&](int p, int row, const float *sums) {
+                           float *out = space.expanded + size_t(row) * space.hidden + p * PANEL;
+                           for (int j = 0; j < PANEL; j += VECTOR)
+                               store(out + j, gelu(load(sums + j) + load(layer.up_bias + p * PANEL + j)));
+                       });
             return;
         }
         Share pairs = share(panels_of(b.hidden));  // a thread has both panels of a pair
         pairs.from *= 2, pairs.to *= 2;
-        product(rows, y, space.width, w, b.width, pairs, [&](int p, int row, const float *sums) {
+        product<F>(rows, y.rows, y.stride, layer.up, b.width, pairs, [&](int p, int row, const float *sums) {
             float *out = space.expanded + size_t(row) * space.hidden + p / 2 * PANEL;
             for (int j = 0; j < PANEL; j += VECTOR) {
                 const vf v = load(sums + j) + load(layer.up_bias + p * PANEL + j);
@@ -526,27 +824,29 @@ struct Worker {
     }
 
     // All layers for `count` tokens from `position`, in place in space.x, (rows * count, width).
-    template <class W>
+    template <class F>
     void layers(int position, int count) {
         const int rows = b.rows * count, inner = b.heads * b.head_dim;
         for (int i = 0; i < b.layers; i++) {
             const Layer &layer = b.layer[i];
-            const float *y = norm(rows, layer.norm1, layer.norm1_bias);
+            Inputs y = norm<F>(rows, layer.norm1, layer.norm1_bias);
             const int heads = (b.heads + 2 * b.kv_heads) * b.head_dim;
-            product(rows, y, space.width, (const W *)layer.qkv, b.width, share(panels_of(heads)),
-                    [&](int panel, int row, const float *sums) {
-                        float *out = space.heads + size_t(row) * space.qkv + panel * PANEL;
-                        for (int j = 0; j < PANEL; j += VECTOR)
-                            store(out + j, load(sums + j) + load(layer.qkv_bias + panel * PANEL + j));
-                    });
+            product<F>(rows, y.rows, y.stride, layer.qkv, b.width, share(panels_of(heads)),
+                       [&](int panel, int row, const float *sums) {
+                           float *out = space.heads + size_t(row) * space.qkv + panel * PANEL;
+                           for (int j = 0; j < PANEL; j += VECTOR)
+                               store(out + j, load(sums + j) + load(layer.qkv_bias + panel * PANEL + j));
+                       });
             barrier.wait();
             b.half_cache ? attention<half>(layer, position, count) : attention<float>(layer, position, count);
             barrier.wait();
-            add(rows, space.attended, space.inner, (const W *)layer.proj, inner, layer.proj_bias, layer.post1);
-            y = norm(rows, layer.norm2, layer.norm2_bias);
-            expand<W>(layer, rows, y);
+            y = convert<F>(rows, space.attended, space.inner, inner);
+            add<F>(rows, y, layer.proj, inner, layer.proj_bias, layer.post1);
+            y = norm<F>(rows, layer.norm2, layer.norm2_bias);
+            expand<F>(layer, rows, y);
             barrier.wait();
-            add(rows, space.expanded, space.hidden, (const W *)layer.down, b.hidden, layer.down_bias, layer.post2);
+            y = convert<F>(rows, space.expanded, space.hidden, b.hidden);
+            add<F>(rows, y, layer.down, b.hidden, layer.down_bias, layer.post2);
         }
     }
 
@@ -557,7 +857,7 @@ struct Worker {
             const float *from = token ? b.x + (size_t(r % b.pictures) * b.tokens + token - 1) * b.channels : b.start;
             memcpy(normed + size_t(r) * b.channels, from, 4 * b.channels);
         });
-        product(b.rows, normed, b.channels, b.proj_in, b.channels, share(panels_of(b.width)),
+        product<Float32>(b.rows, normed, b.channels, b.proj_in, b.channels, share(panels_of(b.width)),
                 [&](int panel, int row, const float *sums) {
                     const int at = panel * PANEL;
                     for (int j = 0; j < PANEL; j += VECTOR) {
@@ -578,7 +878,7 @@ struct Worker {
             });
             y = normed;
         }
-        product(b.rows, y, space.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
+        product<Float32>(b.rows, y, space.width, b.proj_out, b.width, share(panels_of(2 * b.channels)),
                 [&](int panel, int row, const float *sums) {
                     float *out = space.out + size_t(row) * space.outputs + panel * PANEL;
                     for (int j = 0; j < PANEL; j += VECTOR)
@@ -622,7 +922,13 @@ struct Worker {
     }
 
     void forward(int position, int count) {
-        b.half_weights ? layers<half>(position, count) : layers<float>(position, count);
+        switch (b.weights) {
+            case BFLOAT16: return layers<BFloat16>(position, count);
+            case BFLOAT16_PRODUCTS: return layers<BFloat16Products>(position, count);
+            case INT8: return layers<Int8>(position, count);
+            case INT4: return layers<Int4>(position, count);
+            default: return layers<Float32>(position, count);
+        }
     }
 
     void solve(int from, int to) {
@@ -656,7 +962,7 @@ void on_threads(const Block &given, int rows, Work work) {
     } catch (const std::exception &) {
     }
     b.threads = int(others.size()) + 1;
-    space.reset(new Workspace(b, rows, b.work));
+    space.reset(new Workspace(b, rows, given.threads, b.work));
     barrier.reset(new Barrier(b.threads));
     count.store(b.threads, std::memory_order_release);
     run(0);
@@ -667,13 +973,13 @@ void on_threads(const Block &given, int rows, Work work) {
 
 extern "C" {
 
-int32_t starflow_version() { return 2; }
+int32_t starflow_version() { return 3; }
 int32_t starflow_panel() { return PANEL; }
-int32_t starflow_vector() { return VECTOR; }
+int32_t starflow_bfloat16_products() { return BFLOAT16_DOT; }
 
 // Floats of the workspace for `count` tokens at once.
 int64_t starflow_workspace(const Block *b, int32_t count) {
-    return int64_t(Workspace(*b, b->rows * count, (float *)64).floats);  // no address is read
+    return int64_t(Workspace(*b, b->rows * count, b->threads, (float *)64).floats);  // no address is read
 }
 
 // Tokens from .. to-1, given those before them in x and their keys and values in the cache.

@@ -1,10 +1,10 @@
-"""Measure what 8-bit weights in the block next to the noise cost: nats a dimension, and changes of the pictures.
+"""Measure what weights in fewer bits cost: nats a dimension in every format, and changes of the pictures.
 
-    python benchmarks/int8.py glyphs data/glyphs --output benchmarks/results/int8.json
-    python benchmarks/document.py benchmarks/results/int8.json
+    python benchmarks/weights.py glyphs data/glyphs --output benchmarks/results/weights.json
+    python benchmarks/document.py benchmarks/results/weights.json
 
 Held-out pictures of a prepared set under their captions, with the noise of the model's training (one seed a picture);
-and samples of the same seeds and prompts with and without rounding. Needs torchao (`pip install 'starflow[int8]'`).
+and samples of the same seeds and prompts with and without rounding.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from starflow.data.images import from_pil, on_background, resize_crop
 from starflow.data.sources.folder import read_folder
 from starflow.flow.memory import weight_bytes
 from starflow.io.files import write_json
+from starflow.nn.quantize import WeightFormat
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.solvers import relative_change
+
+FORMS: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
 
 
 def main() -> None:
@@ -32,38 +35,45 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--pictures", type=int, default=64, help="held-out pictures")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    whole, rounded = (StarFlowPipeline.from_pretrained(options.model, int8=int8) for int8 in (False, True))
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    whole = StarFlowPipeline.from_pretrained(options.model)
     images, captions = heldout(options.data, whole.config.image_size, options.pictures)
     exact, dimensions = whole.log_probs(images, captions, range(len(images)))
-    change = (rounded.log_probs(images, captions, range(len(images)))[0] - exact) / dimensions
     prompts = captions[: options.samples]
-    drawn = [pipeline(prompts, seed=0, solver="sequential", candidates=1).latents for pipeline in (whole, rounded)]
-    apart = relative_change(drawn[0].flatten(2), drawn[1].flatten(2))
-    pictures = [whole.autoencoder.decode(latents) for latents in drawn]
-    error = (pictures[0] - pictures[1]).square().mean((1, 2, 3))
-    decibels = 10 * (4 / error.clamp(min=1e-10)).log10()
-    sizes = [weight_bytes(whole.flow.config, "float32", int8=int8) for int8 in (False, True)]
-    found = {
-        "command": f"python benchmarks/int8.py {options.model} {options.data}",
+    drawn = latents_of(whole, prompts)
+    found: dict[str, Any] = {
+        "command": f"python benchmarks/weights.py {options.model} {options.data}",
         "model": options.model,
-        "int8": True,
         "pictures": len(images),
         "nats_per_dim": -float(exact.mean()) / dimensions,
-        "nats_per_dim_change": -float(change.mean()),
-        "nats_per_dim_change_largest": float(change.abs().max()),
         "samples": len(prompts),
         "guidance": whole.config.guidance,
-        "latents_apart_mean": float(apart.mean()),
-        "latents_apart_largest": float(apart.max()),
-        "decibels_mean": float(decibels.mean()),
-        "decibels_least": float(decibels.min()),
-        "weight_bytes": sizes,
+        "weight_bytes": weight_bytes(whole.flow.config, "float32"),
+        "formats": {},
     }
+    for form in FORMS:
+        rounded = StarFlowPipeline.from_pretrained(options.model, weights=form)
+        change = (rounded.log_probs(images, captions, range(len(images)))[0] - exact) / dimensions
+        apart = relative_change(drawn.flatten(2), latents_of(rounded, prompts).flatten(2))
+        found["formats"][form] = {
+            "weight_bytes": weight_bytes(whole.flow.config, "float32", form),
+            "nats_per_dim_change": -float(change.mean()),
+            "standard_error": float(change.std()) / len(images) ** 0.5,
+            "nats_per_dim_change_largest": float(change.abs().max()),
+            "latents_apart_mean": float(apart.mean()),
+            "latents_apart_largest": float(apart.max()),
+        }
+        print(form, json.dumps(found["formats"][form]), flush=True)
     if options.output:
         write_json(options.output, found)
-    print(json.dumps(found, indent=2))
+
+
+def latents_of(pipeline: StarFlowPipeline, prompts: list[str]) -> Tensor:
+    """Samples of one seed each, token by token."""
+    return pipeline(prompts, seed=0, solver="sequential", candidates=1).latents
 
 
 def heldout(folder: Path, side: int, count: int) -> tuple[Tensor, list[str]]:
