@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
 from starflow import StarFlowPipeline
 from starflow.serve.drawing import BlockSampler
+from starflow.serve.images_api import create_app
 from starflow.serve.scheduler import Scheduler
+from starflow.serve.service import Service, listen
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,36 @@ def box_scheduler(box_sampler: BlockSampler) -> Iterator[Scheduler]:
     scheduler.start()
     yield scheduler
     scheduler.close(30)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service on the loopback, in a thread."""
+
+    url: str
+    service: Service
+
+
+@contextmanager
+def running(service: Service) -> Iterator[Running]:
+    """The service on a free port, ready."""
+    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    assert service.loaded.wait(120)
+    assert service.failure is None, service.failure
+    yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", service)
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="session")
+def api(box: StarFlowPipeline) -> Iterator[Running]:
+    """The bundled model, served."""
+    pytest.importorskip("prometheus_client")
+    with running(Service(lambda: box, "glyphs")) as found:
+        yield found

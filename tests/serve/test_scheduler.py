@@ -210,7 +210,7 @@ def test_a_call_lends_the_model_to_drawings_at_its_reports() -> None:
 
 def test_a_call_is_cancelled_at_its_next_report_and_others_go_on() -> None:
     scheduler, _, _, recorder = by_hand()
-    reached = []
+    reached: list[int] = []
 
     def work(progress: Callable[[int, int], None]) -> None:
         ticket.cancel()
@@ -263,7 +263,7 @@ def test_closing_finishes_what_was_taken_and_takes_nothing_more() -> None:
 def test_closing_in_no_time_says_so() -> None:
     scheduler, sampler = threaded()
     hold = threading.Event()
-    sampler.before = lambda block: hold.wait(10) and None
+    sampler.before = lambda block: [None][hold.wait(10) - 1]
     ticket = scheduler.draw(DrawRequest("a"))
     assert not scheduler.close(timeout=0.05)
     hold.set()

@@ -14,16 +14,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from starflow.data.images import to_pil
+from starflow.data.images import from_pil, on_background, to_pil
+from starflow.edit.inpainting import InpaintSettings
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError, broken_rows
-from starflow.pipeline.config import choose_cleaning, latent_shape, with_sampling_options
+from starflow.pipeline.config import choose_cleaning, default_size, latent_shape, with_sampling_options
+from starflow.pipeline.editing import Edited, hole_of
 from starflow.pipeline.inputs import call_bytes, check_seed, check_whole, encode_prompts, free_bytes, remember_prompts
+from starflow.pipeline.likelihood import LogProb
 from starflow.pipeline.pipeline import BATCH, StarFlowPipeline
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.policy import SampleSettings
@@ -37,6 +41,9 @@ PROMPTS_KEPT = 256
 
 MEMORY_SHARE = 0.8
 """Of the memory that is free when a sampler is made: what batches may take."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
 
 BatchKey = tuple[tuple[int, int, int], bool]
 """What the pictures of a batch have in common: the latents' shape, and whether they are guided."""
@@ -317,3 +324,121 @@ def _stack(conditions: Sequence[Tensor | None]) -> Tensor | None:
     """One-row conditions as a batch; None where there are none."""
     given = [one for one in conditions if one is not None]
     return torch.cat(given) if given else None
+
+
+@dataclass(frozen=True)
+class PromptLikelihood:
+    """How likely a picture is under one prompt."""
+
+    prompt: str
+    found: LogProb
+    heat: Image | None
+    """Bits/dim of every token as a picture of the size that the model sees, on one scale for all prompts."""
+
+
+def likelihood_call(
+    pipeline: StarFlowPipeline, image: Image, prompts: Sequence[str], seed: int, draws: int, *, heat: bool
+) -> Callable[[Progress], list[PromptLikelihood]]:
+    """What finds a picture's likelihood under each prompt, all under the same noise.
+
+    The model sees the picture's centre at its own size.
+    """
+
+    def run(progress: Progress) -> list[PromptLikelihood]:
+        found: list[LogProb] = []
+        maps: list[Tensor] = []
+        seen = seen_by(pipeline, image)
+        for number, prompt in enumerate(prompts):
+            found.append(pipeline.log_prob(seen, prompt, seed=seed, draws=draws))
+            maps += [_bits_map(pipeline, seen, prompt, seed, draws)] if heat else []
+            progress(number + 1, len(prompts))
+        pictures = _heat_pictures(maps, seen.size) if heat else [None] * len(prompts)
+        return [PromptLikelihood(*one) for one in zip(prompts, found, pictures, strict=True)]
+
+    return run
+
+
+def seen_by(pipeline: StarFlowPipeline, image: Image) -> Image:
+    """A picture as the model sees it whole: RGB, its centre, at the model's own size."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    size = default_size(pipeline.config, pipeline.flow.config)
+    return ImageOps.fit(on_background(image), size, Pillow.Resampling.LANCZOS)
+
+
+def _bits_map(pipeline: StarFlowPipeline, seen: Image, prompt: str, seed: int, draws: int) -> Tensor:
+    """Bits/dim of each token (h, w), the mean over the draws."""
+    given, flow = from_pil(seen).to(pipeline.device), pipeline.flow.config
+    maps = [pipeline.log_prob_maps(given, [prompt], [seed + draw])[0] for draw in range(draws)]
+    return (-torch.stack(maps).mean(0) / (flow.in_channels * flow.patch_size**2 * math.log(2))).cpu()
+
+
+def _heat_pictures(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Image | None]:
+    from starflow.evaluate.render import heatmap
+
+    low, high = float(min(one.min() for one in maps)), float(max(one.max() for one in maps))
+    return [heatmap(one, size, low, high) for one in maps]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A picture to be changed: with a source prompt by way of the flow's noise, else by filling a hole."""
+
+    image: Image
+    prompt: str
+    mask: Image | None = None
+    source_prompt: str | None = None
+    num_images: int = 1
+    seed: int = 0
+    guidance: float = 0.0
+    strength: float = 0.0
+    invert_mask: bool = False
+    settings: InpaintSettings = field(default_factory=InpaintSettings)
+    """Of filling a hole, its guidance aside."""
+
+    @property
+    def cost(self) -> float:
+        """Of one picture, in about the rows that would be drawn in the same time."""
+        return 3.0 if self.source_prompt is not None else 2.0 * (self.settings.candidates + self.settings.steps)
+
+
+def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callable[[Progress], Edited]]:
+    """What makes each picture of a request; they do not depend on each other.
+
+    Raises:
+        UserError: a mask that repaints nothing, or none where one is needed.
+    """
+    if request.source_prompt is None or request.mask is not None:
+        hole_of(request.image, request.mask, None, invert=request.invert_mask)
+
+    def make(seed: int, progress: Progress) -> Edited:
+        if request.source_prompt is not None:
+            return pipeline.edit(
+                request.image,
+                request.source_prompt,
+                request.prompt,
+                request.strength,
+                mask=request.mask,
+                invert_mask=request.invert_mask,
+                seed=seed,
+                guidance=request.guidance,
+                progress=progress,
+            )
+        settings = request.settings
+        return pipeline.inpaint(
+            request.image,
+            request.mask,
+            request.prompt,
+            method=settings.method,
+            seed=seed,
+            invert_mask=request.invert_mask,
+            guidance=request.guidance,
+            temperature=settings.temperature,
+            candidates=settings.candidates,
+            steps=settings.steps,
+            progress=progress,
+        )
+
+    check_seed(check_seed(request.seed) + request.num_images - 1)
+    return [partial(make, request.seed + index) for index in range(request.num_images)]

@@ -13,15 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starflow.errors import UserError
-from starflow.serve.drawing import Drawing
+from starflow.serve.drawing import Drawing, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOGGER = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
 
 
 class RefusedError(Exception):
@@ -72,6 +69,9 @@ class Ticket:
     jobs: list[Job] = field(default_factory=list)
     results: dict[int, Any] = field(default_factory=dict)
     cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # whoever waits cannot cancel it behind the scheduler's back
 
     def cancel(self) -> None:
         """Nobody waits for it any more: it leaves at the next block boundary."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starflow.serve.drawing import BatchKey, Drawing, Drawn, DrawRequest, Row
+from starflow.serve.drawing import BatchKey, Drawing, Drawn, DrawRequest, Progress, Row
 from starflow.serve.queue import (
     CancelledError,
     ClosingError,
@@ -24,7 +24,6 @@ from starflow.serve.queue import (
     FairQueue,
     Job,
     Listener,
-    Progress,
     Ticket,
 )
 

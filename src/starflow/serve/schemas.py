@@ -1,4 +1,4 @@
-"""Bodies of requests, and what is answered: the dialect of OpenAI's Images API, with extras at the top level.
+"""Bodies of requests and the shape of errors: the dialect of OpenAI's Images API, with extras at the top level.
 
 Contract: every field of a body is known, typed and bounded, or the request is refused with one line that names it. No
 path, address or file of the server is ever read from a request. An answer's error has OpenAI's shape.
@@ -6,13 +6,11 @@ path, address or file of the server is ever read from a request. An answer's err
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
 import re
 import secrets
-import time
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from starflow.config import Dataclass, from_dict
 from starflow.data.images import decode_image, image_errors
-from starflow.edit.inpainting import Method
+from starflow.edit.inpainting import InpaintSettings, Method
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
-from starflow.serve.drawing import Drawn, DrawRequest
+from starflow.serve.drawing import DrawRequest, EditRequest
 from starflow.serve.queue import ClosingError, DeadlineError, QueueFullError
 
 if TYPE_CHECKING:
@@ -332,33 +330,33 @@ def read_picture(data: bytes, name: str, limits: Limits) -> Image:
         raise BodyError(f"{error} (known are {', '.join(FORMATS)})", name) from None
 
 
-def to_png(image: Image, text: Mapping[str, str] | None = None) -> str:
-    """A picture as base64 of a PNG, with `text` in its text chunks."""
-    from PIL.PngImagePlugin import PngInfo
+def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> EditRequest:
+    """What a form asks to change.
 
-    info, buffer = PngInfo(), io.BytesIO()
-    for name, value in (text or {}).items():
-        info.add_itxt(name, value)
-    image.save(buffer, "PNG", pnginfo=info)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def picture_json(drawn: Drawn, prompt: str, model: str) -> dict[str, Any]:
-    """One picture of an answer."""
-    text = {"prompt": prompt, "seed": str(drawn.seed), "model": model}
-    found = {"b64_json": to_png(drawn.image, text), "seed": drawn.seed}
-    return found if drawn.log_prob is None else {**found, "log_prob": drawn.log_prob}
-
-
-def pictures_json(pictures: Sequence[Mapping[str, Any]], size: tuple[int, int], model: str) -> dict[str, Any]:
-    """The answer with pictures."""
-    return {
-        "created": int(time.time()),
-        "model": model,
-        "size": f"{size[0]}x{size[1]}",
-        "output_format": "png",
-        "data": list(pictures),
-    }
+    Raises:
+        BodyError: no picture, or one that cannot be read.
+    """
+    if "image" not in files:
+        raise BodyError("the file 'image' is missing: add it", "image")
+    default = InpaintSettings()
+    settings = InpaintSettings(
+        body.method or default.method,
+        temperature=default.temperature if body.temperature is None else body.temperature,
+        candidates=default.candidates if body.candidates is None else body.candidates,
+        steps=default.steps if body.steps is None else body.steps,
+    )
+    return EditRequest(
+        read_picture(files["image"], "image", limits),
+        body.prompt,
+        read_picture(files["mask"], "mask", limits) if "mask" in files else None,
+        body.source_prompt,
+        1 if body.n is None else body.n,
+        secrets.randbelow(2**31) if body.seed is None else body.seed,
+        body.guidance or 0.0,
+        body.strength or 0.0,
+        body.invert_mask,
+        settings,
+    )
 
 
 @dataclass(frozen=True)
@@ -396,14 +394,3 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, DeadlineError):
         return Failure(504, str(error), "server_error", None, "timeout")
     return None
-
-
-def finite_json(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite_json(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_json(one) for one in value]
-    return value
