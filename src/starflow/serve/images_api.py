@@ -132,6 +132,7 @@ async def _results(request: Request, ticket: Ticket) -> list[Any]:
     finally:
         gone.cancel()
         ticket.cancel()
+        waited.add_done_callback(lambda one: one.cancelled() or one.exception())  # nobody else asks for it
 
 
 async def generations(service: Service, request: Request) -> Response:
