@@ -335,7 +335,8 @@ def build(service: Service) -> Any:
                         temperature = gr.Slider(
                             0.1, 1.5, 1, step=0.05, label="Temperature", info="1 is the model's own"
                         )
-                        candidates = gr.Slider(1, 8, 1, step=1, label="Candidates of a picture, with their log p")
+                        candidates = gr.Slider(1, 8, 1, step=1, label="Candidates", info="the likeliest is kept")
+                        every = gr.Checkbox(False, label="Show every candidate")
                     button = gr.Button("Draw", variant="primary")
                 with gr.Column(min_width=300):
                     pictures = gr.Gallery(label="Pictures", format="png", columns=4, height=480, object_fit="contain")
