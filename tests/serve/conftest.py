@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -46,13 +47,13 @@ class Running:
 
 
 @contextmanager
-def running(service: Service) -> Iterator[Running]:
-    """The service on a free port, ready."""
+def running(service: Service, finish: Callable[[Any, Service], Any] = lambda app, _: app) -> Iterator[Running]:
+    """The service on a free port, ready; `finish` adds to its application."""
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     pytest.importorskip("prometheus_client")
     bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(finish(create_app(service), service), log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     assert service.loaded.wait(120)

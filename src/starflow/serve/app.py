@@ -36,6 +36,9 @@ LOAD_SECONDS = 300.0
 
 LONGEST_PROMPT = 500
 
+SOURCES = ["upload", "clipboard"]
+"""Of pictures."""
+
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1100px !important; margin: auto}
 footer {display: none !important}
@@ -70,16 +73,8 @@ class Page:
     ) -> Iterator[tuple[list[Shown] | None, int, str]]:
         """Pictures (None where they are as they were), the seed that was used, and a line; first previews of them."""
         check_prompt(prompt)
-        asked = DrawRequest(
-            prompt,
-            int(count),
-            chosen_seed(seed, by_chance),
-            guidance,
-            temperature,
-            int(candidates),
-            previews=3,
-            keep_candidates=every,
-        )
+        number, several = chosen_seed(seed, by_chance), int(candidates)
+        asked = DrawRequest(prompt, int(count), number, guidance, temperature, several, None, 3, every)
         scheduler, _ = self.service.working()
         events: SimpleQueue[Event] = SimpleQueue()
         began, shown = time.perf_counter(), dict[int, list[Shown]]()
@@ -97,7 +92,7 @@ class Page:
         editor: dict[str, Any] | None,
         way: str,
         prompt: str,
-        source: str,
+        source: str | None,
         strength: float,
         guidance: float,
         count: float,
@@ -106,22 +101,15 @@ class Page:
         client: str,
     ) -> Iterator[tuple[list[Shown] | None, int, str]]:
         """Changed pictures (None where they are as they were), the seed that was used, and a line."""
+        source = source or ""  # gradio has None of a field that was never shown
         check_prompt(prompt)
         check_prompt(source)
         picture, mask = read_editor(editor)
         fill = way == FILL
         if fill and mask is None:
             raise Mistake("nothing is painted: paint over what shall be drawn anew")
-        asked = EditRequest(
-            picture,
-            prompt,
-            mask,
-            None if fill else source,
-            int(count),
-            chosen_seed(seed, by_chance),
-            guidance,
-            0.0 if fill else strength,
-        )
+        source_prompt, share, number = None if fill else source, 0.0 if fill else strength, chosen_seed(seed, by_chance)
+        asked = EditRequest(picture, prompt, mask, source_prompt, int(count), number, guidance, share)
         scheduler, pipeline = self.service.working()
         calls = edit_calls(pipeline, asked)
         events: SimpleQueue[Event] = SimpleQueue()
@@ -260,46 +248,76 @@ def read_editor(editor: dict[str, Any] | None) -> tuple[Image.Image, Image.Image
     return background, None if mask.getbbox() is None else mask
 
 
-def build(service: Service) -> Any:
-    """The page as gradio's blocks."""
+def told(error: Exception) -> Any:
+    """What the page shows of an error: one line."""
     import gradio as gr
 
-    page = Page(service)
+    if isinstance(error, Mistake) or failure_of(error) is not None:
+        return gr.Error(" ".join(str(error).split())[:300], print_exception=False)
+    LOGGER.error("the page failed", exc_info=error)
+    return gr.Error("the service failed: its log says why", print_exception=False)
 
-    def told(error: Exception) -> Any:
-        """What the page shows of an error: one line."""
-        failure = failure_of(error)
-        if isinstance(error, Mistake) or failure is not None:
-            return gr.Error(" ".join(str(error).split())[:300], duration=10, print_exception=False)
-        LOGGER.error("the page failed", exc_info=error)
-        return gr.Error("the service failed: its log says why", print_exception=False)
 
-    def updates(steps: Iterator[tuple[Any, int, str]]) -> Iterator[Any]:
-        """What a gallery, a seed and a line become."""
+def updates(steps: Iterator[tuple[list[Shown] | None, int, str]]) -> Iterator[Any]:
+    """What a gallery, a seed and a line become, step by step; errors as the page shows them."""
+    import gradio as gr
+
+    try:
         for pictures, seed, line in steps:
             yield gr.skip() if pictures is None else pictures, seed, line
+    except Exception as error:  # noqa: BLE001  # every error is shown
+        raise told(error) from None
+
+
+def seed_row() -> tuple[Any, Any]:
+    """The field of a seed, and whether a new one is drawn."""
+    import gradio as gr
+
+    with gr.Row():
+        return gr.Number(0, label="Seed", precision=0, min_width=100), gr.Checkbox(
+            True, label="New seed", min_width=100
+        )
+
+
+def create_tab(page: Page) -> list[Any]:
+    """Prompts to pictures; returns what is set when the model is there."""
+    import gradio as gr
 
     def draw(
-        prompt: str,
-        count: float,
-        seed: float,
-        new: bool,
-        w: float,
-        t: float,
-        k: float,
-        every: bool,
-        request: gr.Request,
+        prompt: str, count: float, seed: float, new: bool, w: float, t: float, k: float, each: bool, request: gr.Request
     ) -> Iterator[Any]:
-        try:
-            yield from updates(page.draw(prompt, count, seed, new, w, t, k, every, str(request.session_hash)))
-        except Exception as error:  # noqa: BLE001
-            raise told(error) from None
+        yield from updates(page.draw(prompt, count, seed, new, w, t, k, each, str(request.session_hash)))
+
+    with gr.Row():
+        with gr.Column(min_width=300):
+            prompt = gr.Textbox(label="Prompt", placeholder="what the picture shows", max_lines=3)
+            examples = gr.Dataset(label="Examples", components=[prompt], samples=[["..."]], samples_per_page=6)
+            count = gr.Slider(1, 16, 4, step=1, label="Pictures")
+            seed, new = seed_row()
+            with gr.Accordion("More", open=False):
+                guidance = gr.Slider(0, 10, 0, step=0.1, label="Guidance", info="0 is unguided")
+                temperature = gr.Slider(0.1, 1.5, 1, step=0.05, label="Temperature", info="under 1 is simpler")
+                candidates = gr.Slider(1, 8, 1, step=1, label="Candidates", info="the likeliest is kept")
+                every = gr.Checkbox(False, label="Show every candidate")
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column(min_width=300):
+            pictures = gr.Gallery(label="Pictures", format="png", columns=3, height=480, object_fit="contain")
+            line = gr.Markdown()
+    inputs = [prompt, count, seed, new, guidance, temperature, candidates, every]
+    gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="minimal")
+    examples.click(lambda sample: sample[0], examples, prompt)
+    return [examples, guidance, temperature, candidates]
+
+
+def edit_tab(page: Page) -> None:
+    """Pictures to changed ones."""
+    import gradio as gr
 
     def edit(
         editor: Any,
         way: str,
         prompt: str,
-        source: str,
+        source: str | None,
         strength: float,
         w: float,
         count: float,
@@ -307,11 +325,41 @@ def build(service: Service) -> Any:
         new: bool,
         request: gr.Request,
     ) -> Iterator[Any]:
-        try:
-            session = str(request.session_hash)
-            yield from updates(page.edit(editor, way, prompt, source, strength, w, count, seed, new, session))
-        except Exception as error:  # noqa: BLE001
-            raise told(error) from None
+        session = str(request.session_hash)
+        yield from updates(page.edit(editor, way, prompt, source, strength, w, count, seed, new, session))
+
+    with gr.Row():
+        with gr.Column(min_width=300):
+            editor = gr.ImageEditor(
+                label="Picture",
+                type="pil",
+                image_mode="RGBA",
+                format="png",
+                sources=SOURCES,
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=6, colors=["#ff00ff"], color_mode="fixed"),
+                height=420,
+            )
+            way = gr.Radio([FILL, CHANGE], value=FILL, label="What to do")
+            prompt = gr.Textbox(label="New prompt", placeholder="what the whole picture shall show")
+            source = gr.Textbox(label="Source prompt", placeholder="what it shows now", visible=False)
+            strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength", info="1 is a new picture", visible=False)
+            guidance = gr.Slider(0, 10, 0, step=0.1, label="Guidance", info="0 is unguided")
+            count = gr.Slider(1, 8, 2, step=1, label="Pictures")
+            seed, new = seed_row()
+            button = gr.Button("Edit", variant="primary")
+        with gr.Column(min_width=300):
+            edited = gr.Gallery(label="Edited", format="png", columns=2, height=480, object_fit="contain")
+            line = gr.Markdown()
+    way.change(lambda chosen: [gr.update(visible=chosen == CHANGE)] * 2, way, [source, strength])
+    inputs = [editor, way, prompt, source, strength, guidance, count, seed, new]
+    button.click(edit, inputs, [edited, seed, line], show_progress="minimal")
+
+
+def likelihood_tab(page: Page) -> None:
+    """Pictures to numbers."""
+    import gradio as gr
 
     def judge(picture: Any, prompts: str, draws: float, request: gr.Request) -> Any:
         try:
@@ -319,73 +367,39 @@ def build(service: Service) -> Any:
         except Exception as error:  # noqa: BLE001
             raise told(error) from None
 
+    with gr.Row():
+        with gr.Column(min_width=300):
+            picture = gr.Image(
+                label="Picture",
+                type="pil",
+                image_mode="RGBA",
+                format="png",
+                sources=["upload", "clipboard"],
+                height=320,
+            )
+            prompts = gr.Textbox(label="Prompts, one a line", lines=4)
+            draws = gr.Slider(1, 16, 4, step=1, label="Draws of the noise")
+            button = gr.Button("Judge", variant="primary")
+        with gr.Column(min_width=300):
+            best = gr.Markdown()
+            table = gr.Dataframe(headers=["prompt", "nats", "bits/dim", "± nats"], interactive=False)
+            heat = gr.Gallery(label="Where it is unlikely", format="png", columns=2, height=420, object_fit="contain")
+    button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="minimal")
+
+
+def build(service: Service) -> Any:
+    """The page as gradio's blocks."""
+    import gradio as gr
+
+    page = Page(service)
     with gr.Blocks(title="starflow", analytics_enabled=False) as blocks:
         heading = gr.Markdown("## starflow\nThe model is being loaded.")
         with gr.Tab("Create"):
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    prompt = gr.Textbox(label="Prompt", placeholder="what the picture shows", max_lines=3)
-                    examples = gr.Dataset(label="Examples", components=[prompt], samples=[["..."]], samples_per_page=6)
-                    count = gr.Slider(1, 16, 4, step=1, label="Pictures")
-                    with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, min_width=100)
-                        new = gr.Checkbox(True, label="New seed", min_width=100)
-                    with gr.Accordion("More", open=False):
-                        guidance = gr.Slider(0, 10, 0, step=0.1, label="Guidance", info="0 is unguided")
-                        temperature = gr.Slider(
-                            0.1, 1.5, 1, step=0.05, label="Temperature", info="1 is the model's own"
-                        )
-                        candidates = gr.Slider(1, 8, 1, step=1, label="Candidates", info="the likeliest is kept")
-                        every = gr.Checkbox(False, label="Show every candidate")
-                    button = gr.Button("Draw", variant="primary")
-                with gr.Column(min_width=300):
-                    pictures = gr.Gallery(label="Pictures", format="png", columns=4, height=480, object_fit="contain")
-                    line = gr.Markdown()
-            inputs = [prompt, count, seed, new, guidance, temperature, candidates, every]
-            gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="minimal")
-            examples.click(lambda sample: sample[0], examples, prompt)
+            chosen = create_tab(page)
         with gr.Tab("Edit"):
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    editor = gr.ImageEditor(
-                        label="Picture",
-                        type="pil",
-                        image_mode="RGBA",
-                        format="png",
-                        sources=["upload", "clipboard"],
-                        transforms=(),
-                        layers=False,
-                        brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"),
-                        height=420,
-                    )
-                    way = gr.Radio([FILL, CHANGE], value=FILL, label="What to do")
-                    edit_prompt = gr.Textbox(label="Prompt", placeholder="what the whole picture shall show")
-                    source = gr.Textbox(label="Source prompt", placeholder="what it shows now", visible=False)
-                    strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength", visible=False)
-                    edit_guidance = gr.Slider(0, 10, 0, step=0.1, label="Guidance", info="0 is unguided")
-                    edit_count = gr.Slider(1, 8, 2, step=1, label="Pictures")
-                    with gr.Row():
-                        edit_seed = gr.Number(0, label="Seed", precision=0, min_width=100)
-                        edit_new = gr.Checkbox(True, label="New seed", min_width=100)
-                    edit_button = gr.Button("Edit", variant="primary")
-                with gr.Column(min_width=300):
-                    edited = gr.Gallery(label="Edited", format="png", columns=2, height=480, object_fit="contain")
-                    edit_line = gr.Markdown()
-            way.change(lambda chosen: [gr.update(visible=chosen == CHANGE)] * 2, way, [source, strength])
-            edit_inputs = [editor, way, edit_prompt, source, strength, edit_guidance, edit_count, edit_seed, edit_new]
-            edit_button.click(edit, edit_inputs, [edited, edit_seed, edit_line], show_progress="minimal")
+            edit_tab(page)
         with gr.Tab("Likelihood"):
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    picture = gr.Image(label="Picture", type="pil", image_mode="RGBA", format="png", height=320)
-                    prompts = gr.Textbox(label="Prompts, one a line", lines=4)
-                    draws = gr.Slider(1, 16, 4, step=1, label="Draws of the noise")
-                    judge_button = gr.Button("Judge", variant="primary")
-                with gr.Column(min_width=300):
-                    best = gr.Markdown()
-                    table = gr.Dataframe(headers=["prompt", "nats", "bits/dim", "± nats"], interactive=False)
-                    heat = gr.Gallery(label="Where it is unlikely", format="png", columns=2, height=420)
-            judge_button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="minimal")
+            likelihood_tab(page)
 
         def opened() -> Any:
             """The model's own choices, when it is there."""
@@ -397,15 +411,11 @@ def build(service: Service) -> Any:
             config = pipeline.config
             width, height = default_size(config, pipeline.flow.config)
             samples = [[one] for one in example_prompts(pipeline.conditioner, 6)]
-            return [
-                f"## starflow\n'{service.name}' draws {width}x{height} pixels and knows how likely a picture is.",
-                gr.Dataset(samples=samples),
-                config.guidance,
-                config.temperature,
-                min(8, config.candidates),
-            ]
+            said = f"## starflow\n'{service.name}' draws {width}x{height} pixels and knows how likely a picture is."
+            choices = [config.guidance, config.temperature, min(8, config.candidates)]
+            return [said, gr.Dataset(samples=samples), *choices]
 
-        blocks.load(opened, None, [heading, examples, guidance, temperature, candidates])
+        blocks.load(opened, None, [heading, *chosen])
     return blocks.queue(default_concurrency_limit=16)
 
 
