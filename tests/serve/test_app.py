@@ -207,7 +207,7 @@ def test_a_mask_is_drawn_with_the_mouse_and_filled(
     box("a red apple", seed=1, candidates=8, guidance=3.0, temperature=0.5).images[0].save(tmp_path / "apple.png")
     opened = visit(browser, site)
     opened.get_by_role("tab", name="Edit").click()
-    opened.locator("input[type=file]").first.set_input_files(str(tmp_path / "apple.png"))
+    opened.locator("#edited-picture input[type=file]").first.set_input_files(str(tmp_path / "apple.png"))
     canvas = opened.locator("canvas:visible").first
     opened.wait_for_timeout(3000)  # the editor lays the picture out
     place = canvas.bounding_box()
@@ -243,9 +243,9 @@ def test_a_picture_is_uploaded_and_judged(browser: Any, site: Running, box: Star
     box("a red apple", seed=1, candidates=1).images[0].save(tmp_path / "apple.png")
     opened = visit(browser, site)
     opened.get_by_role("tab", name="Likelihood").click()
-    opened.locator("input[type=file]").last.set_input_files(str(tmp_path / "apple.png"))
+    opened.locator("#judged-picture input[type=file]").set_input_files(str(tmp_path / "apple.png"))
+    opened.locator("#judged-picture img").wait_for()
     opened.get_by_label("Prompts, one a line").fill("a red apple\na blue car")
-    opened.wait_for_timeout(1000)
     opened.get_by_role("button", name="Judge").click()
     opened.get_by_text("fits best").wait_for()
     assert "'a red apple' fits best" in opened.get_by_text("fits best").inner_text()

@@ -340,6 +340,7 @@ def edit_tab(page: Page) -> None:
                 layers=False,
                 brush=gr.Brush(default_size=6, colors=["#ff00ff"], color_mode="fixed"),
                 height=420,
+                elem_id="edited-picture",
             )
             way = gr.Radio([FILL, CHANGE], value=FILL, label="What to do")
             prompt = gr.Textbox(label="New prompt", placeholder="what the whole picture shall show")

@@ -120,9 +120,13 @@ class Service:
         self.metrics = Metrics(self)
         self._load, self._places, self._max_rows = load, places, max_rows
         self._pipeline: StarFlowPipeline | None = None
+        self._begun = False
 
     def start(self) -> None:
-        """Load the model and begin to work, in a thread."""
+        """Load the model and begin to work, in a thread; a second call does nothing."""
+        if self._begun:
+            return
+        self._begun = True
         threading.Thread(target=self._start, name="starflow-load", daemon=True).start()
 
     def _start(self) -> None:
