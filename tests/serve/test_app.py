@@ -134,14 +134,16 @@ def test_an_edit_changes_a_picture_and_a_filling_wants_a_mask(page: Page, box: S
 
 def test_judging_finds_the_prompt_that_was_drawn(page: Page, box: StarFlowPipeline) -> None:
     drawn = box("a red apple", seed=1, candidates=1).images[0]
-    rows, heat, line = page.judge(drawn, "a blue car\n\n a red apple \n", 2, "me")
+    *_, (rows, heat, line) = page.judge(drawn, "a blue car\n\n a red apple \n", 2, "me")
+    assert rows is not None
+    assert heat is not None
     assert [row[0] for row in rows] == ["a blue car", "a red apple"]
     assert line.startswith("'a red apple' fits best")
     assert len(heat) == 3
     with pytest.raises(Mistake, match="upload"):
-        page.judge(None, "a", 1, "me")
+        list(page.judge(None, "a", 1, "me"))
     with pytest.raises(Mistake, match="at most 16"):
-        page.judge(drawn, "a\n" * 17, 1, "me")
+        list(page.judge(drawn, "a\n" * 17, 1, "me"))
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ SOURCES = ["upload", "clipboard"]
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1100px !important; margin: auto}
 footer {display: none !important}
+@media (max-width: 600px) {.grid-container {grid-template-columns: repeat(2, 1fr) !important}}
 .grid-container img, .preview img {width: 100%; height: 100%; object-fit: contain}
 """
 
@@ -126,8 +127,8 @@ class Page:
 
     def judge(
         self, picture: Image.Image | None, prompts: str, draws: float, client: str
-    ) -> tuple[list[list[Any]], list[Shown], str]:
-        """A table of prompts, their heat maps over the picture, and a line that says which fits best."""
+    ) -> Iterator[tuple[list[list[Any]] | None, list[Shown] | None, str]]:
+        """A table of prompts, their heat maps over the picture, and a line that says which fits best; None before."""
         if picture is None:
             raise Mistake("there is no picture: upload one")
         each = [line.strip() for line in prompts.splitlines() if line.strip()] or [""]
@@ -139,7 +140,7 @@ class Page:
         call = likelihood_call(pipeline, picture, each, 0, int(draws), heat=True)
         ticket = scheduler.call([call], "likelihood", len(each) * draws, client, self.service.limits.timeout)
         for _ in follow(ticket, SimpleQueue()):
-            pass
+            yield None, None, f"{100 * ticket.progress:.0f} % judged"
         found: list[PromptLikelihood] = ticket.future.result()[0]
         rows = [
             [
@@ -153,7 +154,7 @@ class Page:
         seen = seen_by(pipeline, picture)
         heat = [(seen, "what the model sees")]
         heat += [(over(seen, one.heat), f"{one.prompt or '(no prompt)'}: red is unlikely") for one in found]
-        return rows, heat, verdict(found)
+        yield rows, heat, verdict(found)
 
 
 FILL, CHANGE = "Fill what is painted", "Change by prompt"
@@ -258,13 +259,13 @@ def told(error: Exception) -> Any:
     return gr.Error("the service failed: its log says why", print_exception=False)
 
 
-def updates(steps: Iterator[tuple[list[Shown] | None, int, str]]) -> Iterator[Any]:
-    """What a gallery, a seed and a line become, step by step; errors as the page shows them."""
+def updates(steps: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+    """What the parts of a tab become, step by step, None staying as it is; errors as the page shows them."""
     import gradio as gr
 
     try:
-        for pictures, seed, line in steps:
-            yield gr.skip() if pictures is None else pictures, seed, line
+        for step in steps:
+            yield tuple(gr.skip() if one is None else one for one in step)
     except Exception as error:  # noqa: BLE001  # every error is shown
         raise told(error) from None
 
@@ -304,7 +305,7 @@ def create_tab(page: Page) -> list[Any]:
             pictures = gr.Gallery(label="Pictures", format="png", columns=3, height=480, object_fit="contain")
             line = gr.Markdown()
     inputs = [prompt, count, seed, new, guidance, temperature, candidates, every]
-    gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="minimal")
+    gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="hidden")
     examples.click(lambda sample: sample[0], examples, prompt)
     return [examples, guidance, temperature, candidates]
 
@@ -355,18 +356,15 @@ def edit_tab(page: Page) -> None:
             line = gr.Markdown()
     way.change(lambda chosen: [gr.update(visible=chosen == CHANGE)] * 2, way, [source, strength])
     inputs = [editor, way, prompt, source, strength, guidance, count, seed, new]
-    button.click(edit, inputs, [edited, seed, line], show_progress="minimal")
+    button.click(edit, inputs, [edited, seed, line], show_progress="hidden")
 
 
 def likelihood_tab(page: Page) -> None:
     """Pictures to numbers."""
     import gradio as gr
 
-    def judge(picture: Any, prompts: str, draws: float, request: gr.Request) -> Any:
-        try:
-            return page.judge(picture, prompts, draws, str(request.session_hash))
-        except Exception as error:  # noqa: BLE001
-            raise told(error) from None
+    def judge(picture: Any, prompts: str, draws: float, request: gr.Request) -> Iterator[Any]:
+        yield from updates(page.judge(picture, prompts, draws, str(request.session_hash)))
 
     with gr.Row():
         with gr.Column(min_width=300):
@@ -385,7 +383,7 @@ def likelihood_tab(page: Page) -> None:
             best = gr.Markdown()
             table = gr.Dataframe(headers=["prompt", "nats", "bits/dim", "± nats"], interactive=False)
             heat = gr.Gallery(label="Where it is unlikely", format="png", columns=2, height=420, object_fit="contain")
-    button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="minimal")
+    button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="hidden")
 
 
 def build(service: Service) -> Any:
