@@ -40,8 +40,9 @@ def test_the_manifests_fit_the_service() -> None:
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
-    """Two replicas, ready."""
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Two replicas, ready, however busy the machine is."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
     ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": 8765})

@@ -245,7 +245,7 @@ def test_a_picture_is_uploaded_and_judged(browser: Any, site: Running, box: Star
     box("a red apple", seed=1, candidates=1).images[0].save(tmp_path / "apple.png")
     opened = visit(browser, site)
     opened.get_by_role("tab", name="Likelihood").click()
-    opened.locator("#judged-picture input[type=file]").set_input_files(str(tmp_path / "apple.png"))
+    opened.locator("#judged-picture input[type=file]").first.set_input_files(str(tmp_path / "apple.png"))
     opened.locator("#judged-picture img").wait_for()
     opened.get_by_label("Prompts, one a line").fill("a red apple\na blue car")
     opened.get_by_role("button", name="Judge").click()

@@ -373,8 +373,9 @@ def likelihood_tab(page: Page) -> None:
                 type="pil",
                 image_mode="RGBA",
                 format="png",
-                sources=["upload", "clipboard"],
+                sources=SOURCES,
                 height=320,
+                elem_id="judged-picture",
             )
             prompts = gr.Textbox(label="Prompts, one a line", lines=4)
             draws = gr.Slider(1, 16, 4, step=1, label="Draws of the noise")
@@ -382,7 +383,7 @@ def likelihood_tab(page: Page) -> None:
         with gr.Column(min_width=300):
             best = gr.Markdown()
             table = gr.Dataframe(headers=["prompt", "nats", "bits/dim", "± nats"], interactive=False)
-            heat = gr.Gallery(label="Where it is unlikely", format="png", columns=2, height=420, object_fit="contain")
+            heat = gr.Gallery(label="Where it is unlikely", format="png", columns=3, height=420, object_fit="contain")
     button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="hidden")
 
 
