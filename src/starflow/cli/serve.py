@@ -117,6 +117,8 @@ def app(options: AppOptions) -> None:
         lambda: _load(options.model, options.device, None), _name(options.model), api_key=os.environ.get(KEY, "")
     )
     bound = listen(options.host, options.port)
+    if options.host not in LOOPBACK:
+        print(f"warning: everybody who reaches {options.host} may use the page", file=sys.stderr)
     _tell_when_ready(service, "the page is open", options.host, bound.getsockname()[1])
     run(add_page(create_app(service), service), service, bound, 5.0)
 
