@@ -42,10 +42,17 @@ def test_the_manifests_fit_the_service() -> None:
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two replicas, ready, however busy the machine is."""
+    for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"):
+        monkeypatch.setenv(name, "200")  # read when ray.serve is imported
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
     ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    for attempt in range(5):
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+            break
+        except TimeoutError:  # proxies have a minute to start
+            assert attempt < 4
     serve.run(build({"min_replicas": "2", "max_replicas": "2", "cpus": "0.5"}))
     yield "http://127.0.0.1:8765"
     serve.shutdown()
@@ -56,7 +63,6 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_replica_that_is_killed_loses_no_request_that_is_sent_again(url: str) -> None:
     import httpx
     import ray
-    from ray.util.state import list_actors
 
     pictures: dict[int, str] = {}
     retried: list[int] = []
@@ -79,9 +85,10 @@ def test_a_replica_that_is_killed_loses_no_request_that_is_sent_again(url: str) 
     for one in threads:
         one.start()
     time.sleep(0.3)
-    replicas = [one for one in list_actors() if "ServeReplica" in one.class_name and one.state == "ALIVE"]
+    named = ray.util.list_named_actors(all_namespaces=True)
+    replicas = [one for one in named if one["name"].startswith("SERVE_REPLICA")]
     assert len(replicas) == 2
-    ray.kill(ray.get_actor(replicas[0].name, namespace="serve"), no_restart=True)
+    ray.kill(ray.get_actor(**replicas[0]), no_restart=True)
     for one in threads:
         one.join()
     assert sorted(pictures) == list(range(17))

@@ -153,7 +153,7 @@ class Page:
         ]
         seen = seen_by(pipeline, picture)
         heat = [(seen, "what the model sees")]
-        heat += [(over(seen, one.heat), f"{one.prompt or '(no prompt)'}: red is unlikely") for one in found]
+        heat += [(over(seen, one.heat), one.prompt or "(no prompt)") for one in found]
         yield rows, heat, verdict(found)
 
 
@@ -383,7 +383,9 @@ def likelihood_tab(page: Page) -> None:
         with gr.Column(min_width=300):
             best = gr.Markdown()
             table = gr.Dataframe(headers=["prompt", "nats", "bits/dim", "± nats"], interactive=False)
-            heat = gr.Gallery(label="Where it is unlikely", format="png", columns=3, height=420, object_fit="contain")
+            heat = gr.Gallery(
+                label="Where it is unlikely: red", format="png", columns=3, height=420, object_fit="contain"
+            )
     button.click(judge, [picture, prompts, draws], [table, heat, best], show_progress="hidden")
 
 
