@@ -24,7 +24,7 @@ from starflow.data.images import from_pil, on_background, to_pil
 from starflow.edit.inpainting import InpaintSettings
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError, broken_rows
-from starflow.pipeline.config import choose_cleaning, default_size, latent_shape, with_sampling_options
+from starflow.pipeline.config import default_size, latent_shape, with_sampling_options
 from starflow.pipeline.editing import Edited, hole_of
 from starflow.pipeline.inputs import call_bytes, check_seed, check_whole, encode_prompts, free_bytes, remember_prompts
 from starflow.pipeline.likelihood import LogProb
@@ -298,8 +298,7 @@ class BlockSampler:
     def _pictures(self, latents: Tensor, condition: Tensor | None) -> list[Image | None]:
         """The cleaned picture of each latent, None where it is not finite; in batches that fit."""
         pipeline = self.pipeline
-        decoder = (pipeline.decoder or pipeline.autoencoder).spec
-        cleaning = choose_cleaning(pipeline.config, None, decoder, replaced=pipeline.decoder is not None)
+        cleaning = pipeline._cleaning(None)
         images: list[Image | None] = []
         for start in range(0, len(latents), self.max_rows):
             some = slice(start, start + self.max_rows)
