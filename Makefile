@@ -1,5 +1,6 @@
 # make generate PROMPT="a red apple"   pictures from the bundled model, in out/
 # make test                            the quick tests
+# make app                             a page in the browser that draws, edits and judges pictures
 # make docs                            the documentation, in build/docs/index.html
 # Both make .venv when it is missing; a second call installs nothing. Another Python: make PYTHON=python3.12 test
 
@@ -8,16 +9,20 @@ PROMPT ?= a red apple
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+APP_STAMP := $(VENV)/.installed-app
 RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
 
-.PHONY: generate test test-all docs lint format lock clean $(RESULTS)
+.PHONY: generate app test test-all docs lint format lock clean $(RESULTS)
 .DELETE_ON_ERROR:
 
 generate: $(STAMP)
 	@$(VENV)/bin/starflow generate "$$PROMPT" --num-images 4 --grid --output out $(ARGS)
+
+app: $(APP_STAMP)
+	@$(VENV)/bin/starflow app $(ARGS)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest $(ARGS)
@@ -59,6 +64,11 @@ $(STAMP): requirements/lock.txt requirements/lock-data.txt pyproject.toml
 	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-data.txt
 	@$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	@$(VENV)/bin/python -m starflow.sampling.cpu.build
+	@touch $@
+
+# The versions are exact, and gradio's bound on Pillow is older than the lock's Pillow: hence --no-deps.
+$(APP_STAMP): $(STAMP) requirements/lock-app.txt
+	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-app.txt
 	@touch $@
 
 # Needs uv (pip install uv). Pins already in the lock are kept: delete a line to renew it, after moving LOCK_DATE.

@@ -13,8 +13,9 @@ from starflow import STARFlow, TarFlow, sample
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.nn.attention import CachePool
+from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.sampler import run
+from starflow.sampling.sampler import run, sample_block
 from tests.registry import randomised
 
 
@@ -219,3 +220,20 @@ def test_tarflow_refuses_other_sizes_and_labels() -> None:
         sample(model, NOISE, CONDITION)
     with pytest.raises(UserError, match=re.escape("pass no label (None)")):
         sample(tarflow(num_classes=0), NOISE, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("make", [starflow, tarflow])
+def test_blocks_one_by_one_are_the_whole(make: Any, guidance: float) -> None:
+    """Also where the batch changes between blocks: a picture joins those that are already on their way."""
+    model = make()
+    given, null = (CONDITION, NULL) if isinstance(model, STARFlow) else (torch.tensor([0, 2]), None)
+    settings, engine = SampleSettings(guidance), cpu_engine_of(model)
+    solved: list[int] = []
+    engine.build()
+    wanted = sample(model, NOISE, given, null, guidance)
+    late = sample_block(model, 1, NOISE[1:], given[1:], None if null is None else null[1:], settings, engine, print)
+    early = sample_block(model, 1, NOISE[:1], given[:1], None if null is None else null[:1], settings, engine, print)
+    x = sample_block(model, 0, torch.cat((early, late)), given, null, settings, engine, solved.append)
+    assert torch.equal(x, wanted)
+    assert sum(solved) == model.to_tokens(NOISE)[0].shape[1]

@@ -51,6 +51,8 @@ COMMANDS = (
     Command("generate", "generate", "generate", "make pictures from prompts or classes"),
     Command("inpaint", "inpaint", "inpaint", "paint a part of a picture anew"),
     Command("edit", "edit", "edit", "change a picture by its prompt; variations, interpolation"),
+    Command("app", "serve", "app", "a web page that draws, edits and judges pictures"),
+    Command("serve", "serve", "serve", "pictures over HTTP, as OpenAI's Images API"),
     Command("likelihood", "likelihood", "likelihood", "exact log-likelihoods of pictures"),
     Command("evaluate", "evaluate", "evaluate", "measure a model on pictures: a table, JSON and a sheet"),
     Command("convert", "convert", "convert", "a published checkpoint into our layout"),

@@ -23,12 +23,12 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.flow.finite import broken_block, broken_rows, check_finite
 from starflow.flow.model import Flow
-from starflow.flow.tokens import check_tensor, in_order
+from starflow.flow.tokens import Grid, check_tensor, in_order
 from starflow.nn.attention import CachePool
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
-from starflow.sampling.predictor import Predictor, Solver, SolverOptions, SolverResult, TokenProgress
+from starflow.sampling.predictor import Predictor, Solver, SolverOptions, SolverResult, TokenEngine, TokenProgress
 from starflow.sampling.solvers import solve_jacobi, solve_sequential
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}
@@ -251,29 +251,97 @@ def solve_blocks(
 ) -> SamplingResult:
     """Map noise to data, block after block, each by `solve_block`; what it is given holds for that call alone."""
     tokens_BND, grid = model.to_tokens(noise)
-    batch, tokens = tokens_BND.shape[:2]
-    if not batch:
+    if not len(tokens_BND):
         return SamplingResult(model.from_tokens(tokens_BND, grid), [])
-    guidance = settings.guidance_for(tokens_BND)
-    conditions = branch_conditions(model, condition, null_condition, batch, guidance)
-    rotary, prior = model.rotary(grid), model.prior_log_std()
-    if prior is not None:
-        tokens_BND = tokens_BND * prior.exp()
-    caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
-    engine = cpu_engine_of(model)
+    shared = _Shared.of(model, tokens_BND, grid, condition, null_condition, settings, caches, cpu_engine_of(model))
     solutions = []
-    for number, block in reversed(list(enumerate(model.iter_blocks()))):
-        guided = model.guided_blocks[number]
-        rows = conditions if guided else conditions[:1]
-        block_rotary = model.block_rotary(block, rotary)
-        rule = guidance if guided else None
-        noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
-        with model.weights_on_device(block):
-            predictor = Predictor.of(block, batch, tokens, rows, block_rotary, rule, caches, engine)
-            solution = solve_block(number, predictor, noise_BNC)
-        tokens_BND = in_order(solution.x_BNC, backwards=block.spec.backwards)
+    for number in reversed(range(len(model.blocks))):
+        tokens_BND, solution = _solve_one(model, number, tokens_BND, shared, solve_block)
         solutions.append(solution)
     return SamplingResult(model.from_tokens(tokens_BND, grid), solutions[::-1])
+
+
+@torch.no_grad()
+def sample_block(
+    model: Flow,
+    number: int,
+    x: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    settings: SampleSettings,
+    engine: TokenEngine | None,
+    progress: TokenProgress,
+) -> Tensor:
+    """The part of `sample` that one block does, for a caller whose batch changes between blocks.
+
+    From the last block, which takes the noise, down to block 0, which gives the data, it is `sample`.
+
+    Args:
+        model: STARFlow or TarFlow.
+        number: of the block, counted from the data.
+        x: (B, C, H, W), what the block after it gave; for the last block, the noise.
+        condition: as `null_condition` and `settings` those of `sample`, of this batch.
+        null_condition: what guidance moves away from.
+        settings: the options of `sample`.
+        engine: compiled code, from `cpu_engine_of`; None goes without.
+        progress: told the number of tokens solved since the last call.
+
+    Raises:
+        UserError: see `sample`.
+    """
+    policy = block_policies(model, settings, x.device)[number]
+    tokens_BND, grid = model.to_tokens(x)
+    shared = _Shared.of(model, tokens_BND, grid, condition, null_condition, settings, None, engine)
+
+    def solve_block(_number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+        return solve_by_policy(predictor, noise_BNC, policy, settings.tolerance, progress)
+
+    return model.from_tokens(_solve_one(model, number, tokens_BND, shared, solve_block)[0], grid)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the blocks of one batch share."""
+
+    conditions: list[Tensor | None]
+    guidance: Guidance | None
+    rotary: Tensor | None
+    caches: CachePool
+    engine: TokenEngine | None
+
+    @staticmethod
+    def of(
+        model: Flow,
+        tokens_BND: Tensor,
+        grid: Grid,
+        condition: Tensor | None,
+        null_condition: Tensor | None,
+        settings: SampleSettings,
+        caches: CachePool | None,
+        engine: TokenEngine | None,
+    ) -> _Shared:
+        guidance = settings.guidance_for(tokens_BND)
+        conditions = branch_conditions(model, condition, null_condition, len(tokens_BND), guidance)
+        caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
+        return _Shared(conditions, guidance, model.rotary(grid), caches, engine)
+
+
+def _solve_one(
+    model: Flow, number: int, tokens_BND: Tensor, shared: _Shared, solve_block: SolveBlock
+) -> tuple[Tensor, SolverResult]:
+    """Tokens through one block, both in raster order; the noise gets the model's prior before the last block."""
+    block, prior = list(model.iter_blocks())[number], model.prior_log_std()
+    if prior is not None and number == len(model.blocks) - 1:
+        tokens_BND = tokens_BND * prior.exp()
+    guided = model.guided_blocks[number]
+    rows = shared.conditions if guided else shared.conditions[:1]
+    rotary, rule = model.block_rotary(block, shared.rotary), shared.guidance if guided else None
+    noise_BNC = in_order(tokens_BND, backwards=block.spec.backwards)
+    batch, tokens = tokens_BND.shape[:2]
+    with model.weights_on_device(block):
+        predictor = Predictor.of(block, batch, tokens, rows, rotary, rule, shared.caches, shared.engine)
+        solution = solve_block(number, predictor, noise_BNC)
+    return in_order(solution.x_BNC, backwards=block.spec.backwards), solution
 
 
 def solve_by_policy(

@@ -1,0 +1,224 @@
+"""Put a service under load on the loopback: throughput, latency, and what clients do wrong.
+
+    python benchmarks/serve_load.py                    # some minutes; writes benchmarks/results/serve.json
+    python benchmarks/serve_load.py --soak 30          # and half an hour of everything at once
+
+It starts `starflow serve` itself and ends it with SIGTERM. Every client draws one picture a request and asks again when
+it has it. Figures of direct calls are taken in this process, before the service is started. The load of the machine is
+printed, as figures beside other work say little about speed; ratios say more. It needs httpx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from starflow import StarFlowPipeline
+from starflow.io.files import write_json
+from starflow.sampling.cpu.engine import cpu_engine_of
+from starflow.serve.service import listen
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("apple", "car", "cat", "tree")]
+CLIENTS = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What so many clients got in a closed loop."""
+
+    clients: int
+    pictures: int
+    pictures_a_second: float
+    p50: float
+    p95: float
+    errors: int
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each number of clients")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="of everything at once, at the end")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/serve.json")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"threads": torch.get_num_threads(), "load_before": os.getloadavg()}
+    report["direct"] = {str(count): direct(count) for count in (1, 16)}
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "starflow", "serve", "--port", str(port)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: status(f"{url}/ready") == 200, 120)
+        report["seconds_to_ready"] = time.perf_counter() - began
+        report["closed_loop"] = [asdict(asyncio.run(closed_loop(url, count, options.seconds))) for count in CLIENTS]
+        report["ratios"] = ratios(report)
+        report["faults"] = asyncio.run(faults(url, process.pid))
+        if options.soak:
+            report["soak"] = asyncio.run(soak(url, process.pid, 60 * options.soak))
+        process.send_signal(signal.SIGTERM)
+        report["exit"] = process.wait(60)
+    finally:
+        process.kill()
+    report["load_after"] = os.getloadavg()
+    print(json.dumps(report, indent=2))
+    write_json(options.output, report)
+
+
+def direct(count: int) -> float:
+    """Pictures a second of a call for so many at once, the best of three."""
+    pipe = StarFlowPipeline.from_pretrained("glyphs")
+    cpu_engine_of(pipe.flow).build()
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    pipe(prompts, candidates=1)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        pipe(prompts, candidates=1)
+        seconds.append(time.perf_counter() - began)
+    return count / min(seconds)
+
+
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """What the bars are about; see docs/serving.md."""
+    rows = {row["clients"]: row for row in report["closed_loop"]}
+    return {
+        "16 clients over one": rows[16]["pictures_a_second"] / rows[1]["pictures_a_second"],
+        "16 clients over a direct call for 16": rows[16]["pictures_a_second"] / report["direct"]["16"],
+        "seconds of a lone client over a direct call": rows[1]["p50"] * report["direct"]["1"],
+    }
+
+
+async def draw(http: httpx.AsyncClient, url: str, number: int, **fields: Any) -> int:
+    """One picture; its answer's status."""
+    asked = {"prompt": PROMPTS[number % len(PROMPTS)], "candidates": 1, "seed": number, **fields}
+    return int((await http.post(f"{url}/v1/images/generations", json=asked)).status_code)
+
+
+async def closed_loop(url: str, clients: int, seconds: float) -> Measured:
+    """Clients that draw one picture after another, each under a name of its own."""
+    end, took, errors = time.perf_counter() + seconds, list[float](), 0
+
+    async def client(number: int) -> None:
+        nonlocal errors
+        async with httpx.AsyncClient(timeout=120) as http:
+            while time.perf_counter() < end:
+                began = time.perf_counter()
+                errors += await draw(http, url, number + len(took), user=f"client {number}") != 200
+                took.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    spent = time.perf_counter() - began
+    p95 = statistics.quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
+    return Measured(clients, len(took), len(took) / spent, statistics.median(took), p95, errors)
+
+
+async def faults(url: str, pid: int) -> dict[str, Any]:
+    """Clients that leave, read slowly, ask for too much at once: the others are served, and all ends at zero."""
+    found: dict[str, Any] = {"resident_before": resident(pid)}
+    for round_ in range(3):
+        await leavers(url, 100)
+        async with httpx.AsyncClient(timeout=300) as http:
+            codes = await asyncio.gather(*(draw(http, url, number) for number in range(20)))
+        found[f"after 100 left, of 20 served (round {round_})"] = codes.count(200)
+        found[f"resident after round {round_}"] = resident(pid)
+    readers = [asyncio.create_task(slow_reader(url)) for _ in range(8)]
+    async with httpx.AsyncClient(timeout=300) as http:
+        codes = await asyncio.gather(*(draw(http, url, number) for number in range(20)))
+        found["beside 8 slow readers, of 20 served"] = codes.count(200)
+        found["events of slow readers"] = [await reader for reader in readers]
+        codes = await asyncio.gather(*(draw(http, url, number, n=8, user=str(number)) for number in range(48)))
+    found["overrun"] = {str(code): codes.count(code) for code in sorted(set(codes))}
+    wait_until(lambda: at_rest(url), 120)
+    found["metrics back to zero"] = True
+    return found
+
+
+async def leavers(url: str, count: int) -> None:
+    """Clients that hang up after 0.2 s."""
+
+    async def leave(number: int) -> None:
+        async with httpx.AsyncClient(timeout=0.2) as http:
+            try:
+                await draw(http, url, number, n=2, user=str(number))
+            except httpx.TimeoutException:
+                return
+
+    await asyncio.gather(*(leave(number) for number in range(count)))
+
+
+async def slow_reader(url: str) -> int:
+    """A stream that is read in small pieces with pauses; the events that came."""
+    asked = {"prompt": "a red apple", "n": 4, "candidates": 1, "stream": True, "partial_images": 3}
+    text = b""
+    async with (
+        httpx.AsyncClient(timeout=300) as http,
+        http.stream("POST", f"{url}/v1/images/generations", json=asked) as answer,
+    ):
+        async for piece in answer.aiter_bytes(4096):
+            text += piece
+            await asyncio.sleep(0.02)
+    return text.count(b"event: ")
+
+
+async def soak(url: str, pid: int, seconds: float) -> dict[str, Any]:
+    """Everything at once for long; the resident memory at ten times."""
+    end, memory, rounds = time.perf_counter() + seconds, [resident(pid)], 0
+    while time.perf_counter() < end:
+        await asyncio.gather(closed_loop(url, 8, seconds / 10 / 2), leavers(url, 20), slow_reader(url))
+        rounds += 1
+        if time.perf_counter() > end - seconds + len(memory) * seconds / 10:
+            memory.append(resident(pid))
+    wait_until(lambda: at_rest(url), 120)
+    return {"rounds": rounds, "resident": memory}
+
+
+def status(url: str) -> int:
+    """The status that an address answers; 0 where nobody does."""
+    try:
+        return int(httpx.get(url).status_code)
+    except httpx.HTTPError:
+        return 0
+
+
+def at_rest(url: str) -> bool:
+    """Whether nothing waits and nothing is at work."""
+    text = httpx.get(f"{url}/metrics").text
+    return "starflow_queue_depth 0.0" in text and "starflow_at_work 0.0" in text
+
+
+def resident(pid: int) -> int:
+    """MiB that a process has in memory; 0 where that cannot be read."""
+    file = Path(f"/proc/{pid}/status")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Raises TimeoutError: it did not come true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"it did not come true in {seconds:g} s")
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()

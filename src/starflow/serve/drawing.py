@@ -1,0 +1,443 @@
+"""The model's side of serving: pictures are taken through the flow block by block, in batches that change in between.
+
+Contract: picture i of a request is what a pipeline draws for it alone: its condition is encoded alone, its noise is
+that of its seed, its candidates are judged together and apart from others, and the compiled loop, which is built before
+the first picture, computes every row by itself. The flow's part is the same bit for bit; decoders round by batch, so
+pixels are within one 8-bit level. One thread at a time may call a `BlockSampler`.
+
+Shapes: B rows of a batch, each a candidate of a picture; C x h x w latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from starflow.data.images import from_pil, on_background, to_pil
+from starflow.edit.inpainting import InpaintSettings
+from starflow.errors import UserError
+from starflow.flow.finite import NotFiniteError, broken_rows
+from starflow.pipeline.config import default_size, latent_shape, with_sampling_options
+from starflow.pipeline.editing import Edited, hole_of
+from starflow.pipeline.inputs import call_bytes, check_seed, check_whole, encode_prompts, free_bytes, remember_prompts
+from starflow.pipeline.likelihood import LogProb
+from starflow.pipeline.pipeline import BATCH, StarFlowPipeline
+from starflow.sampling.cpu.engine import cpu_engine_of
+from starflow.sampling.policy import SampleSettings
+from starflow.sampling.sampler import candidate_noise, sample_block
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROMPTS_KEPT = 256
+"""Conditions of recent prompts that are kept."""
+
+MEMORY_SHARE = 0.8
+"""Of the memory that is free when a sampler is made: what batches may take."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+BatchKey = tuple[tuple[int, int, int], bool]
+"""What the pictures of a batch have in common: the latents' shape, and whether they are guided."""
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """Pictures of one prompt; None leaves a choice to the model. Picture i has the seed `seed + i`."""
+
+    prompt: str = ""
+    num_images: int = 1
+    seed: int = 0
+    guidance: float | None = None
+    temperature: float | None = None
+    candidates: int | None = None
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels."""
+    previews: int = 0
+    """Pictures of what the first blocks have solved, at most one a block."""
+    keep_candidates: bool = False
+    """Whether every candidate becomes a picture, or the likeliest alone."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One candidate of a picture on its way from the noise to the data."""
+
+    block: int
+    """The next block, counted from the data; -1 when it has been through all."""
+    state: Tensor | None = None
+    """(1, C, h, w); None before the picture is prepared."""
+
+
+@dataclass(eq=False)
+class Drawing:
+    """One picture on its way."""
+
+    request: DrawRequest
+    seed: int
+    key: BatchKey
+    tokens: int
+    """Of a row."""
+    guidance: float
+    temperature: float
+    rows: list[Row]
+    condition: Tensor | None = None
+    """One row, as the flow takes it."""
+    null_condition: Tensor | None = None
+    prepared: bool = False
+    previewed: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its rows have been through all blocks."""
+        return all(row.block < 0 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is done."""
+
+    image: Image
+    seed: int
+    latents: Tensor
+    """(1, C, h, w): what the flow sampled, before cleaning."""
+    log_prob: float | None = None
+    """log p(latent | prompt) in nats, unguided; None where nothing was chosen by it."""
+    candidates: tuple[tuple[Image, float], ...] = ()
+    """Every finite candidate with its log p, the likeliest first, where they were asked for."""
+
+
+@dataclass
+class BlockSampler:
+    """Takes pictures through the flow of a pipeline, one block of one batch at a time."""
+
+    pipeline: StarFlowPipeline
+    max_rows: int = BATCH
+    """Rows of a batch, at most; memory may allow fewer."""
+    memory: int | None = None
+    """Bytes that a batch may take beside the weights; None is a share of what is free."""
+    _conditions: OrderedDict[tuple[str, int, int], tuple[Tensor | None, Tensor | None]] = field(
+        default_factory=OrderedDict
+    )
+    _capacities: dict[BatchKey, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole("max_rows", self.max_rows)
+        free = free_bytes(self.pipeline.device)
+        if self.memory is None and free is not None:
+            self.memory = int(MEMORY_SHARE * free)
+        self._engine = cpu_engine_of(self.pipeline.flow) if self.pipeline.device.type == "cpu" else None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the flow."""
+        return len(self.pipeline.flow.blocks)
+
+    def warm_up(self) -> None:
+        """Build what is built once, and draw a picture: from here on nothing changes how one is computed."""
+        if self._engine is not None:
+            self._engine.build()
+        drawing = self.begin(DrawRequest(candidates=1, guidance=0.0), 0)
+        self.prepare([drawing])
+        while not drawing.finished:
+            self.solve([(drawing, row) for row in drawing.rows], lambda _: None)
+        self.finish([drawing])
+
+    def begin(self, request: DrawRequest, index: int) -> Drawing:
+        """Picture `index` of a request, checked, before anything is computed for it.
+
+        Raises:
+            UserError: what the model cannot draw, or has not the memory for.
+        """
+        pipeline = self.pipeline
+        config = with_sampling_options(pipeline.config, request.temperature, request.candidates)
+        guidance = config.guidance if request.guidance is None else request.guidance
+        if not (guidance >= 0 and math.isfinite(guidance)):
+            raise UserError(f"guidance is {guidance}, expected at least 0 (0 is unguided)")
+        shape = latent_shape(config, pipeline.flow.config, request.size)
+        seed = check_seed(check_seed(request.seed) + index)
+        key = (shape, guidance > 0)
+        if not self.capacity(key):
+            raise UserError(f"a picture of {request.size} needs more memory than there is: ask for a smaller size")
+        rows = [Row(self.blocks - 1) for _ in range(config.candidates)]
+        tokens = shape[1] * shape[2] // pipeline.flow.config.patch_size**2
+        return Drawing(request, seed, key, tokens, guidance, config.temperature, rows)
+
+    def capacity(self, key: BatchKey) -> int:
+        """Rows that a batch may have: as many as are predicted to fit."""
+        if key not in self._capacities:
+            decoder = (self.pipeline.decoder or self.pipeline.autoencoder).spec
+            rows = self.max_rows
+            while rows and self.memory is not None:
+                if call_bytes(self.pipeline.flow, key[0], rows, "network", decoder, None) <= self.memory:
+                    break
+                rows //= 2
+            self._capacities[key] = rows
+        return self._capacities[key]
+
+    def prepare(self, drawings: Sequence[Drawing]) -> None:
+        """Encode the prompt and draw the noise of pictures that have not begun.
+
+        Raises:
+            UserError: a prompt that the model does not know.
+        """
+        pipeline = self.pipeline
+        for drawing in drawings:
+            shape = drawing.key[0]
+            remember_prompts([drawing.request.prompt], pipeline.conditioner, pipeline.config, shape)
+            drawing.condition, drawing.null_condition = self._encode(drawing.request.prompt, shape)
+            noise = candidate_noise([drawing.seed], shape, len(drawing.rows))[0]
+            states = (drawing.temperature * noise.to(pipeline.device)).split(1)
+            for row, state in zip(drawing.rows, states, strict=True):
+                row.state = state
+            drawing.prepared = True
+
+    def _encode(self, prompt: str, shape: tuple[int, int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Condition and null condition of one prompt, encoded alone: they do not depend on who is beside it."""
+        pipeline, name = self.pipeline, (prompt, *shape[1:])
+        if name not in self._conditions:
+            self._conditions[name] = encode_prompts(
+                [prompt], pipeline.conditioner, pipeline.flow, pipeline.config, shape
+            )
+            while len(self._conditions) > PROMPTS_KEPT:
+                self._conditions.popitem(last=False)
+        self._conditions.move_to_end(name)
+        return self._conditions[name]
+
+    def solve(self, rows: Sequence[tuple[Drawing, Row]], progress: Callable[[int], None]) -> None:
+        """Take rows of one key through the block that all of them are at; `progress` is told of the tokens solved."""
+        drawings = [drawing for drawing, _ in rows]
+        block = rows[0][1].block
+        weights = torch.tensor([drawing.guidance for drawing in drawings], dtype=torch.float64, device="cpu")
+        solved = sample_block(
+            self.pipeline.flow,
+            block,
+            torch.cat([row.state for _, row in rows if row.state is not None]),
+            _stack([drawing.condition for drawing in drawings]),
+            _stack([drawing.null_condition for drawing in drawings]),
+            SampleSettings(weights, "auto"),
+            self._engine,
+            progress,
+        )
+        for (_, row), state in zip(rows, solved.split(1), strict=True):
+            row.state, row.block = state.clone(), block - 1
+
+    def preview(self, drawing: Drawing) -> Image:
+        """The decoder's picture of what is solved so far of the first candidate."""
+        state = drawing.rows[0].state
+        assert state is not None
+        drawing.previewed += 1
+        return to_pil(self.pipeline._decode(state, keep=True).nan_to_num(nan=0.0))[0]
+
+    def finish(self, drawings: Sequence[Drawing]) -> list[Drawn | Exception]:
+        """Pictures of drawings that have been through all blocks, or what went wrong with each."""
+        chosen: list[tuple[Drawing, Tensor, list[float]] | Exception] = []
+        for drawing in drawings:
+            try:
+                chosen.append((drawing, *self._chosen(drawing)))
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is this picture's alone
+                chosen.append(error)
+        made: dict[int, Drawn | Exception] = {}
+        places = [place for place, one in enumerate(chosen) if not isinstance(one, Exception)]
+        for key in {drawings[place].key for place in places}:
+            self._decode([place for place in places if drawings[place].key == key], chosen, made)
+        return [one if isinstance(one, Exception) else made[place] for place, one in enumerate(chosen)]
+
+    def _chosen(self, drawing: Drawing) -> tuple[Tensor, list[float]]:
+        """Latents (B, C, h, w) of the candidates that become pictures, the likeliest first, and their log p."""
+        latents = torch.cat([row.state for row in drawing.rows if row.state is not None])
+        broken = broken_rows(latents)
+        if len(broken) == len(latents):
+            raise NotFiniteError(f"the picture came out not finite: guidance is {drawing.guidance:g}, lower it")
+        if len(latents) == 1:
+            return latents, []
+        scores = []
+        with torch.no_grad():
+            for part in latents.split(BATCH):  # the batches of a pipeline, so that rounding is the same
+                given = _stack([drawing.condition] * len(part))
+                scores.append(self.pipeline.flow.log_prob(part, given))
+        nats = torch.cat(scores).nan_to_num(nan=-math.inf)
+        nats[broken] = -math.inf
+        order = nats.argsort(descending=True, stable=True)
+        order = order[: len(latents) - len(broken)] if drawing.request.keep_candidates else nats.argmax().view(1)
+        return latents[order], nats[order].tolist()
+
+    def _decode(
+        self,
+        places: Sequence[int],
+        chosen: Sequence[tuple[Drawing, Tensor, list[float]] | Exception],
+        made: dict[int, Drawn | Exception],
+    ) -> None:
+        """Decode pictures of one size together, and one by one where that fails."""
+        picked = [one for place in places if not isinstance(one := chosen[place], Exception)]
+        try:
+            latents = torch.cat([latents for _, latents, _ in picked])
+            conditions = [drawing.condition for drawing, own, _ in picked for _ in range(len(own))]
+            images = self._pictures(latents, _stack(conditions))
+        except Exception as error:  # noqa: BLE001
+            if len(places) == 1:
+                made[places[0]] = error
+            else:
+                for place in places:
+                    self._decode([place], chosen, made)
+            return
+        start = 0
+        for place, (drawing, own, nats) in zip(places, picked, strict=True):
+            mine = images[start : start + len(own)]
+            start += len(own)
+            made[place] = _drawn(drawing, own, nats, mine)
+
+    def _pictures(self, latents: Tensor, condition: Tensor | None) -> list[Image | None]:
+        """The cleaned picture of each latent, None where it is not finite; in batches that fit."""
+        pipeline = self.pipeline
+        cleaning = pipeline._cleaning(None)
+        images: list[Image | None] = []
+        for start in range(0, len(latents), self.max_rows):
+            some = slice(start, start + self.max_rows)
+            given = None if condition is None else condition[some]
+            decoded = pipeline._decode_clean(latents[some], given, cleaning, keep=True)
+            broken = set(broken_rows(decoded))
+            made = to_pil(decoded.nan_to_num(nan=0.0))
+            images += [None if row in broken else image for row, image in enumerate(made)]
+        return images
+
+
+def _drawn(drawing: Drawing, latents: Tensor, nats: list[float], images: list[Image | None]) -> Drawn | Exception:
+    first = images[0]
+    if first is None:
+        return NotFiniteError("the picture was decoded to values that are not finite: use another decoder")
+    pairs = zip(images, nats, strict=True) if drawing.request.keep_candidates and nats else ()
+    candidates = tuple((image, value) for image, value in pairs if image is not None)
+    return Drawn(first, drawing.seed, latents[:1], nats[0] if nats else None, candidates)
+
+
+def _stack(conditions: Sequence[Tensor | None]) -> Tensor | None:
+    """One-row conditions as a batch; None where there are none."""
+    given = [one for one in conditions if one is not None]
+    return torch.cat(given) if given else None
+
+
+@dataclass(frozen=True)
+class PromptLikelihood:
+    """How likely a picture is under one prompt."""
+
+    prompt: str
+    found: LogProb
+    heat: Image | None
+    """Bits/dim of every token as a picture of the size that the model sees, on one scale for all prompts."""
+
+
+def likelihood_call(
+    pipeline: StarFlowPipeline, image: Image, prompts: Sequence[str], seed: int, draws: int, *, heat: bool
+) -> Callable[[Progress], list[PromptLikelihood]]:
+    """What finds a picture's likelihood under each prompt, all under the same noise.
+
+    The model sees the picture's centre at its own size.
+    """
+
+    def run(progress: Progress) -> list[PromptLikelihood]:
+        found: list[LogProb] = []
+        maps: list[Tensor] = []
+        seen = seen_by(pipeline, image)
+        for number, prompt in enumerate(prompts):
+            found.append(pipeline.log_prob(seen, prompt, seed=seed, draws=draws))
+            maps += [_bits_map(pipeline, seen, prompt, seed, draws)] if heat else []
+            progress(number + 1, len(prompts))
+        pictures = _heat_pictures(maps, seen.size) if heat else [None] * len(prompts)
+        return [PromptLikelihood(*one) for one in zip(prompts, found, pictures, strict=True)]
+
+    return run
+
+
+def seen_by(pipeline: StarFlowPipeline, image: Image) -> Image:
+    """A picture as the model sees it whole: RGB, its centre, at the model's own size."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    size = default_size(pipeline.config, pipeline.flow.config)
+    return ImageOps.fit(on_background(image), size, Pillow.Resampling.LANCZOS)
+
+
+def _bits_map(pipeline: StarFlowPipeline, seen: Image, prompt: str, seed: int, draws: int) -> Tensor:
+    """Bits/dim of each token (h, w), the mean over the draws."""
+    given, flow = from_pil(seen).to(pipeline.device), pipeline.flow.config
+    maps = [pipeline.log_prob_maps(given, [prompt], [seed + draw])[0] for draw in range(draws)]
+    return (-torch.stack(maps).mean(0) / (flow.in_channels * flow.patch_size**2 * math.log(2))).cpu()
+
+
+def _heat_pictures(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Image | None]:
+    from starflow.evaluate.render import heatmap
+
+    low, high = float(min(one.min() for one in maps)), float(max(one.max() for one in maps))
+    return [heatmap(one, size, low, high) for one in maps]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A picture to be changed: with a source prompt by way of the flow's noise, else by filling a hole."""
+
+    image: Image
+    prompt: str
+    mask: Image | None = None
+    source_prompt: str | None = None
+    num_images: int = 1
+    seed: int = 0
+    guidance: float = 0.0
+    strength: float = 0.0
+    invert_mask: bool = False
+    settings: InpaintSettings = field(default_factory=InpaintSettings)
+    """Of filling a hole, its guidance aside."""
+
+    @property
+    def cost(self) -> float:
+        """Of one picture, in about the rows that would be drawn in the same time."""
+        return 3.0 if self.source_prompt is not None else 2.0 * (self.settings.candidates + self.settings.steps)
+
+
+def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callable[[Progress], Edited]]:
+    """What makes each picture of a request; they do not depend on each other.
+
+    Raises:
+        UserError: a mask that repaints nothing, or none where one is needed.
+    """
+    if request.source_prompt is None or request.mask is not None:
+        hole_of(request.image, request.mask, None, invert=request.invert_mask)
+
+    def make(seed: int, progress: Progress) -> Edited:
+        if request.source_prompt is not None:
+            return pipeline.edit(
+                request.image,
+                request.source_prompt,
+                request.prompt,
+                request.strength,
+                mask=request.mask,
+                invert_mask=request.invert_mask,
+                seed=seed,
+                guidance=request.guidance,
+                progress=progress,
+            )
+        settings = request.settings
+        return pipeline.inpaint(
+            request.image,
+            request.mask,
+            request.prompt,
+            method=settings.method,
+            seed=seed,
+            invert_mask=request.invert_mask,
+            guidance=request.guidance,
+            temperature=settings.temperature,
+            candidates=settings.candidates,
+            steps=settings.steps,
+            progress=progress,
+        )
+
+    check_seed(check_seed(request.seed) + request.num_images - 1)
+    return [partial(make, request.seed + index) for index in range(request.num_images)]
