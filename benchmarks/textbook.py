@@ -25,7 +25,7 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import Attention, Layer
-from starflow.nn.rope import rotate
+from starflow.nn.layers import rotate
 from starflow.sampling import guidance as rules
 
 

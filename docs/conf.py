@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from docs import draw_architecture, write_reference  # noqa: E402
-from starflow.version import __version__  # noqa: E402
+from starflow import __version__  # noqa: E402
 
 project = "starflow"
 author = "The starflow authors"

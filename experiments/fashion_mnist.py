@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments.fashion_runs import heldout_curve, prepare, trained
 from experiments.results import Measurements, Result, Table, check_budget, measure_once
 from starflow.data.images import from_pil
-from starflow.data.sets.fashion_mnist import CLASSES
+from starflow.data.sets.small import CLASSES
 from starflow.evaluate import load_extractor
 from starflow.evaluate.dataset import DIGITS, FASHION_MNIST, EvaluationSet, open_evaluation_set, open_outliers
 from starflow.evaluate.likelihood import (

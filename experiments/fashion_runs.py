@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from starflow.data.images import to_float
-from starflow.data.sets.fashion_mnist import read_fashion_mnist
+from starflow.data.sets.small import read_fashion_mnist
 from starflow.data.views import load_views, save_views
 from starflow.evaluate import FeatureExtractor, extract_features
 from starflow.evaluate.dataset import select_rows

@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.fashion_runs import heldout_curve, prepare, reference_features, trained
 from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from starflow.data.images import from_pil
-from starflow.data.sets.fashion_mnist import CLASSES
+from starflow.data.sets.small import CLASSES
 from starflow.evaluate import FeatureExtractor, classify, extract_features, kernel_distance, load_extractor
 from starflow.pipeline.pipeline import StarFlowPipeline
 

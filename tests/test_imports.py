@@ -46,7 +46,7 @@ ADAPTERS = {
     "fastapi": {"serve"},
     "resvg_py": {"data"},
     "torchao": {"flow/quantize.py"},
-    "sbi": {"density/sbi.py"},
+    "sbi": {"density/fit.py"},
     "pyarrow": {"data/sources/parquet.py"},
 }
 NN_LIBRARIES = {"torch"}
@@ -178,7 +178,7 @@ def _faults_of(path: str, room: str, found: Import) -> list[str]:
             wrong.append(f"{found.library} at import, not inside a function")
     if room == "nn" and found.library not in NN_LIBRARIES | sys.stdlib_module_names | {"starflow"}:
         wrong.append(f"nn imports {found.library}")
-    lazy = found.library in sys.stdlib_module_names or found.module == "starflow.version"
+    lazy = found.library in sys.stdlib_module_names
     if path == "__init__.py" and found.at_import and not lazy:
         wrong.append("the package is not lazy")
     return wrong

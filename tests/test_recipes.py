@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sets.small import draw_shapes
 from starflow.flow.config import config_from_dict, preset
 from starflow.flow.model import build
 from starflow.pipeline.pipeline import StarFlowPipeline

@@ -17,7 +17,7 @@ from starflow.cli.main import COMMANDS, main
 from starflow.cli.options import parse, split_overrides
 from starflow.cli.train import TrainOptions
 from starflow.conditioning.text import MINILM, find_text_encoder
-from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sets.small import draw_shapes
 from starflow.errors import UserError
 from starflow.train.recipe import load_recipe
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from starflow.version import __version__
-
 if TYPE_CHECKING:
     from starflow.flow.model import STARFlow, TarFlow
     from starflow.pipeline.pipeline import StarFlowPipeline
     from starflow.published.checkpoint import load_published
     from starflow.sampling.denoise import denoise
     from starflow.sampling.sampler import sample
+
+__version__ = "0.1.0"
+"""Packaging and `starflow --version` read it here."""
 
 __all__ = ["STARFlow", "StarFlowPipeline", "TarFlow", "__version__", "denoise", "load_published", "sample"]
 

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 import pytest
 
+from starflow import __version__
 from starflow.cli import main as table
 from starflow.cli.info import InfoOptions
 from starflow.errors import UserError
-from starflow.version import __version__
 from tests.cli.conftest import Result, Run, fails
 
 NAMES = [command.name for command in table.COMMANDS]

@@ -14,7 +14,7 @@ from starflow.train.recipe import load_recipe
 from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
 from tests.cli.conftest import Run
-from tests.data.sets.test_fashion_mnist import write_set
+from tests.data.sets.test_small import write_set
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fashion-mnist.yaml"
 

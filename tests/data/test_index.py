@@ -18,7 +18,7 @@ from PIL import Image
 from starflow.data.buckets import ASPECTS, Aspect, Buckets, Size, aspect_size
 from starflow.data.images import ImageError
 from starflow.data.index import ViewDataset, changes_since, image_tensor, open_source, split_indices
-from starflow.data.sets.shapes import SHAPES, draw_shapes
+from starflow.data.sets.small import SHAPES, draw_shapes
 from starflow.data.sources.base import unit_hash
 from starflow.errors import UserError
 from tests.data.sources.common import WRITERS, encoded, indexed, write_files, write_tar

@@ -29,7 +29,7 @@ from starflow.evaluate.dataset import (
     open_outliers,
     select_rows,
 )
-from tests.data.sets.test_fashion_mnist import write_set
+from tests.data.sets.test_small import write_set
 from tests.data.sources.common import indexed
 
 CODE = """

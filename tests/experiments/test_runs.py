@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.__main__ import NAMES
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, save_small
-from tests.data.sets.test_fashion_mnist import write_set
+from tests.data.sets.test_small import write_set
 
 ROOT = Path(__file__).parents[2]
 

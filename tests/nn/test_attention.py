@@ -13,8 +13,7 @@ from starflow.flow import block as blocks
 from starflow.flow.config import STARFlowConfig
 from starflow.nn import attention
 from starflow.nn.attention import Attention, CacheIndex, CacheShape, CacheSlice, KVCache, Layer
-from starflow.nn.layers import LayerSpec
-from starflow.nn.rope import grid_positions, rotary_table
+from starflow.nn.layers import LayerSpec, grid_positions, rotary_table
 from tests.registry import randomised
 
 CPU = torch.device("cpu")

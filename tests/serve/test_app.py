@@ -13,17 +13,7 @@ from PIL import Image, ImageDraw
 
 from starflow import StarFlowPipeline
 from starflow.pipeline.likelihood import LogProb
-from starflow.serve.app import (
-    CHANGE,
-    FILL,
-    Mistake,
-    Page,
-    add_page,
-    chosen_seed,
-    over,
-    read_editor,
-    verdict,
-)
+from starflow.serve.app import CHANGE, FILL, Mistake, Page, add_page, chosen_seed, over, read_editor, verdict
 from starflow.serve.drawing import PromptLikelihood
 from starflow.serve.service import Service
 from tests.serve.conftest import Running, running

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.io import files
 from starflow.train import checkpoint, loop
-from starflow.train.checkpoint import checkpoints
+from starflow.train.checkpoint import TrainState, checkpoints
 from starflow.train.distributed import World
-from starflow.train.state import TrainState
 from tests.train.regression import SETTINGS, Regression, losses, run
 
 

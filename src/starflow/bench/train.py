@@ -17,10 +17,10 @@ from torch import Tensor
 from starflow.errors import UserError
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, preset
 from starflow.flow.model import STARFlow, TarFlow, build
+from starflow.train.checkpoint import TrainState
 from starflow.train.distributed import World
 from starflow.train.run import MatrixProduct, peak_memory, synchronise, training_flops
 from starflow.train.settings import TrainSettings, network_dtype, network_precision
-from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
 
 MODEL_57M = STARFlowConfig(

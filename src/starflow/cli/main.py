@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from starflow import __version__
 from starflow.errors import UserError
-from starflow.version import __version__
 
 MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 """Exit codes of a user's mistake, of Ctrl-C, and of a reader of our output that is gone."""
@@ -49,7 +49,7 @@ class Command:
 
 COMMANDS = (
     Command("generate", "generate", "generate", "make pictures from prompts or classes"),
-    Command("inpaint", "inpaint", "inpaint", "paint a part of a picture anew"),
+    Command("inpaint", "edit", "inpaint", "paint a part of a picture anew"),
     Command("edit", "edit", "edit", "change a picture by its prompt; variations, interpolation"),
     Command("app", "serve", "app", "a web page that draws, edits and judges pictures"),
     Command("serve", "serve", "serve", "pictures over HTTP, as OpenAI's Images API"),

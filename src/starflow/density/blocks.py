@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock, BlockSpec
 from starflow.nn.attention import CachePool
-from starflow.nn.layers import LayerSpec
-from starflow.nn.rope import rotary_table
+from starflow.nn.layers import LayerSpec, rotary_table
 from starflow.sampling.predictor import Predictor, SolverOptions, ignore_progress
 from starflow.sampling.solvers import solve_sequential
 

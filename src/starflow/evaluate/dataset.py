@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from starflow.data.buckets import Size
 from starflow.data.images import ImageError, from_pil, on_background, open_image, to_float, to_uint8
-from starflow.data.sets.fashion_mnist import is_fashion_mnist, read_digits, read_fashion_mnist
+from starflow.data.sets.small import is_fashion_mnist, read_digits, read_fashion_mnist
 from starflow.data.sources.base import HELDOUT_SHARE, INDEX_FILE, ImageRecord, unit_hash
 from starflow.data.sources.folder import read_folder
 from starflow.data.views import TrainingViews, ViewConfig, make_views

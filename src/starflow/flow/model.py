@@ -35,7 +35,7 @@ from starflow.flow.config import CONDITION_ANGLES, ModelConfig, STARFlowConfig, 
 from starflow.flow.tokens import Grid, check_tensor, grid_of, in_order, patchify, unpatchify
 from starflow.io.hub import HubOptions
 from starflow.io.weights import SHARD_BYTES
-from starflow.nn.rope import condition_positions, grid_positions, rotary_table
+from starflow.nn.layers import condition_positions, grid_positions, rotary_table
 
 
 class Trace(NamedTuple):

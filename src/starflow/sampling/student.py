@@ -32,8 +32,8 @@ from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import Grid, grid_of, patchify, unpatchify
 from starflow.io import files, weights
+from starflow.nn.attention import BidirectionalTransformer, TransformerSpec
 from starflow.nn.layers import LayerSpec
-from starflow.nn.transformer import BidirectionalTransformer, TransformerSpec
 
 SAMPLED_VALUES = 64
 """Values of each tensor that a fingerprint reads."""

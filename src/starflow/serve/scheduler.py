@@ -16,16 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starflow.serve.drawing import BatchKey, Drawing, Drawn, DrawRequest, Progress, Row
-from starflow.serve.queue import (
-    CancelledError,
-    ClosingError,
-    DeadlineError,
-    Event,
-    FairQueue,
-    Job,
-    Listener,
-    Ticket,
-)
+from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, FairQueue, Job, Listener, Ticket
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,7 +27,9 @@ from starflow.errors import UserError
 from starflow.io.files import folder_lock
 from starflow.train.checkpoint import (
     TrainProgress,
+    TrainState,
     checkpoints,
+    learning_rate,
     load_checkpoint,
     newest_checkpoint_text,
     save_checkpoint,
@@ -35,7 +37,6 @@ from starflow.train.checkpoint import (
 from starflow.train.distributed import World
 from starflow.train.run import RunLog, ThroughputMeter
 from starflow.train.settings import TrainSettings
-from starflow.train.state import TrainState, learning_rate
 
 NORM_WEIGHT = 0.02
 """Weight of the newest gradient norm in its running value."""

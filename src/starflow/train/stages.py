@@ -26,8 +26,7 @@ from starflow.data.buckets import Buckets
 from starflow.data.images import from_pil, save_grid
 from starflow.data.index import ImageDataset, ViewDataset, open_source
 from starflow.data.latent_cache import CachedLatents
-from starflow.data.sets.fashion_mnist import read_fashion_mnist
-from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sets.small import draw_shapes, read_fashion_mnist
 from starflow.data.sources.base import Source, SourceKind
 from starflow.data.sources.captions import describe_set
 from starflow.data.sources.folder import read_folder
@@ -54,10 +53,9 @@ from starflow.train.loop import Task, fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Objective, Recipe
 from starflow.train.run import Run, expected_time, measured_peak
 from starflow.train.settings import network_dtype
-from starflow.train.tasks.autoencoder import AutoencoderTask
+from starflow.train.tasks.autoencoder import AutoencoderTask, JointTask, joint_latents
 from starflow.train.tasks.cache_latents import CacheJob, cache_latents
 from starflow.train.tasks.flow import FlowTask, LiveFlowTask, LiveLatents
-from starflow.train.tasks.joint import JointTask, joint_latents
 
 DEFAULT_PROMPTS = ("a red apple", "a blue car", "a green tree", "a dog")
 """Prompts of the sample grids of a text-conditional flow whose recipe names none."""

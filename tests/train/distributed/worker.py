@@ -15,12 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from starflow.errors import UserError
 from starflow.flow.model import build
+from starflow.train.checkpoint import TrainState
 from starflow.train.distributed import World, join_world, local_shard
 from starflow.train.recipe import load_recipe
 from starflow.train.run import Run
 from starflow.train.settings import network_precision
 from starflow.train.stages import Stages
-from starflow.train.state import TrainState
 from starflow.train.tasks.flow import FlowLoss
 from tests.train.distributed.scenario import CONFIG, Stopped, settings, train
 

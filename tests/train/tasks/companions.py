@@ -11,7 +11,7 @@ from torch import nn
 
 from starflow.conditioning import ClassLabels
 from starflow.data.latent_cache import CachedLatents, InMemoryLatents, LatentEntry
-from starflow.data.sets.shapes import SHAPES
+from starflow.data.sets.small import SHAPES
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents

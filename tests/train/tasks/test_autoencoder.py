@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starflow.data.index import ViewDataset
-from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sets.small import draw_shapes
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate import psnr

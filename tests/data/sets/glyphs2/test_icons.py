@@ -67,7 +67,7 @@ def test_a_correction_may_rename_and_leave_out(fake: FakePackages, name: str) ->
 
 
 def test_every_rule_belongs_to_a_package(fake: FakePackages) -> None:
-    from starflow.data.sets.glyphs2.emoji import NAMED_STYLES
+    from starflow.data.sets.glyphs2.illustrations import NAMED_STYLES
     from starflow.data.sets.glyphs2.packages import ICON_PACKAGES
 
     assert set(ICON_SETS) | set(NAMED_STYLES) == set(ICON_PACKAGES)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from starflow.data.sets.glyphs.captions import Concept, read_concepts
 from starflow.data.sets.glyphs.packages import Package, Tarball, open_package
-from starflow.data.sets.glyphs2 import clip_art, emoji, furniture, icons
+from starflow.data.sets.glyphs2 import furniture, icons, illustrations
 from starflow.data.sets.glyphs2.drawings import (
     STYLES,
     BadPicture,
@@ -158,15 +158,15 @@ def _all_drawings(
     """All pictures of all packages but the views of models, or (name, why it is left out)."""
     opened = {package: open_package(package, folder, cache) for package in packages.glyphs.all()}
     sources = packages.glyphs
-    names_json = opened[sources.names].json("data-by-emoji.json")
+    names_json = opened[sources.names].json("data-by-illustrations.json")
     labels = opened[sources.labels]
     things = read_concepts(labels.json("en/data.json"), labels.json("meta/groups.json"), names_json, "things")
-    people = emoji.read_people(labels, names_json)
+    people = illustrations.read_people(labels, names_json)
     render = opened[sources.render]
     styles = {"flat": opened[sources.flat], "noto": opened[sources.noto], "twemoji": opened[sources.twemoji]}
-    yield from emoji.base_drawings(things, render, styles, people=False)
-    yield from emoji.base_drawings(people, render, styles, people=True)
-    names = emoji.Names(labels, names_json)
+    yield from illustrations.base_drawings(things, render, styles, people=False)
+    yield from illustrations.base_drawings(people, render, styles, people=True)
+    names = illustrations.Names(labels, names_json)
     vocabulary = set(_words(things)) | set(_words(people))
     for name, package in packages.icons.items():
         tarball = open_package(package, folder, cache)
@@ -178,14 +178,14 @@ def _all_drawings(
         vocabulary.update(word for one in found if isinstance(one, Drawing) for word in words_of(one.caption))
         yield from _prefixed("furniture", found)
     archive = open_debian(packages.clip_art, folder, cache)
-    yield from _prefixed("clip-art", clip_art.clip_art_drawings(archive, frozenset(vocabulary)))
+    yield from _prefixed("clip-art", illustrations.clip_art_drawings(archive, frozenset(vocabulary)))
 
 
 def _of_icon_set(
-    name: str, tarball: Tarball, things: list[Concept], names: emoji.Names
+    name: str, tarball: Tarball, things: list[Concept], names: illustrations.Names
 ) -> Iterator[Drawing | tuple[str, str]]:
-    if name in emoji.NAMED_STYLES:
-        return emoji.named_drawings(things, names, name, tarball)
+    if name in illustrations.NAMED_STYLES:
+        return illustrations.named_drawings(things, names, name, tarball)
     return icons.icon_drawings(name, tarball)
 
 

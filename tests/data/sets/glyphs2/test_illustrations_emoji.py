@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from starflow.data.sets.glyphs.captions import Concept, read_concepts
 from starflow.data.sets.glyphs.packages import Tarball, open_package
 from starflow.data.sets.glyphs2.drawings import Drawing
-from starflow.data.sets.glyphs2.emoji import Names, named_drawings, people_caption, people_role, read_people
+from starflow.data.sets.glyphs2.illustrations import Names, named_drawings, people_caption, people_role, read_people
 from tests.data.conftest import LABELS, tarball
 from tests.data.sets.glyphs2.conftest import PEOPLE, FakePackages
 

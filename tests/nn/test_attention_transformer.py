@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from starflow.nn.attention import Layer
+from starflow.nn.attention import BidirectionalTransformer, Layer, TransformerSpec
 from starflow.nn.layers import LayerSpec
-from starflow.nn.transformer import BidirectionalTransformer, TransformerSpec
 
 LAYER = LayerSpec(width=32, heads=2, kv_heads=2, head_dim=16, hidden=64)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from starflow.data.sets.glyphs2.clip_art import FOLDER, clip_art_drawings
 from starflow.data.sets.glyphs2.drawings import Drawing
+from starflow.data.sets.glyphs2.illustrations import FOLDER, clip_art_drawings
 from starflow.data.sets.glyphs2.packages import DebianArchive, open_debian
 from tests.data.sets.glyphs2.conftest import SVG, FakePackages, debian
 

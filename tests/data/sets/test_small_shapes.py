@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from starflow.data.sets.shapes import COLOURS, SHAPES, draw_shapes
+from starflow.data.sets.small import COLOURS, SHAPES, draw_shapes
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from starflow.nn.layers import MLP
+from starflow.train.checkpoint import AveragedWeights, TrainState, learning_rate, make_optimiser
 from starflow.train.distributed import World, layers_of
 from starflow.train.settings import TrainSettings
-from starflow.train.state import AveragedWeights, TrainState, learning_rate, make_optimiser
 from starflow.train.tasks.flow import FlowLoss
 from tests.registry import randomised
 from tests.train.distributed.scenario import CONFIG, settings

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from starflow.data.images import to_float
-from starflow.data.sets.shapes import draw_shapes
+from starflow.data.sets.small import draw_shapes
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
@@ -19,8 +19,8 @@ from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.recipe import AutoencoderRecipe, JointLoss, Objective, Recipe, load_recipe
 from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
+from starflow.train.tasks.autoencoder import JointModel
 from starflow.train.tasks.decoder import Perceptual
-from starflow.train.tasks.joint import JointModel
 
 ROOT = Path(__file__).parent.parent.parent.parent
 SIZES = SmallAutoencoderConfig(channels=4, widths=(8, 16), encoder_pairs=1, decoder_pairs=1, standardise=False)

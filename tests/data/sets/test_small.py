@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from starflow.data.sets.fashion_mnist import CLASSES, DEBIAN, is_fashion_mnist, read_digits, read_fashion_mnist
+from starflow.data.sets.small import CLASSES, DEBIAN, is_fashion_mnist, read_digits, read_fashion_mnist
 from starflow.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow.nn.rope import condition_positions, grid_positions, rotary_table, rotate
+from starflow.nn.layers import condition_positions, grid_positions, rotary_table, rotate
 
 CPU = torch.device("cpu")
 
