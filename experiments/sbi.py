@@ -22,7 +22,7 @@ from torch import Tensor
 from experiments import plots
 from experiments.results import SEEDS, Measurements, Result, Table, check_budget, mean_over_seeds, measure_once
 from experiments.simulators import Simulator, simulators
-from starflow.density.fit import sbi_estimator
+from starflow.density.sbi import sbi_estimator
 from starflow.errors import UserError
 
 NAME = "sbi"

@@ -46,7 +46,7 @@ ADAPTERS = {
     "fastapi": {"serve"},
     "resvg_py": {"data"},
     "torchao": {"flow/quantize.py"},
-    "sbi": {"density/fit.py"},
+    "sbi": {"density/sbi.py"},
     "pyarrow": {"data/sources/parquet.py"},
 }
 NN_LIBRARIES = {"torch"}

@@ -21,8 +21,8 @@ from starflow.flow.model import Flow
 from starflow.flow.quantize import set_weight_format
 from starflow.nn.attention import CachePool, CacheShape, CacheSlice
 from starflow.nn.quantize import WeightFormat
+from starflow.sampling.cpu import build as packed_module
 from starflow.sampling.cpu import engine as engine_module
-from starflow.sampling.cpu import packed as packed_module
 from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import covers_block, cpu_engine_of
 from starflow.sampling.cpu.pack import address_of, layers_of, pack

@@ -35,7 +35,7 @@ from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.model import Flow
 from starflow.nn.attention import KVCache, LayerCache
 from starflow.nn.quantize import WeightFormat
-from starflow.sampling.cpu.build import BuildCommand, BuildError, Library
+from starflow.sampling.cpu.build import BuildCommand, BuildError, Library, PackedWeights, is_plain_parameter
 from starflow.sampling.cpu.pack import (
     FORMAT_NUMBERS,
     STORED,
@@ -45,7 +45,6 @@ from starflow.sampling.cpu.pack import (
     address_of,
     bytes_of,
 )
-from starflow.sampling.cpu.packed import PackedWeights, is_plain_parameter
 from starflow.sampling.predictor import Predictor, TokenProgress, ignore_progress
 
 WORTH_BUILDING = 0.1

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from starflow.flow.quantize import set_weight_format
 from starflow.nn.quantize import WeightFormat, quantize, rounded
-from starflow.sampling.cpu import packed as packed_module
-from starflow.sampling.cpu.build import Library
+from starflow.sampling.cpu import build as packed_module
+from starflow.sampling.cpu.build import KEPT_SECONDS, Library, PackedWeights
 from starflow.sampling.cpu.engine import CpuEngine
 from starflow.sampling.cpu.pack import MATRICES, PanelLayout, matrices_bytes, pack
-from starflow.sampling.cpu.packed import KEPT_SECONDS, PackedWeights
 from starflow.sampling.policy import SampleSettings
 from tests.sampling.cpu.common import drawn, engine_for
 from tests.sampling.cpu.test_engine import text_case

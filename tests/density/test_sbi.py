@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
 
-from starflow.density.fit import sbi_estimator
+from starflow.density.sbi import sbi_estimator
 from starflow.errors import UserError
 
 TINY: dict[str, Any] = {"channels": 16, "head_dim": 16, "num_blocks": 2, "layers_per_block": 1}
