@@ -2,8 +2,9 @@
 
     python -m starflow.sampling.cpu.build        # before the first picture; `make` does it when it installs
 
-The library is built with the user's own compiler. It lies in the user's cache folder under a name made of the source, the flags, the compiler and the
-processor; it is written there whole. Nothing is loaded from a folder that others may write to.
+The library is built with the user's own compiler. It lies in the user's cache folder under a name made of the source,
+the flags, the compiler and the processor; it is written there whole. Nothing is loaded from a folder that others may
+write to.
 
 Packed integers, and all weights of a model over `MAPPED_BYTES`, are kept as files: the next process packs
 nothing. A file is written whole, its name made of the values that it was packed from, the layout and the format. Those

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents, save_small
 from starflow.train.distributed import World
 from starflow.train.loader import BatchReader, LoaderSettings, TrainingLoader, normal, random_flip
-from starflow.train.recipe import AutoencoderRecipe, Objective
+from starflow.train.recipe import AutoencoderRecipe, Objective, ReconstructionLoss
 from starflow.train.settings import TrainSettings, generator, network_precision
 from starflow.train.tasks.decoder import Critic, Perceptual, adversarial_terms, load_perceptual
 from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
@@ -44,32 +43,6 @@ MAX_HELDOUT = 1024
 """Held-out images that are measured, at most, spread over the set."""
 
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class ReconstructionLoss:
-    """A weighted sum of reconstruction errors of images in [-1, 1].
-
-    Example:
-        >>> loss, terms = ReconstructionLoss()(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
-        >>> float(loss), sorted(terms)
-        (11.0, ['absolute', 'gradient', 'squared'])
-    """
-
-    squared: float = 10.0
-    """Weight of the mean squared error."""
-    absolute: float = 1.0
-    """Weight of the mean absolute error."""
-    gradient: float = 0.5
-    """Weight of the mean absolute error of horizontal and vertical differences, which keeps edges."""
-
-    def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decoded and original images (B, 3, H, W) -> scalar loss, and its terms without weights."""
-        error = (output - target).float()
-        squared, absolute = error.square().mean(), error.abs().mean()
-        gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = self.squared * squared + self.absolute * absolute + self.gradient * gradient
-        return loss, {"squared": squared, "absolute": absolute, "gradient": gradient}
 
 
 class AutoencoderTask:
