@@ -43,7 +43,7 @@ ABOUT = {
 }
 """Every room that is drawn, and what is in it, in a few words."""
 
-NOT_DRAWN = ("__init__", "__main__", "version", "bundled")
+NOT_DRAWN = ("__init__", "__main__", "__version__", "bundled")
 
 TIERS: tuple[tuple[str, dict[str, float]], ...] = (
     ("use", {"cli": 0, "serve": 3}),

@@ -31,7 +31,7 @@ STEPS = (
     ("__init__", "__main__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(STEPS) for room in rooms}
-ALSO = {("train", "evaluate"), ("bench", "train"), ("cli", "serve")}
+ALSO = {("train", "evaluate"), ("bench", "train"), ("cli", "serve"), ("cli", "__init__")}
 
 # What a room may import of ours, where that is less than everything below it.
 ONLY = {

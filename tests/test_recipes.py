@@ -27,7 +27,16 @@ from tests.conditioning.conftest import t5 as t5  # a fixture
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SCALED = sorted(path.stem for path in (RECIPES / "tiny").glob("*.yaml"))
-OTHERS = {"tiny", "fashion-mnist", "glyphs-64", "glyphs-64-more", "glyphs-64-plain", "finetune-glyphs", "bench-57m"}
+OTHERS = {
+    "tiny",
+    "fashion-mnist",
+    "glyphs-64",
+    "glyphs2-64",
+    "glyphs-64-more",
+    "glyphs-64-plain",
+    "finetune-glyphs",
+    "bench-57m",
+}
 """Recipes that a processor trains: they are run by tests of their own."""
 COMPANIONS = {"glyphs-64-student": StudentRecipe, "glyphs-64-denoiser": DenoiserRecipe}
 """Recipes of what stands beside a flow; the tests of their tasks train small ones."""

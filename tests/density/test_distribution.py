@@ -129,7 +129,7 @@ def test_values_outside_the_support() -> None:
     outside = torch.tensor([[0.5, 7.0], [1.5, 0.0]], dtype=torch.float64)
     assert flow().support.check(outside).tolist() == [True, False]
     with pytest.raises(ValueError, match="support"):
-        flow().log_prob(outside)
+        SequenceDistribution(flow, None, None, torch.Size(), torch.Size([2]), validate_args=True).log_prob(outside)
     free = SequenceDistribution(flow, None, None, torch.Size(), torch.Size([2]), validate_args=False)
     assert free.log_prob(outside).isfinite().tolist() == [True, False]
     assert free.log_prob(outside)[1] == -math.inf

@@ -399,7 +399,7 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         """
         condition, null = self._condition(prompts, noise.shape)
         if student is not None:
-            noise, weight = noise.to(self.device), torch.as_tensor(settings.guidance)
+            noise, weight = noise.to(self.device), torch.as_tensor(settings.guidance, dtype=torch.float32, device="cpu")
             own = self.config.noise_std * noise[:, -1]
             drawn = draw_by_student(
                 student, self.flow, temperature * noise[:, :-1], condition, weight, own, batch_size, progress

@@ -172,7 +172,7 @@ class Companion(nn.Module):
         """
         config = self.config
         if config.num_classes:
-            return torch.full((batch,), -1, device=self.device) if condition is None else condition
+            return torch.full((batch,), -1, dtype=torch.int64, device=self.device) if condition is None else condition
         expected = (batch, config.txt_size, config.txt_dim) if config.txt_size else None
         received = None if condition is None else tuple(condition.shape)
         if received != expected:
@@ -314,7 +314,7 @@ def draw_by_student(
     """
     pictures, candidates = noise.shape[:2]
     drawn, scores = [], []
-    for rows in torch.arange(pictures * candidates).split(batch_size):
+    for rows in torch.arange(pictures * candidates, device="cpu").split(batch_size):
         of = (rows // candidates).to(noise.device)
         given = None if condition is None else condition[of]
         clean = student(noise.flatten(0, 1)[rows.to(noise.device)], given, guidance_B.to(noise.device)[of]).clean

@@ -118,6 +118,7 @@ class FairQueue:
     >>> many, one = (Ticket(client, "pictures", None, None) for client in ("a", "b"))
     >>> queue.put([Job(many, index, 1.0, 0.0) for index in range(3)], 1)
     >>> queue.begin(queue.jobs[0])
+    True
     >>> queue.put([Job(one, 0, 1.0, 0.0)], 1)
     >>> [job.ticket.client for job in queue.jobs]
     ['a', 'b', 'a', 'a']

@@ -99,6 +99,7 @@ class ReconstructionLoss:
     """A weighted sum of reconstruction errors of images in [-1, 1].
 
     Example:
+        >>> import torch
         >>> loss, terms = ReconstructionLoss()(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
         >>> float(loss), sorted(terms)
         (11.0, ['absolute', 'gradient', 'squared'])

@@ -23,10 +23,10 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -277,7 +277,7 @@ def expected_time(run: Run, flow: ModelConfig, rate: float) -> str:
         >>> run = Run(Recipe("mine", TrainSettings(steps=10**6)), Path(tempfile.mkdtemp()), torch.device("cpu"))
         >>> flow = STARFlowConfig(in_channels=4, img_size=4, channels=64, num_blocks=2, layers_per_block=1)
         >>> expected_time(run, flow, rate=1e11)
-        'time expected here: autoencoder about 45 min, flow about 2 h'
+        'time expected here: autoencoder about 40 min, flow about 2 h'
     """
     coder, parts = run.recipe.autoencoder, {}
     with torch.device("meta"):
@@ -340,6 +340,37 @@ class Run:
             tqdm.write(text)
 
 
+def settle_precision(recipe: Recipe, before: dict[str, Any] | None, device: torch.device) -> Recipe:
+    """The recipe with "auto" replaced by the precision that its run has: that of the device, or that it began in.
+
+    A run that was begun before "auto" was settled in its folder computed in float32 on a CPU. What is known of the run
+    so far, `before`, is settled alike, in place.
+
+    >>> recipe = settle_precision(Recipe("mine", TrainSettings(steps=1)), None, torch.device("meta"))
+    >>> recipe.train.precision, recipe.autoencoder.train.precision
+    ('float32', 'float32')
+    """
+
+    def settled(settings: TrainSettings, stored: dict[str, Any] | None) -> TrainSettings:
+        began: str | None = (stored or {}).get("precision")
+        if stored is not None and began == "auto" and device.type == "cpu":
+            began = stored["precision"] = "float32"
+        if settings.precision != "auto":
+            return settings
+        low = network_dtype(settings, device) == torch.bfloat16
+        if began == "auto" and stored is not None:
+            began = stored["precision"] = "bfloat16" if low else "float32"
+        chosen: Literal["float32", "bfloat16"] = "bfloat16" if (began == "bfloat16" if began else low) else "float32"
+        return replace(settings, precision=chosen)
+
+    coder, known = recipe.autoencoder, before or {}
+    return replace(
+        recipe,
+        train=settled(recipe.train, known.get("train")),
+        autoencoder=replace(coder, train=settled(coder.train, known.get("autoencoder", {}).get("train"))),
+    )
+
+
 def start_run(
     recipe: Recipe, folder: Path, device: torch.device, progress: bool = True, world: World | None = None
 ) -> Run:
@@ -370,8 +401,10 @@ def start_run(
     path = folder / "recipe.json"
     # A training in this folder holds the lock, and its recipe stays as it is.
     with files.folder_lock(folder) if world.is_main else contextlib.nullcontext():
-        if path.is_file():
-            check_changes(files.read_json(path), recipe, folder)
+        before = files.read_json(path) if path.is_file() else None
+        recipe = settle_precision(recipe, before, world.device)
+        if before is not None:
+            check_changes(before, recipe, folder)
         if world.is_main:
             files.write_json(path, to_dict(recipe))
     run = Run(recipe, folder, world.device, progress and world.is_main, world)

@@ -21,7 +21,15 @@ from starflow.train.settings import TrainSettings
 
 CLASSES = ("a", "b", "c")
 SETTINGS = TrainSettings(
-    steps=8, batch=8, lr=3e-3, warmup=2, average=0.9, evaluate_every=4, sample_every=100, checkpoint_every=3
+    precision="float32",
+    steps=8,
+    batch=8,
+    lr=3e-3,
+    warmup=2,
+    average=0.9,
+    evaluate_every=4,
+    sample_every=100,
+    checkpoint_every=3,
 )
 
 

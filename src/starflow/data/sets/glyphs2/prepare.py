@@ -158,7 +158,7 @@ def _all_drawings(
     """All pictures of all packages but the views of models, or (name, why it is left out)."""
     opened = {package: open_package(package, folder, cache) for package in packages.glyphs.all()}
     sources = packages.glyphs
-    names_json = opened[sources.names].json("data-by-illustrations.json")
+    names_json = opened[sources.names].json("data-by-emoji.json")
     labels = opened[sources.labels]
     things = read_concepts(labels.json("en/data.json"), labels.json("meta/groups.json"), names_json, "things")
     people = illustrations.read_people(labels, names_json)
