@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from starflow.errors import UserError
-from starflow.serve.drawing import BatchKey, Drawing, Drawn, DrawRequest, Row
+from starflow.serve.drawing import BatchKey, Drawn, DrawRequest, PictureInProgress, Row
 from starflow.serve.scheduler import Observer
 
 TOKENS = 4
@@ -34,23 +34,23 @@ class FakeSampler:
         self.clock, self.seconds = clock, seconds
         self.before: Callable[[int], None] = lambda block: None
 
-    def begin(self, request: DrawRequest, index: int) -> Drawing:
+    def begin(self, request: DrawRequest, index: int) -> PictureInProgress:
         if request.guidance is not None and request.guidance < 0:
             raise UserError("guidance is below 0")
         key = ((1, 2, 2), bool(request.guidance))
         rows = [Row(self.blocks - 1) for _ in range(request.candidates or 1)]
-        return Drawing(request, request.seed + index, key, TOKENS, request.guidance or 0.0, 1.0, rows)
+        return PictureInProgress(request, request.seed + index, key, TOKENS, request.guidance or 0.0, 1.0, rows)
 
     def capacity(self, key: BatchKey) -> int:
         return 8
 
-    def prepare(self, drawings: Sequence[Drawing]) -> None:
+    def prepare(self, drawings: Sequence[PictureInProgress]) -> None:
         for drawing in drawings:
             if drawing.request.prompt == "bad prompt":
                 raise UserError("no such prompt")
             drawing.prepared = True
 
-    def solve(self, rows: Sequence[tuple[Drawing, Row]], progress: Callable[[int], None]) -> None:
+    def solve(self, rows: Sequence[tuple[PictureInProgress, Row]], progress: Callable[[int], None]) -> None:
         block = rows[0][1].block
         assert len(rows) <= 8
         assert all(row.block == block and drawing.key == rows[0][0].key for drawing, row in rows)
@@ -65,11 +65,11 @@ class FakeSampler:
         for _, row in rows:
             row.block -= 1
 
-    def preview(self, drawing: Drawing) -> Image.Image:
+    def preview(self, drawing: PictureInProgress) -> Image.Image:
         drawing.previewed += 1
         return Image.new("RGB", (1, 1), (drawing.previewed, 0, 0))
 
-    def finish(self, drawings: Sequence[Drawing]) -> list[Drawn | Exception]:
+    def finish(self, drawings: Sequence[PictureInProgress]) -> list[Drawn | Exception]:
         return [
             ValueError("not finite")
             if drawing.request.prompt == "bad picture"

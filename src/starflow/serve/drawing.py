@@ -78,7 +78,7 @@ class Row:
 
 
 @dataclass(eq=False)
-class Drawing:
+class PictureInProgress:
     """One picture on its way."""
 
     request: DrawRequest
@@ -151,7 +151,7 @@ class BlockSampler:
             self.solve([(drawing, row) for row in drawing.rows], lambda _: None)
         self.finish([drawing])
 
-    def begin(self, request: DrawRequest, index: int) -> Drawing:
+    def begin(self, request: DrawRequest, index: int) -> PictureInProgress:
         """Picture `index` of a request, checked, before anything is computed for it.
 
         Raises:
@@ -169,7 +169,7 @@ class BlockSampler:
             raise UserError(f"a picture of {request.size} needs more memory than there is: ask for a smaller size")
         rows = [Row(self.blocks - 1) for _ in range(config.candidates)]
         tokens = shape[1] * shape[2] // pipeline.flow.config.patch_size**2
-        return Drawing(request, seed, key, tokens, guidance, config.temperature, rows)
+        return PictureInProgress(request, seed, key, tokens, guidance, config.temperature, rows)
 
     def capacity(self, key: BatchKey) -> int:
         """Rows that a batch may have: as many as are predicted to fit."""
@@ -183,7 +183,7 @@ class BlockSampler:
             self._capacities[key] = rows
         return self._capacities[key]
 
-    def prepare(self, drawings: Sequence[Drawing]) -> None:
+    def prepare(self, drawings: Sequence[PictureInProgress]) -> None:
         """Encode the prompt and draw the noise of pictures that have not begun.
 
         Raises:
@@ -212,7 +212,7 @@ class BlockSampler:
         self._conditions.move_to_end(name)
         return self._conditions[name]
 
-    def solve(self, rows: Sequence[tuple[Drawing, Row]], progress: Callable[[int], None]) -> None:
+    def solve(self, rows: Sequence[tuple[PictureInProgress, Row]], progress: Callable[[int], None]) -> None:
         """Take rows of one key through the block that all of them are at; `progress` is told of the tokens solved."""
         drawings = [drawing for drawing, _ in rows]
         block = rows[0][1].block
@@ -230,16 +230,16 @@ class BlockSampler:
         for (_, row), state in zip(rows, solved.split(1), strict=True):
             row.state, row.block = state.clone(), block - 1
 
-    def preview(self, drawing: Drawing) -> Image:
+    def preview(self, drawing: PictureInProgress) -> Image:
         """The decoder's picture of what is solved so far of the first candidate."""
         state = drawing.rows[0].state
         assert state is not None
         drawing.previewed += 1
         return to_pil(self.pipeline._decode(state, keep=True).nan_to_num(nan=0.0))[0]
 
-    def finish(self, drawings: Sequence[Drawing]) -> list[Drawn | Exception]:
+    def finish(self, drawings: Sequence[PictureInProgress]) -> list[Drawn | Exception]:
         """Pictures of drawings that have been through all blocks, or what went wrong with each."""
-        chosen: list[tuple[Drawing, Tensor, list[float]] | Exception] = []
+        chosen: list[tuple[PictureInProgress, Tensor, list[float]] | Exception] = []
         for drawing in drawings:
             try:
                 chosen.append((drawing, *self._chosen(drawing)))
@@ -251,7 +251,7 @@ class BlockSampler:
             self._decode([place for place in places if drawings[place].key == key], chosen, made)
         return [one if isinstance(one, Exception) else made[place] for place, one in enumerate(chosen)]
 
-    def _chosen(self, drawing: Drawing) -> tuple[Tensor, list[float]]:
+    def _chosen(self, drawing: PictureInProgress) -> tuple[Tensor, list[float]]:
         """Latents (B, C, h, w) of the candidates that become pictures, the likeliest first, and their log p."""
         latents = torch.cat([row.state for row in drawing.rows if row.state is not None])
         broken = broken_rows(latents)
@@ -273,7 +273,7 @@ class BlockSampler:
     def _decode(
         self,
         places: Sequence[int],
-        chosen: Sequence[tuple[Drawing, Tensor, list[float]] | Exception],
+        chosen: Sequence[tuple[PictureInProgress, Tensor, list[float]] | Exception],
         made: dict[int, Drawn | Exception],
     ) -> None:
         """Decode pictures of one size together, and one by one where that fails."""
@@ -310,7 +310,9 @@ class BlockSampler:
         return images
 
 
-def _drawn(drawing: Drawing, latents: Tensor, nats: list[float], images: list[Image | None]) -> Drawn | Exception:
+def _drawn(
+    drawing: PictureInProgress, latents: Tensor, nats: list[float], images: list[Image | None]
+) -> Drawn | Exception:
     first = images[0]
     if first is None:
         return NotFiniteError("the picture was decoded to values that are not finite: use another decoder")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starflow.errors import UserError
-from starflow.serve.drawing import Drawing, Progress
+from starflow.serve.drawing import PictureInProgress, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +101,7 @@ class Job:
     cost: float
     """In rows of a picture."""
     arrived: float
-    drawing: Drawing | None = None
+    drawing: PictureInProgress | None = None
     call: Callable[[Progress], Any] | None = None
     order: tuple[float, int] = (0.0, 0)
     progress: float = 0.0

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starflow.serve.drawing import BatchKey, Drawing, Drawn, DrawRequest, Progress, Row
+from starflow.serve.drawing import BatchKey, Drawn, DrawRequest, PictureInProgress, Progress, Row
 from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, FairQueue, Job, Listener, Ticket
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ class Sampler(Protocol):
 
     @property
     def blocks(self) -> int: ...
-    def begin(self, request: DrawRequest, index: int) -> Drawing: ...
+    def begin(self, request: DrawRequest, index: int) -> PictureInProgress: ...
     def capacity(self, key: BatchKey) -> int: ...
-    def prepare(self, drawings: Sequence[Drawing]) -> None: ...
-    def solve(self, rows: Sequence[tuple[Drawing, Row]], progress: Callable[[int], None]) -> None: ...
-    def preview(self, drawing: Drawing) -> Image: ...
-    def finish(self, drawings: Sequence[Drawing]) -> list[Drawn | Exception]: ...
+    def prepare(self, drawings: Sequence[PictureInProgress]) -> None: ...
+    def solve(self, rows: Sequence[tuple[PictureInProgress, Row]], progress: Callable[[int], None]) -> None: ...
+    def preview(self, drawing: PictureInProgress) -> Image: ...
+    def finish(self, drawings: Sequence[PictureInProgress]) -> list[Drawn | Exception]: ...
 
 
 class Observer:
@@ -221,7 +221,7 @@ class Scheduler:
             self._call(jobs[0])
         return True
 
-    def _batch(self, jobs: Sequence[Job]) -> list[tuple[Job, Drawing, Row]]:
+    def _batch(self, jobs: Sequence[Job]) -> list[tuple[Job, PictureInProgress, Row]]:
         """The rows of the first job's next block, and of the others who are at it; the lock is held."""
         first = jobs[0].drawing
         assert first is not None
@@ -235,7 +235,7 @@ class Scheduler:
         ]
         return batch[:room]
 
-    def _solve(self, batch: list[tuple[Job, Drawing, Row]]) -> None:
+    def _solve(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> None:
         """Take a batch through one block, and hand out what is finished."""
         batch = self._prepared(batch)
         if not batch:
@@ -258,7 +258,7 @@ class Scheduler:
         self._preview(jobs)
         self._finish([job for job in jobs if job.drawing is not None and job.drawing.finished])
 
-    def _prepared(self, batch: list[tuple[Job, Drawing, Row]]) -> list[tuple[Job, Drawing, Row]]:
+    def _prepared(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> list[tuple[Job, PictureInProgress, Row]]:
         """The batch without those whose prompt cannot be encoded."""
         began = self._clock()
         new = {job: drawing for job, drawing, _ in batch if not drawing.prepared}
@@ -271,7 +271,7 @@ class Scheduler:
             self.observer.worked("encode", len(new), self._clock() - began)
         return [one for one in batch if not one[0].ticket.future.done()]
 
-    def _counter(self, batch: list[tuple[Job, Drawing, Row]]) -> Callable[[int], None]:
+    def _counter(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> Callable[[int], None]:
         """What counts the tokens of a batch's pictures, and ends a block that nobody waits for."""
 
         def count(tokens: int) -> None:
