@@ -25,6 +25,7 @@ from starflow.serve.schemas import (
     Limits,
     check_edit,
     draw_request,
+    edit_request,
     failure_of,
     read_form,
     read_json,
@@ -133,3 +134,14 @@ def test_a_message_is_one_line_of_bounded_length() -> None:
     assert found["message"].startswith("a b ")
     assert len(found["message"]) == LONGEST_MESSAGE
     assert set(found) == {"message", "type", "param", "code", "request_id"}
+
+
+def test_a_filling_without_guidance_or_temperature_is_drawn_as_the_model_draws() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    asked = edit_request(EditBody(prompt="a cat"), {"image": buffer.getvalue()}, Limits())
+    assert (asked.guidance, asked.temperature) == (None, None)
+    given = edit_request(
+        EditBody(prompt="a cat", guidance=0.0, temperature=1.0), {"image": buffer.getvalue()}, Limits()
+    )
+    assert (given.guidance, given.temperature) == (0.0, 1.0)

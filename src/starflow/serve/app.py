@@ -310,7 +310,7 @@ def create_tab(page: Page) -> list[Any]:
     return [examples, guidance, temperature, candidates]
 
 
-def edit_tab(page: Page) -> None:
+def edit_tab(page: Page) -> Any:
     """Pictures to changed ones."""
     import gradio as gr
 
@@ -354,9 +354,16 @@ def edit_tab(page: Page) -> None:
         with gr.Column(min_width=300):
             edited = gr.Gallery(label="Edited", format="png", columns=2, height=480, object_fit="contain")
             line = gr.Markdown()
-    way.change(lambda chosen: [gr.update(visible=chosen == CHANGE)] * 2, way, [source, strength])
+
+    def changed_way(chosen: str) -> list[Any]:
+        """A hole is filled at the model's own guidance; a change begins unguided, as its encoding is."""
+        weight = 0.0 if chosen == CHANGE else page.service.working()[1].config.guidance
+        return [*[gr.update(visible=chosen == CHANGE)] * 2, weight]
+
+    way.change(changed_way, way, [source, strength, guidance])
     inputs = [editor, way, prompt, source, strength, guidance, count, seed, new]
     button.click(edit, inputs, [edited, seed, line], show_progress="hidden")
+    return guidance
 
 
 def likelihood_tab(page: Page) -> None:
@@ -399,7 +406,7 @@ def build(service: Service) -> Any:
         with gr.Tab("Create"):
             chosen = create_tab(page)
         with gr.Tab("Edit"):
-            edit_tab(page)
+            edit_guidance = edit_tab(page)
         with gr.Tab("Likelihood"):
             likelihood_tab(page)
 
@@ -414,10 +421,10 @@ def build(service: Service) -> Any:
             width, height = default_size(config, pipeline.flow.config)
             samples = [[one] for one in example_prompts(pipeline.conditioner, 6)]
             said = f"## starflow\n'{service.name}' draws {width}x{height} pixels and knows how likely a picture is."
-            choices = [config.guidance, config.temperature, min(8, config.candidates)]
+            choices = [config.guidance, config.temperature, min(8, config.candidates), config.guidance]
             return [said, gr.Dataset(samples=samples), *choices]
 
-        blocks.load(opened, None, [heading, *chosen])
+        blocks.load(opened, None, [heading, *chosen, edit_guidance])
     return blocks.queue(default_concurrency_limit=16)
 
 

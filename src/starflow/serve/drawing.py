@@ -392,11 +392,13 @@ class EditRequest:
     source_prompt: str | None = None
     num_images: int = 1
     seed: int = 0
-    guidance: float = 0.0
+    guidance: float | None = None
+    """None is unguided, or where a hole is filled what the model draws at; so is the temperature, of filling alone."""
     strength: float = 0.0
     invert_mask: bool = False
+    temperature: float | None = None
     settings: InpaintSettings = field(default_factory=InpaintSettings)
-    """Of filling a hole, its guidance aside."""
+    """Of filling a hole, guidance and temperature aside."""
 
     @property
     def cost(self) -> float:
@@ -423,7 +425,7 @@ def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callabl
                 mask=request.mask,
                 invert_mask=request.invert_mask,
                 seed=seed,
-                guidance=request.guidance,
+                guidance=request.guidance or 0.0,
                 progress=progress,
             )
         settings = request.settings
@@ -435,7 +437,7 @@ def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callabl
             seed=seed,
             invert_mask=request.invert_mask,
             guidance=request.guidance,
-            temperature=settings.temperature,
+            temperature=request.temperature,
             candidates=settings.candidates,
             steps=settings.steps,
             progress=progress,

@@ -341,7 +341,6 @@ def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> 
     default = InpaintSettings()
     settings = InpaintSettings(
         body.method or default.method,
-        temperature=default.temperature if body.temperature is None else body.temperature,
         candidates=default.candidates if body.candidates is None else body.candidates,
         steps=default.steps if body.steps is None else body.steps,
     )
@@ -352,9 +351,10 @@ def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> 
         body.source_prompt,
         1 if body.n is None else body.n,
         secrets.randbelow(2**31) if body.seed is None else body.seed,
-        body.guidance or 0.0,
+        body.guidance,
         body.strength or 0.0,
         body.invert_mask,
+        body.temperature,
         settings,
     )
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from torch import Tensor
-
 from starflow.config import Dataclass, from_dict, read_mapping, to_dict, unknown_key_message
 from starflow.data.buckets import Aspect
 from starflow.data.views import ViewConfig
@@ -22,7 +20,7 @@ from starflow.errors import UserError
 from starflow.flow.config import KINDS, NormType, SeqOrder
 from starflow.latents.small import SmallAutoencoderConfig
 from starflow.train.recipe_keys import default_values, flat_keys, idle_keys
-from starflow.train.settings import TrainSettings
+from starflow.train.settings import ReconstructionLoss, TrainSettings
 from starflow.train.tasks.decoder import PerceptualName
 
 
@@ -92,33 +90,6 @@ class JointLoss:
     def __post_init__(self) -> None:
         if min(self.perceptual, self.adversarial, self.adversarial_from) < 0:
             raise UserError("expected perceptual, adversarial and adversarial_from >= 0 in autoencoder.joint_loss")
-
-
-@dataclass(frozen=True)
-class ReconstructionLoss:
-    """A weighted sum of reconstruction errors of images in [-1, 1].
-
-    Example:
-        >>> import torch
-        >>> loss, terms = ReconstructionLoss()(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
-        >>> float(loss), sorted(terms)
-        (11.0, ['absolute', 'gradient', 'squared'])
-    """
-
-    squared: float = 10.0
-    """Weight of the mean squared error."""
-    absolute: float = 1.0
-    """Weight of the mean absolute error."""
-    gradient: float = 0.5
-    """Weight of the mean absolute error of horizontal and vertical differences, which keeps edges."""
-
-    def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decoded and original images (B, 3, H, W) -> scalar loss, and its terms without weights."""
-        error = (output - target).float()
-        squared, absolute = error.square().mean(), error.abs().mean()
-        gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = self.squared * squared + self.absolute * absolute + self.gradient * gradient
-        return loss, {"squared": squared, "absolute": absolute, "gradient": gradient}
 
 
 @dataclass(frozen=True)

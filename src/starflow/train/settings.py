@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from starflow.errors import UserError
 from starflow.nn.cpu import multiplies_bfloat16
@@ -154,6 +155,32 @@ def network_precision(settings: TrainSettings, device: torch.device) -> Abstract
     if network_dtype(settings, device) == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ReconstructionLoss:
+    """A weighted sum of reconstruction errors of images in [-1, 1].
+
+    Example:
+        >>> loss, terms = ReconstructionLoss()(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+        >>> float(loss), sorted(terms)
+        (11.0, ['absolute', 'gradient', 'squared'])
+    """
+
+    squared: float = 10.0
+    """Weight of the mean squared error."""
+    absolute: float = 1.0
+    """Weight of the mean absolute error."""
+    gradient: float = 0.5
+    """Weight of the mean absolute error of horizontal and vertical differences, which keeps edges."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded and original images (B, 3, H, W) -> scalar loss, and its terms without weights."""
+        error = (output - target).float()
+        squared, absolute = error.square().mean(), error.abs().mean()
+        gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        loss = self.squared * squared + self.absolute * absolute + self.gradient * gradient
+        return loss, {"squared": squared, "absolute": absolute, "gradient": gradient}
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:

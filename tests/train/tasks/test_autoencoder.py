@@ -16,8 +16,7 @@ from starflow.evaluate import psnr
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, load_small
 from starflow.train.loader import TrainingLoader, batch_order
 from starflow.train.loop import fit
-from starflow.train.recipe import ReconstructionLoss
-from starflow.train.settings import TrainSettings
+from starflow.train.settings import ReconstructionLoss, TrainSettings
 from starflow.train.tasks.autoencoder import AutoencoderTask
 
 

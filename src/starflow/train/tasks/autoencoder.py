@@ -34,8 +34,8 @@ from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents.small import SmallAutoencoder, SmallLatents, save_small
 from starflow.train.distributed import World
 from starflow.train.loader import BatchReader, LoaderSettings, TrainingLoader, normal, random_flip
-from starflow.train.recipe import AutoencoderRecipe, Objective, ReconstructionLoss
-from starflow.train.settings import TrainSettings, generator, network_precision
+from starflow.train.recipe import AutoencoderRecipe, Objective
+from starflow.train.settings import ReconstructionLoss, TrainSettings, generator, network_precision
 from starflow.train.tasks.decoder import Critic, Perceptual, adversarial_terms, load_perceptual
 from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
 
