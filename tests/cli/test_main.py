@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,24 @@ def test_a_users_mistake_is_one_line_and_code_2(fail: Fail) -> None:
 def test_ctrl_c_is_code_130(fail: Fail) -> None:
     result = fail(KeyboardInterrupt())
     assert (result.code, result.err.splitlines()[-1]) == (130, "starflow: interrupted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+def test_sigterm_unwinds_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    cleaned = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait(options: InfoOptions) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(table, "_load", lambda command: wait)
+    result = run("info")
+    assert (result.code, result.err.splitlines()[-1], cleaned) == (130, "starflow: stopped by SIGTERM", [True])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_full_disk_is_one_line_and_code_2(fail: Fail) -> None:

@@ -1,29 +1,33 @@
 """The table of commands is read here, and errors become exit codes.
 
-Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C, 141 a closed pipe; a bug keeps its traceback.
+Code 0 is done, 2 is a user's mistake (one line on stderr), 130 is Ctrl-C or SIGTERM, 141 a closed pipe; a bug keeps
+its traceback.
 The file of a command is imported when it is called, so that `starflow --help` needs neither torch nor the parser.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 from starflow import __version__
 from starflow.errors import UserError
 
 MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
-"""Exit codes of a user's mistake, of Ctrl-C, and of a reader of our output that is gone."""
+"""Exit codes of a user's mistake, of Ctrl-C or SIGTERM, and of a reader of our output that is gone."""
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the system that no code of ours can help, wherever they come from."""
@@ -86,13 +90,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            code = _dispatch([_checked_text(word) for word in words])
+            with _terminations():
+                code = _dispatch([_checked_text(word) for word in words])
             sys.stdout.flush()  # a closed pipe is noticed here rather than at the interpreter's end
             return code
         except BrokenPipeError:
             return _leave_closed_pipe()
         except (UserError, OSError, KeyboardInterrupt) as error:
             return _exit_code(error)
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[None]:
+    """A context in which SIGTERM unwinds as Ctrl-C does, so that worker processes and half-written files go with it."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+    previous: Any = None
+    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+        previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _checked_text(word: str) -> str:
