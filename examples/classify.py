@@ -19,7 +19,7 @@ from starflow.data.images import from_pil
 from starflow.flow.config import TarFlowConfig
 from starflow.flow.model import TarFlow
 from starflow.latents import PixelLatents
-from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.config import PipelineConfig, default_size
 
 
 def posterior(pipe: StarFlowPipeline, image: Image.Image, classes: tuple[str, ...]) -> list[tuple[float, str]]:
@@ -45,9 +45,9 @@ def main() -> None:
     if pipe.conditioner is None or pipe.conditioner.spec.kind != "class":
         raise SystemExit(f"'{pipe.config.name}' has no classes: name a class-conditional model")
     classes = pipe.conditioner.spec.names
-    side = pipe.config.image_size
+    size = default_size(pipe.config, pipe.flow.config)
     if len(sys.argv) > 2:
-        pictures = {name: Image.open(name).convert("RGB").resize((side, side)) for name in sys.argv[2:]}
+        pictures = {name: Image.open(name).convert("RGB").resize(size) for name in sys.argv[2:]}
     else:
         pictures = {f"drawn: {name}": pipe(name, seed=0).images[0] for name in classes}
     for name, picture in pictures.items():

@@ -14,6 +14,7 @@ import sys
 from PIL import Image
 
 from starflow import StarFlowPipeline
+from starflow.pipeline.config import default_size
 
 PROMPTS = ["a red heart", "a lemon", "an evergreen tree", "a blue car", "a smiling face"]
 
@@ -22,8 +23,8 @@ def main() -> None:
     pipe = StarFlowPipeline.from_pretrained("glyphs")
     prompts = sys.argv[2:] or PROMPTS
     if len(sys.argv) > 1:
-        side = pipe.config.image_size
-        image = Image.open(sys.argv[1]).convert("RGB").resize((side, side))
+        size = default_size(pipe.config, pipe.flow.config)
+        image = Image.open(sys.argv[1]).convert("RGB").resize(size)
     else:
         image = pipe(prompts[0], seed=0).images[0]
     plain = pipe.log_prob(image, "", seed=0).nats

@@ -24,6 +24,7 @@ from starflow.errors import UserError
 from starflow.evaluate import FeatureExtractor, extract_features, kernel_distance, load_extractor
 from starflow.evaluate.dataset import evenly_spaced, open_evaluation_set, select_rows
 from starflow.flow.tokens import in_order
+from starflow.pipeline.config import default_size
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor, SolverResult
@@ -75,8 +76,7 @@ def run(folder: Path, budget: Budget, log: Callable[[str], None], command: str, 
     pipeline = StarFlowPipeline.from_pretrained(model)
     if pipeline.student is None:
         raise UserError(f"'{model}' holds no student: train one by `starflow train-student`")
-    side = pipeline.config.image_size
-    dataset = open_evaluation_set(str(data), side)
+    dataset = open_evaluation_set(str(data), default_size(pipeline.config, pipeline.flow.config))
     heldout, train = (
         select_rows(views, evenly_spaced(len(views), budget.references)) for views in (dataset.heldout, dataset.train)
     )

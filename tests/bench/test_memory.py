@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ def test_a_recipe_gives_the_flow_that_it_trains() -> None:
     pixels = model_shape(str(RECIPES / "fashion-mnist.yaml"))
     assert pixels.config.in_channels == 1
     assert pixels.autoencoder == memory.AUTOENCODERS["pixels"]
+
+
+def test_memory_is_that_of_the_sizes_that_are_trained(tmp_path: Path) -> None:
+    fashion = predict_memory(str(RECIPES / "fashion-mnist.yaml"))
+    assert (fashion["size"], fashion["sizes"], fashion["tokens"]) == ("28x28", ["28x28"], 49)
+    recipe = tmp_path / "wide.yaml"
+    recipe.write_text(
+        "name: wide\ndata: {source: folder, path: set, aspects: ['16:9', '1:1'], views: {size: 96}}\n"
+        "autoencoder: {model: {channels: 4, widths: [8, 8]}}\nflow: {channels: 64}\ntrain: {steps: 2}\n"
+    )
+    shape, found = model_shape(str(recipe)), predict_memory(str(recipe))
+    assert shape.sizes == ((96, 96), (128, 72))  # a factor of 4
+    assert (found["tokens"], found["size"]) == (576, "96x96")
+    wide = replace(shape, sizes=((128, 80),))
+    assert wide.tokens(wide.largest_size) == 32 * 20
 
 
 def test_a_folder_gives_its_own_parts(tmp_path: Path) -> None:

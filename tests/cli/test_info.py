@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,19 @@ def test_facts_are_those_of_the_loaded_model(run: Run, text: Path) -> None:
         assert facts[name]["megabytes"] == round((text / name / "model.safetensors").stat().st_size / 1e6, 3)
     assert facts["size_multiple"] == pipeline.size_multiple == 4
     assert facts["tokens"] == pipeline.flow.to_tokens(pipeline.encode(pipeline("a red apple").images[0]))[0].shape[1]
-    assert (facts["noise_std"], facts["guidance"], facts["image_size"]) == (0.1, 1.0, 8)
+    assert (facts["noise_std"], facts["guidance"]) == (0.1, 1.0)
+    assert (facts["default_size"], facts["trained_sizes"]) == ("8x8", ["8x8"])
     assert (facts["conditioner"]["tokens"], facts["conditioner"]["width"]) == (6, 8)
+
+
+def test_a_model_of_one_ratio_says_its_size(run: Run, text: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(text, wide)
+    config = json.loads((text / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "image_size": 32, "aspects": ["16:9"]}))
+    facts = json.loads(run("info", wide, "--json").out)
+    assert (facts["default_size"], facts["trained_sizes"], facts["tokens"]) == ("44x24", ["44x24"], 66)
+    assert "pictures of 44x24 (66 tokens), with guidance" in run("info", wide, "--memory").out
 
 
 def test_a_person_can_read_it(run: Run, classes: Path) -> None:

@@ -22,17 +22,19 @@ boxes = st.tuples(st.integers(0, 60), st.integers(0, 40), st.integers(1, 70), st
 
 
 @settings(max_examples=30, deadline=None)
-@given(boxes, st.sampled_from([(61, 41), (200, 90), (70, 130)]), st.sampled_from([8, 64]))
+@given(boxes, st.sampled_from([(61, 41), (200, 90), (70, 130)]), st.sampled_from([(8, 8), (64, 64), (40, 24)]))
 def test_a_crop_holds_the_hole_and_lies_in_the_picture(
-    box: tuple[int, int, int, int], size: tuple[int, int], side: int
+    box: tuple[int, int, int, int], size: tuple[int, int], seen: tuple[int, int]
 ) -> None:
     hole = box_mask(box, size)
-    crop = crop_round(hole, side)
+    crop = crop_round(hole, seen)
     assert int(crop.of(hole).sum()) == int(hole.sum())
     assert 0 <= crop.left <= size[0] - crop.width
     assert 0 <= crop.top <= size[1] - crop.height
-    assert crop.width == size[0] or crop.width >= side
-    assert crop.height == size[1] or crop.height >= side
+    assert crop.width == size[0] or crop.width >= seen[0]
+    assert crop.height == size[1] or crop.height >= seen[1]
+    if crop.width < size[0] and crop.height < size[1]:
+        assert abs(crop.width * seen[1] - crop.height * seen[0]) <= sum(seen)  # the same ratio, but for rounding
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -41,7 +43,7 @@ def test_known_pixels_come_back_bit_for_bit_ten_times_over(mode: str, size: tupl
     first = picture = noise_picture(size, mode)
     hole = box_mask((7, 9, 12, 20), size)
     for seed in range(10):
-        scene = Scene.of(picture, hole, 64, (8, 8))
+        scene = Scene.of(picture, hole, [(64, 64)], 8)
         filled = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         picture = scene.paste(filled, feather=3)
     before, after = numpy.array(first), numpy.array(picture)
@@ -56,24 +58,44 @@ def test_what_lies_under_the_mask_reaches_nothing(size: tuple[int, int]) -> None
     picture, hole = noise_picture(size), box_mask((7, 9, 12, 20), size)
     other = picture.copy()
     other.paste(noise_picture((12, 20), seed=1), (7, 9))
-    one, two = (Scene.of(each, hole, 64, (8, 8)) for each in (picture, other))
+    one, two = (Scene.of(each, hole, [(64, 64)], 8) for each in (picture, other))
     filled = torch.zeros(1, 3, 64, 64)
     assert torch.equal(one.seen, two.seen)
     assert one.paste(filled, 3).tobytes() == two.paste(filled, 3).tobytes()
-    kept = Scene.of(other, hole, 64, (8, 8), keep=True)
-    assert not torch.equal(kept.seen, Scene.of(picture, hole, 64, (8, 8), keep=True).seen)
+    kept = Scene.of(other, hole, [(64, 64)], 8, keep=True)
+    assert not torch.equal(kept.seen, Scene.of(picture, hole, [(64, 64)], 8, keep=True).seen)
 
 
 def test_a_picture_of_the_models_size_is_seen_as_it_is_and_another_is_said() -> None:
-    whole = Scene.of(noise_picture((64, 64)), box_mask((1, 1, 2, 2), (64, 64)), 64, (8, 8))
+    whole = Scene.of(noise_picture((64, 64)), box_mask((1, 1, 2, 2), (64, 64)), [(64, 64)], 8)
     assert whole.said == ""
-    large = Scene.of(noise_picture((300, 200)), box_mask((100, 90, 50, 20), (300, 200)), 64, (8, 8))
+    large = Scene.of(noise_picture((300, 200)), box_mask((100, 90, 50, 20), (300, 200)), [(64, 64)], 8)
     assert large.said == "the picture is 300x200; the model sees its 100x100 at 75,50, as 64x64"
+
+
+@pytest.mark.parametrize(
+    ("picture", "box", "seen"),
+    [
+        ((300, 300), (10, 10, 40, 20), (64, 64)),  # the picture reaches far enough for the default size
+        ((88, 48), (0, 0, 88, 48), (88, 48)),  # as it is
+        ((40, 90), (3, 3, 30, 80), (48, 88)),
+        ((500, 400), (0, 0, 500, 400), (72, 56)),
+    ],
+)
+def test_a_model_of_several_sizes_sees_the_one_that_bends_the_picture_least(
+    picture: tuple[int, int], box: tuple[int, int, int, int], seen: tuple[int, int]
+) -> None:
+    sizes = [(64, 64), (88, 48), (72, 56), (48, 88)]
+    scene = Scene.of(noise_picture(picture), box_mask(box, picture), sizes, 8)
+    assert scene.seen.shape[-2:] == (seen[1], seen[0])
+    assert scene.latent_hole.shape[-2:] == (seen[1] // 8, seen[0] // 8)
+    assert (scene.said == "") == (picture == seen)
+    assert scene.paste(scene.seen, 0).size == picture
 
 
 def test_the_edge_of_the_hole_takes_off_the_decoders_error_and_its_middle_does_not() -> None:
     picture = Image.new("RGB", (64, 64), (100, 100, 100))
-    scene = Scene.of(picture, box_mask((16, 16, 32, 32), (64, 64)), 64, (8, 8))
+    scene = Scene.of(picture, box_mask((16, 16, 32, 32), (64, 64)), [(64, 64)], 8)
     made = numpy.array(scene.paste(torch.full((1, 3, 64, 64), 0.0), feather=3))[..., 0].astype(int)
     assert made[32, 16:21].tolist() == [107, 114, 121, 128, 128]
     plain = numpy.array(scene.paste(torch.full((1, 3, 64, 64), 0.0), feather=0))[..., 0]

@@ -64,6 +64,10 @@ def test_a_model_of_one_ratio_makes_that_one_and_its_captions_name_none() -> Non
     )
     assert add_aspect_ratio(["a cat"], wide, config.latent_shape(wide, FLOW)) == ["a cat"]
     assert config.default_size(NINE, FLOW) == (256, 256)
+    assert "trained at 344x192 pixels, not at 256x256" in config.untrained_size_warning(wide, FLOW, (256, 256))
+    odd = dataclasses.replace(NINE, image_size=250)  # of several ratios: each is rounded to what can be made
+    assert config.default_size(odd, FLOW) == (248, 248)
+    assert all(config.untrained_size_warning(odd, FLOW, size) == "" for size in config.trained_sizes(odd, FLOW))
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)

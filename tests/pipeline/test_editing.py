@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 
 from starflow.conditioning import ClassLabels
+from starflow.data.buckets import Aspect
 from starflow.data.images import from_pil
 from starflow.errors import UserError
 from starflow.latents import PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
+from starflow.pipeline.config import trained_sizes
 from starflow.pipeline.likelihood import add_training_noise
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.cli.conftest import CLASSES, random_pipeline
@@ -65,6 +68,25 @@ def test_a_filling_has_the_pictures_size_its_known_pixels_and_its_own_seed(
     assert all(0 <= value <= 1 for value in made.acceptance)
     assert made.notes[0] == "the box 2,3,4,3 is repainted"
     assert (len(made.notes) == 1) == (size == (8, 8))
+
+
+@pytest.mark.parametrize(("aspects", "seen"), [(("16:9",), (12, 8)), (("1:1", "16:9", "9:16"), (8, 12))])
+def test_a_model_edits_at_sizes_that_it_was_trained_at(
+    small: StarFlowPipeline, aspects: tuple[Aspect, ...], seen: tuple[int, int]
+) -> None:
+    wide = StarFlowPipeline(
+        small.flow, small.autoencoder, small.conditioner, dataclasses.replace(small.config, aspects=aspects)
+    )
+    latent, tall = (seen[1] // 2, seen[0] // 2), picture((20, 36))
+    assert seen in trained_sizes(wide.config, wide.flow.config)
+    for made in (
+        wide.inpaint(tall, box=(0, 0, 19, 36), steps=1, candidates=1),
+        wide.edit(tall, "star", "circle"),
+        wide.variations(tall, "star", num_images=1),
+        wide.interpolate(tall, tall, "star", steps=2),
+    ):
+        assert made.latents.shape[-2:] == latent
+        assert any(f"as {seen[0]}x{seen[1]}" in note for note in made.notes)
 
 
 def test_pictures_that_differ_under_the_mask_get_the_same_filling(small: StarFlowPipeline) -> None:

@@ -135,12 +135,19 @@ def test_the_text_encoder_is_released_unless_kept(
 
 
 def test_another_decoder_decodes(vae: Path, tmp_path: Path) -> None:
-    """The same latents through another autoencoder of their shape."""
+    """The same latents through another decoder; that of other latents is refused, as its own encoder shows."""
     main = latent_pipeline(KLLatents.from_pretrained(str(vae)))
     main.save_pretrained(tmp_path / "model")
-    other = KLLatents.from_pretrained(str(save_sd_vae(tmp_path / "other", seed=5)))
-    with pytest.warns(UserWarning, match="other' is for other latents than the model's"):
-        pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "other"))
+    save_sd_vae(tmp_path / "foreign", seed=5)
+    with pytest.raises(UserError, match=r"foreign' is for other latents than the model's .* name one of the same"):
+        StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "foreign"))
+    tuned = KLLatents.from_pretrained(str(vae)).network  # as `train-decoder` leaves it: the encoder stays
+    with torch.no_grad():
+        for parameter in tuned.decoder.parameters():
+            parameter.mul_(1.1)
+    tuned.to(torch.bfloat16).save_pretrained(tmp_path / "other")  # rounding is no other encoder
+    other = KLLatents.from_pretrained(str(tmp_path / "other"))
+    pipeline = StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "other"))
     made = pipeline(seed=3, cleaning="none")
     assert torch.equal(made.latents, main(seed=3, cleaning="none").latents)
     assert made.images[0].tobytes() == to_pil(other.decode(made.latents).detach())[0].tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -54,6 +55,27 @@ def test_guidance_moves_the_sample_and_the_null_condition_may_be_one_row() -> No
     assert torch.equal(sample(model, NOISE, CONDITION, NULL, 0.0), plain)
     one = sample(model, NOISE, CONDITION, NULL[:1], 2.0)
     torch.testing.assert_close(one, sample(model, NOISE, CONDITION, NULL[:1].expand(2, -1, -1), 2.0))
+
+
+@pytest.mark.parametrize("part", ["", "blocks.1"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_sampling_never_calls_is_said(part: str, kind: str) -> None:
+    """It acts on densities alone, so that samples would silently be another model's."""
+    model, x = starflow(), draw(2, 2, 4, 4)
+    plain, module = model.log_prob(x, CONDITION), model.get_submodule(part)
+    calls: list[str] = []
+    hook = getattr(module, kind)(lambda *_: calls.append(part))
+    assert torch.equal(model.log_prob(x, CONDITION), plain)
+    assert calls == [part]
+    with pytest.warns(UserWarning, match=f"^{part or 'the flow'} has a forward hook .* which sampling never calls"):
+        sample(model, NOISE, CONDITION)
+    with pytest.warns(UserWarning, match="remove it, or hook parts such as blocks.0.attn_blocks.0"):
+        sample_block(model, 0, NOISE, CONDITION, None, SampleSettings(), None, lambda _: None)
+    assert calls == [part]
+    hook.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(model, NOISE, CONDITION)
 
 
 @pytest.mark.parametrize(

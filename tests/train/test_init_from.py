@@ -213,12 +213,13 @@ def recipe_of(name: str, **overrides: str) -> Recipe:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_is_its_preset(name: str) -> None:
     known, kind = PUBLISHED[name]
-    assert expected_flow(recipe_of(name)) == (preset(known).config, kind)
+    config, latents = expected_flow(recipe_of(name))
+    assert (config, latents.kind) == (preset(known).config, kind)
 
 
 def test_what_the_recipe_says_goes_first() -> None:
-    config, kind = expected_flow(recipe_of("tiny", flow__txt_dim="7"))
-    assert (kind, config.img_size, config.in_channels, config.num_blocks) == ("small", 4, 12, 3)
+    config, latents = expected_flow(recipe_of("tiny", flow__txt_dim="7"))
+    assert (latents.kind, config.img_size, config.in_channels, config.num_blocks) == ("small", 4, 12, 3)
     assert (vars(config)["txt_size"], vars(config)["txt_dim"]) == (1, 7)
     config, _ = expected_flow(recipe_of("tiny", conditioning__kind="none", data__views__size="64"))
     assert (config.img_size, vars(config)["txt_size"]) == (8, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from starflow.config import from_dict, read_mapping, to_dict
 from starflow.errors import UserError
+from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.io.files import write_json
-from starflow.train.recipe import Recipe, load_recipe
+from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
 from starflow.train.recipe_keys import KEYS, check_changes, check_idle_keys, flat_keys, kind_of_key, longest_warmup_text
 from starflow.train.run import start_run
 from starflow.train.settings import TrainSettings
@@ -79,6 +81,23 @@ def test_an_entry_of_a_mapping_that_comes_goes_or_changes_is_a_change(tmp_path: 
         with pytest.raises(UserError, match=f"another {key}"):
             check_changes(before, from_dict(Recipe, after), folder)
     check_changes(counted, from_dict(Recipe, counted), folder)
+
+
+def test_a_default_of_the_flow_that_is_written_out_is_no_change(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    for kind, known, layers in (("starflow", STARFlowConfig, (1, 2)), ("tarflow", TarFlowConfig, (1, 2))):
+        defaults = {one.name: one.default for one in fields(known) if one.default is not MISSING}
+        left_open = replace(RECIPE, flow=FlowRecipe(kind if kind == "tarflow" else None, layers_per_block=layers))
+        said = {**defaults, "kind": kind, "layers_per_block": layers, "num_blocks": 2}
+        written = replace(RECIPE, flow=FlowRecipe(**said))
+        check_changes(to_dict(left_open), written, folder)
+        check_changes(to_dict(written), left_open, folder)
+        for key, value in (("num_blocks", 3), ("head_dim", 2 * defaults["head_dim"])):
+            with pytest.raises(UserError, match=f"another flow.{key}"):
+                check_changes(to_dict(left_open), replace(RECIPE, flow=FlowRecipe(**{**said, key: value})), folder)
+    going_on = replace(RECIPE, train=replace(RECIPE.train, init_from="glyphs"))
+    with pytest.raises(UserError, match="another flow.head_dim"):  # it may be another model's
+        check_changes(to_dict(going_on), replace(going_on, flow=FlowRecipe(head_dim=64)), folder)
 
 
 def test_before_a_stage_has_results_every_key_may_change(tmp_path: Path) -> None:

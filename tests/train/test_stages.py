@@ -259,3 +259,6 @@ def test_a_set_is_summed_up_and_its_changes_are_offered(tmp_path: Path, monkeypa
     dataset()
     assert len(told) == 1
     assert "now 5 and 1): this run goes on with what it has read; to read them again, delete" in told[0]
+    (tmp_path / "run" / "classes.json").write_text('["set"]')
+    dataset()
+    assert f"delete {tmp_path / 'run' / 'index'} and {tmp_path / 'run' / 'classes.json'}, or choose" in told[1]

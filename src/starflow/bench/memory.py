@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from starflow.config import from_dict
+from starflow.data.buckets import Size, sizes_of
 from starflow.flow import memory
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig, config_from_dict
 from starflow.flow.memory import AUTOENCODERS, AutoencoderShape, Precision, Sharding
@@ -23,6 +24,8 @@ from starflow.io import files
 from starflow.io.hub import HubError, HubOptions, snapshot
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.nn.quantize import WeightFormat
+from starflow.pipeline.config import trained_sizes
+from starflow.pipeline.folder import read_config
 from starflow.pipeline.locate import find_model, is_release
 from starflow.published.convert import RELEASES
 from starflow.train.init_from import expected_flow
@@ -76,20 +79,29 @@ def predict_memory(model: str) -> dict[str, Any]:
         UserError: none of these.
     """
     shape = model_shape(model)
-    config = shape.config
+    config, size = shape.config, shape.largest_size
     guided = not isinstance(config, STARFlowConfig) or config.txt_size > 0
     training = [
         {"sharding": sharding, "gpus": gpus, "checkpointing": checkpointing, **_with_peak(prediction)}
         for sharding, gpus in TRAINING_LAYOUTS
         for checkpointing in (False, True)
         for prediction in [
-            memory.training_memory(config, TRAINING_BATCH, gpus=gpus, sharding=sharding, checkpointing=checkpointing)
+            memory.training_memory(
+                config,
+                TRAINING_BATCH,
+                tokens=shape.tokens(size),
+                gpus=gpus,
+                sharding=sharding,
+                checkpointing=checkpointing,
+            )
         ]
     ]
     facts = {
         "model": model,
         "parameters": memory.parameter_count(config),
-        "tokens": config.grid_side**2,
+        "size": f"{size[0]}x{size[1]}",
+        "sizes": [f"{width}x{height}" for width, height in shape.sizes],
+        "tokens": shape.tokens(size),
         "guided": guided,
     }
     sampling = [_sampling(shape, scenario, batch, guided=guided) for scenario in SCENARIOS for batch in BATCHES]
@@ -109,6 +121,18 @@ class ModelShape:
     """Where it is from; "" is none."""
     denoised: bool
     """Whether samples are cleaned by a Tweedie step."""
+    sizes: tuple[Size, ...]
+    """(width, height) in pixels that it is trained at, the default one first; of a flow alone those of its input."""
+
+    def tokens(self, size: Size) -> int:
+        """Tokens of a picture of a size."""
+        unit = self.config.patch_size * (self.autoencoder.factor if self.autoencoder else 1)
+        return (size[0] // unit) * (size[1] // unit)
+
+    @property
+    def largest_size(self) -> Size:
+        """The size of most tokens; ratios of one area differ a little."""
+        return max(self.sizes, key=self.tokens)
 
 
 def model_shape(model: str) -> ModelShape:
@@ -119,26 +143,31 @@ def model_shape(model: str) -> ModelShape:
     """
     if model.endswith((".yaml", ".yml")):
         recipe = load_recipe(Path(model))
-        config, kind = expected_flow(recipe)
+        config, latents = expected_flow(recipe)
         condition = recipe.conditioning
         encoder = condition.encoder if condition.kind == "text" else ""
-        return ModelShape(config, AUTOENCODERS[kind], encoder, denoised=False)
+        coder = replace(AUTOENCODERS[latents.kind], factor=latents.factor)
+        sizes = sizes_of(recipe.data.aspects, recipe.data.side, latents.factor * config.patch_size)
+        return ModelShape(config, coder, encoder, denoised=False, sizes=tuple(sizes))
     name = RELEASES[model.partition("@")[0]].preset if is_release(model) else model
     if name in PRESETS:
         known = PRESETS[name]
         coder = AUTOENCODERS["pixels" if known.latents == "pixels" else "diffusers_kl"]
-        return ModelShape(known.config, coder, known.text, denoised=True)
+        side = known.config.img_size * coder.factor
+        return ModelShape(known.config, coder, known.text, denoised=True, sizes=((side, side),))
     with _configs_of(model) as folder:
         values = files.read_json(folder / "config.json")
         if "autoencoder" not in values:  # a flow alone
-            return ModelShape(config_from_dict(values), None, "", denoised=False)
-        flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
-        coder = AUTOENCODERS[values["autoencoder"]["kind"]]
+            flow = config_from_dict(values)
+            return ModelShape(flow, None, "", denoised=False, sizes=((flow.img_size, flow.img_size),))
+        flow, config = config_from_dict(files.read_json(folder / "flow" / "config.json")), read_config(folder)
+        coder = replace(AUTOENCODERS[config.autoencoder.kind], factor=config.autoencoder.factor)
         own = folder / "autoencoder" / "config.json"
-        if values["autoencoder"]["kind"] == "small" and own.is_file():
+        if config.autoencoder.kind == "small" and own.is_file():
             coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
-    reader = values.get("conditioner") or {}
-    return ModelShape(flow, coder, reader.get("source", ""), values.get("cleaning") == "tweedie")
+    encoder = config.conditioner.source if config.conditioner else ""
+    sizes = tuple(trained_sizes(config, flow))
+    return ModelShape(flow, coder, encoder, denoised=config.cleaning == "tweedie", sizes=sizes)
 
 
 @contextmanager
@@ -159,6 +188,7 @@ def _sampling(shape: ModelShape, scenario: MemoryScenario, batch: int, *, guided
     found = memory.sampling_memory(
         shape.config,
         batch,
+        tokens=shape.tokens(shape.largest_size),
         guided=guided,
         dtype=scenario.dtype,
         weights=scenario.weights,

@@ -95,8 +95,9 @@ def calibration_data(
     """Noise and encoded conditions to measure with, a picture a prompt; as for `calibrate_pipeline`."""
     config, flow = pipeline.config, pipeline.flow
     drawn = list(prompts or example_prompts(pipeline.conditioner, PICTURES))
-    condition, null = encode_prompts(drawn, pipeline.conditioner, flow, config)
-    noise = config.temperature * noise_from_seeds(range(len(drawn)), latent_shape(config, flow.config)).to(flow.device)
+    shape = latent_shape(config, flow.config)
+    condition, null = encode_prompts(drawn, pipeline.conditioner, flow, config, shape)
+    noise = config.temperature * noise_from_seeds(range(len(drawn)), shape).to(flow.device)
     weight = config.guidance if guidance is None else guidance
     return CalibrationData(noise, condition, null, SampleSettings(weight, tolerance=tolerance))
 
@@ -118,11 +119,24 @@ class BenchmarkedModel:
     """Of some pictures; larger batches repeat them."""
     null_condition: Tensor | None
     autoencoder: Autoencoder | None = None
+    own_shape: tuple[int, int, int] | None = None
+    """(C, h, w) of a latent at the model's default size; None is a square of the flow's own side."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        config = self.model.config
+        return self.own_shape or (config.in_channels, config.img_size, config.img_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture."""
+        _, height, width = self.shape
+        return height * width // int(self.model.config.patch_size) ** 2
 
     def task(self, batch: int, guidance: float) -> DrawTask:
         """A batch of pictures of the seeds 0, 1, .."""
-        config, device = self.model.config, next(self.model.parameters()).device
-        noise = noise_from_seeds(range(batch), (config.in_channels, config.img_size, config.img_size)).to(device)
+        noise = noise_from_seeds(range(batch), self.shape).to(device := next(self.model.parameters()).device)
         if self.condition is None:
             return DrawTask(self.model, noise, None, None, guidance)
         index = torch.arange(batch, device=device) % len(self.condition)
@@ -242,8 +256,9 @@ def load_model(
     values: Any = files.read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values:
         pipeline = StarFlowPipeline.from_pretrained(folder, device, dtype, weights=weights)
-        data = calibration_data(pipeline)
-        return BenchmarkedModel(name, pipeline.flow, True, data.condition, data.null_condition, pipeline.autoencoder)
+        data, shape = calibration_data(pipeline), latent_shape(pipeline.config, pipeline.flow.config)
+        parts = (data.condition, data.null_condition, pipeline.autoencoder)
+        return BenchmarkedModel(name, pipeline.flow, True, *parts, shape)
     kind = TarFlow if isinstance(values, dict) and values.get("kind") == "tarflow" else STARFlow
     flow = kind.from_pretrained(folder).requires_grad_(False).to(dtype)
     if weights is not None:
@@ -311,7 +326,7 @@ def measure(given: BenchmarkedModel, benchmark: SamplingBenchmark, note: Note = 
         model=given.name,
         trained=given.trained,
         parameters=sum(one.numel() for one in model.parameters()),
-        tokens=_tokens(model),
+        tokens=given.tokens,
         dtype=str(parameter.dtype).removeprefix("torch."),
         weights=weight_format(model),
         machine=machine_of(parameter.device),
@@ -320,11 +335,11 @@ def measure(given: BenchmarkedModel, benchmark: SamplingBenchmark, note: Note = 
         load=(load, os.getloadavg()),
         ceilings=ceilings,
         once=once,
-        speeds=tuple(_speed(timed, model, ceilings) for timed in _best(times + compared)),
+        speeds=tuple(_speed(timed, given, ceilings) for timed in _best(times + compared)),
         compare_at=benchmark.compare_at,
         guidance=guidance,
         others=tuple(
-            _other(one, found, compared, model, ceilings) for one, found in zip(baselines, theirs, strict=True)
+            _other(one, found, compared, given, ceilings) for one, found in zip(baselines, theirs, strict=True)
         ),
         memory=footprint,
     )
@@ -377,9 +392,8 @@ def _best(times: Sequence[_Timed]) -> list[_Timed]:
     return list(found.values())
 
 
-def _speed(timed: _Timed, model: Flow, ceilings: MachineLimits) -> Speed:
-    tokens = _tokens(model)
-    work = sampling_work(model, timed.batch, tokens, guided=timed.guidance > 0)
+def _speed(timed: _Timed, given: BenchmarkedModel, ceilings: MachineLimits) -> Speed:
+    work = sampling_work(given.model, timed.batch, given.tokens, guided=timed.guidance > 0)
     limit, by = _limit(work, ceilings)
     return Speed(
         solver=timed.solver,
@@ -388,7 +402,7 @@ def _speed(timed: _Timed, model: Flow, ceilings: MachineLimits) -> Speed:
         seconds=timed.seconds,
         seconds_per_picture=timed.seconds / timed.batch,
         pictures_per_second=timed.batch / timed.seconds,
-        tokens_per_second=timed.batch * tokens / timed.seconds,
+        tokens_per_second=timed.batch * given.tokens / timed.seconds,
         bytes_per_second=work.bytes / timed.seconds,
         flops_per_second=work.flops / timed.seconds,
         limit_seconds=limit,
@@ -404,15 +418,11 @@ def _limit(work: SamplingWork, ceilings: MachineLimits) -> tuple[float, str]:
 
 
 def _other(
-    one: Baseline, seconds: float, ours: Sequence[_Timed], model: Flow, ceilings: MachineLimits
+    one: Baseline, seconds: float, ours: Sequence[_Timed], given: BenchmarkedModel, ceilings: MachineLimits
 ) -> BaselineSpeed:
-    work = sampling_work(model, ours[0].batch, _tokens(model), guided=ours[0].guidance > 0)
+    work = sampling_work(given.model, ours[0].batch, given.tokens, guided=ours[0].guidance > 0)
     speedup = {str(timed.solver): seconds / timed.seconds for timed in ours}
     return BaselineSpeed(one.name, seconds, seconds / _limit(work, ceilings)[0], speedup, one.note)
-
-
-def _tokens(model: Flow) -> int:
-    return int(model.config.grid_side**2)
 
 
 def _draw(task: DrawTask, solver: SolverName, caches: CachePool | None = None) -> SamplingResult:

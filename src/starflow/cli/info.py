@@ -89,17 +89,19 @@ def describe_model(folder: Path) -> dict[str, Any]:
         UserError: the folder holds no pipeline, or a file of it is missing.
     """
     from starflow.flow.config import config_from_dict
+    from starflow.pipeline.config import default_size, size_multiple, trained_sizes
     from starflow.pipeline.folder import read_config
 
     config = read_config(folder)
     flow = config_from_dict(files.read_json(folder / "flow" / "config.json"))
-    multiple = config.autoencoder.factor * flow.patch_size
+    multiple, (width, height) = size_multiple(config, flow), default_size(config, flow)
     return {
         "name": config.name,
         "folder": str(folder),
-        "image_size": config.image_size,
+        "default_size": f"{width}x{height}",
+        "trained_sizes": [f"{wide}x{high}" for wide, high in trained_sizes(config, flow)],
         "size_multiple": multiple,
-        "tokens": (config.image_size // multiple) ** 2,
+        "tokens": (width // multiple) * (height // multiple),
         "noise_std": config.noise_std,
         "guidance": config.guidance,
         "temperature": config.temperature,
@@ -199,7 +201,7 @@ def memory_text(facts: dict[str, Any]) -> str:
     parts = ("weights", "cache", "passes", "coders", "peak", "packed", "cpu_peak")
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters",
-        f"{facts['tokens']} tokens a picture{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
+        f"{_pictures(facts)}{', with guidance' if facts['guided'] else ''}; predicted, in {name}",
         "",
         f"{'sampling':16} {'batch':>5}{_heads(parts, 7)} fits",
     ]
@@ -229,6 +231,12 @@ def memory_text(facts: dict[str, Any]) -> str:
     lines.append("ckpt: activations are computed again; sample grids of a model whose")
     lines.append(f"weights are shared take {whole:.2f} {name} more of the first GPU")
     return "\n".join([*lines, "", *(f"{name}: {size / GIB:.1f} GiB" for name, size in available.items())])
+
+
+def _pictures(facts: dict[str, Any]) -> str:
+    """The pictures whose memory is predicted."""
+    count, size = len(facts["sizes"]), facts["size"]
+    return f"pictures of {size} ({facts['tokens']} tokens{f', the most of {count} sizes' if count > 1 else ''})"
 
 
 _SHORT = {

@@ -39,6 +39,25 @@ def aspect_size(aspect: Aspect, side: int, multiple: int) -> Size:
     return max(1, round(side * root / multiple)) * multiple, max(1, round(side / root / multiple)) * multiple
 
 
+def sizes_of(aspects: Sequence[Aspect], side: int, multiple: int) -> list[Size]:
+    """The sizes of some ratios at one area, each once: the square first, where it is among them.
+
+    >>> sizes_of(("16:9", "1:1"), 256, 8)
+    [(256, 256), (344, 192)]
+    """
+    square_first = sorted(aspects, key=lambda aspect: aspect != "1:1")
+    return list(dict.fromkeys(aspect_size(aspect, side, multiple) for aspect in square_first))
+
+
+def ratio_change(size: Size, other: Size) -> float:
+    """How far the ratios of two sizes are apart, in logarithms; 0 where they are equal.
+
+    >>> round(ratio_change((200, 100), (100, 100)), 3)
+    0.693
+    """
+    return abs(math.log(size[0] * other[1] / (size[1] * other[0])))
+
+
 def nearest_aspect(width: int, height: int, aspects: Sequence[Aspect]) -> Aspect:
     """Find the ratio that is nearest to that of an image, in logarithms.
 

@@ -9,21 +9,17 @@ Shapes: pictures (1, 3, H, W) in [-1, 1]; masks (1, 1, H, W) of bool, True to be
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
+from starflow.data.buckets import Size, ratio_change
 from starflow.data.images import from_pil, to_uint8
+from starflow.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,13 +121,16 @@ class Crop:
         return tensor[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def crop_round(hole: Tensor, side: int) -> Crop:
-    """The square round a hole, twice as large as it and at least `side` pixels, as far as the picture reaches."""
+def crop_round(hole: Tensor, size: Size) -> Crop:
+    """The part round a hole in the ratio of `size`, at least as large, and twice as large as the hole.
+
+    Where the picture does not reach that far it is smaller, and then has another ratio.
+    """
     height, width = hole.shape[-2:]
     rows, columns = (hole[0, 0].any(axis).nonzero().flatten() for axis in (1, 0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    wanted = max(side, CONTEXT * max(bottom - top, right - left))
-    wide, high = min(wanted, width), min(wanted, height)
+    scale = max(1.0, CONTEXT * (right - left) / size[0], CONTEXT * (bottom - top) / size[1])
+    wide, high = min(round(scale * size[0]), width), min(round(scale * size[1]), height)
     middle_x, middle_y = (left + right - wide) // 2, (top + bottom - high) // 2
     return Crop(min(max(middle_x, 0), width - wide), min(max(middle_y, 0), height - high), wide, high)
 
@@ -145,36 +144,45 @@ class Scene:
     """(1, 1, H, W), of the whole picture."""
     crop: Crop
     seen: Tensor
-    """(1, 3, side, side), the crop; its hole is filled smoothly from around, or as it was where that is kept."""
+    """(1, 3, height, width) of a size that the model knows, the crop; its hole is filled smoothly from around, or as it
+    was where that is kept."""
     latent_hole: Tensor
     """(1, 1, h, w)"""
 
     @staticmethod
-    def of(picture: Image, hole: Tensor, side: int, grid: tuple[int, int], *, keep: bool = False) -> Scene:
-        """What a model of `side` pixels and `grid` latents sees; with `keep` it sees what is in the hole too."""
-        crop = crop_round(hole, side)
-        part = crop.of(hole)
-        small = F.adaptive_max_pool2d(part.float(), (side, side)) > 0
+    def of(picture: Image, hole: Tensor, sizes: Sequence[Size], factor: int, *, keep: bool = False) -> Scene:
+        """What a model sees of a picture: a crop, at the one of its sizes that changes the crop's ratio least.
+
+        Args:
+            picture: of any size.
+            hole: (1, 1, H, W), of the whole picture.
+            sizes: that the model was trained at, the first one preferred.
+            factor: pixels that a latent pixel stands for along a side.
+            keep: whether it sees what is in the hole too.
+        """
+        crop, size = min(((crop_round(hole, one), one) for one in sizes), key=lambda pair: _distortion(*pair))
+        part, shape = crop.of(hole), (size[1], size[0])
+        small = F.adaptive_max_pool2d(part.float(), shape) > 0
         if keep:
-            seen = resized(crop.of(from_pil(picture)), (side, side))
+            seen = resized(crop.of(from_pil(picture)), shape)
         else:
-            seen = spread_known(resized(spread_known(crop.of(from_pil(picture)), ~part), (side, side)), ~small)
-        return Scene(picture, hole, crop, seen, latent_mask(small, grid))
+            seen = spread_known(resized(spread_known(crop.of(from_pil(picture)), ~part), shape), ~small)
+        return Scene(picture, hole, crop, seen, latent_mask(small, (shape[0] // factor, shape[1] // factor)))
 
     @property
     def said(self) -> str:
         """What the model sees, in one line; empty where that is the whole picture as it is."""
-        side, crop = self.seen.shape[-1], self.crop
-        if (crop.width, crop.height) == (side, side) == self.picture.size:
+        (high, wide), crop = self.seen.shape[-2:], self.crop
+        if (crop.width, crop.height) == (wide, high) == self.picture.size:
             return ""
         width, height = self.picture.size
         return (
             f"the picture is {width}x{height}; the model sees its {crop.width}x{crop.height} at "
-            f"{crop.left},{crop.top}, as {side}x{side}"
+            f"{crop.left},{crop.top}, as {wide}x{high}"
         )
 
     def paste(self, filled: Tensor, feather: int) -> Image:
-        """The picture with its hole painted from `filled` (1, 3, side, side), at its own size.
+        """The picture with its hole painted from `filled` (1, 3, height, width), at its own size.
 
         What the decoder makes of the known pixels differs from them a little; next to the hole's edge, over `feather`
         pixels inside it, that difference is taken off, less and less, so that no edge shows.
@@ -191,6 +199,11 @@ class Scene:
         stencil = Image.fromarray(part[0, 0].numpy().astype("uint8") * 255, "L")
         whole.paste(painted.convert(mode), self.crop.box[:2], stencil)
         return whole
+
+
+def _distortion(crop: Crop, size: Size) -> int:
+    """How far a crop's ratio is from that of the size at which it is seen, in whole percent."""
+    return round(100 * ratio_change((crop.width, crop.height), size))
 
 
 def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:

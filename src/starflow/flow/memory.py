@@ -281,7 +281,7 @@ def sampling_memory(
     Args:
         config: of the flow.
         batch: images at once.
-        tokens: of an image; None is as in training.
+        tokens: of an image; None is those of a square of the model's own side.
         guided: whether guidance runs a null branch beside the condition's.
         dtype: of the flow's weights.
         cache_dtype: of keys and values; None is `dtype`.
@@ -370,6 +370,7 @@ def training_memory(
     config: ModelConfig,
     batch: int,
     *,
+    tokens: int | None = None,
     gpus: int = 1,
     sharding: Sharding = "replicated",
     precision: Precision = "bfloat16",
@@ -381,6 +382,7 @@ def training_memory(
     Args:
         config: of the flow.
         batch: images per GPU and pass.
+        tokens: of an image; None is those of a square of the model's own side.
         gpus: in all; a host has 8.
         sharding: what the GPUs share; "hybrid" shares within a host.
         precision: of the network's products.
@@ -400,19 +402,22 @@ def training_memory(
     else:  # a unit is a layer: its weights, the next one's, and its gradients in float32
         unit = max(layer_shape(config, block).parameters for block in range(config.num_blocks))
         gathered = unit * (2 * BYTES[precision] + 4)
-    activations = _saved_activation_bytes(config, batch, precision, checkpointing=checkpointing)
+    images = batch, config.grid_side**2 if tokens is None else tokens
+    activations = _saved_activation_bytes(config, images, precision, checkpointing=checkpointing)
     return TrainingMemory(share, share, 2 * share, share if averaged else 0, gathered, activations)
 
 
-def _saved_activation_bytes(config: ModelConfig, batch: int, precision: Precision, *, checkpointing: bool) -> int:
+def _saved_activation_bytes(
+    config: ModelConfig, images: tuple[int, int], precision: Precision, *, checkpointing: bool
+) -> int:
     """Bytes that all layers keep for the backward pass, and the gradients of the hidden channels of one layer.
 
-    The logits of attention are computed again (flash attention).
+    `images` is their number, and the tokens of each. The logits of attention are computed again (flash attention).
     """
     total = largest = back = 0
     for block in range(config.num_blocks):
         shape = layer_shape(config, block)
-        tokens = batch * _inputs(config, block, config.grid_side**2)
+        tokens = images[0] * _inputs(config, block, images[1])
         inputs = 2 * BYTES[precision] * shape.width * tokens
         attention, mlp = (kept * tokens for kept in _layer_saved_bytes(shape, BYTES[precision]))
         largest = max(largest, attention, mlp)

@@ -140,8 +140,9 @@ class Flow(nn.Module, ABC):
         Raises:
             UserError: a shape that the model cannot take.
         """
-        z, logdet = self.forward(x, condition)
-        return affine.log_normal(z) + logdet
+        z, logdet = self(x, condition)  # a call, so that hooks on the flow act
+        log_prob: Tensor = affine.log_normal(z) + logdet
+        return log_prob
 
     def iter_blocks(self) -> Iterator[AutoregressiveBlock]:
         """The blocks in order, from the data to the noise."""

@@ -82,9 +82,12 @@ def runs_as_written(module: nn.Module) -> bool:
     """
     everywhere = torch.nn.modules.module
     hooked = bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
-    return not hooked and not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules()
-    )
+    return not hooked and not any(map(is_hooked, module.modules()))
+
+
+def is_hooked(part: nn.Module) -> bool:
+    """Whether a call of a module runs more than its class's code, its parts aside: a hook, or a forward of its own."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
 
 
 def make_norm(spec: LayerSpec) -> nn.Module:

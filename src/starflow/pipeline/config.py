@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from starflow.conditioning import ConditionerSpec
-from starflow.data.buckets import Aspect, Size, aspect_size
+from starflow.data.buckets import Aspect, Size, sizes_of
 from starflow.data.sources.base import HELDOUT_SHARE
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
@@ -38,7 +38,8 @@ class PipelineConfig:
     name: str
     """Of the model, for messages and cards."""
     image_size: int
-    """Side in pixels that the model was trained at."""
+    """Side in pixels of the square that the model was trained at, or of one with the area of its ratios; ask
+    `default_size` and `trained_sizes` for what it draws."""
     noise_std: float
     """Standard deviation of the noise in the flow's training data, in the flow's units."""
     autoencoder: AutoencoderSpec
@@ -117,9 +118,14 @@ def latent_shape(config: PipelineConfig, flow: ModelConfig, size: Size | None = 
 
 
 def trained_sizes(config: PipelineConfig, flow: ModelConfig) -> list[Size]:
-    """The sizes that the model was trained at: a square, or its ratios at that area."""
-    unit = size_multiple(config, flow)
-    return [aspect_size(aspect, config.image_size, unit) for aspect in config.aspects or ("1:1",)]
+    """The sizes that the model was trained at, the default one first: a square, or its ratios at that area.
+
+    >>> flow = STARFlowConfig(4, 32, 64, num_blocks=2, layers_per_block=1)
+    >>> wide = PipelineConfig("wide", 256, 0.3, AutoencoderSpec("diffusers_kl", 4, 8), aspects=("16:9", "1:1"))
+    >>> trained_sizes(wide, flow)
+    [(256, 256), (344, 192)]
+    """
+    return sizes_of(config.aspects or ("1:1",), config.image_size, size_multiple(config, flow))
 
 
 def default_size(config: PipelineConfig, flow: ModelConfig) -> Size:
@@ -130,8 +136,7 @@ def default_size(config: PipelineConfig, flow: ModelConfig) -> Size:
     >>> default_size(wide, flow), default_size(dataclasses.replace(wide, aspects=("16:9", "1:1")), flow)
     ((344, 192), (256, 256))
     """
-    square = (config.image_size, config.image_size)
-    return trained_sizes(config, flow)[0] if config.aspects and "1:1" not in config.aspects else square
+    return trained_sizes(config, flow)[0]
 
 
 def untrained_size_warning(config: PipelineConfig, flow: ModelConfig, size: Size) -> str:
@@ -139,7 +144,7 @@ def untrained_size_warning(config: PipelineConfig, flow: ModelConfig, size: Size
     known = trained_sizes(config, flow)
     if size in known:
         return ""
-    width, height = known[0] if len(known) == 1 else (config.image_size, config.image_size)
+    width, height = known[0]
     ratios = f" in {len(known)} ratios" if len(known) > 1 else ""
     return (
         f"'{config.name}' was trained at {width}x{height} pixels{ratios}, not at "

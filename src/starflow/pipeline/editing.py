@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from starflow.data.buckets import ratio_change
 from starflow.data.images import from_pil, to_pil
 from starflow.edit import editing
 from starflow.edit.inpainting import InpaintSettings, Method, inpaint
@@ -20,7 +21,7 @@ from starflow.edit.masks import Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
-from starflow.pipeline.config import Cleaning, PipelineConfig, choose_cleaning
+from starflow.pipeline.config import Cleaning, PipelineConfig, choose_cleaning, trained_sizes
 from starflow.pipeline.likelihood import add_training_noise, log_probs
 from starflow.sampling.denoise import Denoiser
 
@@ -178,8 +179,9 @@ def interpolate_pictures(
     cleaning: Cleaning | None,
 ) -> Edited:
     """Pictures on the way from one to another; see `StarFlowPipeline.interpolate`."""
-    side = pipeline.config.image_size
-    first, second = (_noised(pipeline, resized(from_pil(image), (side, side)), seed) for image in images)
+    known = trained_sizes(pipeline.config, pipeline.flow.config)
+    size = min(known, key=lambda one: sum(ratio_change(image.size, one) for image in images))
+    first, second = (_noised(pipeline, resized(from_pil(image), (size[1], size[0])), seed) for image in images)
     (a, null), (b, _) = (pipeline._condition([prompt], first.shape) for prompt in prompts)
     latents = editing.interpolate(pipeline.flow, first, second, a, b, null, steps=steps, guidance=guidance)
     pictures, nats = [], []
@@ -187,8 +189,8 @@ def interpolate_pictures(
         given = editing.mixed(a, b, number / (steps - 1))
         pictures.append(to_pil(_decoded(pipeline, one, given, cleaning))[0])
         nats += _log_probs(pipeline, one, given)
-    sizes = [f"the picture is {one.width}x{one.height}; the model sees it as {side}x{side}" for one in images]
-    notes = [note for note, one in zip(sizes, images, strict=True) if one.size != (side, side)]
+    seen = f"the model sees it as {size[0]}x{size[1]}"
+    notes = [f"the picture is {one.width}x{one.height}; {seen}" for one in images if one.size != size]
     return Edited(pictures, latents, nats, latents[0].numel(), *_no_chain(steps), [seed] * steps, notes)
 
 
@@ -203,8 +205,8 @@ def _scene(pipeline: Editable, image: Image, hole: Tensor, *, keep: bool = False
         raise UserError(
             f"the mask is {hole.shape[-1]}x{hole.shape[-2]}, the picture {image.width}x{image.height}: give one size"
         )
-    side, factor = pipeline.config.image_size, pipeline.config.autoencoder.factor
-    return Scene.of(image, hole, side, (side // factor, side // factor), keep=keep)
+    sizes = trained_sizes(pipeline.config, pipeline.flow.config)
+    return Scene.of(image, hole, sizes, pipeline.config.autoencoder.factor, keep=keep)
 
 
 def _decoded(pipeline: Editable, latents: Tensor, condition: Tensor | None, cleaning: Cleaning | None) -> Tensor:

@@ -35,7 +35,7 @@ from starflow.io.hub import HubOptions
 from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
 from starflow.latents.load import load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
-from starflow.pipeline.config import FORMAT, PipelineConfig, size_multiple
+from starflow.pipeline.config import FORMAT, PipelineConfig, default_size, size_multiple
 from starflow.sampling.denoise import Denoiser
 from starflow.sampling.student import Student
 
@@ -187,10 +187,13 @@ def save_companions(student: Student | None, denoiser: Denoiser | None, folder: 
 
 
 def open_decoder(source: str, own: Autoencoder, spec: AutoencoderSpec, hub: HubOptions) -> Autoencoder:
-    """Another autoencoder that decodes the latents of `own`, which `spec` describes; a warning where they differ.
+    """Another autoencoder that decodes the latents of `own`, which `spec` describes.
+
+    It brings its own encoder, so what that makes of a picture tells whether it is for these latents. Where it is of
+    another architecture than `own`, which it may approximate, a difference is a warning.
 
     Raises:
-        UserError: it cannot be found, is damaged, or its latents are of another shape.
+        UserError: it cannot be found, is damaged, or is for other latents.
     """
     found = load_trainable(source, hub.without_revision)
     shapes = [f"{one.channels} channels, {one.factor} pixels a side" for one in (found.spec, spec)]
@@ -200,12 +203,15 @@ def open_decoder(source: str, own: Autoencoder, spec: AutoencoderSpec, hub: HubO
             "name one of the same autoencoder"
         )
     agreement = latents_agreement(own, found)
-    if not agreement > LATENTS_AGREE:
-        warnings.warn(
-            f"the decoder '{source}' is for other latents than the model's (their correlation is {agreement:.2f}, "
-            f"expected over {LATENTS_AGREE:g}): pictures will be wrong; name one of the same autoencoder",
-            stacklevel=3,
-        )
+    if agreement > LATENTS_AGREE:
+        return found
+    said = (
+        f"the decoder '{source}' is for other latents than the model's (their correlation is {agreement:.2f}, "
+        f"expected over {LATENTS_AGREE:g}): pictures would be wrong; name one of the same autoencoder"
+    )
+    if type(found) is type(own):
+        raise UserError(f"{said}, or set pipeline.decoder yourself")
+    warnings.warn(said, stacklevel=3)
     return found
 
 
@@ -307,6 +313,7 @@ def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
     flow, encoder, conditioner_spec = model.config, config.autoencoder, config.conditioner
     count = sum(parameter.numel() for parameter in model.parameters())
     layers = " ".join(str(flow.layers(block)) for block in range(flow.num_blocks))
+    width, height = default_size(config, flow)
     condition = (
         f"{conditioner_spec.kind}, {conditioner_spec.size} x {conditioner_spec.dim}, {conditioner_spec.source}"
         if conditioner_spec
@@ -316,7 +323,7 @@ def describe(config: PipelineConfig, model: Flow) -> dict[str, str]:
         condition = f"{len(conditioner_spec.names)} classes"
     return {
         "flow": f"{type(model).__name__}, {count:,} parameters, layers a block {layers}, width {flow.channels}",
-        "pictures": f"{config.image_size} px, sides in multiples of {size_multiple(config, flow)}"
+        "pictures": f"{width}x{height} px, sides in multiples of {size_multiple(config, flow)}"
         + (f", ratios {' '.join(config.aspects)}" if config.aspects else ""),
         "autoencoder": f"{encoder.kind}, {encoder.channels} channels, factor {encoder.factor}"
         + (f", {encoder.source}" if encoder.source else ""),

@@ -14,6 +14,7 @@ Shapes: B pictures, K candidates of each, C x H x W data, N tokens, D token chan
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from starflow.flow.finite import broken_block, broken_rows, check_finite
 from starflow.flow.model import Flow
 from starflow.flow.tokens import Grid, check_tensor, in_order
 from starflow.nn.attention import CachePool
+from starflow.nn.layers import is_hooked
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
@@ -320,6 +322,7 @@ class _Shared:
         caches: CachePool | None,
         engine: TokenEngine | None,
     ) -> _Shared:
+        warn_of_hooks(model)
         guidance = settings.guidance_for(tokens_BND)
         conditions = branch_conditions(model, condition, null_condition, len(tokens_BND), guidance)
         caches = caches or CachePool(None if settings.cache_dtype == "network" else torch.bfloat16)
@@ -350,6 +353,23 @@ def solve_by_policy(
     """Invert one block by a policy."""
     options = SolverOptions(tolerance, policy.segment, policy.max_iterations, policy.guess, policy.draft)
     return SOLVERS[policy.solver](predictor, noise_BNC, options, progress)
+
+
+def warn_of_hooks(model: Flow) -> None:
+    """Warn of hooks on the flow or on whole blocks, which act on densities and not on samples.
+
+    A block is sampled token by token, by calling its layers and projections, and never as a whole; what a hook would
+    make of a block's whole output has no inverse either.
+    """
+    wholes = {"the flow": model, **{f"blocks.{number}": block for number, block in enumerate(model.iter_blocks())}}
+    for name, module in wholes.items():
+        if is_hooked(module):
+            warnings.warn(
+                f"{name} has a forward hook (or a forward of its own), which sampling never calls, as it calls the "
+                "parts of blocks, token by token: remove it, or hook parts such as blocks.0.attn_blocks.0, which act "
+                "on samples and densities alike",
+                stacklevel=2,
+            )
 
 
 def branch_conditions(

@@ -90,8 +90,8 @@ def _number_of_classes(condition: ConditionerSpec | None) -> int:
     return condition.dim - 1 if condition is not None else 0
 
 
-def expected_flow(recipe: Recipe) -> tuple[ModelConfig, str]:
-    """The flow's configuration as the recipe alone tells it, and the kind of its autoencoder.
+def expected_flow(recipe: Recipe) -> tuple[ModelConfig, AutoencoderSpec]:
+    """The flow's configuration as the recipe alone tells it, and its autoencoder.
 
     What only the images or an encoder can tell is taken as known: 1,000 classes as in ImageNet, 4 latent channels at an
     eighth of the side as in sd-vae, and `ENCODER_WIDTHS`. An option in the recipe's flow section (txt_dim, num_classes,
@@ -105,13 +105,13 @@ def expected_flow(recipe: Recipe) -> tuple[ModelConfig, str]:
         >>> from starflow.train.settings import TrainSettings
         >>> recipe = Recipe("mine", TrainSettings(steps=10), flow=FlowRecipe(channels=64, layers_per_block=(1, 2)))
         >>> config, autoencoder = expected_flow(recipe)
-        >>> autoencoder, config.num_blocks, config.txt_dim
+        >>> autoencoder.kind, config.num_blocks, config.txt_dim
         ('small', 2, 384)
     """
     latents = _expected_latents(recipe.autoencoder)
-    side = recipe.data.views.size // latents.factor
+    side = recipe.data.side // latents.factor
     condition = _expected_condition(recipe.conditioning, recipe.flow)
-    return complete_flow(recipe.flow, latents, side, condition, _local_options(recipe)), latents.kind
+    return complete_flow(recipe.flow, latents, side, condition, _local_options(recipe)), latents
 
 
 def _expected_latents(recipe: AutoencoderRecipe) -> AutoencoderSpec:

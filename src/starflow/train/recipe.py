@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from starflow.config import Dataclass, from_dict, read_mapping, to_dict, unknown_key_message
 from starflow.data.buckets import Aspect
+from starflow.data.sets.small import SIDE as FASHION_MNIST_SIDE
 from starflow.data.views import ViewConfig
 from starflow.errors import UserError
 from starflow.flow.config import KINDS, NormType, SeqOrder
@@ -63,6 +64,11 @@ class DataRecipe:
             raise UserError("expected 0 <= data.heldout < 1, window >= 0, workers >= 0 and one or more aspects")
         if len(self.aspects) > 1 and not self.indexed:
             raise UserError(f"data.aspects names {len(self.aspects)} ratios, but '{self.source}' has squares only")
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the run's square images, or the square root of their area."""
+        return FASHION_MNIST_SIDE if self.source == "fashion-mnist" else self.views.size
 
     @property
     def indexed(self) -> bool:

@@ -14,12 +14,14 @@ warning: see `starflow.train.recipe.load_recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from starflow.config import to_dict
 from starflow.errors import UserError
+from starflow.flow.config import KINDS
 from starflow.train.checkpoint import checkpoints
 from starflow.train.settings import TrainSettings
 
@@ -75,7 +77,11 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
         "the images of this data.source are not augmented",
         lambda r: r.data.source in ("shapes", "fashion-mnist"),
     ),
-    (("data.views.seed",), "data.source is 'fashion-mnist'", lambda r: r.data.source == "fashion-mnist"),
+    (
+        ("data.views.seed", "data.views.size"),
+        "the images of data.source 'fashion-mnist' are of 28 px and stay as they are",
+        lambda r: r.data.source == "fashion-mnist",
+    ),
     (("autoencoder.source",), "autoencoder.joint trains one from the first update on", lambda r: r.autoencoder.joint),
     (("autoencoder.source",), "autoencoder.kind is 'pixels'", lambda r: r.autoencoder.kind == "pixels"),
     (("autoencoder.channels",), "autoencoder.kind is not 'pixels'", lambda r: r.autoencoder.kind != "pixels"),
@@ -191,8 +197,10 @@ def check_changes(before: Mapping[str, Any], recipe: Recipe, folder: Path) -> No
     """
     old, new = flat_keys(before), flat_keys(to_dict(recipe))
     default = default_values(recipe)  # of the keys that an older version did not write
+    if not recipe.train.init_from:  # otherwise what a flow leaves open follows from another model
+        default |= _flow_defaults(new)
     keys = [*new, *(key for key in old if key not in new and key.rpartition(".")[0] in default)]
-    changed = [key for key in keys if old.get(key, default.get(key)) != new.get(key)]
+    changed = [key for key in keys if _meant(old, key, default) != _meant(new, key, default)]
     stored = checkpoints(folder / "checkpoints")
     reached = int(stored[-1].name.removeprefix("step_")) if stored else 0
     if recipe.train.steps < reached:
@@ -212,6 +220,22 @@ def check_changes(before: Mapping[str, Any], recipe: Recipe, folder: Path) -> No
                 f"{folder} has had its {reached} updates, so that another {key} would do nothing: give more "
                 "--train.steps, choose another --output, or undo the change"
             )
+
+
+def _flow_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of a recipe's flow are where it leaves them open and nothing but the defaults says so."""
+    kind = values.get("flow.kind") or "starflow"
+    known = {f"flow.{option.name}": option.default for option in fields(KINDS[kind]) if option.default is not MISSING}
+    layers = values.get("flow.layers_per_block")
+    if isinstance(layers, list):
+        known["flow.num_blocks"] = len(layers)
+    return {"flow.kind": kind, **known}
+
+
+def _meant(values: Mapping[str, Any], key: str, default: Mapping[str, Any]) -> Any:
+    """The value of a key; one that is left open is its default's."""
+    found = values.get(key)
+    return default.get(key) if found is None else found
 
 
 def longest_warmup_text(recipe: Recipe) -> str:
@@ -248,11 +272,15 @@ def _has_autoencoder_stage(recipe: Recipe) -> bool:
     return _trains_autoencoder(recipe) and not recipe.autoencoder.joint
 
 
+def results_of(stages: Iterable[str], folder: Path) -> list[Path]:
+    """What some stages have left in a run's folder."""
+    return [folder / name for stage in stages for name in RESULTS[stage] if (folder / name).exists()]
+
+
 def _results_from(stage: str, folder: Path) -> list[str]:
     """What a stage and those after it have left in the folder."""
     stages = list(RESULTS)
-    names = [name for one in stages[stages.index(stage) :] for name in RESULTS[one]]
-    return [name for name in names if (folder / name).exists()]
+    return [path.name for path in results_of(stages[stages.index(stage) :], folder)]
 
 
 def _check_stage(key: str, stage: str, folder: Path) -> None:

@@ -283,7 +283,7 @@ def expected_time(run: Run, flow: ModelConfig, rate: float) -> str:
     with torch.device("meta"):
         work = training_flops(build(flow))
     if coder.kind == "small" and not coder.source:
-        coding = _autoencoder_flops(coder.model, run.recipe.data.views.size)
+        coding = _autoencoder_flops(coder.model, run.recipe.data.side)
         if coder.joint:
             work += coding
         elif not (run.folder / "autoencoder" / "model" / "config.json").is_file():

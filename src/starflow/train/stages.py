@@ -51,6 +51,7 @@ from starflow.train.init_from import (
 from starflow.train.loader import LoaderSettings, batch_order, make_loader
 from starflow.train.loop import Task, fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Objective, Recipe
+from starflow.train.recipe_keys import results_of
 from starflow.train.run import Run, expected_time, measured_peak
 from starflow.train.settings import network_dtype
 from starflow.train.tasks.autoencoder import AutoencoderTask, JointTask, joint_latents
@@ -130,9 +131,10 @@ class Stages:
         except UserError as error:  # what is encoded already is enough to go on
             changes = str(error)
         if changes:
+            read = " and ".join(map(str, results_of(("data", "latents"), run.folder)))
             run.notify(
-                f"warning: {changes}: this run goes on with what it has read; to read them again, delete "
-                f"{run.folder / 'index'} and {run.folder / 'latents'}, or choose another --output"
+                f"warning: {changes}: this run goes on with what it has read; to read them again, delete {read}, or "
+                "choose another --output"
             )
 
     def _size_multiple(self) -> int:
@@ -290,7 +292,7 @@ class Stages:
         if source:
             run.world.run_on_hosts(lambda: initial_options(source, run.recipe.flow))
         initial = initial_options(source, run.recipe.flow) if source else None
-        side = run.recipe.data.views.size // spec.factor
+        side = run.recipe.data.side // spec.factor
         config = complete_flow(run.recipe.flow, spec, side, condition, initial)
         if text := expected_time(run, config, measured_peak(run.device, network_dtype(run.recipe.train, run.device))):
             run.notify(text)
