@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "starflow"
-ROOMS = ("conditioning", "evaluate", "flow", "latents", "nn", "pipeline", "sampling")
+ROOMS = (
+    "conditioning",
+    "data",
+    "density",
+    "edit",
+    "evaluate",
+    "flow",
+    "latents",
+    "nn",
+    "pipeline",
+    "published",
+    "sampling",
+    "serve",
+)
 FLOATS = {"empty", "zeros", "ones", "full", "rand", "randn", "tensor", "as_tensor", "linspace", "eye"}
 INDICES = {"arange", "randperm"}
 """Integers by themselves."""

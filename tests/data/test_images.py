@@ -130,6 +130,9 @@ def test_modes_become_rgb_or_rgba(tmp_path: Path) -> None:
     opened = open_image(tmp_path / "grey16.png")
     assert opened.mode == "RGB"
     assert opened.getpixel((0, 0)) == (128, 128, 128)
+    whole = Image.fromarray(np.full((4, 4), 200, dtype=np.int32))  # an array of 8-bit levels
+    assert from_pil(whole).unique().tolist() == from_pil(whole.convert("L")).unique().tolist()
+    assert from_pil(Image.fromarray(np.full((4, 4), 200 * 256, dtype=np.int32))).equal(from_pil(whole))
     Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
     assert open_image(tmp_path / "cmyk.jpg").mode == "RGB"
     palette = Image.new("P", (4, 4))

@@ -106,6 +106,20 @@ def test_shapes_range_and_precision(autoencoder: Autoencoder) -> None:
     assert -1 <= images.min() < images.max() <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pictures_and_latents_of_any_precision_of_floats(autoencoder: Autoencoder, dtype: torch.dtype) -> None:
+    images = pictures().to(dtype)
+    latents = autoencoder.encode(images)
+    assert torch.equal(latents, autoencoder.encode(images.float()))
+    assert torch.equal(autoencoder.decode(latents.to(dtype)), autoencoder.decode(latents.to(dtype).float()))
+
+
+def test_no_pictures_are_no_latents(autoencoder: Autoencoder) -> None:
+    latents = autoencoder.encode(pictures()[:0])
+    assert latents.shape == (0, *autoencoder.encode(pictures()).shape[1:])
+    assert autoencoder.decode(latents).shape == (0, 3, 16, 24)
+
+
 def test_encoding_repeats_and_one_picture_does_not_change_another(autoencoder: Autoencoder) -> None:
     latents = autoencoder.encode(pictures())
     assert torch.equal(latents, autoencoder.encode(pictures()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -87,6 +89,73 @@ def test_a_model_edits_at_sizes_that_it_was_trained_at(
     ):
         assert made.latents.shape[-2:] == latent
         assert any(f"as {seen[0]}x{seen[1]}" in note for note in made.notes)
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("inpaint", {"image": numpy.zeros((8, 8, 3), numpy.uint8)}),
+    ("inpaint", {"image": "missing.png"}),
+    ("inpaint", {"mask": numpy.ones((8, 8)), "box": None}),
+    ("inpaint", {"mask": "missing.png", "box": None}),
+    *(("inpaint", {"box": box}) for box in ((0, 0, 4), (0.5, 0, 4, 4), (-1, 0, 4, 4), (0, 0, 0, 4), "0,0,4,4", 3)),
+    *(("inpaint", {"prompt": prompt}) for prompt in (None, 3, ["star", "circle"])),
+    *(("inpaint", {"guidance": value}) for value in ("1", [1.0, 2.0], float("nan"))),
+    *(("inpaint", {name: "1"}) for name in ("temperature", "spread", "steps", "candidates", "feather", "seed")),
+    *(("inpaint", {name: 1.5}) for name in ("steps", "candidates", "num_images", "feather", "seed")),
+    ("inpaint", {"seed": 2**63 - 1, "num_images": 2}),
+    *(("edit", {"strength": value}) for value in ("0.5", [0.1, 0.2], float("nan"), 2.0, True)),
+    ("edit", {"new_prompt": None}),
+    ("edit", {"image": "missing.png"}),
+    ("variations", {"image": None}),
+    ("variations", {"strength": "1"}),
+    *(("interpolate", {"steps": steps}) for steps in (1, 2.0, "3")),
+    ("interpolate", {"image_b": "missing.png"}),
+    ("interpolate", {"seed": -3}),
+]
+
+
+@pytest.mark.parametrize(("method", "given"), WRONG, ids=str)
+def test_a_wrong_argument_is_one_sentence(small: StarFlowPipeline, method: str, given: dict[str, Any]) -> None:
+    image = picture()
+    rest: dict[str, Any] = {
+        "inpaint": {"image": image, "box": BOX, "steps": 1, "candidates": 1},
+        "edit": {"image": image, "prompt": "star", "new_prompt": "circle"},
+        "variations": {"image": image, "prompt": "star"},
+        "interpolate": {"image_a": image, "image_b": image, "prompt": "star", "steps": 2},
+    }[method]
+    with pytest.raises(UserError) as raised:
+        getattr(small, method)(**{**rest, **given})
+    assert "\n" not in str(raised.value)
+
+
+def test_pictures_and_masks_are_read_alike_from_files_and_from_pillow(small: StarFlowPipeline, tmp_path: Path) -> None:
+    """Upright, and 16-bit greys as greys."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture((16, 8)).save(tmp_path / "turned.png", exif=exif)
+    levels = numpy.zeros((16, 8), dtype=numpy.uint16)
+    levels[2:6, 2:6] = 40000
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    made = small.inpaint(tmp_path / "turned.png", str(tmp_path / "mask.png"), steps=1, candidates=1)
+    with Image.open(tmp_path / "turned.png") as image, Image.open(tmp_path / "mask.png") as mask:
+        again = small.inpaint(image, mask, steps=1, candidates=1)
+        assert small.edit(image, "star", "star").images[0].size == (8, 16)
+    assert made.images[0].size == (8, 16)
+    assert made.images[0].tobytes() == again.images[0].tobytes()
+    assert made.notes[0] == "the mask repaints what is white, 12.5 % of the picture"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_edits_do_not_depend_on_the_default_precision(small: StarFlowPipeline, dtype: torch.dtype) -> None:
+    def edits() -> list[torch.Tensor]:
+        filled = small.inpaint(picture(), box=BOX, prompt="star", steps=2, candidates=2, seed=1)
+        return [filled.latents, small.edit(picture(), "star", "circle", 0.5).latents]
+
+    plain, before = edits(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(torch.equal(one, other) for one, other in zip(plain, edits(), strict=True))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_pictures_that_differ_under_the_mask_get_the_same_filling(small: StarFlowPipeline) -> None:

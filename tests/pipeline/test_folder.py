@@ -141,7 +141,7 @@ def test_another_decoder_decodes(vae: Path, tmp_path: Path) -> None:
     save_sd_vae(tmp_path / "foreign", seed=5)
     with pytest.raises(UserError, match=r"foreign' is for other latents than the model's .* name one of the same"):
         StarFlowPipeline.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "foreign"))
-    tuned = KLLatents.from_pretrained(str(vae)).network  # as `train-decoder` leaves it: the encoder stays
+    tuned: Any = KLLatents.from_pretrained(str(vae)).network  # as `train-decoder` leaves it: the encoder stays
     with torch.no_grad():
         for parameter in tuned.decoder.parameters():
             parameter.mul_(1.1)

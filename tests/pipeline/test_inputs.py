@@ -23,6 +23,7 @@ from starflow.io import weights
 from starflow.latents import PixelLatents
 from starflow.pipeline.inputs import check_prompts, check_seeds, check_whole, read_image
 from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.sampler import noise_from_seeds
 from tests.cli.conftest import CLASSES, random_pipeline
 from tests.registry import randomised
 
@@ -53,6 +54,14 @@ WRONG_CALLS: list[dict[str, Any]] = [
     {"candidates": 0},
     {"candidates": 1.5},
     {"temperature": "warm"},
+    {"temperature": [0.5, 0.6]},
+    {"temperature": torch.tensor([0.5, 0.6])},
+    {"guidance": True},
+    {"prompt": {"star": 1}},
+    {"prompt": {"star"}},
+    {"prompt": "a \ud800 star"},
+    {"not_finite": "foo"},
+    {"solver": None},
     {"guidance": "strong"},
     {"guidance": [1.0, None]},
     {"guidance": float("nan")},
@@ -120,6 +129,23 @@ def test_any_precision_of_floats_works(pipe: StarFlowPipeline, dtype: torch.dtyp
     assert torch.equal(*(sample(pipe.flow, given, condition) for given in (noise, noise.float())))
     decoded = pipe.decode(noise[:1], "star")
     assert isinstance(decoded, Image.Image)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe: StarFlowPipeline) -> None:
+    plain = pipe("star", seed=3, temperature=0.5, guidance=1.0).latents
+    numbers: list[tuple[Any, Any]] = [(np.int64(3), np.float32(0.5)), (torch.tensor(3), torch.tensor(0.5))]
+    for whole, real in numbers:
+        made = pipe("star", seed=whole, temperature=real, guidance=torch.tensor(1.0))
+        assert torch.equal(made.latents, plain)
+        assert made.seeds == [3]
+    assert torch.equal(noise_from_seeds(list(np.arange(3, 5)), (2, 2)), noise_from_seeds([3, 4], (2, 2)))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8, device="meta"), torch.zeros(1, 3, 8, 8).to_sparse()])
+def test_tensors_without_values_are_refused(pipe: StarFlowPipeline, images: torch.Tensor) -> None:
+    for call in (pipe.log_probs, pipe.log_prob_maps):
+        with pytest.raises(UserError, match="expected a dense one with values"):
+            call(images, "star", [0])
 
 
 def test_an_empty_batch_works(pipe: StarFlowPipeline) -> None:

@@ -87,7 +87,7 @@ def test_a_default_of_the_flow_that_is_written_out_is_no_change(tmp_path: Path) 
     folder = finished(tmp_path)
     for kind, known, layers in (("starflow", STARFlowConfig, (1, 2)), ("tarflow", TarFlowConfig, (1, 2))):
         defaults = {one.name: one.default for one in fields(known) if one.default is not MISSING}
-        left_open = replace(RECIPE, flow=FlowRecipe(kind if kind == "tarflow" else None, layers_per_block=layers))
+        left_open = replace(RECIPE, flow=FlowRecipe("tarflow" if kind == "tarflow" else None, layers_per_block=layers))
         said = {**defaults, "kind": kind, "layers_per_block": layers, "num_blocks": 2}
         written = replace(RECIPE, flow=FlowRecipe(**said))
         check_changes(to_dict(left_open), written, folder)

@@ -160,14 +160,14 @@ def model_shape(model: str) -> ModelShape:
         if "autoencoder" not in values:  # a flow alone
             flow = config_from_dict(values)
             return ModelShape(flow, None, "", denoised=False, sizes=((flow.img_size, flow.img_size),))
-        flow, config = config_from_dict(files.read_json(folder / "flow" / "config.json")), read_config(folder)
-        coder = replace(AUTOENCODERS[config.autoencoder.kind], factor=config.autoencoder.factor)
+        flow, pipeline = config_from_dict(files.read_json(folder / "flow" / "config.json")), read_config(folder)
+        coder = replace(AUTOENCODERS[pipeline.autoencoder.kind], factor=pipeline.autoencoder.factor)
         own = folder / "autoencoder" / "config.json"
-        if config.autoencoder.kind == "small" and own.is_file():
+        if pipeline.autoencoder.kind == "small" and own.is_file():
             coder = replace(coder, parameters=_small_parameters(files.read_json(own)))
-    encoder = config.conditioner.source if config.conditioner else ""
-    sizes = tuple(trained_sizes(config, flow))
-    return ModelShape(flow, coder, encoder, denoised=config.cleaning == "tweedie", sizes=sizes)
+    encoder = pipeline.conditioner.source if pipeline.conditioner else ""
+    known_sizes = tuple(trained_sizes(pipeline, flow))
+    return ModelShape(flow, coder, encoder, denoised=pipeline.cleaning == "tweedie", sizes=known_sizes)
 
 
 @contextmanager

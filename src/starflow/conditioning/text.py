@@ -127,12 +127,11 @@ class TextEncoder:
         """Encode prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
         texts = [name_emoji(prompt) if prompt.strip() else "" for prompt in prompts]
         texts = fit_prompts(texts, self._tokenizer, self._spec.size)
-        tokens = self._tokenizer(
-            texts, padding="longest", truncation=True, max_length=self._spec.size, return_tensors="pt"
-        )
+        tokens = self._tokenizer(texts, padding="longest", truncation=True, max_length=self._spec.size)
         device = next(self.network.parameters()).device
-        mask = tokens["attention_mask"].to(device)
-        states = self.network(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        names = ("input_ids", "attention_mask")
+        numbers, mask = (torch.tensor(tokens[name], dtype=torch.long, device=device) for name in names)
+        states = self.network(input_ids=numbers, attention_mask=mask).last_hidden_state
         states = states.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
         return F.pad(states, (0, 0, 0, self._spec.size - states.shape[1]))
 

@@ -98,11 +98,16 @@ def from_pil(image: Image) -> Tensor:
     tensor(1.)
     """
     import numpy
+
+    pixels = torch.from_numpy(numpy.array(on_background(upright_colour(image))))
+    return to_float(pixels.permute(2, 0, 1)[None])
+
+
+def upright_colour(image: Image) -> Image:
+    """An image of any mode as `open_image` reads a file: upright, as RGB, or RGBA if it has transparency."""
     from PIL import ImageOps
 
-    upright = _as_colour(ImageOps.exif_transpose(image))  # as `open_image` reads a file
-    pixels = torch.from_numpy(numpy.array(on_background(upright)))
-    return to_float(pixels.permute(2, 0, 1)[None])
+    return _as_colour(ImageOps.exif_transpose(image))
 
 
 def make_grid(images: Tensor, columns: int, gap: int = 2) -> Image:
@@ -234,7 +239,9 @@ def image_errors(path: Path) -> Iterator[None]:
 
 def _as_colour(image: Image) -> Image:
     """Convert any mode to RGB, or RGBA if the image has transparency."""
-    if image.mode.startswith("I"):  # 16-bit greys; convert() alone would clip them to white
+    if image.mode == "I" and image.getextrema()[1] <= 255:  # type: ignore[operator]  # an array of whole numbers
+        image = image.convert("L")
+    elif image.mode.startswith("I"):  # 16-bit greys; convert() alone would clip them to white
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":
         image = _grey_of_floats(image)

@@ -121,7 +121,8 @@ class ViewDataset:
 
     def indices(self, bucket: int, *, heldout: bool) -> Tensor:
         """See `ImageDataset.indices`."""
-        return torch.tensor([i for i, split in enumerate(self.views.splits) if (split == "heldout") == heldout])
+        rows = [i for i, split in enumerate(self.views.splits) if (split == "heldout") == heldout]
+        return torch.tensor(rows, dtype=torch.long, device="cpu")
 
     def read(self, index: int) -> Tensor:
         """See `ImageDataset.read`."""
@@ -329,7 +330,7 @@ def _join(source: Source, folder: Path, reads: str) -> dict[str, Any]:
         )
     _hold_one_out(source, JsonLines(folder / "pictures.jsonl"), kinds["heldout"])
     files.write_text(folder / "skipped.jsonl", "".join(f"{line}\n" for line in skipped))
-    tensors = {kind: torch.tensor(values, dtype=torch.uint8) for kind, values in kinds.items()}
+    tensors = {kind: torch.tensor(values, dtype=torch.uint8, device="cpu") for kind, values in kinds.items()}
     files.write_tensors(folder / "kinds.safetensors", tensors)
     info: dict[str, Any] = {**summary.to_json(), "heldout": sum(kinds["heldout"]), "state": source.state()}
     info["class_names"] = source.class_names(set(summary.labels))

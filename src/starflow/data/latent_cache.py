@@ -116,14 +116,15 @@ class InMemoryLatents:
 
     def indices(self, split: str) -> list[Tensor]:
         found = [i for i, entry in enumerate(self.entries) if entry.split == split]
-        return [torch.tensor(found, dtype=torch.long)]
+        return [torch.tensor(found, dtype=torch.long, device="cpu")]
 
     def posterior(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.mean[indices].float(), None if self.std is None else self.std[indices].float()
 
     def conditions(self, indices: Tensor) -> Tensor:
         assert self.states is not None
-        return self.states[torch.tensor([self.entries[i].condition for i in indices.tolist()])].float()
+        rows = [self.entries[i].condition for i in indices.tolist()]
+        return self.states[torch.tensor(rows, dtype=torch.long, device="cpu")].float()
 
     def name(self, index: int) -> str:
         return self.entries[index].name
@@ -175,7 +176,7 @@ class CachedLatents:
 
     def conditions(self, indices: Tensor) -> Tensor:
         assert self.null is not None
-        tokens = torch.zeros(len(indices), *self.null.shape)
+        tokens = torch.zeros(len(indices), *self.null.shape, dtype=torch.float32, device="cpu")
         for own, row in zip(tokens, self._rows["condition"][indices].tolist(), strict=True):
             found = self._condition(row)
             own[: len(found)] = found
@@ -259,7 +260,7 @@ def read_latents_header(folder: Path, part: int) -> tuple[Tensor, list[tuple[str
 def write_states(folder: Path, part: int, states: Tensor) -> None:
     """Write one part of the conditions, tokens (m, S, D), each without the zero tokens at its end."""
     held = [own[: int((own != 0).any(-1).nonzero().max()) + 1] if own.any() else own[:0] for own in states]
-    ends = torch.tensor([len(own) for own in held]).cumsum(0)
+    ends = torch.tensor([len(own) for own in held], dtype=torch.long, device="cpu").cumsum(0)
     write_tensors(states_path(folder, part), {"states": torch.cat(held).to(torch.float16), "ends": ends})
 
 
@@ -277,7 +278,7 @@ def finish_cache(
         line = {"name": entry.name, "caption": entry.caption, "split": entry.split}
         lines.append(json.dumps(line, ensure_ascii=False))
         rows.append((*location, entry.condition, entry.bucket, int(entry.split == "heldout")))
-    columns = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(ROW_COLUMNS)).T
+    columns = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(rows), len(ROW_COLUMNS)).T
     write_tensors(folder / "rows.safetensors", dict(zip(ROW_COLUMNS, columns, strict=True)))
     write_text(folder / "index.jsonl", "".join(f"{line}\n" for line in lines))
     write_json(folder / "info.json", dict(info))

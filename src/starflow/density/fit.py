@@ -99,7 +99,7 @@ def fit(model: nn.Module, log_prob: LogProb, data: Sequence[Tensor], options: Fi
     bar = tqdm(range(1, options.max_epochs + 1), desc="fit", unit="epoch", disable=None if options.progress else True)
     try:
         for epoch in bar:
-            shuffled = train[torch.randperm(len(train), generator=order)]
+            shuffled = train[torch.randperm(len(train), generator=order, device="cpu")]
             train_history.append(_train_epoch(model, log_prob, data, shuffled, optimiser, options.batch_size))
             nats = mean_log_prob(log_prob, data, heldout)
             heldout_history.append(nats)
@@ -134,7 +134,7 @@ def split_rows(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
     """
     if count < 2:
         raise UserError(f"{count} rows to fit, expected at least 2: one is held out")
-    shuffled = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(options.seed))
+    shuffled = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(options.seed), device="cpu")
     heldout = min(max(round(count * options.validation_fraction), 1), count - 1)
     return shuffled[heldout:], shuffled[:heldout]
 

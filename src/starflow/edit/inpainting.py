@@ -164,17 +164,19 @@ class Random:
     def __init__(self, seed: int, like: Tensor) -> None:
         if not 0 <= seed < 2**63:
             raise UserError(f"the seed is {seed}, expected 0 to {2**63 - 1}")
-        self.generator, self.like = torch.Generator().manual_seed(seed), like
+        self.generator, self.like = torch.Generator("cpu").manual_seed(seed), like
         self.normal(1)
 
     def normal(self, rows: int, *shape: int) -> Tensor:
         """Standard normal (rows, *shape), by default of a latent's shape, drawn in float32 on the CPU."""
-        drawn = torch.randn(rows, *(shape or self.like.shape[1:]), generator=self.generator)
+        shape = shape or tuple(self.like.shape[1:])
+        drawn = torch.randn(rows, *shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return drawn.to(self.like.device, self.like.dtype)
 
     def log_uniform(self, rows: int) -> Tensor:
         """log of uniform numbers (rows,)."""
-        return torch.rand(rows, generator=self.generator).log().to(self.like.device, self.like.dtype)
+        drawn = torch.rand(rows, generator=self.generator, dtype=torch.float32, device="cpu")
+        return drawn.log().to(self.like.device, self.like.dtype)
 
     def choose(self, log_weight: Tensor) -> Tensor:
         """An index, in proportion to the weights; (1,)."""

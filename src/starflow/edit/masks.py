@@ -82,7 +82,7 @@ def box_mask(box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
         UserError: no part of it lies in the picture.
     """
     x, y, width, height = box
-    hole = torch.zeros(1, 1, size[1], size[0], dtype=torch.bool)
+    hole = torch.zeros(1, 1, size[1], size[0], dtype=torch.bool, device="cpu")
     hole[..., y : y + height, x : x + width] = True
     if not bool(hole.any()):
         raise UserError(f"the box {x},{y},{width},{height} is empty in a picture of {size[0]}x{size[1]}: move it there")

@@ -125,6 +125,18 @@ def check_latents(latents: Tensor, spec: AutoencoderSpec) -> None:
         )
 
 
+def empty_latents(images: Tensor, spec: AutoencoderSpec) -> Tensor:
+    """The latents of no images (0, 3, H, W), which convolutions and the like do not all take."""
+    height, width = images.shape[2:]
+    return images.new_zeros(0, spec.channels, height // spec.factor, width // spec.factor, dtype=torch.float32)
+
+
+def empty_images(latents: Tensor, spec: AutoencoderSpec) -> Tensor:
+    """The images of no latents (0, C, h, w)."""
+    height, width = latents.shape[2:]
+    return latents.new_zeros(0, 3, height * spec.factor, width * spec.factor, dtype=torch.float32)
+
+
 def _nearest(size: int, factor: int) -> int:
     return max(factor, round(size / factor) * factor)
 

@@ -22,7 +22,7 @@ from starflow.errors import UserError
 from starflow.io import weights
 from starflow.io.files import read_json, read_tensors
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
-from starflow.latents.base import AutoencoderSpec, check_images, check_latents
+from starflow.latents.base import AutoencoderSpec, check_images, check_latents, empty_images, empty_latents
 
 NETWORK_FILES = ("config.json", "diffusion_pytorch_model*.safetensors")
 
@@ -49,6 +49,8 @@ class _DiffusersLatents:
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
         check_latents(latents, self._spec)
+        if not len(latents):
+            return empty_images(latents, self._spec)
         network: Any = self.network
         raw = latents.float() / self._spec.scaling + self.shift
         images: Tensor = network.decode(raw.to(network.dtype)).sample.float()
@@ -102,6 +104,9 @@ class KLLatents(_DiffusersLatents):
 
         The draw is made on the generator's device, so that one on the CPU gives the same latent anywhere.
         """
+        check_images(images, self._spec)
+        if not len(images):
+            return empty_latents(images, self._spec)
         mean, std = self.posterior(images)
         if generator is None:
             return mean
@@ -147,6 +152,8 @@ class TinyLatents(_DiffusersLatents):
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""
         check_images(images, self._spec)
+        if not len(images):
+            return empty_latents(images, self._spec)
         network: Any = self.network
         latents: Tensor = network.encode(images.to(network.dtype)).latents.float()
         return latents * self._spec.scaling

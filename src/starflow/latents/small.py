@@ -24,7 +24,7 @@ from starflow.errors import UserError
 from starflow.flow.checkpoint import assign_weights
 from starflow.io import weights
 from starflow.io.files import write_json
-from starflow.latents.base import AutoencoderSpec, check_images, check_latents
+from starflow.latents.base import AutoencoderSpec, check_images, check_latents, empty_images, empty_latents
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,20 @@ class SmallLatents:
     def encode(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """See `Autoencoder.encode`; there is no posterior, so `generator` draws nothing."""
         check_images(images, self._spec)
-        return self.network.encode(images)
+        if not len(images):
+            return empty_latents(images, self._spec)
+        return self.network.encode(images.to(self._dtype)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
         check_latents(latents, self._spec)
-        return self.network.decode(latents).clamp(-1, 1)
+        if not len(latents):
+            return empty_images(latents, self._spec)
+        return self.network.decode(latents.to(self._dtype)).float().clamp(-1, 1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
 
 
 def save_small(network: SmallAutoencoder, folder: Path, noise_std: float, dtype: torch.dtype = torch.float32) -> None:

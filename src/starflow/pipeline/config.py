@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -164,9 +164,26 @@ def with_sampling_options(
         config = dataclasses.replace(config, temperature=student.temperature, candidates=1)
     return dataclasses.replace(
         config,
-        temperature=config.temperature if temperature is None else temperature,
+        temperature=config.temperature if temperature is None else check_number("temperature", temperature),
         candidates=config.candidates if candidates is None else candidates,
     )
+
+
+def check_number(name: str, value: Any) -> float:
+    """One number, as Python, numpy or a tensor has it.
+
+    Raises:
+        UserError: a text, a truth value, several numbers, or none.
+
+    >>> check_number("temperature", torch.tensor(0.5))
+    0.5
+    """
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} is {value!r}, expected one number") from None
 
 
 def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) -> Tensor:
@@ -179,6 +196,8 @@ def guidance_weights(guidance: float | Sequence[float] | Tensor, pictures: int) 
     [2.0, 2.0, 2.0]
     """
     try:
+        if isinstance(guidance, bool):
+            raise TypeError
         weights = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -21,7 +22,8 @@ from starflow.edit.masks import Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
-from starflow.pipeline.config import Cleaning, PipelineConfig, choose_cleaning, trained_sizes
+from starflow.pipeline.config import Cleaning, PipelineConfig, check_number, choose_cleaning, trained_sizes
+from starflow.pipeline.inputs import check_box, check_prompts, check_seed, check_whole, read_picture
 from starflow.pipeline.likelihood import add_training_noise, log_probs
 from starflow.sampling.denoise import Denoiser
 
@@ -88,7 +90,9 @@ class Editable(Protocol):
     ) -> Tensor: ...
 
 
-def hole_of(image: Image, mask: Image | None, box: Box | None, *, invert: bool = False) -> tuple[Tensor, str]:
+def hole_of(
+    image: Image, mask: Image | str | Path | None, box: Box | None, *, invert: bool = False
+) -> tuple[Tensor, str]:
     """Where a picture is painted anew, (1, 1, H, W) of bool, and how that was read.
 
     Raises:
@@ -97,13 +101,14 @@ def hole_of(image: Image, mask: Image | None, box: Box | None, *, invert: bool =
     if mask is not None and box is not None:
         raise UserError("both a mask and a box are given: choose one")
     if box is not None:
+        box = check_box(box)
         hole, shown = box_mask(box, image.size), ",".join(map(str, box))
         if invert and bool(hole.all()):
             raise UserError(f"the box {shown} covers the picture, and inverted it repaints nothing: make it smaller")
         return (~hole if invert else hole), f"the box {shown} is {'kept' if invert else 'repainted'}"
     if mask is None and not image.has_transparency_data:
         raise UserError("no mask: give one (white is repainted), a box, or a picture that is transparent there")
-    return read_mask(image if mask is None else mask, image.size, invert=invert)
+    return read_mask(image if mask is None else read_picture(mask), image.size, invert=invert)
 
 
 def inpaint_picture(
@@ -119,9 +124,8 @@ def inpaint_picture(
     progress: Progress | None,
 ) -> Edited:
     """Fill a hole (1, 1, H, W) of a picture `num_images` times; see `StarFlowPipeline.inpaint`."""
-    _check_counts(num_images, feather)
+    seeds = _seeds(seed, num_images, feather)
     scene = _scene(pipeline, image, hole)
-    seeds = [seed + index for index in range(num_images)]
     latents = torch.cat([_noised(pipeline, scene.seen, one) for one in seeds])
     condition, null = pipeline._condition([prompt], latents.shape)
     rows = [None if one is None else one.expand(num_images, *one.shape[1:]) for one in (condition, null)]
@@ -149,10 +153,9 @@ def edit_picture(
     progress: Progress | None,
 ) -> Edited:
     """Encode under one prompt and decode under another; see `StarFlowPipeline.edit`."""
-    _check_counts(num_images, feather)
+    seeds = _seeds(seed, num_images, feather)
     everywhere = torch.ones(1, 1, image.height, image.width, dtype=torch.bool, device="cpu")
     scene = _scene(pipeline, image, everywhere if hole is None else hole, keep=True)
-    seeds = [seed + index for index in range(num_images)]
     condition, null = pipeline._condition([prompts[0]], scene.latent_hole.shape)
     new, _ = pipeline._condition([prompts[1]], scene.latent_hole.shape)
     made = []
@@ -226,11 +229,11 @@ def _no_chain(count: int) -> tuple[list[float], list[float]]:
     return [float("nan")] * count, [float("nan")] * count
 
 
-def _check_counts(num_images: int, feather: int) -> None:
-    if num_images < 1:
-        raise UserError(f"num_images is {num_images}, expected at least 1")
-    if feather < 0:
-        raise UserError(f"feather is {feather}, expected 0 pixels or more")
+def _seeds(seed: int, num_images: int, feather: int) -> list[int]:
+    """One seed a picture; the feather is checked too."""
+    check_whole("feather", feather, 0)
+    first = check_seed(seed, check_whole("num_images", num_images))
+    return [first + index for index in range(num_images)]
 
 
 def _edited(
@@ -251,8 +254,8 @@ class PictureEditing:
 
     def inpaint(
         self: Editable,
-        image: Image,
-        mask: Image | None = None,
+        image: Image | str | Path,
+        mask: Image | str | Path | None = None,
         prompt: str = "",
         *,
         num_images: int = 1,
@@ -298,20 +301,25 @@ class PictureEditing:
         Raises:
             UserError: nothing to repaint, or a setting that no method can have.
         """
+        image, prompt = read_picture(image), check_prompts(prompt, 1)[0]
         hole, said = hole_of(image, mask, box, invert=invert_mask)
         guidance, temperature = filling_density(self.config, prompt, guidance, temperature)
-        settings = InpaintSettings(method, guidance, temperature, candidates, steps=steps, spread=spread, keep=keep)
+        candidates, steps = check_whole("candidates", candidates), check_whole("steps", steps, 0)
+        numbers = check_number("guidance", guidance), check_number("temperature", temperature)
+        settings = InpaintSettings(
+            method, *numbers, candidates, steps=steps, spread=check_number("spread", spread), keep=keep
+        )
         made = inpaint_picture(self, image, hole, prompt, num_images, seed, settings, feather, cleaning, progress)
         return dataclasses.replace(made, notes=[said, *made.notes])
 
     def edit(
         self: Editable,
-        image: Image,
+        image: Image | str | Path,
         prompt: str,
         new_prompt: str,
         strength: float = 0.0,
         *,
-        mask: Image | None = None,
+        mask: Image | str | Path | None = None,
         box: Box | None = None,
         invert_mask: bool = False,
         num_images: int = 1,
@@ -342,6 +350,8 @@ class PictureEditing:
         Raises:
             UserError: a strength outside 0 .. 1, or a mask that repaints nothing.
         """
+        image, (prompt, new_prompt) = read_picture(image), check_prompts([prompt, new_prompt])
+        strength, guidance = check_number("strength", strength), check_number("guidance", guidance)
         hole, said = None, ""
         if mask is not None or box is not None:
             hole, said = hole_of(image, mask, box, invert=invert_mask)
@@ -351,15 +361,22 @@ class PictureEditing:
         return dataclasses.replace(made, notes=[*([said] if said else []), *made.notes])
 
     def variations(
-        self: Editable, image: Image, prompt: str = "", strength: float = 0.3, *, num_images: int = 4, seed: int = 0
+        self: Editable,
+        image: Image | str | Path,
+        prompt: str = "",
+        strength: float = 0.3,
+        *,
+        num_images: int = 4,
+        seed: int = 0,
     ) -> Edited:
         """Pictures like one: `edit` with one prompt, of which `strength` says how much noise is new."""
+        image, [prompt], strength = read_picture(image), check_prompts(prompt, 1), check_number("strength", strength)
         return edit_picture(self, image, (prompt, prompt), strength, None, num_images, seed, 0.0, 0, None, None)
 
     def interpolate(
         self: Editable,
-        image_a: Image,
-        image_b: Image,
+        image_a: Image | str | Path,
+        image_b: Image | str | Path,
         prompt: str = "",
         prompt_b: str | None = None,
         *,
@@ -383,5 +400,7 @@ class PictureEditing:
         Raises:
             UserError: fewer than two steps.
         """
-        prompts = (prompt, prompt if prompt_b is None else prompt_b)
-        return interpolate_pictures(self, (image_a, image_b), prompts, steps, seed, guidance, cleaning)
+        first, second = check_prompts([prompt, prompt if prompt_b is None else prompt_b])
+        images = read_picture(image_a), read_picture(image_b)
+        steps, guidance = check_whole("steps", steps, 2), check_number("guidance", guidance)
+        return interpolate_pictures(self, images, (first, second), steps, check_seed(seed), guidance, cleaning)

@@ -10,31 +10,27 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from starflow.data.images import from_pil, on_background, open_image
-from starflow.errors import UserError
-from starflow.latents.base import MIN_TILE
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-from collections.abc import Sequence
-
 import torch
+from torch import Tensor
 
 from starflow.conditioning import ClassLabels, Conditioner, OnDemandTextEncoder
 from starflow.data.buckets import caption_with_ratio, nearest_aspect
+from starflow.data.images import from_pil, open_image, upright_colour
+from starflow.errors import UserError
 from starflow.flow.memory import AUTOENCODERS, GIB, sampling_memory
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.latents import AutoencoderSpec
+from starflow.latents.base import MIN_TILE
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.sampling.policy import CacheDtype, SampleSettings
 from starflow.sampling.student import Student
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LARGEST_SEED = 2**63 - 1
 
@@ -62,8 +58,12 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def check_counts(num_images: int, batch_size: int, candidates: int | None, tile: int | None) -> None:
+def check_counts(
+    num_images: int, batch_size: int, candidates: int | None, tile: int | None, not_finite: str = "raise"
+) -> None:
     """Raises UserError: a number of pictures, of candidates, at once, or of a tile's latent pixels that cannot be."""
+    if not_finite not in ("raise", "keep"):
+        raise UserError(f"not_finite is {not_finite!r}, expected 'raise' or 'keep'")
     check_whole("num_images", num_images)
     check_whole("batch_size", batch_size)
     if candidates is not None:
@@ -82,18 +82,28 @@ def check_prompts(prompts: str | Iterable[str], count: int | None = None, *, lea
     ['a cat', 'a cat']
     """
     if isinstance(prompts, str):
-        return [prompts] * (1 if count is None else count)
-    if prompts is None or isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        return [_check_text(prompts)] * (1 if count is None else count)
+    if isinstance(prompts, bytes | Mapping | Set) or not isinstance(prompts, Iterable):
         raise UserError(f"the prompt is {prompts!r}, expected a text or a list of texts ('' is none)")
     found = list(prompts)
     for prompt in found:
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is {prompt!r}, expected a text ('' is none)")
+        _check_text(prompt)
     if len(found) < least:
         raise UserError(f"there are {len(found)} prompts, expected at least {least} ('' is unconditional)")
     if count is not None and len(found) != count:
         raise UserError(f"{len(found)} prompts for {count} pictures: give one text for all, or one for each")
     return found
+
+
+def _check_text(prompt: str) -> str:
+    """Raises UserError: a text that cannot be encoded, as of a file's name that is no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt!r} holds half a character (a lone surrogate): take it out") from None
+    return prompt
 
 
 def check_seeds(seeds: Iterable[int], count: int) -> list[int]:
@@ -110,11 +120,21 @@ def check_seeds(seeds: Iterable[int], count: int) -> list[int]:
     return found
 
 
-def check_seed(seed: Any) -> int:
-    """Raises UserError: a seed that no generator takes."""
-    number = check_whole("the seed", seed, -LARGEST_SEED)
-    if not 0 <= number <= LARGEST_SEED:
-        raise UserError(f"the seed is {seed}, expected 0 to {LARGEST_SEED}")
+def check_seed(seed: Any, pictures: int = 1) -> int:
+    """The seed of the first of some pictures, those of the others counting from it.
+
+    Raises:
+        UserError: no whole number, or one that no generator takes.
+    """
+    try:
+        number = None if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"the seed is {seed!r}, expected a whole number, 0 to {LARGEST_SEED}")
+    last = number + pictures - 1
+    if number < 0 or last > LARGEST_SEED:
+        raise UserError(f"the seed is {number if number < 0 else last}, expected 0 to {LARGEST_SEED}")
     return number
 
 
@@ -129,8 +149,21 @@ def check_pair(size: Any) -> tuple[int, int]:
     return check_whole("the width", pair[0]), check_whole("the height", pair[1])
 
 
-def read_image(image: Image | str | Path) -> Tensor:
-    """One picture as (1, 3, H, W) in [-1, 1], upright, transparency on white; the same from a file and from Pillow.
+def check_box(box: Any) -> tuple[int, int, int, int]:
+    """A rectangle: x, y, width and height in pixels.
+
+    Raises:
+        UserError: not four whole numbers from 0 up.
+    """
+    found = () if isinstance(box, str | bytes) or not isinstance(box, Iterable) else tuple(box)
+    if len(found) != 4:
+        raise UserError(f"the box is {box!r}, expected (x, y, width, height) in pixels, e.g. (16, 16, 32, 32)")
+    x, y = (check_whole(f"{name} of the box", value, 0) for name, value in zip("xy", found[:2], strict=True))
+    return x, y, check_whole("the width of the box", found[2]), check_whole("the height of the box", found[3])
+
+
+def read_picture(image: Image | str | Path) -> Image:
+    """One picture, upright, as RGB, or RGBA if it has transparency; the same from a file and from Pillow.
 
     Raises:
         UserError: neither a picture of Pillow's nor a file that holds one.
@@ -138,27 +171,39 @@ def read_image(image: Image | str | Path) -> Tensor:
     from PIL import Image
 
     if isinstance(image, str | Path):
-        return from_pil(on_background(open_image(Path(image).expanduser())))
+        return open_image(Path(image).expanduser())
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         raise UserError(f"the picture is a {kind}, expected a PIL image or a path: for arrays, PIL.Image.fromarray")
     try:
-        return from_pil(image)
+        return upright_colour(image)
     except (OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the picture cannot be decoded ({reason}): replace it") from None
 
 
-def check_range(images: Tensor) -> Tensor:
-    """Warn of pictures (B, 3, H, W) that seem to lie in another range than [-1, 1]; returns them."""
+def read_image(image: Image | str | Path) -> Tensor:
+    """`read_picture` as (1, 3, H, W) in [-1, 1], transparency on white."""
+    return from_pil(read_picture(image))
+
+
+def check_range(images: Tensor, device: torch.device) -> Tensor:
+    """Pictures (B, 3, H, W) on a device; a warning where they seem to lie in another range than [-1, 1].
+
+    Raises:
+        UserError: a tensor without values, or one that is not dense.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
         return images  # an autoencoder says what is wrong with it
+    if images.is_meta or images.layout != torch.strided:
+        kind = "without values (on device meta)" if images.is_meta else "sparse"
+        raise UserError(f"the pictures are a tensor that is {kind}, expected a dense one with values")
     low, high = (float(end) for end in images.detach().aminmax())
     if high > RANGE_SLACK:
         warnings.warn(f"pictures reach {high:g}, expected [-1, 1]: from 0..255, take x / 127.5 - 1", stacklevel=3)
     elif 0 <= low < high <= 1:
         warnings.warn(f"pictures lie in [{low:g}, {high:g}], expected [-1, 1]: from [0, 1], 2 x - 1", stacklevel=3)
-    return images
+    return images.to(device)
 
 
 MEMINFO, CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -269,6 +314,8 @@ def encode_prompts(
         assert isinstance(conditioner, ClassLabels)
         labels = torch.tensor(list(map(conditioner.number, prompts)), dtype=torch.long, device=flow.device)
         return labels.where(labels < flow.config.num_classes, -1), None
+    if not prompts:
+        return conditioner.null(0), conditioner.null(0)
     if conditioner.spec.kind != "class":
         prompts = add_aspect_ratio(prompts, config, latent_shape)
     return conditioner.encode(prompts), conditioner.null(len(prompts))

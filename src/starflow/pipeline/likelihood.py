@@ -160,7 +160,8 @@ class PictureLikelihood:
         """
         check_whole("draws", draws)
         picture, prompts = read_image(image).to(self.device), check_prompts(prompt, 1)
-        found = [self.log_probs(picture, prompts, [check_seed(seed) + draw]) for draw in range(draws)]
+        first = check_seed(seed, draws)
+        found = [self.log_probs(picture, prompts, [first + draw]) for draw in range(draws)]
         if not all(bool(nats.isfinite().all()) for nats, _ in found):
             self._check_pass(self.autoencoder.encode(picture), prompts)
         return LogProb.mean_of(torch.cat([nats for nats, _ in found]), found[0][1], self.density_space)
@@ -179,13 +180,13 @@ class PictureLikelihood:
         Raises:
             UserError: no such tensor, not a prompt for each or for all, or not a seed for each.
         """
-        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        noised = add_training_noise(self.autoencoder.encode(check_range(images, self.device)), self.config, seeds)
         condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
         return log_probs(self.flow, self.config, noised, condition), math.prod(noised.shape[1:])
 
     @torch.no_grad()
     def log_prob_maps(self: Measurable, images: Tensor, prompts: str | Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Each token's part of `log_probs`, in nats (B, h, w); see `starflow.flow.model`."""
-        noised = add_training_noise(self.autoencoder.encode(check_range(images)), self.config, seeds)
+        noised = add_training_noise(self.autoencoder.encode(check_range(images, self.device)), self.config, seeds)
         condition, _ = self._condition(check_prompts(prompts, len(noised)), noised.shape)
         return log_prob_maps(self.flow, self.config, noised, condition)

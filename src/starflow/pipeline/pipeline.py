@@ -318,10 +318,10 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
             UserError: a prompt or size that the model cannot take, negative guidance, not one weight a picture, a
                 temperature of 0 or less, no candidates, more memory than is free, or pictures that are not finite.
         """
-        check_counts(num_images, batch_size, candidates, tile)
+        check_counts(num_images, batch_size, candidates, tile, not_finite)
         prompts = [text for text in check_prompts(prompt, least=1) for _ in range(num_images)]
         size = None if size is None else check_pair(size)
-        check_seed(check_seed(seed) + len(prompts) - 1)
+        seed = check_seed(seed, len(prompts))
         weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         student = check_student_call(sampler, self.student, self.config.name, settings, cleaning, weights)

@@ -137,7 +137,7 @@ def open_published(
     filled = ("var",) if isinstance(config, TarFlowConfig) and "var" not in used else ()
     for key in filled:
         device = next(iter(used.values())).device if used else None
-        used[key] = torch.ones(expected[key].shape, device=device)
+        used[key] = torch.ones(expected[key].shape, dtype=torch.float32, device=device)
     checkpoint.check_keys(expected, used, name)
     ignored = [key for key in tensors if key not in used]
     return OpenCheckpoint(name, config, {key: used[key] for key in expected}, ignored, filled, _is_mapped(source))

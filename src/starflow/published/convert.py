@@ -206,8 +206,9 @@ def gemma_tensors(folder: Path, block: int, layers: int) -> dict[str, Tensor]:
     for layer in range(layers):
         for name, tensor in _layer(config, tensors, layer, folder).items():
             mapped[f"attn_blocks.{layer}.{name}"] = tensor
-    mapped["proj_txt.weight"] = torch.eye(config["hidden_size"])  # the block then reads text as the language model does
-    mapped["proj_txt.bias"] = torch.zeros(config["hidden_size"])
+    width = config["hidden_size"]  # the block then reads text as the language model does
+    mapped["proj_txt.weight"] = torch.eye(width, dtype=torch.float32, device="cpu")
+    mapped["proj_txt.bias"] = torch.zeros(width, dtype=torch.float32, device="cpu")
     return {f"blocks.{block}.{name}": tensor for name, tensor in mapped.items()}
 
 

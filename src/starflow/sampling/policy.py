@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -215,7 +215,7 @@ def block_policies(model: Flow, settings: SampleSettings, device: torch.device) 
     """
     solver, blocks = settings.solver, len(model.blocks)
     if not isinstance(solver, str):
-        policies = list(solver)
+        policies = list(solver) if isinstance(solver, Iterable) else [solver]
         if len(policies) == blocks and all(isinstance(policy, BlockPolicy) for policy in policies):
             return policies
         raise UserError(f"the policy is {policies}, expected a BlockPolicy for each of {blocks} blocks")

@@ -14,6 +14,7 @@ Shapes: B pictures, K candidates of each, C x H x W data, N tokens, D token chan
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def candidate_noise(seeds: Sequence[int], shape: tuple[int, ...], count: int) ->
     Raises:
         UserError: a seed outside 0 .. 2^63 - 1.
     """
+    seeds = [operator.index(seed) for seed in seeds]  # of numpy and torch too, which no generator takes
     wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
     if wrong:
         raise UserError(f"the seed is {wrong[0]}, expected 0 to {2**63 - 1}")

@@ -163,7 +163,7 @@ class BlockSampler:
         if not (guidance >= 0 and math.isfinite(guidance)):
             raise UserError(f"guidance is {guidance}, expected at least 0 (0 is unguided)")
         shape = latent_shape(config, pipeline.flow.config, request.size)
-        seed = check_seed(check_seed(request.seed) + index)
+        seed = check_seed(request.seed, index + 1) + index
         key = (shape, guidance > 0)
         if not self.capacity(key):
             raise UserError(f"a picture of {request.size} needs more memory than there is: ask for a smaller size")
@@ -443,5 +443,5 @@ def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callabl
             progress=progress,
         )
 
-    check_seed(check_seed(request.seed) + request.num_images - 1)
+    check_seed(request.seed, request.num_images)
     return [partial(make, request.seed + index) for index in range(request.num_images)]
