@@ -251,6 +251,8 @@ def test_without_a_mapping_the_ids_are_the_names(tmp_path: Path) -> None:
 def test_numbers_are_ordered_as_numbers() -> None:
     assert order_classes(["10", "9", "2"]) == ["2", "9", "10"]
     assert order_classes(["10", "b", "a"]) == ["10", "a", "b"]
+    assert order_classes(["2", "01", "1"]) == ["01", "1", "2"]  # in every process
+    assert order_classes(["9" * 5000, "10", "9"]) == ["10", "9", "9" * 5000]  # int takes no such number
 
 
 def test_records_have_imagenets_names_and_the_folder_is_summed_up(tmp_path: Path) -> None:

@@ -113,6 +113,25 @@ def test_a_shard_that_is_cut_short_gives_what_it_has(tmp_path: Path, length: int
     assert "a-01.tar/5" in [one.name for one in found]
 
 
+def test_what_lies_behind_a_damaged_header_or_the_end_of_an_archive_is_named(tmp_path: Path) -> None:
+    """tarfile takes both for the end, so that whatever follows would be lost without a word."""
+    path = write_tar(tmp_path / "a.tar", {f"{number}.png": encoded(number) for number in range(4)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[2].offset
+    path.write_bytes(whole[: header + 148] + b"?" + whole[header + 149 :])  # the checksum
+    damaged = SkippedImage("a.tar", f"no header at byte {header}, and what follows is not read")
+    images, left = scanned(open_source("tar", str(path)))
+    assert [one.name for one in images] == ["a.tar/0"]
+    assert left == [SkippedImage("a.tar/1", "its shard is cut short here"), damaged]
+    path.write_bytes(whole + whole)
+    images, left = scanned(open_source("tar", str(path)))
+    assert [one.name for one in images] == ["a.tar/0", "a.tar/1", "a.tar/2"]
+    assert "what follows is not read" in left[-1].reason
+    path.write_bytes(whole + bytes(10 * 512))  # as tar pads it
+    assert (len(scanned(open_source("tar", str(path)))[0]), scanned(open_source("tar", str(path)))[1]) == (4, [])
+
+
 def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"x.png": b"no picture", "y.png": encoded(1)})
     source = open_source("tar", str(tmp_path / "a.tar"))
@@ -126,6 +145,9 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
 def test_patterns() -> None:
     assert expand_ranges("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert expand_ranges("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+    for endless in ("{0..99999999999}.tar", "{0..9999}{0..9999}.tar", f"{{0..{'9' * 5000}}}.tar"):
+        with pytest.raises(UserError, match="stands for over 1,000,000 shards"):
+            expand_ranges(endless)
     assert not is_url(r"C:\shards\a.tar")
 
 

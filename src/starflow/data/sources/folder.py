@@ -66,6 +66,9 @@ NO_IMAGE = "captions that no image takes"
 FILES_PER_SHARD = 10_000
 """How many files count as one shard of a folder, which has no shards of its own."""
 
+LONGEST_NUMBER = 18
+"""Digits of a class's number; longer ones are names."""
+
 _PARENTS_SEARCHED = 4
 """The mapping of synsets lies beside ILSVRC/, the images in ILSVRC/Data/CLS-LOC/train."""
 
@@ -255,8 +258,9 @@ def order_classes(labels: Iterable[str]) -> list[str]:
     >>> order_classes(["10", "9", "2", "9"]), order_classes(["dog", "cat"])
     (['2', '9', '10'], ['cat', 'dog'])
     """
-    found = set(labels)
-    return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+    found = sorted(set(labels))
+    numbers = all(label.isdecimal() and len(label) <= LONGEST_NUMBER for label in found)
+    return sorted(found, key=int) if numbers else found
 
 
 def _repeated(names: dict[str, str]) -> set[str]:

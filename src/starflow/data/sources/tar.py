@@ -10,6 +10,7 @@ a file or of a URL. Other members are counted and left alone: nothing is unpickl
 from __future__ import annotations
 
 import glob
+import math
 import re
 import tarfile
 import time
@@ -46,6 +47,9 @@ PARTIAL_CONTENT = 206
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
+MOST_NAMES = 1_000_000
+"""Shards that a pattern may stand for."""
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -70,11 +74,16 @@ def expand_ranges(pattern: str) -> list[str]:
     """Write out the ranges of numbers in a pattern, as a shell does; several ranges multiply.
 
     Raises:
-        UserError: a range that runs backwards.
+        UserError: a range that runs backwards, or over `MOST_NAMES` names in all.
 
     >>> expand_ranges("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
     """
+    ranges = _RANGE.findall(pattern)
+    if any(len(end) > 18 for ends in ranges for end in ends) or (
+        math.prod(max(1, int(last) - int(first) + 1) for first, last in ranges) > MOST_NAMES
+    ):
+        raise UserError(f"'{pattern}' stands for over {MOST_NAMES:,} shards: write smaller ranges")
     found = _RANGE.search(pattern)
     if not found:
         return [pattern]
@@ -212,22 +221,35 @@ class TarSource:
 
 
 class _CheckedStream:
-    """A stream that keeps its last block: tarfile takes a cut in front of a header for the archive's end."""
+    """A stream that knows how it ended: tarfile takes a cut in front of a header for the archive's end.
+
+    So it does with a header that is damaged, and it does not look behind the first of archives that were joined.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._last = stream, b""
+        self._position = self._data_end = 0
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self._last = (self._last + data)[-tarfile.BLOCKSIZE :]
+        if kept := len(data.rstrip(b"\0")):
+            self._data_end = self._position + kept
+        self._position += len(data)
         return data
 
-    def check(self) -> None:
-        """Raises tarfile.ReadError: the last block is not one of zeros."""
+    def check(self, end: int) -> None:
+        """Check the bytes from `end` on, where the last header was looked for.
+
+        Raises:
+            tarfile.ReadError: the last block is not one of zeros, or other bytes than zeros follow.
+        """
         while self.read(1 << 20):
             pass
         if self._last.strip(b"\0") or len(self._last) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("unexpected end of data")
+        if self._data_end > end:
+            raise tarfile.ReadError(f"no header at byte {end}, and what follows is not read")
 
 
 @dataclass(slots=True)
@@ -282,7 +304,7 @@ class _Shard:
             for member in archive:
                 if not member.isdir():
                     self._take(archive, member)
-        stream.check()
+        stream.check(archive.offset)
 
     def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
