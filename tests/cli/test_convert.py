@@ -28,6 +28,9 @@ def test_what_is_written_and_what_is_ignored_are_said(run: Run, given: tuple[Pat
     assert f"ignored keys, which carry nothing: {', '.join(DEPRECATED)}" in done.out
     assert "of the training run: drop_label, latent_norm_regularization, no_flip, fsdp, lr, wds" in done.out
     assert f"starflow generate --model {tmp_path / 'model'}" in done.out
+    whole = run("convert", file, "--options", options, "--output", tmp_path / "nine", "--aspects", "all")
+    assert whole.code == 0
+    assert len(json.loads(run("info", tmp_path / "nine", "--json").out)["trained_sizes"]) > 3
     facts = json.loads(run("info", tmp_path / "model", "--json", "--verify").out)
     assert facts["flow"]["parameters"] == sum(one.numel() for one in model().parameters())
     assert facts["files"]["without_a_digest"] == []
@@ -53,6 +56,7 @@ def test_bad_input(run: Run, given: tuple[Path, Path], tmp_path: Path) -> None:
     fails(run("convert", file, "--options", tmp_path / "absent.yaml", *into), "no such file", "absent.yaml")
     fails(run("convert", file, "--options", options, *into, "--dtype", "int4"), "--dtype is 'int4'")
     fails(run("convert", file, "--options", options, *into, "--noise-std", "-1"), "--noise-std is -1")
+    fails(run("convert", file, "--options", options, *into, "--aspects", "1:1,7:5"), "--aspects names '7:5', expected")
     options.write_text(yaml.safe_dump(arguments(chanels=3)))
     fails(run("convert", file, "--options", options, *into), "unknown key 'chanels': did you mean 'channels'?")
     options.write_text("- a list")

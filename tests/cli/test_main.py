@@ -178,6 +178,13 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize(("closed", "words", "code"), [(">&-", "--version", 0), ("2>&-", "nonsense", 2)])
+def test_a_stream_that_is_closed_is_no_error(closed: str, words: str, code: int) -> None:
+    line = f"'{sys.executable}' -m starflow {words} {closed}"
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_of_another_encoding_gets_the_codes_of_what_it_cannot_show(encoding: str) -> None:
     done = starflow(["\u4e2d\u6587"], PYTHONIOENCODING=encoding)

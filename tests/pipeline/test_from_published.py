@@ -16,6 +16,8 @@ from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.flow.model import Flow
 from starflow.io.files import read_json
+from starflow.pipeline.config import trained_sizes
+from starflow.pipeline.folder import read_config
 from starflow.pipeline.from_published import NO_OVERRIDES, PipelineOverrides, convert, pipeline_config
 from starflow.published import convert as flows
 from tests.checkpoints import DEPRECATED, arguments, model, write_checkpoint
@@ -99,9 +101,14 @@ def test_the_constructors_dialect_is_a_flow_alone_or_with_an_autoencoder(file: P
     done = convert(file, options, tmp_path / "alone")
     assert (done.whole, done.ignored_options) == (False, ["lr"])
     assert same(STARFlow.from_pretrained(tmp_path / "alone"), model())
-    around = PipelineOverrides("stabilityai/sd-vae-ft-mse", "google/flan-t5-xl", noise_std=0.2, guidance=3.0)
+    around = PipelineOverrides(
+        "stabilityai/sd-vae-ft-mse", "google/flan-t5-xl", noise_std=0.2, guidance=3.0, aspects=("1:1", "16:9")
+    )
     convert(file, options, tmp_path / "whole", overrides=around)
     config = read_json(tmp_path / "whole" / "config.json")
+    assert trained_sizes(read_config(tmp_path / "whole"), model().config) == [(32, 32), (40, 24)]
+    with pytest.raises(UserError, match=r"a flow alone is written, which keeps no noise_std, aspects: give an autoenc"):
+        convert(file, options, tmp_path / "no", overrides=PipelineOverrides(noise_std=0.2, aspects=("1:1",)))
     assert (config["image_size"], config["noise_std"], config["guidance"]) == (32, 0.2, 3.0)
     with pytest.raises(UserError, match="reads 8 tokens of width 16, and its options name no text encoder: name it"):
         convert(file, options, tmp_path / "no", overrides=PipelineOverrides("stabilityai/sd-vae-ft-mse"))

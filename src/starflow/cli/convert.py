@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from starflow.cli.options import Argument, Flag, Precision, pick_dtype
+from starflow.data.buckets import ASPECTS, Aspect
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,12 +41,25 @@ class ConvertOptions:
     text_encoder: Annotated[str, Flag("folder or hub id, where the options name none, or another", "NAME")] = ""
     noise_std: Annotated[float | None, Flag("of the model's training, where the options do not say it", "S")] = None
     guidance: Annotated[float | None, Flag("default weight, where the options do not say it", "W")] = None
+    aspects: Annotated[
+        str, Flag("ratios that the model was trained on, e.g. 1:1,16:9, or 'all' nine: prompts name them", "W:H,...")
+    ] = ""
     json: Annotated[bool, Flag("print what was done as JSON")] = False
 
     def __post_init__(self) -> None:
         for name, value in (("--noise-std", self.noise_std), ("--guidance", self.guidance)):
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value:g}, expected at least 0")
+        for ratio in self.ratios:
+            if ratio not in ASPECTS:
+                raise UserError(f"--aspects names '{ratio}', expected 'all', or some of {', '.join(ASPECTS)}")
+
+    @property
+    def ratios(self) -> tuple[Aspect, ...]:
+        """The ratios that are given."""
+        if self.aspects == "all":
+            return ASPECTS
+        return cast("tuple[Aspect, ...]", tuple(ratio.strip() for ratio in self.aspects.split(",") if ratio.strip()))
 
 
 def convert(options: ConvertOptions) -> None:
@@ -57,7 +71,7 @@ def convert(options: ConvertOptions) -> None:
 
     published = read_mapping(options.options)
     overrides = PipelineOverrides(
-        options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance
+        options.autoencoder or None, options.text_encoder or None, options.noise_std, options.guidance, options.ratios
     )
     with progress_bar(f"converting {options.file.name}") as progress:
         done = convert_published(

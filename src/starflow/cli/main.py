@@ -84,8 +84,11 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us (`>&-`)
+            setattr(sys, name, _nowhere())
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of what a console cannot show, its code is shown
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -134,8 +137,13 @@ def _checked_text(word: str) -> str:
 
 def _leave_closed_pipe() -> int:
     """Whoever read our output is gone (`starflow info | head -1`): end without a word, as the signal would."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # for the flush at the interpreter's end
+    sys.stdout = _nowhere()  # for the flush at the interpreter's end
     return CLOSED_PIPE
+
+
+def _nowhere() -> TextIO:
+    """A stream whose text goes nowhere."""
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
 
 
 def _exit_code(error: UserError | OSError | KeyboardInterrupt) -> int:

@@ -18,6 +18,7 @@ import torch
 from starflow.conditioning import ClassLabels, ConditionerSpec
 from starflow.conditioning.text import encoder_width, find_text_encoder
 from starflow.config import to_dict
+from starflow.data.buckets import Aspect
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.memory import parameter_count
@@ -46,6 +47,8 @@ class PipelineOverrides:
     """Standard deviation of the noise in the training data."""
     guidance: float | None = None
     """Default guidance weight."""
+    aspects: tuple[Aspect, ...] = ()
+    """Ratios that the model was trained on, which published options do not name; empty is squares only."""
 
 
 NO_OVERRIDES = PipelineOverrides()
@@ -100,6 +103,12 @@ def convert(
     checkpoint, stated = open_published(file, options), pipeline_options(options)
     whole = bool(overrides.autoencoder or stated.get("vae")) or isinstance(checkpoint.config, TarFlowConfig)
     config = pipeline_config(name or file.stem, checkpoint.config, stated, overrides) if whole else None
+    lost = [name for name, value in vars(overrides).items() if value not in (None, ())]
+    if lost and not whole:
+        raise UserError(
+            f"the options name no autoencoder, so a flow alone is written, which keeps no {', '.join(lost)}: give an "
+            "autoencoder (--autoencoder), or leave that out"
+        )
     files.check_output_folder(folder)
     (folder / "config.json").unlink(missing_ok=True)  # it comes last, so its presence means that all is there
     size = convert_flow(
@@ -134,9 +143,9 @@ def pipeline_config(
     conditioner_spec = _conditioner(overrides.text_encoder or stated.get("text"), flow)
     guidance = float(stated.get("cfg", 0.0) if overrides.guidance is None else overrides.guidance)
     cleaning: Cleaning = "decoder" if autoencoder_spec.noise_std else "tweedie" if noise else "none"
-    return PipelineConfig(
-        name, flow.img_size * autoencoder_spec.factor, noise, autoencoder_spec, conditioner_spec, guidance, cleaning
-    )
+    side, aspects = flow.img_size * autoencoder_spec.factor, overrides.aspects
+    parts = (autoencoder_spec, conditioner_spec)
+    return PipelineConfig(name, side, noise, *parts, guidance, cleaning, aspects=aspects)
 
 
 def _autoencoder(source: str | None, flow: ModelConfig) -> AutoencoderSpec:
