@@ -122,8 +122,12 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_a_written_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
     files.write_text(tmp_path / "ours", "")
+    files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})  # whose writer puts a file of 0600 there
     (tmp_path / "plain").touch()
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "b.safetensors").touch(mode=0o600)
+    files.give_usual_modes(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 LOCKING = """

@@ -73,6 +73,8 @@ def test_parts_of_folders_are_named_or_written(
     reading: StarFlowPipeline, tmp_path: Path, parts: Parts, inside: bool
 ) -> None:
     reading.save_pretrained(tmp_path / "model", parts=parts)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # who may read one file may read all
     stored = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (stored["autoencoder"]["source"] == "./autoencoder") is inside
     assert (stored["conditioner"]["source"] == "./conditioner") is inside

@@ -15,7 +15,15 @@ from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.io.files import write_json
 from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
-from starflow.train.recipe_keys import KEYS, check_changes, check_idle_keys, flat_keys, kind_of_key, longest_warmup_text
+from starflow.train.recipe_keys import (
+    KEYS,
+    check_changes,
+    check_idle_keys,
+    flat_keys,
+    kind_of_key,
+    longest_warmup_text,
+    read_classes,
+)
 from starflow.train.run import start_run
 from starflow.train.settings import TrainSettings
 
@@ -98,6 +106,29 @@ def test_a_default_of_the_flow_that_is_written_out_is_no_change(tmp_path: Path) 
     going_on = replace(RECIPE, train=replace(RECIPE.train, init_from="glyphs"))
     with pytest.raises(UserError, match="another flow.head_dim"):  # it may be another model's
         check_changes(to_dict(going_on), replace(going_on, flow=FlowRecipe(head_dim=64)), folder)
+
+
+def test_classes_that_were_changed_are_not_taken_for_those_of_the_results(tmp_path: Path) -> None:
+    write_json(tmp_path / "classes.json", ["cat", "dog"])
+    assert read_classes(tmp_path) == ("cat", "dog")
+    for made in ("latents/info.json", "model/config.json"):
+        (tmp_path / made).parent.mkdir()
+        for conditioner in (None, {"kind": "class", "names": ["cat", "dog"]}):
+            write_json(tmp_path / made, {"conditioner": conditioner})
+            assert read_classes(tmp_path) == ("cat", "dog")
+        for names, said in (
+            (["dog", "cat"], "class 0 was 'dog' and is 'cat'"),
+            (["cat"], "class 1 was 'none' and is 'd"),
+        ):
+            write_json(tmp_path / made, {"conditioner": {"kind": "class", "names": names}})
+            with pytest.raises(
+                UserError, match=rf"classes.json is not what .* was made with \({said}.*or delete latents"
+            ):
+                read_classes(tmp_path)
+        write_json(tmp_path / made, {"conditioner": {"kind": "class", "names": ["cat", "dog"]}})
+    write_json(tmp_path / "classes.json", {"cat": 1})
+    with pytest.raises(UserError, match="is no list of names: delete it"):
+        read_classes(tmp_path)
 
 
 def test_before_a_stage_has_results_every_key_may_change(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from starflow.conditioning.base import ConditionerSpec, Dtype
 from starflow.errors import UserError
 from starflow.io import weights
-from starflow.io.files import check_output_folder, read_json
+from starflow.io.files import check_output_folder, give_usual_modes, read_json
 from starflow.io.hub import DEFAULT_HUB, TORCHAO_LOGGERS, HubOptions, local_or_hub, only_errors_logged
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -150,6 +150,7 @@ class TextEncoder:
         with _only_errors():
             network.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
+        give_usual_modes(folder)
         weights.write_checksums(folder)
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,10 +50,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the system takes the umask off
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from None
     try:
         yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors puts a file of its own there, which nobody else may read
+            temporary.chmod(stat.S_IMODE(mode))
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -60,6 +64,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; the old file, if any, is unchanged") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Let who may read other new files read those of a folder too: safetensors writes for its own user alone."""
+    for path in folder.glob("*.safetensors"):
+        data = folder / f".{path.name}.{secrets.token_hex(6)}.tmp"
+        os.close(os.open(data, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        path.chmod(stat.S_IMODE(data.stat().st_mode))
+        data.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

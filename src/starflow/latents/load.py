@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from starflow.config import read_mapping
 from starflow.errors import UserError
-from starflow.io.files import check_output_folder, read_json, write_json
+from starflow.io.files import check_output_folder, give_usual_modes, read_json, write_json
 from starflow.io.hub import DEFAULT_HUB, HubOptions, local_or_hub
 from starflow.io.weights import write_checksums
 from starflow.latents.base import Autoencoder, AutoencoderSpec, PixelLatents
@@ -144,6 +144,7 @@ def save_trainable(autoencoder: Autoencoder, folder: Path, noise_std: float) -> 
     network: Any = autoencoder.network
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         network.save_pretrained(name, safe_serialization=True)
+        give_usual_modes(Path(name))
         write_checksums(Path(name))
         write_json(Path(name) / NOISE_FILE, {"noise_std": noise_std})
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):

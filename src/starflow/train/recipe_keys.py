@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from starflow.config import to_dict
 from starflow.errors import UserError
 from starflow.flow.config import KINDS
+from starflow.io.files import read_json
 from starflow.train.checkpoint import checkpoints
 from starflow.train.settings import TrainSettings
 
@@ -255,6 +257,30 @@ def longest_warmup_text(recipe: Recipe) -> str:
                 f"never comes to {settings.lr:g}"
             )
     return ""
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The names of a run's classes, in the order of their numbers.
+
+    Raises:
+        UserError: RUN/classes.json holds something else, or other names than latents or model were made with.
+    """
+    path = folder / "classes.json"
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no list of names: delete it, and it is made again")
+    for made in (folder / "latents" / "info.json", folder / "model" / "config.json"):
+        values = read_json(made) if made.is_file() else {}
+        stored = (values.get("conditioner") or {}).get("names", names) if isinstance(values, dict) else names
+        if list(stored) != names:
+            pairs = zip_longest(stored, names, fillvalue="none")
+            number, (before, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise UserError(
+                f"{path} is not what {made.parent} was made with (class {number} was '{before}' and is '{now}'): undo "
+                f"the change, choose another --output, or delete {', '.join(_results_from('latents', folder))} in "
+                f"{folder}, which are then made again"
+            )
+    return tuple(names)
 
 
 def _sections(key: str) -> list[str]:

@@ -51,7 +51,7 @@ from starflow.train.init_from import (
 from starflow.train.loader import LoaderSettings, batch_order, make_loader
 from starflow.train.loop import Task, fit
 from starflow.train.recipe import AutoencoderRecipe, DataRecipe, Objective, Recipe
-from starflow.train.recipe_keys import results_of
+from starflow.train.recipe_keys import read_classes, results_of
 from starflow.train.run import Run, expected_time, measured_peak
 from starflow.train.settings import network_dtype
 from starflow.train.tasks.autoencoder import AutoencoderTask, JointTask, joint_latents
@@ -180,7 +180,7 @@ class Stages:
             if run.world.any_missing(path):
                 dataset = self.dataset
                 run.world.run_on_main(lambda: files.write_json(path, dataset.classes()))
-            classes = ClassLabels(files.read_json(path))
+            classes = ClassLabels(read_classes(run.folder))
             if run.recipe.prompts:
                 classes.encode(run.recipe.prompts)  # a wrong name shows now, not with the first samples
             return classes
