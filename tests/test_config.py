@@ -95,3 +95,22 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, message: str)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file: .*none.yaml"):
         read_mapping(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "train: {steps: 10}\nname: x\ntrain: {steps: 20}\n"),
+        ("a.yaml", "name: x\ntrain: {train: 1, train: 2}\n"),
+        ("a.json", '{"name": "x", "train": {"train": 1, "train": 2}}'),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} gives the key 'train' twice in one mapping: keep one"):
+        read_mapping(tmp_path / name)
+
+
+def test_a_merge_key_may_be_overruled(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: &base {steps: 1, lr: 2}\nown: {<<: *base, steps: 3}\n")
+    assert read_mapping(tmp_path / "a.yaml")["own"] == {"steps": 3, "lr": 2}

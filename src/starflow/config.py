@@ -12,6 +12,7 @@ import difflib
 import json
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -82,9 +83,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file whose top level is a mapping.
 
     Raises:
-        UserError: no such file, not text, not valid YAML/JSON, or the top level is no mapping.
+        UserError: no such file, not text, not valid YAML/JSON, a key that is given twice, or the top level is no
+            mapping.
     """
     import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        """YAML whose mappings have each key once; PyYAML takes the last one in silence."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            _check_keys([key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"], path)
+            return super().construct_mapping(node, deep)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_keys([key for key, _ in pairs], path)
+        return dict(pairs)
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,12 +106,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=unique)
+        else:
+            values = yaml.load(text, UniqueKeyLoader)  # a SafeLoader
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a mapping of keys to values")
     return values
+
+
+def _check_keys(keys: list[Any], path: Path) -> None:
+    """Raises UserError: a key of one mapping is given twice, so that one of its values would be lost."""
+    twice = [name for name, count in Counter(map(str, keys)).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} gives the key '{twice[0]}' twice in one mapping: keep one")
 
 
 def _describe(hint: Any) -> str:

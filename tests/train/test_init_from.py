@@ -31,6 +31,7 @@ from starflow.train.init_from import (
 )
 from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
 from starflow.train.run import start_run
+from starflow.train.settings import TrainSettings
 from starflow.train.stages import train_flow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -156,7 +157,7 @@ def test_the_recipe_comes_before_the_source_and_this_before_the_data(
     condition = ClassLabels(["a", "b", "c"]).spec
     recipe = FlowRecipe(layers_per_block=(1, 2), head_dim=32, **own)
     if not own.keys() | initial.keys() >= {"channels"}:
-        with pytest.raises(UserError, match="the key 'channels' is missing"):
+        with pytest.raises(UserError, match="the key 'flow.channels' is missing"):
             complete_flow(recipe, LATENTS, 4, condition, initial)
         return
     config = complete_flow(recipe, LATENTS, 4, condition, initial)
@@ -223,6 +224,11 @@ def test_what_the_recipe_says_goes_first() -> None:
     assert (vars(config)["txt_size"], vars(config)["txt_dim"]) == (1, 7)
     config, _ = expected_flow(recipe_of("tiny", conditioning__kind="none", data__views__size="64"))
     assert (config.img_size, vars(config)["txt_size"]) == (8, 0)
+
+
+def test_an_option_that_is_missing_is_named_with_its_section() -> None:
+    with pytest.raises(UserError, match="the key 'flow.channels' is missing"):
+        expected_flow(Recipe("bare", TrainSettings(steps=1)))
 
 
 def test_a_recipe_that_goes_on_has_the_shape_of_what_it_goes_on_from() -> None:

@@ -14,7 +14,7 @@ from starflow.config import from_dict, read_mapping, to_dict
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig, TarFlowConfig
 from starflow.io.files import write_json
-from starflow.train.recipe import FlowRecipe, Recipe, load_recipe
+from starflow.train.recipe import DataRecipe, FlowRecipe, Recipe, load_recipe
 from starflow.train.recipe_keys import (
     KEYS,
     check_changes,
@@ -129,6 +129,15 @@ def test_classes_that_were_changed_are_not_taken_for_those_of_the_results(tmp_pa
     write_json(tmp_path / "classes.json", {"cat": 1})
     with pytest.raises(UserError, match="is no list of names: delete it"):
         read_classes(tmp_path)
+
+
+@pytest.mark.parametrize("flow", [FlowRecipe("tarflow"), FlowRecipe(rope=False)])
+def test_learned_positions_are_for_squares(tmp_path: Path, flow: FlowRecipe) -> None:
+    data = DataRecipe(path=str(tmp_path), aspects=("16:9",))
+    with pytest.raises(UserError, match="data.aspects is 16:9, but this flow has learned positions, which are for sq"):
+        start_run(replace(RECIPE, flow=flow, data=data), tmp_path / "run", torch.device("cpu"))
+    assert not (tmp_path / "run").exists()
+    start_run(replace(RECIPE, data=data), tmp_path / "run", torch.device("cpu"), progress=False)
 
 
 def test_before_a_stage_has_results_every_key_may_change(tmp_path: Path) -> None:

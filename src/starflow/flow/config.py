@@ -208,8 +208,10 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     return {"kind": kind, **to_dict(config)}
 
 
-def config_from_dict(options: dict[str, Any]) -> ModelConfig:
+def config_from_dict(options: dict[str, Any], where: str = "") -> ModelConfig:
     """Options of a model, with an optional `kind` ("starflow" by default), as a checked config.
+
+    `where` stands before an option's name in messages, as in "flow.".
 
     Raises:
         UserError: unknown kind or option, wrong type, or values that no model can have.
@@ -222,7 +224,7 @@ def config_from_dict(options: dict[str, Any]) -> ModelConfig:
     kind = values.pop("kind", "starflow")
     if kind not in KINDS:
         raise UserError(f"the kind of model is {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
-    return from_dict(KINDS[kind], values)
+    return from_dict(KINDS[kind], values, where)
 
 
 def _at_least(config: Any, least: int, *names: str) -> None:

@@ -75,13 +75,13 @@ def complete_flow(
     """
     options: dict[str, Any] = {"in_channels": latents.channels, "img_size": side, **(initial or {}), **flow.given()}
     if options.get("kind") == "tarflow":
-        return config_from_dict({"num_classes": _number_of_classes(condition), **options})
+        return config_from_dict({"num_classes": _number_of_classes(condition), **options}, "flow.")
     layers = options.get("layers_per_block")
     if "num_blocks" not in options and isinstance(layers, (list, tuple)):
         options["num_blocks"] = len(layers)
     if condition is not None:
         options = {"txt_size": condition.size, "txt_dim": condition.dim, **options}
-    return config_from_dict(options)
+    return config_from_dict(options, "flow.")
 
 
 def _number_of_classes(condition: ConditionerSpec | None) -> int:

@@ -186,6 +186,16 @@ def check_idle_keys(recipe: Recipe) -> None:
         )
 
 
+def check_ratios(recipe: Recipe) -> None:
+    """Raises UserError: ratios for a flow whose positions are learned, which are for one square."""
+    learned = recipe.flow.kind == "tarflow" or recipe.flow.rope is False
+    if learned and recipe.data.aspects != ("1:1",):
+        raise UserError(
+            f"data.aspects is {', '.join(recipe.data.aspects)}, but this flow has learned positions, which are for "
+            "squares alone: leave data.aspects out, or take a starflow with flow.rope"
+        )
+
+
 def check_changes(before: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
     """Refuse to go on with results that the recipe no longer describes, or with changes that would do nothing.
 

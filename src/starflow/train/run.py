@@ -43,7 +43,7 @@ from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed import World
 from starflow.train.recipe import Recipe
-from starflow.train.recipe_keys import check_changes, check_idle_keys, longest_warmup_text
+from starflow.train.recipe_keys import check_changes, check_idle_keys, check_ratios, longest_warmup_text
 from starflow.train.settings import TrainSettings, network_dtype
 
 LOG_NAME = "log.jsonl"
@@ -396,6 +396,7 @@ def start_run(
         ['recipe.json']
     """
     check_idle_keys(recipe)
+    check_ratios(recipe)
     files.check_output_folder(folder)
     world = world or World(device=device)
     path = folder / "recipe.json"
