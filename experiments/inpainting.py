@@ -57,7 +57,7 @@ GUIDANCE, TEMPERATURE = 3.0, 0.5
 """Of the density that every method draws from: what the bundled model draws at."""
 
 
-def _settings(method: Method, steps: int = 6, candidates: int = 8, guidance: float = GUIDANCE) -> InpaintSettings:
+def _settings(method: Method, steps: int = 6, candidates: int = 12, guidance: float = GUIDANCE) -> InpaintSettings:
     return InpaintSettings(method, guidance, TEMPERATURE if guidance else 1.0, candidates, steps)
 
 
@@ -67,8 +67,8 @@ METHODS = {
     "resample": _settings("resample", candidates=60),
     "paper": _settings("paper", steps=18),
     "likeliest of 16": dataclasses.replace(_settings("resample", candidates=16), keep="likeliest"),
-    "hmc": _settings("hmc", steps=14),
-    "chain": _settings("chain", steps=18),
+    "hmc": _settings("hmc", steps=14, candidates=8),
+    "chain": _settings("chain", steps=18, candidates=8),
     "auto, unguided": _settings("auto", guidance=0.0),
     "resample, unguided": _settings("resample", candidates=90, guidance=0.0),
 }
@@ -142,9 +142,10 @@ def run(
             for method in METHODS:
                 name = cell_name(method, mask, start)
                 measure_once(folder, name, lambda: _fill(folder, name, material, budget, (method, mask, start)), log)  # noqa: B023
-    numbers = collect(folder, material, starts)
+    numbers, against = collect(folder, material, starts)
     draw_sheet(folder, material, budget)
-    return Result(NAME, "Inpainting", CLAIM, [table(numbers)], command, {"measures": numbers})
+    values = {"measures": numbers, "crops of all masks": against}
+    return Result(NAME, "Inpainting", CLAIM, [table(numbers), mean_table(against)], command, values)
 
 
 def cell_name(method: str, mask: str, start: int) -> str:
@@ -177,10 +178,19 @@ def _fill(folder: Path, name: str, material: Material, budget: Budget, which: tu
     return {"rows": rows, "diversity": again}
 
 
-def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """By mask and method, all numbers; the true pictures and what the autoencoder makes of them as methods too."""
+Numbers = dict[str, dict[str, Any]]
+"""By the name of what was measured."""
+
+
+def collect(folder: Path, material: Material, starts: Sequence[int]) -> tuple[Numbers, Numbers]:
+    """By mask and method, all numbers; the true pictures and what the autoencoder makes of them as methods too.
+
+    Returns:
+        Those numbers, and by method the distance of crops averaged over the masks, alone and against `auto`.
+    """
     extractor = load_extractor()
-    numbers: dict[str, dict[str, Any]] = {}
+    numbers: Numbers = {}
+    crops: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def features(images: Tensor) -> Tensor:
         return extract_features(extractor, (to_float(some) for some in images.split(32))).features
@@ -203,10 +213,11 @@ def collect(folder: Path, material: Material, starts: Sequence[int]) -> dict[str
             parts = [read_tensors(folder / "fillings" / f"{name}.safetensors")["images"] for name in names]
             found[method] = ([measure_once(folder, name, dict, lambda _: None) for name in names], torch.cat(parts))
         for method, (cells, images) in found.items():
-            whole = jackknife(features(images), real)
-            crops = jackknife(features(images[part]), real_part)
-            numbers[f"{mask}/{method}"] = {"whole": whole, "crops": crops, **_summary(cells)}
-    return numbers
+            crops.setdefault(method, []).append((features(images[part]), real_part))
+            measured = {"whole": jackknife([(features(images), real)]), "crops": jackknife(crops[method][-1:])}
+            numbers[f"{mask}/{method}"] = {**measured, **_summary(cells)}
+    against = {method: {"mean": jackknife(of), "minus": jackknife(of, crops["auto"])} for method, of in crops.items()}
+    return numbers, against
 
 
 def _reconstructed(pipeline: StarFlowPipeline, row: int, image: Tensor) -> Tensor:
@@ -214,17 +225,33 @@ def _reconstructed(pipeline: StarFlowPipeline, row: int, image: Tensor) -> Tenso
     return to_uint8(pipeline.autoencoder.decode(add_training_noise(latents, pipeline.config, [1000 * row])))
 
 
-def jackknife(samples: Tensor, references: Tensor, groups: int = 8) -> tuple[float, float]:
-    """The kernel distance, and its standard error over groups of samples left out one at a time."""
-    value = kernel_distance(samples, references).value
-    groups = min(groups, len(samples))
-    if len(samples) < groups + 2:
-        return value, math.nan
-    left = [
-        kernel_distance(samples[torch.arange(len(samples)) % groups != one], references).value for one in range(groups)
-    ]
+Pair = tuple[Tensor, Tensor]
+"""Features of samples (N, D) and of references (M, D)."""
+
+
+def jackknife(pairs: Sequence[Pair], minus: Sequence[Pair] = (), groups: int = 8) -> tuple[float, float]:
+    """The mean kernel distance of some pairs, less that of others, and its standard error.
+
+    The error is over groups of pictures, which are left out of every pair at a time, so that what two ways of filling
+    the same pictures share falls out of their difference.
+    """
+    count = len(pairs[0][0])
+    groups = min(groups, count)
+
+    def value(rows: Tensor) -> float:
+        means = [
+            sum(kernel_distance(samples[rows], references).value for samples, references in some) / len(some)
+            for some in (pairs, minus)
+            if some
+        ]
+        return means[0] - sum(means[1:])
+
+    every = torch.arange(count)
+    if count < groups + 2:
+        return value(every), math.nan
+    left = [value(every[every % groups != one]) for one in range(groups)]
     mean = sum(left) / groups
-    return value, math.sqrt((groups - 1) / groups * sum((one - mean) ** 2 for one in left))
+    return value(every), math.sqrt((groups - 1) / groups * sum((one - mean) ** 2 for one in left))
 
 
 def _summary(cells: Sequence[Measurements]) -> dict[str, float]:
@@ -247,7 +274,7 @@ def _summary(cells: Sequence[Measurements]) -> dict[str, float]:
     }
 
 
-def table(numbers: dict[str, dict[str, Any]]) -> list[list[str]]:
+def table(numbers: Numbers) -> list[list[str]]:
     """Every method and mask."""
     heads = ["mask", "method", "log p/dim", "its distance from true", f"crops, {FEATURE} x 1000", "whole", "diversity"]
     rows = [[*heads, "acceptance", "effective samples", "seconds"]]
@@ -258,6 +285,14 @@ def table(numbers: dict[str, dict[str, Any]]) -> list[list[str]]:
             _shown(one.get(key)) for key in ("log_prob", "gap", "diversity", "acceptance", "effective", "seconds")
         ]
         rows.append([mask, method, *values[:2], *distances, *values[2:]])
+    return rows
+
+
+def mean_table(against: Numbers) -> list[list[str]]:
+    """Every method's distance of crops over all masks, and how far it is from that of `auto` on the same pictures."""
+    rows = [["method", f"crops of all masks, {FEATURE} x 1000", "less that of auto"]]
+    for method, one in against.items():
+        rows.append([method, *(f"{1000 * one[key][0]:.0f} ± {1000 * one[key][1]:.0f}" for key in ("mean", "minus"))])
     return rows
 
 

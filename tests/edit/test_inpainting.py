@@ -77,13 +77,37 @@ def test_the_likeliest_is_the_likeliest_and_the_weighted_one_is_a_draw(flow: Flo
     problem = Problem(density, x[row], hole[row], 0.3)
     draws = problem.paste(density.decode(Random(5, x).normal(8)))
     likeliest, weighted = (
-        inpaint(flow, x[row], hole[row], condition[row], seeds=[5], settings=InpaintSettings("resample", keep=keep))
+        inpaint(
+            flow,
+            x[row],
+            hole[row],
+            condition[row],
+            seeds=[5],
+            settings=InpaintSettings("resample", candidates=8, keep=keep),
+        )
         for keep in ("likeliest", "weighted")
     )
     assert torch.allclose(likeliest.x[0], draws[problem.log_hole(draws).argmax()], atol=1e-5)
     assert min(float((weighted.x[0] - draw).abs().max()) for draw in draws) < 1e-5
     assert 1 <= weighted.effective_samples.item() <= 8
     assert math.isnan(weighted.acceptance.item())
+
+
+@pytest.mark.parametrize(("share", "whole"), [(0.75, True), (0.25, False)])
+def test_auto_draws_small_holes_anew_and_leaves_large_ones_as_the_flow_drew_them(
+    flow: Flow, share: float, whole: bool
+) -> None:
+    x, hole, condition, _ = given(1)
+    hole[:] = False
+    hole[..., : round(share * hole.shape[-2]), :] = True
+    problem = Problem(GuidedFlow(flow, condition), x, hole, 0.3)
+    settings = InpaintSettings(candidates=2, steps=0)
+    found = []
+    for seed in range(6):
+        draws = problem.paste(problem.density.decode(Random(seed, x).normal(2)))
+        filled = inpaint(flow, x, hole, condition, seeds=[seed], settings=settings)
+        found.append(min(float((filled.x - draw).abs().max()) for draw in draws) < 1e-5)
+    assert all(found) if whole else not all(found)
 
 
 @pytest.mark.parametrize("method", ["resample", pytest.param("auto", marks=pytest.mark.slow)])

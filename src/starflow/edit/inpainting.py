@@ -47,6 +47,10 @@ Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 PAPER_NOISE = 1.0
 """tau of the paper's proposals."""
 
+REDRAWN_SHARE = 2 / 3
+"""Of the tokens, the largest hole that `auto` draws anew given the known ones. Beyond it too little is known for that,
+and whole draws of the flow fit better (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class InpaintSettings:
@@ -59,13 +63,13 @@ class InpaintSettings:
     method: Method = "auto"
     guidance: float = 0.0
     temperature: float = 1.0
-    candidates: int = 8
+    candidates: int = 12
     """K, draws that a filling starts from."""
     steps: int = 6
     """Of the chain; the first third adapts its size and is not counted in the acceptance. `auto` needs no more; `chain`
     and `hmc` start further away, and gain from 20 and more."""
     sweeps: int = 3
-    """How often `auto` draws the hole anew, all candidates at once, before it chooses one."""
+    """How often `auto` draws a hole anew, all candidates at once, before it chooses among all that it has seen."""
     leapfrogs: int = 3
     """Of a Hamiltonian step."""
     spread: float = 0.3
@@ -254,17 +258,20 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """Candidates whose holes are drawn anew given what is known, one of them kept, then both exact steps in turn.
+        """Candidates, drawn anew given what is known where that is enough; one is kept, then both exact steps in turn.
 
-        The sweeps accept everything: they only find a place to start from.
+        The redraws accept everything: they only find places to start from.
         """
         settings, start = self.settings, self.density.decode(self.draws())
         hole_N, grid = self.density.tokens_of(self.problem.hole), self.density.grid_of(start)
-        for sweep in range(settings.sweeps):
+        sweeps = settings.sweeps if float(hole_N.double().mean()) <= REDRAWN_SHARE else 0
+        places = [start]
+        for sweep in range(sweeps):
             _, here = refreshed(self.problem, self.density, start, self.random.normal(len(start)))
             start = redrawn(self.density, here, hole_N, 1.0, self.token_noise(len(start)), grid)
-            self.report(0.5 * (sweep + 1) / settings.sweeps)
-        start = self.problem.paste(start)
+            places.append(start)
+            self.report(0.5 * (sweep + 1) / sweeps)
+        start = self.problem.paste(torch.cat(places))
         weight = self.problem.log_hole(start)
         self.effective = effective_samples(weight)
         x = start[self.random.choose(weight)]

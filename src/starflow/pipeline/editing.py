@@ -265,7 +265,7 @@ class PictureEditing:
         invert_mask: bool = False,
         guidance: float | None = None,
         temperature: float | None = None,
-        candidates: int = 8,
+        candidates: int = 12,
         steps: int = 6,
         spread: float = 0.3,
         keep: Literal["weighted", "likeliest"] = "weighted",
