@@ -22,7 +22,7 @@ from starflow.data.images import from_pil, to_float
 from starflow.data.views import TrainingViews, load_views
 from starflow.evaluate import extract_features, kernel_distance, load_extractor, psnr
 from starflow.evaluate.dataset import evenly_spaced
-from starflow.latents.load import load_trainable
+from starflow.latents import load_trainable
 from starflow.pipeline.config import Cleaning
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds

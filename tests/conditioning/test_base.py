@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from starflow.conditioning import load_conditioner
 from starflow.conditioning.base import ClassLabels, ConditionerSpec
-from starflow.conditioning.load import load_conditioner
 from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.conditioning import text
+from starflow.conditioning import load_conditioner, text
 from starflow.conditioning.base import ConditionerSpec
-from starflow.conditioning.load import load_conditioner
 from starflow.conditioning.text import MINILM, TextEncoder, fit_prompts, name_emoji
 from starflow.errors import UserError
 from tests.conditioning.conftest import save_tokenizer

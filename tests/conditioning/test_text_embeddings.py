@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from starflow.conditioning import load_conditioner
 from starflow.conditioning.base import ConditionerSpec
-from starflow.conditioning.load import load_conditioner
 from starflow.conditioning.text import TokenEmbeddings, read_embedding_table
 from starflow.errors import UserError
 from starflow.io.files import write_tensors

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw
 
 from starflow.errors import UserError
 from starflow.io.files import read_tensors, write_tensors
-from starflow.latents import KLLatents
+from starflow.latents import KLLatents, load_autoencoder
 from starflow.latents.diffusers import TAESD_FILES, TinyLatents, only_diffusers_errors
-from starflow.latents.load import load_autoencoder
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from starflow import conditioning as loading
 from starflow.conditioning import ClassLabels, ConditionerSpec, OnDemandTextEncoder, TextEncoder
-from starflow.conditioning import load as loading
 from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
-from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents
-from starflow.latents.load import save_trainable
+from starflow.latents import Autoencoder, KLLatents, PixelLatents, TinyLatents, save_trainable
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import Parts, default_dtype, read_config

@@ -19,7 +19,7 @@ from starflow.pipeline import locate
 from starflow.pipeline.locate import find_pipeline
 from starflow.published.convert import RELEASES, PublishedRelease
 from tests.checkpoints import FILE, arguments, model, write_checkpoint
-from tests.conditioning.test_load import flan  # noqa: F401  # a fixture
+from tests.conditioning.test_conditioning import flan  # noqa: F401  # a fixture
 from tests.latents.test_diffusers import save_sd_vae
 from tests.local_hub import Hub, used
 from tests.test_readme import commands

@@ -32,8 +32,7 @@ from starflow.flow.memory import parameter_count
 from starflow.flow.model import Flow, STARFlow, TarFlow
 from starflow.io import files
 from starflow.io.hub import HubOptions
-from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder
-from starflow.latents.load import load_trainable, save_trainable
+from starflow.latents import Autoencoder, AutoencoderSpec, load_autoencoder, load_trainable, save_trainable
 from starflow.latents.small import SmallLatents, save_small
 from starflow.pipeline.config import FORMAT, PipelineConfig, default_size, size_multiple
 from starflow.sampling.denoise import Denoiser

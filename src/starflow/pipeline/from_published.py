@@ -24,8 +24,7 @@ from starflow.flow.config import ModelConfig, STARFlowConfig, TarFlowConfig
 from starflow.flow.memory import parameter_count
 from starflow.io import files
 from starflow.io.hub import HubOptions
-from starflow.latents import AutoencoderSpec
-from starflow.latents.load import load_trainable
+from starflow.latents import AutoencoderSpec, load_trainable
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.folder import AUTOENCODER, BUNDLED, FLOW, bundled_folder
 from starflow.published.checkpoint import AUTOENCODER_FACTORS, ignored_options, open_published, pipeline_options

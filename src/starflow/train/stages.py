@@ -34,8 +34,7 @@ from starflow.data.views import TrainingViews, load_views, make_views, save_view
 from starflow.errors import UserError
 from starflow.flow.model import Flow, STARFlow, TarFlow, build
 from starflow.io import files
-from starflow.latents import Autoencoder, AutoencoderSpec, KLLatents, TinyLatents, load_autoencoder
-from starflow.latents.load import decoder_noise
+from starflow.latents import Autoencoder, AutoencoderSpec, KLLatents, TinyLatents, decoder_noise, load_autoencoder
 from starflow.latents.small import SmallAutoencoder, load_small
 from starflow.pipeline.config import Cleaning, PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline

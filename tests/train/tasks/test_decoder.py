@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2
-from starflow.latents.load import DecoderModule
+from starflow.latents import DecoderModule
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.train.settings import TrainSettings
 from starflow.train.tasks.decoder import (

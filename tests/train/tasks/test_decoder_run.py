@@ -19,7 +19,7 @@ from starflow.errors import UserError
 from starflow.evaluate import kernel_distance
 from starflow.evaluate.features import FeatureExtractor
 from starflow.io.files import read_tensors
-from starflow.latents.load import load_trainable
+from starflow.latents import load_trainable
 from starflow.latents.small import save_small
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.run import read_log

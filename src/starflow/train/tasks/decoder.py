@@ -25,7 +25,7 @@ from starflow.data.images import save_grid, to_float
 from starflow.errors import UserError
 from starflow.evaluate import MobileNetV2, load_mobilenet, psnr
 from starflow.evaluate.features import MEAN, STD
-from starflow.latents.load import DecoderModule, TrainableAutoencoder, memory_layout, save_trainable
+from starflow.latents import DecoderModule, TrainableAutoencoder, memory_layout, save_trainable
 from starflow.train.loader import BatchOrder, check_splits
 from starflow.train.settings import TrainSettings, generator, network_precision
 

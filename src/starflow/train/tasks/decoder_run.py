@@ -27,8 +27,7 @@ from starflow.evaluate import extract_features, kernel_distance, load_extractor,
 from starflow.evaluate.dataset import evenly_spaced
 from starflow.evaluate.features import has_mobilenet
 from starflow.io import files
-from starflow.latents import Autoencoder
-from starflow.latents.load import DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
+from starflow.latents import Autoencoder, DecoderModule, TrainableAutoencoder, load_trainable, memory_layout
 from starflow.pipeline.folder import BUNDLED
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.loop import fit

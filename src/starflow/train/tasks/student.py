@@ -28,8 +28,7 @@ from starflow.data.images import from_pil, save_grid
 from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
 from starflow.flow.model import Flow
-from starflow.latents import Autoencoder
-from starflow.latents.load import DecoderModule, TrainableAutoencoder
+from starflow.latents import Autoencoder, DecoderModule, TrainableAutoencoder
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.student import Student, StudentConfig, StudentOutput, group_sizes, inputs_of
 from starflow.train.distributed import World

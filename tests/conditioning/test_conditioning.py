@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, load_conditioner
-from starflow.conditioning import load as loading
-from starflow.conditioning.load import _free_memory
+from starflow import conditioning as loading
+from starflow.conditioning import ConditionerSpec, OnDemandTextEncoder, TextEncoder, _free_memory, load_conditioner
 from starflow.errors import UserError
 
 WIDTH, SIZE = 16, 128

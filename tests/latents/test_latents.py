@@ -10,8 +10,7 @@ import torch
 
 from starflow.errors import UserError
 from starflow.io.files import write_json
-from starflow.latents.diffusers import TinyLatents
-from starflow.latents.load import (
+from starflow.latents import (
     DecoderModule,
     TrainableAutoencoder,
     decoder_noise,
@@ -19,6 +18,7 @@ from starflow.latents.load import (
     memory_layout,
     save_trainable,
 )
+from starflow.latents.diffusers import TinyLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents, save_small
 from tests.latents.test_base import save_kl, save_tiny
 
