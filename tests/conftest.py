@@ -25,6 +25,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # inputs are tiny: a second thread costs more than it brings
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device than a CPU only those run that compute there: the others would say what they say on a CPU."""
+    if config.getoption("--device") != "cpu":
+        there = [one for one in items if "device" in getattr(one, "fixturenames", ()) or one.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[one for one in items if one not in there])
+        items[:] = there
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Whether the compiled loop was built on this machine changes nothing here, unless STARFLOW_CACHE says where."""

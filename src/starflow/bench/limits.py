@@ -40,10 +40,9 @@ from starflow.flow.model import Flow
 from starflow.latents import Autoencoder
 from starflow.nn.attention import CachePool
 from starflow.nn.cpu import return_freed_memory
-from starflow.nn.quantize import STORED_BYTES
+from starflow.nn.quantize import STORED_BYTES, stored_bytes
 from starflow.sampling.calibrate import synchronize
 from starflow.sampling.cpu.engine import cpu_engine_of
-from starflow.sampling.cpu.pack import bytes_of
 from starflow.train.run import MatrixProduct
 
 READ_BYTES = {"cpu": 2**30}
@@ -140,7 +139,7 @@ def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: i
     stack, ends = _matrix_entries(block.attn_blocks), _matrix_entries(block.proj_in) + _matrix_entries(block.proj_out)
     size, form = block.proj_in.weight.element_size(), block.weight_form
     cache = 2 * layers * rows * layer.kv_heads * layer.head_dim * size
-    weights = _parameter_bytes(block.attn_blocks)
+    weights = sum(map(stored_bytes, block.attn_blocks.parameters()))
     weights += int(stack * (STORED_BYTES[form] - size))
     read = (inputs + bool(prefix)) * weights + inputs * ends * size + seen * cache
     attention = 4 * layers * layer.heads * layer.head_dim * (seen + seen_before)
@@ -150,10 +149,6 @@ def _block_work(block: AutoregressiveBlock, rows: int, tokens: int, condition: i
 def _matrix_entries(module: nn.Module) -> int:
     """Numbers in the weight matrices of a module."""
     return sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, nn.Linear))
-
-
-def _parameter_bytes(module: nn.Module) -> int:
-    return sum(one.numel() * one.element_size() for one in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -213,8 +208,8 @@ def measure_footprint(
     caches = CachePool()
     with track_memory(parameter.device) as found:
         picture(caches)
-    weights, packed = sum(map(bytes_of, model.parameters())), cpu_engine_of(model).bytes
-    coder = 0 if autoencoder is None else sum(map(bytes_of, autoencoder.network.parameters()))
+    weights, packed = sum(map(stored_bytes, model.parameters())), cpu_engine_of(model).bytes
+    coder = 0 if autoencoder is None else sum(map(stored_bytes, autoencoder.network.parameters()))
     dtype: Precision = "bfloat16" if parameter.dtype == torch.bfloat16 else "float32"
     shape = None
     if autoencoder is not None:

@@ -248,7 +248,7 @@ def load_model(
         UserError: no such model.
     """
     if name in (RANDOM_MODEL, *PRESETS):
-        model = _random_model(name).to(dtype)
+        model = _random_model(name, device).to(dtype)
         if weights is not None:
             set_weight_format(model, weights, device)
         return _with_random_conditions(name, model.to(device), trained=False)
@@ -266,8 +266,9 @@ def load_model(
     return _with_random_conditions(name, flow.to(device), trained=False)
 
 
-def _random_model(name: str) -> STARFlow | TarFlow:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+def _random_model(name: str, device: torch.device) -> STARFlow | TarFlow:
+    """Drawn on the device itself: a CPU draws 3.85 B numbers in half a minute."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), device:
         torch.manual_seed(0)
         model = build(architecture(name)).requires_grad_(False)
         for block in model.iter_blocks():

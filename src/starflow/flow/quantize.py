@@ -1,8 +1,9 @@
 """The format of a flow's weights: the linear maps inside the layers of every block, almost all of its parameters.
 
 On a CPU the weights stay as they are and every pass is of the rounded ones (`starflow.nn.quantize`); the compiled loop
-packs them in their format. On other devices torchao stores 8 or 4 bits and multiplies in the network's precision. First
-and last projections, norms and embeddings stay as they are. What it costs in nats/dim is stated in docs/performance.md.
+packs them in their format. On other devices torchao stores 8 bits with a scale an output, or 4 bits with one for 32
+inputs, and multiplies in the network's precision. First and last projections, norms and embeddings stay as they are.
+What it costs in nats/dim is stated in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -39,11 +40,16 @@ def set_weight_format(model: Flow, form: WeightFormat, device: str | torch.devic
         raise UserError(f"the weights are {stored} already, expected a model as it was loaded: load it with {form}")
     if form == "float32" or (form == "bfloat16" and precision != "float32"):
         raise UserError(f"weights are {form} where the arithmetic is {precision}: choose dtype {form} as well")
+    kind = torch.device(device).type
+    if form == "int4" and kind != "cpu" and (kind, precision) != ("cuda", "bfloat16"):
+        raise UserError(
+            f"int4 weights on {kind} in {precision}, expected cuda in bfloat16: choose dtype bfloat16 or int8"
+        )
     for block in model.iter_blocks():
-        if form == "bfloat16" or torch.device(device).type == "cpu":
+        if form == "bfloat16" or kind == "cpu":
             _replace_linears(block.attn_blocks, form)
         else:
-            _quantize_by_torchao(block.attn_blocks, form)
+            _quantize_by_torchao(block.attn_blocks, form, torch.device(device))
     model.runtime_cache.clear()  # what was measured or packed was of the other weights
 
 
@@ -69,15 +75,27 @@ def _replace_linears(layers: nn.Module, form: WeightFormat) -> None:
                 setattr(module, name, RoundedLinear.of(child, form))
 
 
-def _quantize_by_torchao(layers: nn.Module, form: WeightFormat) -> None:
+def _quantize_by_torchao(layers: nn.Module, form: WeightFormat, device: torch.device) -> None:
+    """Store the weights of linear layers as torchao does, 8 bits where they lie, and 4 bits on a CUDA device.
+
+    Products of 4 bits are kernels of torch for bfloat16, whose weights are packed on the device: layers that lie
+    elsewhere are moved there for it, one after the other, and back.
+    """
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f"{form} weights need torchao, which is not installed: pip install 'starflow[int8]'")
     with _only_errors("torchao"):  # it warns of kernels that this machine cannot use
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-        quantize_(
-            layers, Int8WeightOnlyConfig() if form == "int8" else Int4WeightOnlyConfig(group_size=GROUP_INPUTS[form])
+        if form == "int8":
+            quantize_(layers, Int8WeightOnlyConfig(set_inductor_config=False))
+            return
+        config = Int4WeightOnlyConfig(
+            group_size=GROUP_INPUTS["int4"], int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
+        for layer in layers.children():
+            home = next(layer.parameters()).device
+            quantize_(layer.to(device), config)
+            layer.to(home)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 """How the linear layers of a network's Transformer layers store their weights."""
@@ -126,3 +127,14 @@ class RoundedLinear(nn.Linear):
 def effective_weight(linear: nn.Linear) -> Tensor:
     """The weights (N, K) that a linear layer multiplies with, in enough precision to hold them."""
     return rounded(linear.weight, linear.form) if isinstance(linear, RoundedLinear) else linear.weight
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Memory of a tensor's values; of one that wraps others, as torchao's weights do, theirs.
+
+    >>> stored_bytes(torch.zeros(3, dtype=torch.bfloat16))
+    6
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

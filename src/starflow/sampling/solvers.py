@@ -25,6 +25,7 @@ Shapes: B batch, P pictures of it that are still iterated, N tokens, T those of 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ def solve_token(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, index: i
 
 def solve_in_graphs(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, progress: TokenProgress) -> None:
     """Solve all predicted tokens in place, on a stream of their own; the condition is in the cache already."""
-    current, side = torch.cuda.current_stream(x_BNC.device), torch.cuda.Stream(x_BNC.device)
+    current, side = torch.cuda.current_stream(x_BNC.device), _recording_stream(x_BNC.device, threading.get_ident())
     pool, graphs = torch.cuda.graph_pool_handle(), []
 
     def record(step: Callable[[], None]) -> Callable[[], object]:
@@ -109,6 +110,12 @@ def solve_in_graphs(predictor: Predictor, x_BNC: Tensor, noise_BNC: Tensor, prog
     with torch.cuda.device(x_BNC.device), torch.cuda.stream(side):
         solve_in_spans(predictor, x_BNC, noise_BNC, progress, record)
     current.wait_stream(side)
+
+
+@functools.cache
+def _recording_stream(device: torch.device, _thread: int) -> torch.cuda.Stream:
+    """One stream a thread: for each stream that it computes on, cuBLAS keeps a workspace of up to 32 MiB."""
+    return torch.cuda.Stream(device)
 
 
 def solve_in_spans(
