@@ -189,8 +189,13 @@ def test_a_mapped_tensor_tells_its_file_and_place(tmp_path: Path) -> None:
     tensor = torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
     whole, part, other = mapped_files([tensor, tensor[mmap.PAGESIZE + 64 :], torch.zeros(4)])
     assert other is None
-    assert whole == MappedFile(str(path), count, path.stat().st_mtime_ns, path.stat().st_ino, 0)
+    assert whole == MappedFile(str(path), count, path.stat().st_mtime_ns, path.stat().st_ino, 0, 0)
     assert part == whole._replace(offset=mmap.PAGESIZE + 64)
+    tensor[mmap.PAGESIZE] = 1
+    assert mapped_files([tensor, tensor[-1:]]) == [
+        whole._replace(written=mmap.PAGESIZE),
+        whole._replace(offset=count - 1, written=mmap.PAGESIZE),
+    ]
     path.unlink()
     assert mapped_files([tensor]) == [None], "what is gone has no name that another process could find"
 

@@ -13,6 +13,7 @@ import platform
 import sys
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ CPU_LISTING = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Instructions that multiply bfloat16 numbers, as Linux calls them."""
 
-MAPPINGS = Path("/proc/self/maps")
+MAPPINGS = Path("/proc/self/smaps")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -122,13 +123,15 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
 
 
 class MappedFile(NamedTuple):
-    """The place in a file that a tensor's values are mapped from, and which file it is."""
+    """The place in a file that a tensor's values are mapped from, and whether they still are those of the file."""
 
     path: str
     size: int
     changed_ns: int
     inode: int
     offset: int
+    written: int
+    """Bytes of the whole mapping that this process has written to, and so has copies of."""
 
 
 def mapped_files(tensors: Sequence[Tensor]) -> list[MappedFile | None]:
@@ -137,22 +140,45 @@ def mapped_files(tensors: Sequence[Tensor]) -> list[MappedFile | None]:
     >>> mapped_files([torch.zeros(4)])
     [None]
     """
-    lines = [line.split(maxsplit=5) for line in MAPPINGS.read_text().splitlines()] if MAPPINGS.is_file() else []
-    ranges = [(int(line[0].split("-")[0], 16), int(line[0].split("-")[1], 16), line) for line in lines]
-    starts = [start for start, _, _ in ranges]
-    if not lines:
+    ranges = _mappings()
+    starts = [one.start for one in ranges]
+    if not ranges:
         return [None] * len(tensors)
     return [
         _mapped_file(tensor.data_ptr(), ranges[max(0, bisect(starts, tensor.data_ptr()) - 1)]) for tensor in tensors
     ]
 
 
-def _mapped_file(address: int, mapping: tuple[int, int, list[str]]) -> MappedFile | None:
-    start, stop, fields = mapping
-    if not (start <= address < stop and len(fields) == 6 and Path(fields[5]).is_file()):
+@dataclass
+class _Mapping:
+    """A range of this process's addresses."""
+
+    start: int
+    stop: int
+    offset: int
+    """In its file."""
+    path: str
+    written: int = 0
+
+
+def _mappings() -> list[_Mapping]:
+    """All of them, in their order; none where the system does not tell."""
+    found: list[_Mapping] = []
+    for line in MAPPINGS.read_text().splitlines() if MAPPINGS.is_file() else []:
+        first, *fields = line.split(maxsplit=5)
+        if first in ("Anonymous:", "Swap:"):
+            found[-1].written += 1024 * int(fields[0])
+        elif not first.endswith(":"):
+            start, stop = (int(one, 16) for one in first.split("-"))
+            found.append(_Mapping(start, stop, int(fields[1], 16), fields[4] if len(fields) == 5 else ""))
+    return found
+
+
+def _mapped_file(address: int, mapping: _Mapping) -> MappedFile | None:
+    if not (mapping.start <= address < mapping.stop and mapping.path and Path(mapping.path).is_file()):
         return None
-    known = Path(fields[5]).stat()
-    return MappedFile(fields[5], known.st_size, known.st_mtime_ns, known.st_ino, address - start + int(fields[2], 16))
+    known, offset = Path(mapping.path).stat(), address - mapping.start + mapping.offset
+    return MappedFile(mapping.path, known.st_size, known.st_mtime_ns, known.st_ino, offset, mapping.written)
 
 
 def drop_file_pages(tensor: Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from starflow import STARFlow
 from starflow.flow.quantize import set_weight_format
 from starflow.nn.quantize import WeightFormat, quantize, rounded
 from starflow.sampling.cpu import build as packed_module
@@ -124,6 +125,25 @@ def test_weights_in_training_and_a_full_disk_leave_no_file(
         found = engine_for(library).packed(block.eval(), "int8")
     assert list(empty_cache.iterdir()) == []
     assert torch.equal(found.layers[0]["down"], expected.layers[0]["down"])
+
+
+def test_mapped_weights_are_looked_at_only_where_the_mapping_was_written_to(
+    library: Library, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_module, "MAPPED_BYTES", 1)
+    text_case().model.save_pretrained(tmp_path)
+    model = STARFlow.from_pretrained(tmp_path).requires_grad_(False).eval()
+    looked_at: list[Tensor] = []
+    monkeypatch.setattr(Library, "checksum", lambda _self, values: len(looked_at.append(values) or looked_at))
+    engine, block = engine_of(library, 2), next(model.iter_blocks())
+    first = engine.packed(block, "int8")
+    engine.drop_changed()
+    assert engine.packed(block, "int8") is first
+    assert looked_at == []
+    block.proj_out.weight.data[0, 0] += 1.0
+    engine.drop_changed()
+    assert engine.packed(block, "int8") is not first
+    assert looked_at
 
 
 def test_files_that_nobody_used_for_long_are_removed(library: Library, empty_cache: Path) -> None:

@@ -246,7 +246,7 @@ PACKED_BYTES_LIMIT = 4 * 2**30
 
 SAMPLED_VALUES = 64
 
-"""Values of a mapped parameter that tell whether it was written to."""
+"""Values of a parameter that tell whether it was written to, where something that is mapped with it was."""
 
 KEPT_SECONDS = 30 * 24 * 3600
 
@@ -327,7 +327,8 @@ class PackedWeights:
     def drop_changed(self, library: Library) -> None:
         """Drop packed weights whose parameters have been written to since.
 
-        Of parameters that are mapped from a file, as those of a large model are, only some values are looked at.
+        Of parameters that are mapped from a file, as those of a large model are, only some values are looked at, and
+        only where anything in that mapping was written to.
         """
         with self._lock:
             for block, every in list(self.blocks.items()):
@@ -337,16 +338,23 @@ class PackedWeights:
 
 
 def _checksums(block: AutoregressiveBlock, library: Library, *, large: bool) -> tuple[int, ...]:
-    """Of each parameter a number that depends on all values, or on the file behind them and some of them."""
+    """Of each parameter a number that depends on all values, or on the file behind them.
+
+    A file is not read for it, whose pages would take memory: where nobody has written to a mapping, its name and date
+    tell enough, and elsewhere some values are looked at.
+    """
     parameters = list(block.parameters())
     if not all(map(is_plain_parameter, parameters)):
         return (-1,)
     origins = mapped_files(parameters) if large else [None] * len(parameters)
     found = []
     for parameter, origin in zip(parameters, origins, strict=True):
-        step = 1 if origin is None else max(1, parameter.numel() // SAMPLED_VALUES)
-        values = library.checksum(parameter.detach().flatten()[::step])
-        found.append(values if origin is None else zlib.crc32(repr((origin, values)).encode()))
+        if origin is None:
+            found.append(library.checksum(parameter.detach().flatten()))
+            continue
+        step = max(1, parameter.numel() // SAMPLED_VALUES)
+        values = library.checksum(parameter.detach().flatten()[::step]) if origin.written else 0
+        found.append(zlib.crc32(repr((origin._replace(written=0), values)).encode()))
     return tuple(found)
 
 
