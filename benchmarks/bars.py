@@ -89,7 +89,7 @@ def formats(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in map(int, options.batches.split(",")):
         tasks = {name: one.task(batch, options.guidance) for name, one in given.items()}
-        seconds = time_in_turn({name: (task, "sequential") for name, task in tasks.items()}, options.repeats)
+        seconds, _ = time_in_turn({name: (task, "sequential") for name, task in tasks.items()}, options.repeats)
         for name, took in seconds.items():
             model = given[name].model
             work = sampling_work(model, batch, model.config.grid_side**2, guided=True)
@@ -104,15 +104,14 @@ def formats(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def time_in_turn(ways: dict[str, tuple[DrawTask, SolverChoice]], repeats: int) -> dict[str, float]:
-    """The fastest seconds of each way, from runs in turn after one that does not count."""
+def time_in_turn(
+    ways: dict[str, tuple[DrawTask, SolverChoice]], repeats: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The fastest seconds of each way, from runs in turn after one that does not count, and what that one drew."""
     pools = {name: CachePool() for name in ways}
-    actions: list[Callable[[], object]] = [
-        functools.partial(draw, task, solver, pools[name]) for name, (task, solver) in ways.items()
-    ]
-    for action in actions:
-        action()
-    return dict(zip(ways, in_turn(actions, CPU, repeats), strict=True))
+    actions = [functools.partial(draw, task, solver, pools[name]) for name, (task, solver) in ways.items()]
+    drawn = {name: action().flatten(2) for name, action in zip(ways, actions, strict=True)}
+    return dict(zip(ways, in_turn(actions, CPU, repeats), strict=True)), drawn
 
 
 @torch.no_grad()
@@ -205,10 +204,9 @@ def drafts(options: argparse.Namespace) -> dict[str, Any]:
         blocks = len(given.model.blocks)
         ways: dict[str, tuple[DrawTask, SolverChoice]] = {"sequential": (task, "sequential")}
         ways |= {guess: (task, [BlockPolicy("jacobi", guess=guess)] * blocks) for guess in ("bfloat16", "int8", "int4")}
-        seconds = time_in_turn(ways, options.repeats)
-        exact = draw(task, "sequential", CachePool()).flatten(2)
+        seconds, drawn = time_in_turn(ways, options.repeats)
         for name, took in seconds.items():
-            apart = float(relative_change(draw(task, ways[name][1], CachePool()).flatten(2), exact).max())
+            apart = float(relative_change(drawn[name], drawn["sequential"]).max())
             factor = seconds["sequential"] / took
             print(f"  batch {batch} {name:10} {took:7.3f} s, {factor:.2f}x sequential, off by {apart:.1e}")
             found[f"{batch} {name}"] = {"seconds": took, "apart": apart}

@@ -14,7 +14,7 @@ from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.memory import weight_bytes
 from starflow.flow.quantize import is_rounded, set_weight_format, weight_format
-from starflow.nn.quantize import RoundedLinear, WeightFormat, rounded
+from starflow.nn.quantize import RoundedLinear, WeightFormat, rounded, stored_bytes
 from starflow.pipeline.pipeline import StarFlowPipeline
 from tests.registry import randomised
 
@@ -119,8 +119,44 @@ def test_for_another_device_torchao_rounds_every_block_and_little_is_lost() -> N
     set_weight_format(model, "int8", "cuda")
     assert logger.level == level, "the caller's logger is as it was"
     assert is_rounded(model)
+    whole, rounded = (sum(map(stored_bytes, one.parameters())) for one in (plain, model))
+    assert whole - rounded == 4 * (12 * 64 * 64 * 3 - 9 * 64 * 5), "of a weight a byte is left, of an output a scale"
     change = (model.log_prob(x, condition) - plain.log_prob(x, condition)) / x[0].numel()
     assert 0 < change.abs().max() < 4e-2
+
+
+def test_on_a_gpu_4_bits_are_packed_there_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao's default of 4 bits needs a library of its own; what is asked for are torch's kernels."""
+    quantization = pytest.importorskip("torchao.quantization")
+    asked: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place: asked.append(place[0]) or self)
+    monkeypatch.setattr(quantization, "quantize_", lambda layer, config: asked.append(config))
+    set_weight_format(starflow().bfloat16(), "int4", "cuda")
+    there, config, back = asked[:3]
+    assert (there, back) == (torch.device("cuda"), torch.device("cpu"))
+    assert isinstance(config, quantization.Int4WeightOnlyConfig)
+    assert (config.group_size, config.int4_packing_format) == (32, "tile_packed_to_4d")
+    assert len(asked) == 3 * (1 + 3)
+
+
+@pytest.mark.gpu
+def test_4_bits_on_a_gpu_are_near_the_whole_numbers() -> None:
+    pytest.importorskip("torchao")
+    model, plain = starflow().bfloat16(), starflow().bfloat16()
+    set_weight_format(model, "int4", "cuda")
+    x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    device = torch.device("cuda")
+    ours = model.to(device).log_prob(x.to(device), condition.to(device)).cpu()
+    assert 0 < ((ours - plain.log_prob(x, condition)) / x[0].numel()).abs().max() < 0.4
+    drawn = [sample(model, x.to(device), condition.to(device)) for _ in range(2)]
+    assert bool(drawn[0].isfinite().all())
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("mps", torch.bfloat16), ("cuda", torch.float32)])
+def test_4_bits_elsewhere_than_on_a_gpu_in_bfloat16_are_refused(device: str, dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match=f"^int4 weights on {device} in .*, expected cuda in bfloat16: choose"):
+        set_weight_format(starflow().to(dtype), "int4", device)
 
 
 def test_without_torchao_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
