@@ -111,7 +111,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     found = [
         Part("tests", 30, 60, [*pytest, *tests]),
         Part("graphs", 20, 40, own("graphs")),
-        Part("large", 85, 150, own("large")),
+        Part("large", 95, 150, own("large")),
         Part("offload", 25, 45, own("offload")),
         Part("train-3.8b", 50, 80, own("train-3.8b")),
         Part("large-int8", 50, 90, own("large-int8")),
