@@ -129,9 +129,15 @@ def test_on_a_gpu_4_bits_are_packed_there_layer_by_layer(monkeypatch: pytest.Mon
     """torchao's default of 4 bits needs a library of its own; what is asked for are torch's kernels."""
     quantization = pytest.importorskip("torchao.quantization")
     asked: list[object] = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place: asked.append(place[0]) or self)
+
+    def move(layer: torch.nn.Module, place: torch.device) -> torch.nn.Module:
+        asked.append(place)
+        return layer
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
     monkeypatch.setattr(quantization, "quantize_", lambda layer, config: asked.append(config))
-    set_weight_format(starflow().bfloat16(), "int4", "cuda")
+    model = starflow().bfloat16()
+    set_weight_format(model, "int4", "cuda")
     there, config, back = asked[:3]
     assert (there, back) == (torch.device("cuda"), torch.device("cpu"))
     assert isinstance(config, quantization.Int4WeightOnlyConfig)

@@ -75,8 +75,8 @@ def test_zeros_and_numbers_that_codes_hold_stay_as_they_are(form: IntegerFormat)
 
 @given(form=forms, seed=st.integers(0, 20))
 def test_rows_are_rounded_apart(form: IntegerFormat, seed: int) -> None:
-    weight = torch.randn(4, 100, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(rounded(weight, form)[2:], rounded(weight[2:], form))
+    weight = torch.randn(70, 100, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(rounded(weight, form)[62:], rounded(weight[62:], form))
 
 
 def test_the_bytes_of_a_weight_are_those_of_code_and_scale() -> None:

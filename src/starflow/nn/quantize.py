@@ -36,6 +36,9 @@ STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 64, "int4": 0.5
 SCALE_FACTORS = (1.0, 0.94, 0.88, 0.82)
 """Factors on the scale at which the largest weight of 4 bits is just held, of which the best is taken."""
 
+ROWS_AT_ONCE = 64
+"""Outputs that are rounded at once: few enough that what is computed of them stays in a processor's cache."""
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -61,11 +64,18 @@ class QuantizedMatrix:
 
 def quantize(weight_NK: Tensor, form: IntegerFormat) -> QuantizedMatrix:
     """A matrix (N, K) in integers."""
-    inputs, size = weight_NK.shape[1], GROUP_INPUTS[form]
-    whole = F.pad(weight_NK.detach().float(), (0, -inputs % size)).unflatten(1, (-1, size))
+    parts = [_quantize_rows(some, form) for some in weight_NK.detach().split(ROWS_AT_ONCE)]
+    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
+    return QuantizedMatrix(codes, scales, weight_NK.shape[1])
+
+
+def _quantize_rows(weight_NK: Tensor, form: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a few outputs."""
+    size = GROUP_INPUTS[form]
+    whole = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % size)).unflatten(1, (-1, size))
     if form == "int8":
         scales = (whole.abs().amax(2) / LARGEST_CODE[form]).bfloat16()
-        return QuantizedMatrix(_codes(whole, scales, -127, 127), scales, inputs)
+        return _codes(whole, scales, -127, 127), scales
     # The largest weight, whatever its sign, is -8: of 16 codes one more is negative.
     extreme = whole.gather(2, whole.abs().argmax(2, keepdim=True)).squeeze(2)
     scales, codes, least = _scales_and_error(whole, extreme / -8)
@@ -74,7 +84,7 @@ def quantize(weight_NK: Tensor, form: IntegerFormat) -> QuantizedMatrix:
         better = error < least
         scales, least = torch.where(better, others, scales), torch.where(better, error, least)
         codes = torch.where(better.unsqueeze(2), other_codes, codes)
-    return QuantizedMatrix(codes, scales, inputs)
+    return codes, scales
 
 
 def _scales_and_error(whole_NGS: Tensor, scales_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:

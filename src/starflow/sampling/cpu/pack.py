@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from starflow.flow.block import AutoregressiveBlock
 from starflow.nn.attention import Layer
 from starflow.nn.layers import MLP, GatedMLP, LayerSpec, RMSNorm
-from starflow.nn.quantize import GROUP_INPUTS, IntegerFormat, WeightFormat, quantize
+from starflow.nn.quantize import GROUP_INPUTS, ROWS_AT_ONCE, IntegerFormat, WeightFormat, quantize
 
 FORMAT_NUMBERS = {"float32": 0, "bfloat16": 1, "bfloat16 products": 2, "int8": 3, "int4": 4}
 """The formats of matrices as step.cpp numbers them; number 2 multiplies with inputs in bfloat16."""
@@ -106,7 +106,8 @@ class PanelLayout:
             pairs = nn.functional.pad(whole.bfloat16(), (0, inputs % 2)).unflatten(1, (-1, 2))
             words: Tensor = pairs.unflatten(0, (-1, self.panel)).transpose(1, 2).contiguous()
             return words
-        return self._pack_integers(whole, form)
+        some = whole.split(self.padded(ROWS_AT_ONCE))
+        return torch.cat([self._pack_integers(rows_NK, form) for rows_NK in some])
 
     def _pack_integers(self, whole_NK: Tensor, form: IntegerFormat) -> Tensor:
         found = quantize(whole_NK, form)
