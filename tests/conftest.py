@@ -28,9 +28,15 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On another device than a CPU only those run that compute there: the others would say what they say on a CPU."""
     if config.getoption("--device") != "cpu":
-        there = [one for one in items if "device" in getattr(one, "fixturenames", ()) or one.get_closest_marker("gpu")]
+        there = [one for one in items if _takes_device(one) or one.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=[one for one in items if one not in there])
         items[:] = there
+
+
+def _takes_device(item: pytest.Item) -> bool:
+    """Whether a test takes the fixture below, and no parameter of that name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "device" in getattr(item, "fixturenames", ()) and "device" not in parameters
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -95,15 +95,21 @@ def test_what_only_a_gpu_runs_is_well_formed(tmp_path: Path) -> None:
             assert parse(TrainOptions, "train", [words[3], *words[6:]]).device == "cuda"
 
 
-@pytest.mark.parametrize(("device", "chosen"), [("cpu", [0, 1, 2]), ("cuda", [0, 1])])
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", [0, 1, 2, 3]), ("cuda", [0, 1])])
 def test_on_another_device_only_what_computes_there_runs(device: str, chosen: list[int]) -> None:
-    def item(fixtures: tuple[str, ...], mark: str | None) -> Any:
-        return SimpleNamespace(fixturenames=fixtures, get_closest_marker=lambda name: name if name == mark else None)
+    def item(fixtures: tuple[str, ...], mark: str | None, **parameters: str) -> Any:
+        call = SimpleNamespace(params=parameters)
+        return SimpleNamespace(fixturenames=fixtures, callspec=call, get_closest_marker=lambda name: name == mark)
 
     left: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left.extend(items))
     config: Any = SimpleNamespace(getoption=lambda _: device, hook=hook)
-    every = [item(("device",), None), item((), "gpu"), item(("tmp_path",), "slow")]
+    every = [
+        item(("device",), None),
+        item((), "gpu"),
+        item(("tmp_path",), "slow"),
+        item(("device",), None, device="mps"),
+    ]
     conftest.pytest_collection_modifyitems(config, items := list(every))
     assert items == [every[number] for number in chosen]
     assert left == [one for one in every if one not in items]
