@@ -196,13 +196,17 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def drafts(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens one by one with rounded weights, then exact passes until every block is within a residual of 1e-3."""
-    given = load_model(options.trained, CPU, torch.float32)
+    """Tokens one by one with rounded weights, then exact passes until every block is within a residual of 1e-3.
+
+    "int8 alone" is the model with weights of 8 bits, which nothing verifies: what the guess takes of "int8".
+    """
+    given, rounded = (load_model(options.trained, CPU, torch.float32, form) for form in (None, "int8"))
     found: dict[str, Any] = {}
     for batch in (1, 2, 4, 8):
         task = given.task(batch, options.guidance)
         blocks = len(given.model.blocks)
         ways: dict[str, tuple[DrawTask, SolverChoice]] = {"sequential": (task, "sequential")}
+        ways["int8 alone"] = rounded.task(batch, options.guidance), "sequential"
         ways |= {guess: (task, [BlockPolicy("jacobi", guess=guess)] * blocks) for guess in ("bfloat16", "int8", "int4")}
         seconds, drawn = time_in_turn(ways, options.repeats)
         for name, took in seconds.items():
