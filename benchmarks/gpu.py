@@ -42,8 +42,8 @@ LARGE, MEDIUM, SMALL = "starflow-t2i-3b", "57m", str(ROOT / "src" / "starflow" /
 OFFLOAD_BYTES = 8e9
 """Memory of a small GPU, which an offloaded model must fit."""
 
-TAIL = 4000
-"""Characters of a part's output that are kept."""
+TAIL, TOLD = 4000, 1200
+"""Last characters of a part's output that are kept, and of its result that are printed."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def plan(found: list[Part]) -> list[str]:
 
 def parts(options: argparse.Namespace) -> list[Part]:
     """The parts in their order; in a rehearsal the same commands at sizes for a CPU."""
-    tiny, out = options.rehearse, options.output.resolve()
+    tiny = options.rehearse
     device = "cpu" if tiny else "cuda"
     python = [sys.executable, "-m"]
     tests = (
@@ -102,11 +102,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
     marks = "not slow and not gpu" if tiny else "gpu or not slow"
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, "--device", device]
 
-    def sample(name: str, model: str, batches: str) -> list[str]:
+    def sample(model: str, batches: str) -> list[str]:
         size = ["--batches", "1", "--repeats", "1", "--compare-at", "1", "--threads", "1"]
         given = [SMALL, *size] if tiny else [model, "--batches", batches, "--dtype", "bfloat16"]
-        output = ["--baselines", "none", "--output", str(out / f"{name}-bench.json")]
-        return [*python, "starflow", "bench", "sample", *given, "--device", device, *output]
+        return [*python, "starflow", "bench", "sample", *given, "--device", device, "--baselines", "none", "--json"]
 
     def own(name: str) -> list[str]:
         return [sys.executable, str(Path(__file__)), "--run", name, *(["--rehearse"] if tiny else [])]
@@ -120,23 +119,27 @@ def parts(options: argparse.Namespace) -> list[Part]:
         Part("large-int8", 50, 90, own("large-int8")),
         Part("large-int4", 35, 70, own("large-int4")),
         Part("train-1.4b", 35, 60, own("train-1.4b")),
-        Part("sample-medium", 30, 60, sample("sample-medium", MEDIUM, "1,4,16")),
-        Part("sample-small", 25, 45, sample("sample-small", SMALL, "1,16,64")),
+        Part("sample-medium", 30, 60, sample(MEDIUM, "1,4,16")),
+        Part("sample-small", 25, 45, sample(SMALL, "1,16,64")),
     ]
     if tiny:  # how long it takes says nothing
         found = [replace(part, limit=options.seconds) for part in found]
     data = options.data
     if data is not None:
         recipe = [*python, "starflow", "train", "recipes/glyphs-64.yaml", "--data.path", str(data)]
-        recipe += ["--device", device, "--output", str(out / "run")]
+        recipe += ["--device", device, "--output", str(options.output.resolve() / "run")]
         found.append(Part("recipe", 60, options.seconds, recipe))
     return found
 
 
 def answer(part: Part, folder: Path, ends: float) -> bool:
-    """Run a part unless its result is there, within its time and what is left of all; whether it went well."""
-    file = folder / f"{part.name}.json"
-    if file.is_file() and json.loads(file.read_text())["rc"] == 0:
+    """Run a part unless its result is there, within its time and what is left of all; whether it went well.
+
+    All results are in one file, which is written whole after each part: of many a session may not get all back.
+    """
+    file = folder / "results.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if part.name in known and known[part.name]["rc"] == 0:
         print(f"{part.name}: there already")
         return True
     limit = min(part.limit, int(ends - time.monotonic()))
@@ -150,20 +153,13 @@ def answer(part: Part, folder: Path, ends: float) -> bool:
     except subprocess.TimeoutExpired as stopped:
         rc, out, err = 124, _text(stopped.stdout), _text(stopped.stderr)
     seconds = time.monotonic() - began
-    made = folder / f"{part.name}-bench.json"
-    found = {
-        "part": part.name,
-        "rc": rc,
-        "seconds": seconds,
-        "command": part.command,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    found |= {"result": json.loads(made.read_text()) if made.is_file() else results_in(out), "output": out[-TAIL:]}
-    found |= {"errors": err[-TAIL:]}
+    found = {"rc": rc, "seconds": seconds, "command": part.command, "date": time.strftime("%Y-%m-%d")}
+    found |= {"result": results_in(out), "output": out[-TAIL:], "errors": err[-TAIL:]}
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=2))
+    temporary.write_text(json.dumps({**known, part.name: found}, indent=2))
     temporary.replace(file)
-    print(f"{part.name}: rc {rc}, {seconds:.1f} s" + ("" if rc == 0 else f"\n{(err or out)[-600:]}"), flush=True)
+    told = json.dumps(found["result"]) if rc == 0 else (err or out)
+    print(f"{part.name}: rc {rc}, {seconds:.1f} s\n{told[-TOLD:]}", flush=True)
     return rc == 0
 
 
@@ -172,7 +168,9 @@ def _text(given: str | bytes | None) -> str:
 
 
 def results_in(text: str) -> Any:
-    """The JSON objects among the lines, one after another in one, or what pytest counted; None where is neither."""
+    """The JSON of a text, or that of its lines in one, or what pytest counted; None where there is none of it."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
     found: dict[str, Any] = {}
     for line in text.splitlines():
         if line.startswith("{"):

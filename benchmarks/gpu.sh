@@ -6,8 +6,8 @@
 #     benchmarks/gpu.sh --output results      # on that machine, in the repository's root, with the folder wheels beside it
 #     benchmarks/gpu.sh --rehearse            # every part at tiny sizes on a CPU
 #
-# The machine needs Python 3.11 to 3.13 with torch, transformers, safetensors and numpy. Results are one JSON file a part,
-# written as soon as it is measured; a part that has one is left out when the command is given again. See gpu.py.
+# The machine needs Python 3.11 to 3.13 with torch, transformers, safetensors and numpy. Results are in results.json
+# as soon as they are measured; a part that has one is left out when the command is given again. See gpu.py.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"

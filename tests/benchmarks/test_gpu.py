@@ -31,6 +31,11 @@ def rehearsal(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
 
 
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
 def parts(folder: Path) -> list[Any]:
     options = argparse.Namespace(rehearse=False, output=folder, data=folder, seconds=530)
     found: list[Any] = GPU.parts(options)
@@ -44,8 +49,9 @@ def test_every_part_of_the_rehearsal_has_an_answer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     names = [part.name for part in parts(tmp_path)]
     assert names[-1] == "recipe"
+    known = results(tmp_path)
     for name in names[:-1]:
-        found = json.loads((tmp_path / f"{name}.json").read_text())
+        found = known[name]
         assert found["rc"] == 0, found
         assert found["result"], name
         if name == "large-int8" and importlib.util.find_spec("torchao"):
@@ -58,13 +64,13 @@ def test_a_part_that_fails_or_takes_too_long_leaves_its_output(tmp_path: Path) -
     ends = time.monotonic() + 100
     slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
     assert not GPU.answer(GPU.Part("slow", 1, 5, slow), tmp_path, ends)
-    found = json.loads((tmp_path / "slow.json").read_text())
+    found = results(tmp_path)["slow"]
     assert (found["rc"], found["output"]) == (124, "begun\n")
     assert not GPU.answer(GPU.Part("bad", 1, 20, [sys.executable, "-c", "raise ValueError('no')"]), tmp_path, ends)
-    assert "ValueError: no" in json.loads((tmp_path / "bad.json").read_text())["errors"]
+    assert "ValueError: no" in results(tmp_path)["bad"]["errors"]
     good = GPU.Part("bad", 1, 20, [sys.executable, "-c", "print('{\"a\": 1}')"])
     assert GPU.answer(good, tmp_path, ends), "what failed is tried again"
-    assert json.loads((tmp_path / "bad.json").read_text())["result"] == {"a": 1}
+    assert results(tmp_path)["bad"]["result"] == {"a": 1}
     assert not GPU.answer(GPU.Part("late", 1, 20, good.command), tmp_path, time.monotonic())
 
 
@@ -121,4 +127,5 @@ def test_on_another_device_only_what_computes_there_runs(device: str, chosen: li
 def test_results_are_read_from_what_a_part_prints() -> None:
     assert GPU.results_in("...\n3 passed, 1 skipped in 2.0s\n") == {"passed": 3, "skipped": 1}
     assert GPU.results_in('a line\n{"a": 1}\n{"b": 2}\n{"c":') == {"a": 1, "b": 2}, "also of one that was stopped"
+    assert GPU.results_in('{\n "a": {"b": 1}\n}\n') == {"a": {"b": 1}}
     assert GPU.results_in("text\n") is None
