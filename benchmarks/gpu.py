@@ -100,7 +100,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
         ["tests/flow/test_block_offload.py"] if tiny else ["tests/test_conformance.py", "tests/flow", "tests/sampling"]
     )
     marks = "not slow and not gpu" if tiny else "gpu or not slow"
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, "--device", device]
+    pytest = [*python, "pytest", "-p", "no:cacheprovider", "-m", marks, "--device", device]
 
     def sample(model: str, batches: str) -> list[str]:
         size = ["--batches", "1", "--repeats", "1", "--compare-at", "1", "--threads", "1"]
