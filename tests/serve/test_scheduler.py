@@ -288,13 +288,26 @@ def test_many_threads_get_their_own_pictures() -> None:
     assert found == {number: [100 * number + index for index in range(5)] for number in range(16)}
 
 
-def test_a_first_picture_waits_a_moment_for_those_that_come_with_it() -> None:
-    scheduler, sampler = threaded(gather=0.2)
+def test_those_who_were_answered_together_are_drawn_together_again() -> None:
+    scheduler, sampler = threaded(gather=0.5)
+    together = [scheduler.call([lambda _: time.sleep(0.1)], "likelihood", 1.0)]  # meanwhile three pictures come
+    together += [scheduler.draw(DrawRequest("a")) for _ in range(3)]
+    for one in together:
+        one.future.result(timeout=10)
     tickets = []
     for _ in range(3):
-        tickets.append(scheduler.draw(DrawRequest("a")))
+        tickets.append(scheduler.draw(DrawRequest("b")))
         time.sleep(0.02)
     for one in tickets:
         one.future.result(timeout=10)
     scheduler.close(10)
     assert sampler.batches[0] == (3, ["a", "a", "a"])
+    assert sampler.batches[4] == (3, ["b", "b", "b"])
+
+
+def test_who_is_alone_does_not_wait_for_company() -> None:
+    scheduler, sampler = threaded(gather=60.0)
+    for _ in range(2):
+        scheduler.draw(DrawRequest("a")).future.result(timeout=10)
+    scheduler.close(10)
+    assert [rows for _, rows in sampler.batches] == [["a"]] * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -113,11 +114,29 @@ def test_a_model_that_is_not_there_is_told_and_nothing_is_ready() -> None:
     assert not service.ready
 
 
-def test_a_port_that_is_taken_is_a_users_mistake() -> None:
-    with listen("127.0.0.1", 0) as first:
-        first.listen()
-        with pytest.raises(UserError, match="--port"):
-            listen("127.0.0.1", first.getsockname()[1])
+def test_two_services_that_start_at_once_cannot_have_one_port() -> None:
+    """The second is told so before it loads a model, though the first has not answered anybody yet."""
+    with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="--port"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_an_answer_is_not_held_back_until_its_head_is_acknowledged() -> None:
+    """Nagle's algorithm would delay every body by 40 ms, as head and body are written one after the other."""
+    found: list[int] = []
+
+    def connected(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect() -> None:
+        bound = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=bound):
+            reader, writer = await asyncio.open_connection(*bound.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connect())
+    assert found == [1]
 
 
 def wait_for_status(url: str, status: int, seconds: float) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
     from PIL.Image import Image
 
+PNG_LEVEL = 1
+"""Of compression: against Pillow's 6 a picture takes a tenth more bytes, and less than half of the time."""
+
 Handler = Callable[[Service, "Request"], Awaitable["Response"]]
 
 
@@ -290,7 +293,7 @@ def to_png(image: Image, text: Mapping[str, str] | None = None) -> str:
     info, buffer = PngInfo(), io.BytesIO()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
-    image.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -165,16 +165,17 @@ class Service:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound; port 0 is any that is free.
+    """A socket that listens; port 0 is any that is free.
 
     Raises:
         UserError: there is no such address, or the port is taken.
     """
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        bound = socket.socket(family, kind)
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        bound = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY only where the protocol is named
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # or another service that starts at this moment could have the port as well
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from None
     return bound
