@@ -16,7 +16,8 @@ from starflow.flow.config import TarFlowConfig
 from starflow.flow.finite import NotFiniteError
 from starflow.latents import PixelLatents
 from starflow.pipeline.config import PipelineConfig
-from starflow.serve.drawing import BlockSampler, Drawn, DrawRequest
+from starflow.serve.drawing import BlockSampler
+from starflow.serve.queue import Drawn, DrawRequest
 from starflow.serve.scheduler import Scheduler
 from tests.registry import randomised
 

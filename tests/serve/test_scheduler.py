@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 from starflow.errors import UserError
-from starflow.serve.drawing import DrawRequest
-from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, QueueFullError, Ticket
+from starflow.serve.queue import (
+    CancelledError,
+    ClosingError,
+    DeadlineError,
+    DrawRequest,
+    Event,
+    QueueFullError,
+    Ticket,
+)
 from starflow.serve.scheduler import Scheduler
 from tests.serve.fake import Clock, FakeSampler, Recorder
 

@@ -15,8 +15,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starflow.serve.drawing import BatchKey, Drawn, DrawRequest, PictureInProgress, Progress, Row
-from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, FairQueue, Job, Listener, Ticket
+from starflow.serve.queue import (
+    BatchKey,
+    CancelledError,
+    ClosingError,
+    DeadlineError,
+    Drawn,
+    DrawRequest,
+    Event,
+    FairQueue,
+    Job,
+    Listener,
+    PictureInProgress,
+    Progress,
+    Row,
+    Ticket,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

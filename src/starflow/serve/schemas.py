@@ -22,8 +22,8 @@ from starflow.data.images import decode_image, image_errors
 from starflow.edit.inpainting import InpaintSettings, Method
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
-from starflow.serve.drawing import DrawRequest, EditRequest
-from starflow.serve.queue import ClosingError, DeadlineError, QueueFullError
+from starflow.serve.drawing import EditRequest
+from starflow.serve.queue import ClosingError, DeadlineError, DrawRequest, QueueFullError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +34,9 @@ LONGEST_MESSAGE = 400
 """Characters of an error's message."""
 
 LARGEST_SEED = 2**63 - 1
+
+STUDENT_COST = 0.2
+"""Of a student's candidate, in rows of the flow."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Of pictures that are taken."""
@@ -99,6 +102,8 @@ class GenerationBody:
     guidance: float | None = None
     temperature: float | None = None
     candidates: int | None = None
+    sampler: Literal["flow", "student"] | None = None
+    """The student is there where the model's folder holds one."""
     timeout: float | None = None
 
 
@@ -114,6 +119,8 @@ class EditBody:
     output_format: Literal["png"] | None = None
     quality: Literal["auto"] | None = None
     background: Literal["auto", "opaque"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
     user: str | None = None
     safety_identifier: str | None = None
     seed: int | None = None
@@ -255,12 +262,25 @@ def draw_request(body: GenerationBody, limits: Limits) -> DrawRequest:
     _check("guidance", body.guidance, 0, limits.guidance)
     _check("temperature", body.temperature, 1e-3, limits.temperature)
     _check("candidates", body.candidates, 1, limits.candidates)
+    check_partial_images(body)
+    return DrawRequest(
+        body.prompt,
+        count,
+        secrets.randbelow(2**31) if body.seed is None else body.seed,
+        body.guidance,
+        body.temperature,
+        body.candidates,
+        parse_size(body.size, limits),
+        body.partial_images or 0,
+        sampler=body.sampler or "flow",
+    )
+
+
+def check_partial_images(body: GenerationBody | EditBody) -> None:
+    """Raises BodyError: too many, or not in a stream."""
     _check("partial_images", body.partial_images, 0, 3)
     if body.partial_images and not body.stream:
         raise BodyError("'partial_images' is given without 'stream': set it to true", "partial_images")
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    size, previews = parse_size(body.size, limits), body.partial_images or 0
-    return DrawRequest(body.prompt, count, seed, body.guidance, body.temperature, body.candidates, size, previews)
 
 
 def parse_size(text: str | None, limits: Limits) -> tuple[int, int] | None:
@@ -292,6 +312,7 @@ def check_edit(body: EditBody, limits: Limits) -> None:
     _check("temperature", body.temperature, 1e-3, limits.temperature)
     _check("candidates", body.candidates, 1, limits.candidates)
     _check("steps", body.steps, 0, limits.steps)
+    check_partial_images(body)
     if body.source_prompt is not None:
         _check_text("source_prompt", body.source_prompt, limits.prompt)
         for name in ("method", "temperature", "candidates", "steps"):
@@ -356,6 +377,7 @@ def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> 
         body.invert_mask,
         body.temperature,
         settings,
+        body.partial_images or 0,
     )
 
 
