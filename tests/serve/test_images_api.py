@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from starflow import StarFlowPipeline
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, untrained_student
 
 httpx = pytest.importorskip("httpx")
 
@@ -111,6 +111,38 @@ def test_the_official_client_fills_a_hole_and_edits(api: Running) -> None:
     )  # fmt: skip
     assert [one.seed for one in edited.data] == [1, 2]
     assert edited.data[0].b64_json != edited.data[1].b64_json
+
+
+def test_the_official_client_streams_the_filling_of_a_hole(api: Running) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{api.url}/v1", api_key="unused", max_retries=0)
+    asked = {"image": ("photo.png", as_png(photo())), "mask": ("mask.png", as_png(mask())), "prompt": "a red apple"}
+    own = {"seed": 1, "candidates": 2, "steps": 2}
+    events = list(client.images.edit(**asked, stream=True, partial_images=2, extra_body=own))
+    assert [one.type for one in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    assert [one.partial_image_index for one in events[:2]] == [0, 1]
+    whole = client.images.edit(**asked, extra_body=own).data[0].b64_json
+    assert events[2].b64_json == whole, "previews change nothing"
+    known = numpy.asarray(mask()) == 0
+    for one in events[:2]:
+        assert (numpy.asarray(picture(one.b64_json))[known] == numpy.asarray(photo())[known]).all()
+        assert one.b64_json != whole
+
+
+def test_a_student_draws_where_the_model_has_one(
+    api: Running, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"prompt": "a red apple", "n": 2, "seed": 5, "guidance": 0.0, "sampler": "student"}
+    answer = generate(api, **asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sampler")
+    monkeypatch.setattr(box, "student", untrained_student(box))
+    wanted = box("a red apple", num_images=2, seed=5, guidance=0.0, sampler="student").images
+    for one, drawn in zip(generate(api, **asked).json()["data"], wanted, strict=True):
+        assert abs(numpy.asarray(picture(one["b64_json"])).astype(int) - numpy.asarray(drawn).astype(int)).max() <= 1
+    assert generate(api, **asked, stream=True).text.count("event: image_generation.completed") == 2
+    refused = generate(api, **{**asked, "guidance": 5.0})
+    assert refused.status_code == 400
+    assert "trained up to 0" in refused.json()["error"]["message"]
 
 
 def test_openai_s_masks_are_transparent_where_to_paint(api: Running) -> None:
