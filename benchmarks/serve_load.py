@@ -152,8 +152,8 @@ def closed_loop(url: str, clients: int, seconds: float, new: str = "") -> Measur
     host = url.removeprefix("http://")
 
     def client(number: int) -> None:
-        http, asked = HTTPConnection(host, timeout=120), 0
-        while time.perf_counter() < end:
+        http, asked = HTTPConnection(host, timeout=600), 0
+        while not asked or time.perf_counter() < end:
             began = time.perf_counter()
             prompt = PROMPTS[(number + asked) % len(PROMPTS)] + (f" {number} {asked} {new}" if new else "")
             body = {"prompt": prompt, "candidates": 1, "seed": asked, "user": f"client {number}"}

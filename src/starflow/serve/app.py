@@ -115,7 +115,9 @@ class Page:
         events: SimpleQueue[Event] = SimpleQueue()
         calls = edit_calls(pipeline, asked, events.put)
         began, shown = time.perf_counter(), dict[int, list[Shown]]()
-        ticket = scheduler.call(calls, "edit", asked.cost, client, self.service.limits.timeout, events.put)
+        ticket = scheduler.call(
+            calls, "edit", asked.cost, client, self.service.limits.timeout, events.put, asked.places
+        )
         for some in follow(ticket, events):
             for event in some:
                 if event.preview is not None:

@@ -285,11 +285,16 @@ def likelihood_call(
     def run(progress: Progress) -> list[PromptLikelihood]:
         found: list[LogProb] = []
         maps: list[Tensor] = []
-        seen = seen_by(pipeline, image)
-        for number, prompt in enumerate(prompts):
-            found.append(pipeline.log_prob(seen, prompt, seed=seed, draws=draws))
-            maps += [_bits_map(pipeline, seen, prompt, seed, draws)] if heat else []
-            progress(number + 1, len(prompts))
+        seen, seeds, parts = seen_by(pipeline, image), range(seed, seed + draws), len(prompts) * draws * (1 + heat)
+        for prompt in prompts:
+            each = []
+            for one in seeds:  # one by one, as the model is lent to others in between
+                each.append(pipeline.log_prob(seen, prompt, seed=one))
+                progress(len(found) * draws * (1 + heat) + len(each), parts)
+            nats = torch.tensor([one.nats for one in each], dtype=torch.float64, device="cpu")
+            found.append(LogProb.mean_of(nats, each[0].dimensions, each[0].space))
+            if heat:
+                maps.append(_bits_map(pipeline, seen, prompt, seeds, lambda: progress(len(found) * draws * 2, parts)))
         pictures = _heat_pictures(maps, seen.size) if heat else [None] * len(prompts)
         return [PromptLikelihood(*one) for one in zip(prompts, found, pictures, strict=True)]
 
@@ -305,10 +310,15 @@ def seen_by(pipeline: StarFlowPipeline, image: Image) -> Image:
     return ImageOps.fit(on_background(image), size, Pillow.Resampling.LANCZOS)
 
 
-def _bits_map(pipeline: StarFlowPipeline, seen: Image, prompt: str, seed: int, draws: int) -> Tensor:
+def _bits_map(
+    pipeline: StarFlowPipeline, seen: Image, prompt: str, seeds: Sequence[int], lend: Callable[[], None]
+) -> Tensor:
     """Bits/dim of each token (h, w), the mean over the draws."""
     given, flow = from_pil(seen).to(pipeline.device), pipeline.flow.config
-    maps = [pipeline.log_prob_maps(given, [prompt], [seed + draw])[0] for draw in range(draws)]
+    maps = []
+    for seed in seeds:
+        maps.append(pipeline.log_prob_maps(given, [prompt], [seed])[0])
+        lend()
     return (-torch.stack(maps).mean(0) / (flow.in_channels * flow.patch_size**2 * math.log(2))).cpu()
 
 
@@ -343,6 +353,11 @@ class EditRequest:
         """Raises UserError: a mask that repaints nothing, or none where one is needed."""
         if self.source_prompt is None or self.mask is not None:
             hole_of(self.image, self.mask, None, invert=self.invert_mask)
+
+    @property
+    def places(self) -> int:
+        """Of the queue that one picture takes: one, and one for every million pixels that wait with it."""
+        return 1 + self.image.width * self.image.height // 2**20
 
     @property
     def cost(self) -> float:

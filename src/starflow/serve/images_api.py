@@ -15,9 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from starflow.pipeline.config import default_size
 from starflow.pipeline.editing import Edited
 from starflow.serve import schemas
-from starflow.serve.drawing import EditRequest, PromptLikelihood, edit_calls, likelihood_call, student_calls
+from starflow.serve.drawing import EditRequest, PromptLikelihood, edit_calls, likelihood_call, seen_by, student_calls
 from starflow.serve.queue import CancelledError, Drawn, Event, Listener, Ticket
 from starflow.serve.schemas import BodyError, Failure
 from starflow.serve.service import Guard, Service, failure_of
@@ -149,6 +150,7 @@ async def generations(service: Service, request: Request) -> Response:
     schemas.check_common(body, service.limits, service.name)
     asked = schemas.draw_request(body, service.limits)
     scheduler, pipeline = service.working()
+    schemas.check_drawn_size(asked.size, default_size(pipeline.config, pipeline.flow.config))
     if asked.sampler == "student" and pipeline.student is None:
         raise BodyError(f"'sampler' is 'student', but the model '{service.name}' has none: use 'flow'", "sampler")
 
@@ -258,7 +260,7 @@ async def edits(service: Service, request: Request) -> Response:
     def submit(listener: Listener | None) -> Ticket:
         calls = edit_calls(pipeline, asked, listener)
         client, timeout = _client(request, body), body.timeout or service.limits.timeout
-        return scheduler.call(calls, "edit", asked.cost, client, timeout, listener)
+        return scheduler.call(calls, "edit", asked.cost, client, timeout, listener, places=asked.places)
 
     return await _answer(service, request, body, "image_edit", submit)
 
@@ -274,8 +276,12 @@ async def likelihood(service: Service, request: Request) -> Response:
     if "image" not in files:
         raise BodyError("the file 'image' is missing: add it", "image")
     scheduler, pipeline = service.working()
-    image = await asyncio.to_thread(schemas.read_picture, files["image"], "image", service.limits)
-    call = likelihood_call(pipeline, image, body.prompt, body.seed, body.draws, heat=body.map)
+
+    def read() -> Image:
+        return seen_by(pipeline, schemas.read_picture(files["image"], "image", service.limits))
+
+    seen = await asyncio.to_thread(read)
+    call = likelihood_call(pipeline, seen, body.prompt, body.seed, body.draws, heat=body.map)
     cost, timeout = float(len(body.prompt) * body.draws), body.timeout or service.limits.timeout
     (found,) = await _results(request, scheduler.call([call], "likelihood", cost, _client(request, body), timeout))
     return JSONResponse(await asyncio.to_thread(likelihood_json, found, service.name))

@@ -200,6 +200,8 @@ class Job:
     arrived: float
     drawing: PictureInProgress | None = None
     call: Callable[[Progress], Any] | None = None
+    places: int = 1
+    """Of the queue that it takes."""
     order: tuple[float, int] = (0.0, 0)
     progress: float = 0.0
     begun: bool = False
@@ -247,10 +249,11 @@ class FairQueue:
             QueueFullError: no places for all of them; it says to come back after `retry_after` seconds.
         """
         client = jobs[0].ticket.client
-        own = sum(job.ticket.client == client for job in self.jobs)
-        if len(self.jobs) + len(jobs) > self.places:
+        taken, new = sum(job.places for job in self.jobs), sum(job.places for job in jobs)
+        own = sum(job.places for job in self.jobs if job.ticket.client == client)
+        if taken and taken + new > self.places:  # what is larger than the queue is taken where it is alone
             raise QueueFullError("the queue is full: ask again later", retry_after)
-        if own and own + len(jobs) > max(1, self.places // 2):
+        if own and own + new > max(1, self.places // 2):
             raise QueueFullError("this client's half of the queue is full: ask again later", retry_after)
         turn = max(self._virtual, self._next_turn.get(client, 0.0))
         for job in jobs:

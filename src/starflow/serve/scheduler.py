@@ -131,6 +131,7 @@ class Scheduler:
         client: str = "",
         timeout: float | None = None,
         listener: Listener | None = None,
+        places: int = 1,
     ) -> Ticket:
         """Queue functions that need the model; the ticket's future holds what each returns.
 
@@ -142,12 +143,14 @@ class Scheduler:
             client: as for `draw`, and so are `timeout` and `listener`.
             timeout: seconds from now in which all must be done.
             listener: told of results.
+            places: of the queue that each part takes: a large upload as much as many pictures that are drawn.
 
         Raises:
             RefusedError: no place, or closing.
         """
         ticket = self._ticket(client, kind, timeout, listener)
-        ticket.jobs += [Job(ticket, index, cost, self._clock(), call=one) for index, one in enumerate(functions)]
+        for index, one in enumerate(functions):
+            ticket.jobs.append(Job(ticket, index, cost, self._clock(), call=one, places=places))
         return self._submit(ticket)
 
     @property
@@ -290,13 +293,13 @@ class Scheduler:
         return [one for one in batch if not one[0].ticket.future.done()]
 
     def _counter(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> Callable[[int], None]:
-        """What counts the tokens of a batch's pictures, and ends a block that nobody waits for."""
+        """What counts the tokens of a batch's pictures, and ends a block when the last who waits is gone or late."""
 
         def count(tokens: int) -> None:
             for job, drawing, _ in batch:
                 whole = drawing.tokens * self.sampler.blocks * len(drawing.rows)
                 job.progress = min(1.0, job.progress + tokens / whole)
-            if all(job.ticket.cancelled for job, _, _ in batch):
+            if all(self._is_over(job.ticket) for job, _, _ in batch):
                 raise CancelledError("cancelled")
 
         return count

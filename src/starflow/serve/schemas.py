@@ -38,6 +38,9 @@ LARGEST_SEED = 2**63 - 1
 STUDENT_COST = 0.2
 """Of a student's candidate, in rows of the flow."""
 
+LARGEST_GROWTH = 4
+"""The most pixels of a drawn picture, in those of the model's own size."""
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Of pictures that are taken."""
 
@@ -48,10 +51,12 @@ class Limits:
 
     body: int = 20 * 2**20
     """Bytes of a request."""
+    bodies: int = 20 * 2**24
+    """Bytes of all requests that are being received or answered."""
     body_seconds: float = 30.0
     """In which a request's body must arrive."""
     pixels: int = 4096 * 4096
-    """Of an uploaded picture."""
+    """Of an uploaded picture, and of all pictures that an edit makes of it."""
     drawn_pixels: int = 2048 * 2048
     """Of a picture that is drawn."""
     pictures: int = 16
@@ -300,6 +305,17 @@ def parse_size(text: str | None, limits: Limits) -> tuple[int, int] | None:
     return width, height
 
 
+def check_drawn_size(size: tuple[int, int] | None, own: tuple[int, int]) -> None:
+    """Refuse pictures of far more pixels than those that the model was trained on: one would take hours, for nothing.
+
+    Raises:
+        BodyError: over `LARGEST_GROWTH` times as many as the model's `own` size has.
+    """
+    if size is not None and size[0] * size[1] > LARGEST_GROWTH * own[0] * own[1]:
+        text = f"'size' is {size[0]}x{size[1]}, expected at most {LARGEST_GROWTH} times the pixels of {own[0]}x{own[1]}"
+        raise BodyError(text, "size")
+
+
 def check_edit(body: EditBody, limits: Limits) -> None:
     """Check what an edit asks for, and that each of its options has an effect.
 
@@ -365,12 +381,16 @@ def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> 
         candidates=default.candidates if body.candidates is None else body.candidates,
         steps=default.steps if body.steps is None else body.steps,
     )
+    image, count = read_picture(files["image"], "image", limits), 1 if body.n is None else body.n
+    if count * image.width * image.height > limits.pixels:
+        size = f"{image.width}x{image.height}"
+        raise BodyError(f"'n' is {count}, but {count} times {size} are over {limits.pixels} pixels: ask for fewer", "n")
     return EditRequest(
-        read_picture(files["image"], "image", limits),
+        image,
         body.prompt,
         read_picture(files["mask"], "mask", limits) if "mask" in files else None,
         body.source_prompt,
-        1 if body.n is None else body.n,
+        count,
         secrets.randbelow(2**31) if body.seed is None else body.seed,
         body.guidance,
         body.strength or 0.0,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from starflow.errors import UserError
 from starflow.serve import schemas
 from starflow.serve.drawing import BlockSampler
-from starflow.serve.queue import ClosingError
+from starflow.serve.queue import ClosingError, QueueFullError
 from starflow.serve.scheduler import PLACES, Observer, Scheduler
 from starflow.serve.schemas import BodyError, Failure, Limits
 
@@ -231,6 +231,7 @@ class Guard:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], service: Service) -> None:
         self.app, self.service = app, service
+        self.held = 0  # bytes of bodies that are being received or answered
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -251,19 +252,24 @@ class Guard:
             return
         failure = self._refusal(headers)
         if failure is None:
-            await self.app(scope, self._limited(receive), send_with_id)
+            body = _Body(self)
+            try:
+                await self.app(scope, body.limited(receive), send_with_id)
+            finally:
+                self.held -= body.taken
             return
         self.service.metrics.requests.labels("refused", str(failure.status)).inc()
-        body = json.dumps(failure.body(request_id)).encode()
-        start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        answer = json.dumps(failure.body(request_id)).encode()
+        start = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
         if failure.status == 413:
             start.append((b"connection", b"close"))  # its body is not read
         await send_with_id({"type": "http.response.start", "status": failure.status, "headers": start})
-        await send_with_id({"type": "http.response.body", "body": body})
+        await send_with_id({"type": "http.response.body", "body": answer})
 
     def _refusal(self, headers: dict[str, str]) -> Failure | None:
         key, limit = self.service.api_key, self.service.limits.body
-        if key and not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
+        given = headers.get("authorization", "").encode("latin-1")
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             text = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
             return Failure(401, text, "authentication_error", None, "invalid_api_key")
         origin = headers.get("origin")
@@ -274,23 +280,34 @@ class Guard:
             return Failure(413, f"the body has {length} bytes, expected at most {limit}", "invalid_request_error")
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` whose body has a largest size and must arrive in time; after it, anything may take as long."""
-        limits, taken, complete = self.service.limits, 0, False
-        deadline = time.monotonic() + limits.body_seconds
+
+class _Body:
+    """The body of one request as it arrives: it has a largest size, a time, and a share of what all bodies may hold."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard, self.limits = guard, guard.service.limits
+        self.taken, self.complete = 0, False
+        self.deadline = time.monotonic() + self.limits.body_seconds
+
+    def limited(self, receive: Receive) -> Receive:
+        """`receive` within the limits; after the body, anything may take as long as it takes."""
+        limits = self.limits
 
         async def limited() -> Message:
-            nonlocal taken, complete
-            if complete:
+            if self.complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.001, deadline - time.monotonic()))
+                message = await asyncio.wait_for(receive(), max(0.001, self.deadline - time.monotonic()))
             except TimeoutError:
                 raise BodyError(f"the body did not arrive in {limits.body_seconds:g} s", None, 408) from None
-            taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if taken > limits.body:
+            size = len(message.get("body", b""))
+            self.taken += size
+            self.guard.held += size
+            self.complete = not message.get("more_body", False)
+            if self.taken > limits.body:
                 raise BodyError(f"the body has over {limits.body} bytes, expected fewer", None, 413)
+            if self.guard.held > limits.bodies:
+                raise QueueFullError("too many bytes are being received: ask again later", 5)
             return message
 
         return limited
