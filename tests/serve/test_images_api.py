@@ -198,6 +198,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "a", "size": "63x64"}, 400, None, "multiples of 8"),
     ({"prompt": "a", "size": "64"}, 400, "size", "WIDTHxHEIGHT"),
     ({"prompt": "a", "size": "4096x4096"}, 400, "size", "at most"),
+    ({"prompt": "a", "size": "256x128"}, 400, "size", "4 times the pixels of 64x64"),
     ({"prompt": "a", "seed": -1}, 400, "seed", "seed"),
     ({"prompt": "a", "seed": 2**64}, 400, "seed", "seed"),
     ({"prompt": "a", "seed": 10**400}, 400, "seed", "seed"),
@@ -235,6 +236,7 @@ def test_a_wrong_field_is_named(
         ({}, {"prompt": "a"}, None),  # a form without a file is sent as another kind of body
         ({"mask": ("m.png", as_png(mask()))}, {"prompt": "a"}, "image"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a"}, None),  # neither mask nor source prompt
+        ({"image": ("a.png", as_png(photo().convert("RGBA")))}, {"prompt": "a"}, None),  # nothing is transparent
         ({"image": ("a.png", b"no picture")}, {"prompt": "a"}, "image"),
         ({"image": ("a.png", as_png(photo())[:150])}, {"prompt": "a", "source_prompt": "b"}, "image"),
         ({"image": ("a.png", as_png(photo())), "mask": ("m", b"\x89PNG")}, {"prompt": "a"}, "mask"),
@@ -242,6 +244,7 @@ def test_a_wrong_field_is_named(
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "source_prompt": "b", "strength": "2"}, "strength"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "strength": "0.5"}, "strength"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "source_prompt": "b", "steps": "3"}, "steps"),
+        ({"image": ("a.png", as_png(photo((1200, 1200))))}, {"prompt": "a", "source_prompt": "b", "n": "16"}, "n"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": ["a", "b"], "source_prompt": "b"}, "prompt"),
     ],
 )

@@ -318,3 +318,30 @@ def test_who_is_alone_does_not_wait_for_company() -> None:
         scheduler.draw(DrawRequest("a")).future.result(timeout=10)
     scheduler.close(10)
     assert [rows for _, rows in sampler.batches] == [["a"]] * 8
+
+
+def test_a_block_ends_when_the_last_who_waits_for_it_is_late() -> None:
+    """A block of a large picture may take minutes; with a neighbour who has time it goes on."""
+    for neighbour in (False, True):
+        scheduler, sampler, clock, recorder = by_hand()
+        late = scheduler.draw(DrawRequest("late"), timeout=5)
+        other = scheduler.draw(DrawRequest("other")) if neighbour else None
+        drawn: list[int] = []
+
+        def before(block: int, clock: Clock = clock) -> None:
+            clock.now += 10
+
+        sampler.before = before
+        solve = sampler.solve
+
+        def counted(rows: Any, progress: Callable[[int], None], solve: Any = solve, drawn: list[int] = drawn) -> None:
+            solve(rows, progress)
+            drawn.append(rows[0][1].block)
+
+        sampler.solve = counted  # type: ignore[method-assign]
+        finish(scheduler)
+        with pytest.raises(DeadlineError):
+            late.future.result(timeout=0)
+        assert len(drawn) == (4 if neighbour else 0)
+        assert ("pictures", "late", 1) in recorder.outcomes
+        assert other is None or other.future.result(timeout=0)[0].seed == 0

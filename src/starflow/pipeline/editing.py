@@ -18,7 +18,7 @@ from starflow.data.buckets import ratio_change
 from starflow.data.images import from_pil, to_pil
 from starflow.edit import editing
 from starflow.edit.inpainting import InpaintSettings, Method, inpaint
-from starflow.edit.masks import Scene, box_mask, read_mask, resized
+from starflow.edit.masks import HALF, Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
@@ -109,7 +109,8 @@ def hole_of(
         if invert and bool(hole.all()):
             raise UserError(f"the box {shown} covers the picture, and inverted it repaints nothing: make it smaller")
         return (~hole if invert else hole), f"the box {shown} is {'kept' if invert else 'repainted'}"
-    if mask is None and not image.has_transparency_data:
+    # An opaque alpha channel marks nothing, and the picture's own white is no mask.
+    if mask is None and not any(image.convert("RGBA").getchannel("A").histogram()[:HALF]):
         raise UserError("no mask: give one (white is repainted), a box, or a picture that is transparent there")
     return read_mask(image if mask is None else read_picture(mask), image.size, invert=invert)
 

@@ -356,8 +356,8 @@ class EditRequest:
 
     @property
     def places(self) -> int:
-        """Of the queue that one picture takes: one, and one for every million pixels that wait with it."""
-        return 1 + self.image.width * self.image.height // 2**20
+        """Of the queue that one picture takes: one, and one for every quarter of a million pixels that wait with it."""
+        return 1 + self.image.width * self.image.height // 2**18
 
     @property
     def cost(self) -> float:

@@ -78,6 +78,7 @@ def _answered(service: Service, path: str, handler: Handler) -> Callable[[Reques
             response = JSONResponse(failure.body(request.state.request_id), failure.status)
         except Exception as error:  # noqa: BLE001  # every error is answered
             failure = failure_of(error, request.state.request_id)
+            error.__traceback__ = None  # its frames hold the pictures until the garbage is next collected
             retry = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
             response = JSONResponse(failure.body(request.state.request_id), failure.status, retry)
         service.metrics.requests.labels(path, str(response.status_code)).inc()
@@ -92,7 +93,7 @@ async def _form(request: Request, files: Iterable[str]) -> tuple[list[tuple[str,
     Raises:
         BodyError: another kind of body, or a file that is unknown, or twice.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise BodyError("the body is no multipart/form-data: send a form", None, 415)
     texts: list[tuple[str, str]] = []
     found: dict[str, bytes] = {}
@@ -144,7 +145,7 @@ async def _results(request: Request, ticket: Ticket) -> list[Any]:
 
 async def generations(service: Service, request: Request) -> Response:
     """`POST /v1/images/generations`."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BodyError("the body's type is not application/json: say so in Content-Type", None, 415)
     body = schemas.read_json(schemas.GenerationBody, await request.body())
     schemas.check_common(body, service.limits, service.name)
@@ -255,7 +256,8 @@ async def edits(service: Service, request: Request) -> Response:
         asked.check()
         return asked
 
-    asked = await asyncio.to_thread(read)
+    async with service.reading:
+        asked = await asyncio.to_thread(read)
 
     def submit(listener: Listener | None) -> Ticket:
         calls = edit_calls(pipeline, asked, listener)
@@ -280,7 +282,8 @@ async def likelihood(service: Service, request: Request) -> Response:
     def read() -> Image:
         return seen_by(pipeline, schemas.read_picture(files["image"], "image", service.limits))
 
-    seen = await asyncio.to_thread(read)
+    async with service.reading:
+        seen = await asyncio.to_thread(read)
     call = likelihood_call(pipeline, seen, body.prompt, body.seed, body.draws, heat=body.map)
     cost, timeout = float(len(body.prompt) * body.draws), body.timeout or service.limits.timeout
     (found,) = await _results(request, scheduler.call([call], "likelihood", cost, _client(request, body), timeout))

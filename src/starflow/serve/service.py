@@ -32,6 +32,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CONNECTIONS = 1000
 """At once; more are answered 503."""
 
+READERS = 2
+"""Uploads that are decoded at once: one of 16 million pixels takes some hundred megabytes on the way."""
+
 ANSWER_SECONDS = 10
 """For the last answers to be written when the work is done."""
 
@@ -118,6 +121,8 @@ class Service:
         """Set when loading is over, either way."""
         self.started, self.draining = time.time(), False
         self.metrics = Metrics(self)
+        self.reading = asyncio.Semaphore(READERS)
+        """Held while an upload is decoded."""
         self._load, self._places, self._max_rows = load, places, max_rows
         self._pipeline: StarFlowPipeline | None = None
         self._begun = False
@@ -276,8 +281,8 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return Failure(403, "requests of other sites' pages are not answered", "permission_error")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and len(length) < 20 and int(length) > limit:
-            return Failure(413, f"the body has {length} bytes, expected at most {limit}", "invalid_request_error")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
+            return Failure(413, f"the body has {length[:20]} bytes, expected at most {limit}", "invalid_request_error")
         return None
 
 
