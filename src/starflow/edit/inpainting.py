@@ -39,6 +39,7 @@ from starflow.edit.chains import (
 )
 from starflow.edit.density import GuidedFlow, log_density
 from starflow.errors import UserError
+from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import patchify
 
@@ -193,8 +194,15 @@ class Random:
         return drawn.log().to(self.like.device, self.like.dtype)
 
     def choose(self, log_weight: Tensor) -> Tensor:
-        """An index, in proportion to the weights; (1,)."""
+        """An index, in proportion to the weights, of which NaN is 0; (1,).
+
+        Raises:
+            NotFiniteError: no weight is above 0.
+        """
+        log_weight = log_weight.nan_to_num(nan=-math.inf)
         weight = (log_weight - log_weight.max()).exp().nan_to_num(0).cpu()
+        if not bool(weight.sum() > 0):
+            raise NotFiniteError("no filling came out finite: lower the guidance, or use another checkpoint")
         return torch.multinomial(weight, 1, generator=self.generator)
 
 
