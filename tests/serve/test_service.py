@@ -18,8 +18,10 @@ import pytest
 
 from starflow import StarFlowPipeline
 from starflow.errors import UserError
+from starflow.latents import PixelLatents
 from starflow.serve.schemas import Limits
 from starflow.serve.service import Guard, Service, listen
+from tests.cli.conftest import random_pipeline
 from tests.serve.conftest import Running, running
 
 httpx = pytest.importorskip("httpx")
@@ -151,6 +153,25 @@ def test_a_model_that_is_not_there_is_told_and_nothing_is_ready() -> None:
     assert service.loaded.wait(10)
     assert isinstance(service.failure, UserError)
     assert not service.ready
+
+
+def test_a_service_that_is_closed_while_it_loads_waits_for_that_and_draws_nothing() -> None:
+    """A process that ended beside the thread that loads would abort."""
+    go = threading.Event()
+
+    def load() -> StarFlowPipeline:
+        go.wait(20)
+        return random_pipeline("slow", PixelLatents(), None)
+
+    service = Service(load, "slow")
+    service.start()
+    assert service.computing
+    assert not service.close(0.05)
+    threading.Timer(0.2, go.set).start()
+    assert service.close(20)
+    assert service.loaded.is_set()
+    assert service.scheduler is None
+    assert not service.computing
 
 
 def test_two_services_that_start_at_once_cannot_have_one_port() -> None:

@@ -170,6 +170,11 @@ class Scheduler:
         """Whether nothing is taken any more."""
         return self._closing
 
+    @property
+    def running(self) -> bool:
+        """Whether its thread has begun and not ended."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to work, in a thread."""
         self._thread = threading.Thread(target=self._loop, name="starflow-model", daemon=True)

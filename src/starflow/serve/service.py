@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -140,8 +141,9 @@ class Service:
             sampler = BlockSampler(self._pipeline, self._max_rows)
             sampler.warm_up()
             scheduler = Scheduler(sampler, places=self._places, observer=self.metrics)
-            scheduler.start()
-            self.scheduler = scheduler
+            if not self.draining:
+                scheduler.start()
+                self.scheduler = scheduler
         except Exception as error:  # noqa: BLE001  # whoever started the service is told
             self.failure = error
         self.loaded.set()
@@ -164,9 +166,17 @@ class Service:
         return self.scheduler, self._pipeline
 
     def close(self, timeout: float) -> bool:
-        """Take nothing more and finish what is here; whether that was done in time."""
-        self.draining = True
-        return self.scheduler is None or self.scheduler.close(timeout)
+        """Take nothing more and finish what is here, loading as well; whether that was done in time."""
+        self.draining, until = True, time.monotonic() + timeout
+        if self._begun and not self.loaded.wait(timeout):
+            return False
+        return self.scheduler is None or self.scheduler.close(max(0.0, until - time.monotonic()))
+
+    @property
+    def computing(self) -> bool:
+        """Whether a thread of it loads or draws."""
+        loading = self._begun and not self.loaded.is_set()
+        return loading or (self.scheduler is not None and self.scheduler.running)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -189,7 +199,8 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: Any, service: Service, bound: socket.socket, drain_seconds: float) -> None:
     """Serve an application of a service until a signal comes; then it finishes what it has, in so many seconds at most.
 
-    While it does, `/ready` says no and new requests are refused with 503. A second signal ends it at once.
+    While it does, `/ready` says no and new requests are refused with 503. A second signal ends it at once. Where the
+    model is still at work then, the process ends here, with code 1.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -229,6 +240,9 @@ def run(app: Any, service: Service, bound: socket.socket, drain_seconds: float) 
     server.run(sockets=[bound])
     if service.failure is not None:
         raise service.failure
+    if service.computing:  # compiled code aborts a process whose interpreter ends beside it
+        logging.shutdown()
+        os._exit(1)
 
 
 class Guard:
