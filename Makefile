@@ -1,6 +1,7 @@
 # make generate PROMPT="a red apple"   pictures from the bundled model, in out/
 # make test                            the quick tests
 # make app                             a page in the browser that draws, edits and judges pictures
+# make test-serve                      all tests of the service, with the clients, the browser and Ray that they need
 # make docs                            the documentation, in build/docs/index.html
 # Both make .venv when it is missing; a second call installs nothing. Another Python: make PYTHON=python3.12 test
 
@@ -10,12 +11,13 @@ ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 APP_STAMP := $(VENV)/.installed-app
+SERVE_TESTS_STAMP := $(VENV)/.installed-serve-tests
 RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT
 
-.PHONY: generate app test test-all docs lint format lock clean $(RESULTS)
+.PHONY: generate app test test-all test-serve docs lint format lock clean $(RESULTS)
 .DELETE_ON_ERROR:
 
 generate: $(STAMP)
@@ -29,6 +31,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+# Slow tests too. The page's tests need chromium (apt install chromium) and skip without it.
+test-serve: $(SERVE_TESTS_STAMP)
+	@$(VENV)/bin/python -m pytest -m "not gpu" tests/serve tests/deploy tests/cli/test_serve.py tests/benchmarks/test_serve_load.py $(ARGS)
 
 # Offline. A warning is an error, and so is a name of ours that is not found (-n).
 docs: $(STAMP)
@@ -69,6 +75,10 @@ $(STAMP): requirements/lock.txt requirements/lock-data.txt pyproject.toml
 # The versions are exact, and gradio's bound on Pillow is older than the lock's Pillow: hence --no-deps.
 $(APP_STAMP): $(STAMP) requirements/lock-app.txt
 	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-app.txt
+	@touch $@
+
+$(SERVE_TESTS_STAMP): $(APP_STAMP) requirements/lock-serve-tests.txt
+	@$(VENV)/bin/python -m pip install --no-deps -r requirements/lock-serve-tests.txt
 	@touch $@
 
 # Needs uv (pip install uv). Pins already in the lock are kept: delete a line to renew it, after moving LOCK_DATE.

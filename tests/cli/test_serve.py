@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from starflow.cli import serve as module
 from tests.cli.conftest import Run
@@ -52,3 +57,33 @@ def test_a_model_is_called_by_its_name_or_its_folder(tmp_path: object) -> None:
     assert module._name("glyphs") == "glyphs"
     assert module._name("owner/name") == "owner/name"
     assert module._name(str(tmp_path)) == str(tmp_path).rsplit("/", 1)[-1]
+
+
+@pytest.mark.parametrize(
+    ("locks", "roots"),
+    [
+        (("lock-app",), ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "gradio")),
+        (("lock-app", "lock-serve-tests"), ("openai", "playwright", "httpx")),
+        (("lock-app", "lock-serve-tests"), ("ray[serve]",)),
+    ],
+)
+def test_what_make_installs_without_dependencies_lacks_none(locks: tuple[str, ...], roots: tuple[str, ...]) -> None:
+    """Every package that one of them needs is in a lock, as far as they are installed here."""
+    folder = Path(__file__).parents[2] / "requirements"
+    texts = [(folder / f"{name}.txt").read_text() for name in ("lock", *locks)]
+    locked = {canonicalize_name(name) for text in texts for name in re.findall(r"^([\w.-]+)==", text, re.MULTILINE)}
+    wanted, missing, seen = [Requirement(root) for root in roots], set[str](), set[tuple[str, str]]()
+    while wanted:
+        one = wanted.pop()
+        name = canonicalize_name(one.name)
+        missing |= {name} - locked
+        if (name, str(one.extras)) in seen:
+            continue
+        seen.add((name, str(one.extras)))
+        try:
+            needs = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+        extras = [*one.extras, ""]
+        wanted += [need for need in needs if not need.marker or any(need.marker.evaluate({"extra": e}) for e in extras)]
+    assert not missing

@@ -15,6 +15,7 @@ from starflow.edit.density import GuidedFlow
 from starflow.edit.inpainting import InpaintSettings, Method, Random, inpaint
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
+from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow, STARFlow
 from tests.edit.conftest import STANDARD_ERRORS, histogram_apart
 from tests.registry import randomised
@@ -142,3 +143,11 @@ def test_wrong_settings_and_holes_are_told_in_a_line(flow: Flow) -> None:
         inpaint(flow, x, hole, condition, seeds=[0, 1])
     with pytest.raises(UserError, match="expected 0 to"):
         inpaint(flow, x, hole, condition, seeds=[-1])
+
+
+def test_what_is_not_finite_is_never_chosen_and_where_nothing_is_finite_that_is_said() -> None:
+    random = Random(0, torch.zeros(1, 1, 2, 2))
+    some = torch.tensor([math.nan, -math.inf, -700.0, math.nan])
+    assert [int(random.choose(some)) for _ in range(5)] == [2] * 5
+    with pytest.raises(NotFiniteError, match="no filling came out finite"):
+        random.choose(torch.full((3,), math.nan))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from starflow import StarFlowPipeline
+from starflow.sampling.student import Student, StudentConfig, inputs_of
 from starflow.serve.drawing import BlockSampler
 from starflow.serve.images_api import create_app
 from starflow.serve.scheduler import Scheduler
@@ -28,6 +30,15 @@ def box_sampler(box: StarFlowPipeline) -> BlockSampler:
     sampler = BlockSampler(box)
     sampler.warm_up()
     return sampler
+
+
+def untrained_student(pipe: StarFlowPipeline) -> Student:
+    """A small student of the pipeline's flow, of random weights."""
+    sizes, blocks = inputs_of(pipe.flow), len(pipe.flow.blocks)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student = Student(StudentConfig(**sizes, channels=32, layers=(1,) * (blocks + 1), head_dim=16))
+    return student.eval().requires_grad_(False)
 
 
 @pytest.fixture

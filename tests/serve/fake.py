@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from starflow.errors import UserError
-from starflow.serve.drawing import BatchKey, Drawn, DrawRequest, PictureInProgress, Row
+from starflow.serve.queue import BatchKey, Drawn, DrawRequest, PictureInProgress, Row
 from starflow.serve.scheduler import Observer
 
 TOKENS = 4

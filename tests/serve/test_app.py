@@ -12,11 +12,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from starflow import StarFlowPipeline
+from starflow.errors import UserError
 from starflow.pipeline.likelihood import LogProb
 from starflow.serve.app import CHANGE, FILL, Mistake, Page, add_page, chosen_seed, over, read_editor, verdict
 from starflow.serve.drawing import PromptLikelihood
 from starflow.serve.service import Service
-from tests.serve.conftest import Running, running
+from tests.serve.conftest import Running, running, untrained_student
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -92,7 +93,7 @@ def page(api: Running) -> Page:
 
 
 def test_previews_come_before_pictures_and_each_with_its_log_p(page: Page) -> None:
-    steps = list(page.draw("a red apple", 2, 5, False, 1.0, 0.5, 2, True, "me"))
+    steps = list(page.draw("a red apple", 2, 5, False, 1.0, 0.5, 2, True, "flow", "me"))
     captions = [[text for _, text in pictures] for pictures, _, _ in steps if pictures]
     assert captions[0][0] == "preview"
     assert len(captions[-1]) == 4
@@ -104,13 +105,25 @@ def test_previews_come_before_pictures_and_each_with_its_log_p(page: Page) -> No
 def test_a_page_that_is_left_cancels_what_it_asked_for(page: Page) -> None:
     scheduler = page.service.scheduler
     assert scheduler is not None
-    steps = page.draw("a red apple", 16, 0, False, 1.0, 0.5, 8, False, "me")
+    steps = page.draw("a red apple", 16, 0, False, 1.0, 0.5, 8, False, "flow", "me")
     next(steps)
     assert scheduler.waiting + scheduler.at_work > 0
     steps.close()  # type: ignore[attr-defined]
     assert page.service.scheduler is not None
-    assert list(page.draw("a red apple", 1, 0, False, 1.0, 0.5, 1, False, "me"))
+    assert list(page.draw("a red apple", 1, 0, False, 1.0, 0.5, 1, False, "flow", "me"))
     assert scheduler.waiting + scheduler.at_work == 0
+
+
+def test_a_student_draws_where_there_is_one(page: Page, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="has none"):
+        list(page.draw("a red apple", 1, 0, False, 0.0, 1.0, 1, False, "student", "me"))
+    monkeypatch.setattr(box, "student", untrained_student(box))
+    *_, (pictures, _, _) = page.draw("a red apple", 2, 5, False, 0.0, 1.0, 1, False, "student", "me")
+    assert pictures is not None
+    wanted = box("a red apple", num_images=2, seed=5, guidance=0.0, temperature=1.0, candidates=1, sampler="student")
+    for (found, caption), drawn, seed in zip(pictures, wanted.images, (5, 6), strict=True):
+        assert caption == f"seed {seed}"
+        assert abs(numpy.asarray(found).astype(int) - numpy.asarray(drawn).astype(int)).max() <= 1
 
 
 def test_an_edit_changes_a_picture_and_a_filling_wants_a_mask(page: Page, box: StarFlowPipeline) -> None:

@@ -16,7 +16,8 @@ from starflow.flow.config import TarFlowConfig
 from starflow.flow.finite import NotFiniteError
 from starflow.latents import PixelLatents
 from starflow.pipeline.config import PipelineConfig
-from starflow.serve.drawing import BlockSampler, Drawn, DrawRequest
+from starflow.serve.drawing import BlockSampler, likelihood_call
+from starflow.serve.queue import Drawn, DrawRequest
 from starflow.serve.scheduler import Scheduler
 from tests.registry import randomised
 
@@ -173,3 +174,15 @@ def test_more_candidates_than_rows_of_a_batch_are_the_same(box: StarFlowPipeline
     while scheduler.turn():
         pass
     check(box, request, ticket.future.result(timeout=0))
+
+
+def test_a_likelihood_lends_the_model_after_every_draw(box: StarFlowPipeline) -> None:
+    seen = box("a red apple", candidates=1).images[0]
+    told: list[tuple[int, int]] = []
+    call = likelihood_call(box, seen, ["a red apple", "a car"], 5, 3, heat=True)
+    found = call(lambda done, total: told.append((done, total)))
+    assert len(told) == 12
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (12, 12)
+    for one, prompt in zip(found, ("a red apple", "a car"), strict=True):
+        assert one.found == box.log_prob(seen, prompt, seed=5, draws=3)

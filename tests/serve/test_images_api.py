@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from starflow import StarFlowPipeline
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, untrained_student
 
 httpx = pytest.importorskip("httpx")
 
@@ -113,6 +113,38 @@ def test_the_official_client_fills_a_hole_and_edits(api: Running) -> None:
     assert edited.data[0].b64_json != edited.data[1].b64_json
 
 
+def test_the_official_client_streams_the_filling_of_a_hole(api: Running) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{api.url}/v1", api_key="unused", max_retries=0)
+    asked = {"image": ("photo.png", as_png(photo())), "mask": ("mask.png", as_png(mask())), "prompt": "a red apple"}
+    own = {"seed": 1, "candidates": 2, "steps": 2}
+    events = list(client.images.edit(**asked, stream=True, partial_images=2, extra_body=own))
+    assert [one.type for one in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    assert [one.partial_image_index for one in events[:2]] == [0, 1]
+    whole = client.images.edit(**asked, extra_body=own).data[0].b64_json
+    assert events[2].b64_json == whole, "previews change nothing"
+    known = numpy.asarray(mask()) == 0
+    for one in events[:2]:
+        assert (numpy.asarray(picture(one.b64_json))[known] == numpy.asarray(photo())[known]).all()
+        assert one.b64_json != whole
+
+
+def test_a_student_draws_where_the_model_has_one(
+    api: Running, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"prompt": "a red apple", "n": 2, "seed": 5, "guidance": 0.0, "sampler": "student"}
+    answer = generate(api, **asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sampler")
+    monkeypatch.setattr(box, "student", untrained_student(box))
+    wanted = box("a red apple", num_images=2, seed=5, guidance=0.0, sampler="student").images
+    for one, drawn in zip(generate(api, **asked).json()["data"], wanted, strict=True):
+        assert abs(numpy.asarray(picture(one["b64_json"])).astype(int) - numpy.asarray(drawn).astype(int)).max() <= 1
+    assert generate(api, **asked, stream=True).text.count("event: image_generation.completed") == 2
+    refused = generate(api, **{**asked, "guidance": 5.0})
+    assert refused.status_code == 400
+    assert "trained up to 0" in refused.json()["error"]["message"]
+
+
 def test_openai_s_masks_are_transparent_where_to_paint(api: Running) -> None:
     alpha = photo().convert("RGBA")
     alpha.putalpha(mask().point(lambda value: 255 - value))
@@ -166,6 +198,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "a", "size": "63x64"}, 400, None, "multiples of 8"),
     ({"prompt": "a", "size": "64"}, 400, "size", "WIDTHxHEIGHT"),
     ({"prompt": "a", "size": "4096x4096"}, 400, "size", "at most"),
+    ({"prompt": "a", "size": "256x128"}, 400, "size", "4 times the pixels of 64x64"),
     ({"prompt": "a", "seed": -1}, 400, "seed", "seed"),
     ({"prompt": "a", "seed": 2**64}, 400, "seed", "seed"),
     ({"prompt": "a", "seed": 10**400}, 400, "seed", "seed"),
@@ -203,6 +236,7 @@ def test_a_wrong_field_is_named(
         ({}, {"prompt": "a"}, None),  # a form without a file is sent as another kind of body
         ({"mask": ("m.png", as_png(mask()))}, {"prompt": "a"}, "image"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a"}, None),  # neither mask nor source prompt
+        ({"image": ("a.png", as_png(photo().convert("RGBA")))}, {"prompt": "a"}, None),  # nothing is transparent
         ({"image": ("a.png", b"no picture")}, {"prompt": "a"}, "image"),
         ({"image": ("a.png", as_png(photo())[:150])}, {"prompt": "a", "source_prompt": "b"}, "image"),
         ({"image": ("a.png", as_png(photo())), "mask": ("m", b"\x89PNG")}, {"prompt": "a"}, "mask"),
@@ -210,6 +244,7 @@ def test_a_wrong_field_is_named(
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "source_prompt": "b", "strength": "2"}, "strength"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "strength": "0.5"}, "strength"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": "a", "source_prompt": "b", "steps": "3"}, "steps"),
+        ({"image": ("a.png", as_png(photo((1200, 1200))))}, {"prompt": "a", "source_prompt": "b", "n": "16"}, "n"),
         ({"image": ("a.png", as_png(photo()))}, {"prompt": ["a", "b"], "source_prompt": "b"}, "prompt"),
     ],
 )

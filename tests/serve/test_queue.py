@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,3 +72,21 @@ def test_it_is_bounded_and_takes_whole_requests(arrivals: list[tuple[str, int]])
         except QueueFullError:
             assert len(queue) == before
     assert len(queue) <= 10
+
+
+def test_large_uploads_take_as_many_places_as_they_hold_memory() -> None:
+    queue = FairQueue(8)
+
+    def put(client: str, places: int) -> None:
+        queue.put([Job(Ticket(client, "edit", None, None), 0, 1.0, 0.0, places=places)], 1)
+
+    put("a", 20)  # larger than the queue, and alone
+    with pytest.raises(QueueFullError, match="the queue is full"):
+        put("b", 1)
+    queue.drop(lambda job: True)
+    put("a", 3)
+    with pytest.raises(QueueFullError, match="this client's half"):
+        put("a", 2)
+    put("b", 5)
+    with pytest.raises(QueueFullError, match="the queue is full"):
+        put("c", 1)

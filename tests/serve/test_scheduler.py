@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 from starflow.errors import UserError
-from starflow.serve.drawing import DrawRequest
-from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, QueueFullError, Ticket
+from starflow.serve.queue import (
+    CancelledError,
+    ClosingError,
+    DeadlineError,
+    DrawRequest,
+    Event,
+    QueueFullError,
+    Ticket,
+)
 from starflow.serve.scheduler import Scheduler
 from tests.serve.fake import Clock, FakeSampler, Recorder
 
@@ -288,13 +295,53 @@ def test_many_threads_get_their_own_pictures() -> None:
     assert found == {number: [100 * number + index for index in range(5)] for number in range(16)}
 
 
-def test_a_first_picture_waits_a_moment_for_those_that_come_with_it() -> None:
-    scheduler, sampler = threaded(gather=0.2)
+def test_those_who_were_answered_together_are_drawn_together_again() -> None:
+    scheduler, sampler = threaded(gather=0.5)
+    together = [scheduler.call([lambda _: time.sleep(0.1)], "likelihood", 1.0)]  # meanwhile three pictures come
+    together += [scheduler.draw(DrawRequest("a")) for _ in range(3)]
+    for one in together:
+        one.future.result(timeout=10)
     tickets = []
     for _ in range(3):
-        tickets.append(scheduler.draw(DrawRequest("a")))
+        tickets.append(scheduler.draw(DrawRequest("b")))
         time.sleep(0.02)
     for one in tickets:
         one.future.result(timeout=10)
     scheduler.close(10)
     assert sampler.batches[0] == (3, ["a", "a", "a"])
+    assert sampler.batches[4] == (3, ["b", "b", "b"])
+
+
+def test_who_is_alone_does_not_wait_for_company() -> None:
+    scheduler, sampler = threaded(gather=60.0)
+    for _ in range(2):
+        scheduler.draw(DrawRequest("a")).future.result(timeout=10)
+    scheduler.close(10)
+    assert [rows for _, rows in sampler.batches] == [["a"]] * 8
+
+
+def test_a_block_ends_when_the_last_who_waits_for_it_is_late() -> None:
+    """A block of a large picture may take minutes; with a neighbour who has time it goes on."""
+    for neighbour in (False, True):
+        scheduler, sampler, clock, recorder = by_hand()
+        late = scheduler.draw(DrawRequest("late"), timeout=5)
+        other = scheduler.draw(DrawRequest("other")) if neighbour else None
+        drawn: list[int] = []
+
+        def before(block: int, clock: Clock = clock) -> None:
+            clock.now += 10
+
+        sampler.before = before
+        solve = sampler.solve
+
+        def counted(rows: Any, progress: Callable[[int], None], solve: Any = solve, drawn: list[int] = drawn) -> None:
+            solve(rows, progress)
+            drawn.append(rows[0][1].block)
+
+        sampler.solve = counted  # type: ignore[method-assign]
+        finish(scheduler)
+        with pytest.raises(DeadlineError):
+            late.future.result(timeout=0)
+        assert len(drawn) == (4 if neighbour else 0)
+        assert ("pictures", "late", 1) in recorder.outcomes
+        assert other is None or other.future.result(timeout=0)[0].seed == 0

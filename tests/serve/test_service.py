@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ import pytest
 
 from starflow import StarFlowPipeline
 from starflow.errors import UserError
+from starflow.latents import PixelLatents
 from starflow.serve.schemas import Limits
-from starflow.serve.service import Service, listen
+from starflow.serve.service import Guard, Service, listen
+from tests.cli.conftest import random_pipeline
 from tests.serve.conftest import Running, running
 
 httpx = pytest.importorskip("httpx")
@@ -75,12 +78,51 @@ def test_a_long_body_is_refused_whether_it_says_so_or_not(guarded: Running) -> N
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("length", ["3000", "1" * 19, "1" * 20])
+def test_a_long_body_is_refused_before_it_is_waited_for(guarded: Running, length: str) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as one:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+        one.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{{".encode())
+        assert b" 413 " in one.recv(4096).split(b"\r\n")[0]
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(guarded: Running) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as one:
         head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
         one.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
         assert b" 408 " in one.recv(4096).split(b"\r\n")[0]
+
+
+def test_bodies_together_hold_no_more_than_their_bound(box: StarFlowPipeline) -> None:
+    """Many that send slowly cannot fill the memory; when one has gone there is room again."""
+    limits = Limits(body=2000, bodies=1500, body_seconds=20)
+    with running(Service(lambda: box, "glyphs", limits=limits)) as api:
+        host, port = api.url.removeprefix("http://").split(":")
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        body = json.dumps({"prompt": "a" * 600, "model": "another"})
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(f"{head}Content-Length: 1500\r\n\r\n{'a' * 1000}".encode())
+            wait_for_code(api, body, 429)
+        wait_for_code(api, body, 404)
+
+
+def wait_for_code(api: Running, body: str, code: int) -> None:
+    end = time.monotonic() + 20
+    while post(api, content=body.encode()).status_code != code:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_key_may_have_any_letters() -> None:
+    service = Service(lambda: pytest.fail("nothing is loaded"), "none", api_key="schlüssel")
+    guard = Guard(lambda *_: pytest.fail("nothing is called"), service)
+    given = "Bearer schlüssel".encode().decode("latin-1")  # as a server reads the bytes of UTF-8
+    assert guard._refusal({"authorization": given}) is None
+    refused = guard._refusal({"authorization": given[:-1]})
+    assert refused is not None
+    assert refused.status == 401
 
 
 def test_a_full_queue_is_answered_429(guarded: Running) -> None:
@@ -113,11 +155,48 @@ def test_a_model_that_is_not_there_is_told_and_nothing_is_ready() -> None:
     assert not service.ready
 
 
-def test_a_port_that_is_taken_is_a_users_mistake() -> None:
-    with listen("127.0.0.1", 0) as first:
-        first.listen()
-        with pytest.raises(UserError, match="--port"):
-            listen("127.0.0.1", first.getsockname()[1])
+def test_a_service_that_is_closed_while_it_loads_waits_for_that_and_draws_nothing() -> None:
+    """A process that ended beside the thread that loads would abort."""
+    go = threading.Event()
+
+    def load() -> StarFlowPipeline:
+        go.wait(20)
+        return random_pipeline("slow", PixelLatents(), None)
+
+    service = Service(load, "slow")
+    service.start()
+    assert service.computing
+    assert not service.close(0.05)
+    threading.Timer(0.2, go.set).start()
+    assert service.close(20)
+    assert service.loaded.is_set()
+    assert service.scheduler is None
+    assert not service.computing
+
+
+def test_two_services_that_start_at_once_cannot_have_one_port() -> None:
+    """The second is told so before it loads a model, though the first has not answered anybody yet."""
+    with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="--port"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_an_answer_is_not_held_back_until_its_head_is_acknowledged() -> None:
+    """Nagle's algorithm would delay every body by 40 ms, as head and body are written one after the other."""
+    found: list[int] = []
+
+    def connected(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect() -> None:
+        bound = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=bound):
+            reader, writer = await asyncio.open_connection(*bound.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connect())
+    assert found == [1]
 
 
 def wait_for_status(url: str, status: int, seconds: float) -> None:

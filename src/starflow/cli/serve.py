@@ -133,7 +133,9 @@ def _need(modules: Sequence[str], extra: str) -> None:
 def _load(model: str, device: Device, dtype: Precision | None) -> StarFlowPipeline:
     from starflow.pipeline.pipeline import StarFlowPipeline
 
-    return StarFlowPipeline.from_pretrained(model, pick_device(device), None if dtype is None else pick_dtype(dtype))
+    precision = None if dtype is None else pick_dtype(dtype)
+    # A text encoder that is loaded for every batch would take longer than the batch.
+    return StarFlowPipeline.from_pretrained(model, pick_device(device), precision, keep_text_encoder=True)
 
 
 def _name(model: str) -> str:

@@ -94,6 +94,7 @@ class TextEncoder:
         dtype: Dtype = "bfloat16" if next(network.parameters()).dtype == torch.bfloat16 else "float32"
         self._spec = ConditionerSpec("text", size, int(config.hidden_size), source, dtype=dtype)
         self._tokenizer = tokenizer
+        self._null: Tensor | None = None
         self.network = network.eval().requires_grad_(False)
 
     @classmethod
@@ -136,8 +137,11 @@ class TextEncoder:
         return F.pad(states, (0, 0, 0, self._spec.size - states.shape[1]))
 
     def null(self, batch: int) -> Tensor:
-        """Encode the empty prompt, (batch, S, dim)."""
-        return self.encode([""]).expand(batch, -1, -1)
+        """Encode the empty prompt, (batch, S, dim); once, as it takes as long as the prompt of a lone picture."""
+        device = next(self.network.parameters()).device
+        if self._null is None or self._null.device != device:
+            self._null = self.encode([""])
+        return self._null.expand(batch, -1, -1)
 
     def save(self, folder: Path) -> None:
         """Write encoder and tokenizer as `from_pretrained` reads them; of a T5 the encoder alone.

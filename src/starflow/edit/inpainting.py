@@ -39,6 +39,7 @@ from starflow.edit.chains import (
 )
 from starflow.edit.density import GuidedFlow, log_density
 from starflow.errors import UserError
+from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
 from starflow.flow.tokens import patchify
 
@@ -116,6 +117,7 @@ def inpaint(
     seeds: Sequence[int],
     settings: InpaintSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
+    show: Callable[[int, Tensor], None] | None = None,
 ) -> Filled:
     """Fill holes.
 
@@ -128,6 +130,7 @@ def inpaint(
         seeds: one a row. The first normal draw of a seed's generator is left out: with it a caller adds the noise.
         settings: how.
         progress: called with (rows done, rows in all), rows in fractions of a thousandth.
+        show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled; not by `chain`.
 
     Raises:
         UserError: a hole of another shape, an empty one, not one seed a row, or what the flow cannot take.
@@ -148,16 +151,24 @@ def inpaint(
         density = GuidedFlow(flow, given[0], given[1], settings.guidance, settings.temperature)
         known = latents[row : row + 1].to(flow.device, flow.work_dtype)
         problem = Problem(density, known, hole[row : row + 1].to(flow.device), settings.spread)
-        part = _part_of(progress, row, len(seeds))
+        part = _part_of(progress, show, row, len(seeds))
         rows.append(_Filling(problem, density, settings, Random(seed, known), part).run())
     parts = zip(*((one.x, one.log_prob, one.acceptance, one.effective_samples) for one in rows), strict=True)
     return Filled(*(torch.cat(part) for part in parts))
 
 
-def _part_of(progress: Callable[[int, int], None] | None, row: int, rows: int) -> Callable[[float], None]:
-    def report(share: float) -> None:
+Report = Callable[[float, Tensor | None], None]
+"""Called with the share of a row that is done, and what it is so far."""
+
+
+def _part_of(
+    progress: Callable[[int, int], None] | None, show: Callable[[int, Tensor], None] | None, row: int, rows: int
+) -> Report:
+    def report(share: float, x: Tensor | None) -> None:
         if progress is not None:
             progress(round(1000 * (row + share)), 1000 * rows)
+        if show is not None and x is not None and bool(x.isfinite().all()):
+            show(row, x)
 
     return report
 
@@ -183,8 +194,15 @@ class Random:
         return drawn.log().to(self.like.device, self.like.dtype)
 
     def choose(self, log_weight: Tensor) -> Tensor:
-        """An index, in proportion to the weights; (1,)."""
+        """An index, in proportion to the weights, of which NaN is 0; (1,).
+
+        Raises:
+            NotFiniteError: no weight is above 0.
+        """
+        log_weight = log_weight.nan_to_num(nan=-math.inf)
         weight = (log_weight - log_weight.max()).exp().nan_to_num(0).cpu()
+        if not bool(weight.sum() > 0):
+            raise NotFiniteError("no filling came out finite: lower the guidance, or use another checkpoint")
         return torch.multinomial(weight, 1, generator=self.generator)
 
 
@@ -196,7 +214,7 @@ class _Filling:
     density: GuidedFlow
     settings: InpaintSettings
     random: Random
-    report: Callable[[float], None]
+    report: Report
     effective: float = math.nan
     probabilities: list[float] = field(default_factory=list)
 
@@ -211,7 +229,7 @@ class _Filling:
         plain = GuidedFlow(self.density.flow, self.density.condition)
         with torch.no_grad():
             nats = log_density(plain, x)
-        self.report(1)
+        self.report(1, None)
         accepted = sum(self.probabilities) / len(self.probabilities) if self.probabilities else math.nan
         return Filled(x, nats, nats.new_tensor([accepted]), nats.new_tensor([self.effective]))
 
@@ -239,7 +257,7 @@ class _Filling:
             noise, uniform = self.random.normal(1), self.random.log_uniform(1)
             step = noise_step(self.problem, z, parts[number % 2], size.size, noise, uniform)
             z, size = step.x, self.told(number, step, size)
-            self.report(number / self.settings.steps)
+            self.report(number / self.settings.steps, None)
         return self.problem.paste(self.density.decode(z))
 
     def hmc(self) -> Tensor:
@@ -247,7 +265,7 @@ class _Filling:
         for number in range(self.settings.steps):
             step = self.moved(x, size.size, self.random.log_uniform(1))
             x, size = step.x, self.told(number, step, size)
-            self.report(number / self.settings.steps)
+            self.report(number / self.settings.steps, x)
         return x
 
     def told(self, number: int, step: Step, size: Adapted) -> Adapted:
@@ -270,7 +288,7 @@ class _Filling:
             _, here = refreshed(self.problem, self.density, start, self.random.normal(len(start)))
             start = redrawn(self.density, here, hole_N, 1.0, self.token_noise(len(start)), grid)
             places.append(start)
-            self.report(0.5 * (sweep + 1) / sweeps)
+            self.report(0.5 * (sweep + 1) / sweeps, self.problem.paste(start)[:1])
         start = self.problem.paste(torch.cat(places))
         weight = self.problem.log_hole(start)
         self.effective = effective_samples(weight)
@@ -284,7 +302,7 @@ class _Filling:
                 refresh, noise = self.random.normal(1), self.token_noise(1)
                 step = redraw_step(self.problem, self.density, x, sizes[0].size, refresh, noise, uniform)
             x, sizes[number % 2] = step.x, self.told(number, step, sizes[number % 2])
-            self.report(0.5 + 0.5 * number / settings.steps)
+            self.report(0.5 + 0.5 * number / settings.steps, x)
         return x
 
     def token_noise(self, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from starflow.data.buckets import ratio_change
 from starflow.data.images import from_pil, to_pil
 from starflow.edit import editing
 from starflow.edit.inpainting import InpaintSettings, Method, inpaint
-from starflow.edit.masks import Scene, box_mask, read_mask, resized
+from starflow.edit.masks import HALF, Scene, box_mask, read_mask, resized
 from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow
 from starflow.latents import Autoencoder
@@ -34,6 +34,9 @@ Box = tuple[int, int, int, int]
 """x, y, width and height in pixels."""
 
 Progress = Callable[[int, int], None]
+
+Preview = Callable[[int, "Image"], None]
+"""Called with the number of a picture, and what it is so far."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def hole_of(
         if invert and bool(hole.all()):
             raise UserError(f"the box {shown} covers the picture, and inverted it repaints nothing: make it smaller")
         return (~hole if invert else hole), f"the box {shown} is {'kept' if invert else 'repainted'}"
-    if mask is None and not image.has_transparency_data:
+    # An opaque alpha channel marks nothing, and the picture's own white is no mask.
+    if mask is None and not any(image.convert("RGBA").getchannel("A").histogram()[:HALF]):
         raise UserError("no mask: give one (white is repainted), a box, or a picture that is transparent there")
     return read_mask(image if mask is None else read_picture(mask), image.size, invert=invert)
 
@@ -122,6 +126,7 @@ def inpaint_picture(
     feather: int,
     cleaning: Cleaning | None,
     progress: Progress | None,
+    preview: Preview | None = None,
 ) -> Edited:
     """Fill a hole (1, 1, H, W) of a picture `num_images` times; see `StarFlowPipeline.inpaint`."""
     seeds = _seeds(seed, num_images, feather)
@@ -131,10 +136,18 @@ def inpaint_picture(
     rows = [None if one is None else one.expand(num_images, *one.shape[1:]) for one in (condition, null)]
     null_rows = rows[1] if settings.guidance else None
     holes = scene.latent_hole.to(pipeline.device).expand(num_images, -1, -1, -1)
+
+    def picture(latent: Tensor) -> Image:
+        return scene.paste(_decoded(pipeline, latent, condition, cleaning), feather)
+
+    def show(row: int, latent: Tensor) -> None:
+        if preview is not None:
+            preview(row, picture(latent))
+
     filled = inpaint(
-        pipeline.flow, latents, holes, rows[0], null_rows, seeds=seeds, settings=settings, progress=progress
+        pipeline.flow, latents, holes, rows[0], null_rows, seeds=seeds, settings=settings, progress=progress, show=show
     )
-    images = [scene.paste(_decoded(pipeline, one, condition, cleaning), feather) for one in filled.x.split(1)]
+    images = [picture(one) for one in filled.x.split(1)]
     numbers = (filled.acceptance.tolist(), filled.effective_samples.tolist())
     return _edited(pipeline, images, filled.x, condition, numbers, seeds, scene)
 
@@ -272,6 +285,7 @@ class PictureEditing:
         feather: int = 2,
         cleaning: Cleaning | None = None,
         progress: Progress | None = None,
+        preview: Preview | None = None,
     ) -> Edited:
         """Paint a part of a picture anew, so that the whole is likely under the model.
 
@@ -294,6 +308,7 @@ class PictureEditing:
             feather: pixels inside the hole over which the decoder's error at its edge fades.
             cleaning: how the noise of training is lost; see `__call__`.
             progress: called with (done, in all).
+            preview: called with a filling's number and its picture so far, some times a filling; not by "chain".
 
         Returns:
             Pictures of the given size, with their log p(latent | prompt), acceptance and effective sample size.
@@ -309,7 +324,9 @@ class PictureEditing:
         settings = InpaintSettings(
             method, *numbers, candidates, steps=steps, spread=check_number("spread", spread), keep=keep
         )
-        made = inpaint_picture(self, image, hole, prompt, num_images, seed, settings, feather, cleaning, progress)
+        made = inpaint_picture(
+            self, image, hole, prompt, num_images, seed, settings, feather, cleaning, progress, preview
+        )
         return dataclasses.replace(made, notes=[said, *made.notes])
 
     def edit(

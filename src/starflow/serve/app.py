@@ -8,24 +8,16 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, ImageChops
 
 from starflow.pipeline.config import default_size
 from starflow.pipeline.inputs import example_prompts
-from starflow.serve.drawing import (
-    Drawn,
-    DrawRequest,
-    EditRequest,
-    PromptLikelihood,
-    edit_calls,
-    likelihood_call,
-    seen_by,
-)
-from starflow.serve.queue import Event, Ticket
-from starflow.serve.schemas import failure_of
+from starflow.serve.drawing import EditRequest, PromptLikelihood, edit_calls, likelihood_call, seen_by, student_calls
+from starflow.serve.queue import Drawn, DrawRequest, Event, follow
+from starflow.serve.schemas import STUDENT_COST, failure_of
 from starflow.serve.service import LOGGER, Service
 
 if TYPE_CHECKING:
@@ -38,6 +30,8 @@ LONGEST_PROMPT = 500
 
 SOURCES = ["upload", "clipboard"]
 """Of pictures."""
+
+SAMPLERS = [("the flow", "flow"), ("the student, faster and less exact", "student")]
 
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1100px !important; margin: auto}
@@ -70,16 +64,21 @@ class Page:
         temperature: float,
         candidates: float,
         every: bool,
+        sampler: Literal["flow", "student"],
         client: str,
     ) -> Iterator[tuple[list[Shown] | None, int, str]]:
         """Pictures (None where they are as they were), the seed that was used, and a line; first previews of them."""
         check_prompt(prompt)
         number, several = chosen_seed(seed, by_chance), int(candidates)
-        asked = DrawRequest(prompt, int(count), number, guidance, temperature, several, None, 3, every)
-        scheduler, _ = self.service.working()
+        asked = DrawRequest(prompt, int(count), number, guidance, temperature, several, None, 3, every, sampler)
+        scheduler, pipeline = self.service.working()
         events: SimpleQueue[Event] = SimpleQueue()
-        began, shown = time.perf_counter(), dict[int, list[Shown]]()
-        ticket = scheduler.draw(asked, client, self.service.limits.timeout, events.put)
+        began, shown, timeout = time.perf_counter(), dict[int, list[Shown]](), self.service.limits.timeout
+        if sampler == "student":
+            calls, cost = student_calls(pipeline, asked), STUDENT_COST * several
+            ticket = scheduler.call(calls, "pictures", cost, client, timeout, events.put)
+        else:
+            ticket = scheduler.draw(asked, client, timeout, events.put)
         for some in follow(ticket, events):
             for event in some:
                 shown[event.index] = captions(event.result) if event.preview is None else [(event.preview, "preview")]
@@ -110,16 +109,22 @@ class Page:
         if fill and mask is None:
             raise Mistake("nothing is painted: paint over what shall be drawn anew")
         source_prompt, share, number = None if fill else source, 0.0 if fill else strength, chosen_seed(seed, by_chance)
-        asked = EditRequest(picture, prompt, mask, source_prompt, int(count), number, guidance, share)
+        asked = EditRequest(picture, prompt, mask, source_prompt, int(count), number, guidance, share, previews=3)
         scheduler, pipeline = self.service.working()
-        calls = edit_calls(pipeline, asked)
+        asked.check()
         events: SimpleQueue[Event] = SimpleQueue()
+        calls = edit_calls(pipeline, asked, events.put)
         began, shown = time.perf_counter(), dict[int, list[Shown]]()
-        ticket = scheduler.call(calls, "edit", asked.cost, client, self.service.limits.timeout, events.put)
+        ticket = scheduler.call(
+            calls, "edit", asked.cost, client, self.service.limits.timeout, events.put, asked.places
+        )
         for some in follow(ticket, events):
             for event in some:
-                made = event.result
-                shown[event.index] = [(made.images[0], f"log p {made.log_prob[0]:.0f}")]
+                if event.preview is not None:
+                    shown[event.index] = [(event.preview, "preview")]
+                else:
+                    made = event.result
+                    shown[event.index] = [(made.images[0], f"log p {made.log_prob[0]:.0f}")]
             yield gallery(shown) if some else None, asked.seed, f"{100 * ticket.progress:.0f} % done"
         seconds = time.perf_counter() - began
         ticket.future.result()
@@ -177,24 +182,6 @@ def chosen_seed(seed: float | None, by_chance: bool) -> int:
     if seed is None or seed != int(seed) or not 0 <= seed < 2**53:
         raise Mistake(f"the seed is {seed}, expected a whole number of at least 0: or tick 'new seed'")
     return int(seed)
-
-
-def follow(ticket: Ticket, events: "SimpleQueue[Event]") -> Iterator[list[Event]]:
-    """A ticket's events as they come, and nothing now and then, until it is done.
-
-    It is cancelled where nobody goes on asking.
-    """
-    try:
-        while not ticket.future.done() or not events.empty():
-            some = []
-            try:
-                some.append(events.get(timeout=0.25))
-                while True:
-                    some.append(events.get_nowait())
-            except Empty:
-                yield some
-    finally:
-        ticket.cancel()
 
 
 def captions(drawn: Drawn) -> list[Shown]:
@@ -285,9 +272,19 @@ def create_tab(page: Page) -> list[Any]:
     import gradio as gr
 
     def draw(
-        prompt: str, count: float, seed: float, new: bool, w: float, t: float, k: float, each: bool, request: gr.Request
+        prompt: str,
+        count: float,
+        seed: float,
+        new: bool,
+        w: float,
+        t: float,
+        k: float,
+        each: bool,
+        by: str,
+        request: gr.Request,
     ) -> Iterator[Any]:
-        yield from updates(page.draw(prompt, count, seed, new, w, t, k, each, str(request.session_hash)))
+        sampler: Any = by or "flow"
+        yield from updates(page.draw(prompt, count, seed, new, w, t, k, each, sampler, str(request.session_hash)))
 
     with gr.Row():
         with gr.Column(min_width=300):
@@ -300,14 +297,15 @@ def create_tab(page: Page) -> list[Any]:
                 temperature = gr.Slider(0.1, 1.5, 1, step=0.05, label="Temperature", info="under 1 is simpler")
                 candidates = gr.Slider(1, 8, 1, step=1, label="Candidates", info="the likeliest is kept")
                 every = gr.Checkbox(False, label="Show every candidate")
+            sampler = gr.Radio(SAMPLERS, value="flow", label="Drawn by", visible=False)
             button = gr.Button("Draw", variant="primary")
         with gr.Column(min_width=300):
             pictures = gr.Gallery(label="Pictures", format="png", columns=3, height=480, object_fit="contain")
             line = gr.Markdown()
-    inputs = [prompt, count, seed, new, guidance, temperature, candidates, every]
+    inputs = [prompt, count, seed, new, guidance, temperature, candidates, every, sampler]
     gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="hidden")
     examples.click(lambda sample: sample[0], examples, prompt)
-    return [examples, guidance, temperature, candidates]
+    return [examples, guidance, temperature, candidates, sampler]
 
 
 def edit_tab(page: Page) -> Any:
@@ -421,8 +419,9 @@ def build(service: Service) -> Any:
             width, height = default_size(config, pipeline.flow.config)
             samples = [[one] for one in example_prompts(pipeline.conditioner, 6)]
             said = f"## starflow\n'{service.name}' draws {width}x{height} pixels and knows how likely a picture is."
-            choices = [config.guidance, config.temperature, min(8, config.candidates), config.guidance]
-            return [said, gr.Dataset(samples=samples), *choices]
+            choices = [config.guidance, config.temperature, min(8, config.candidates)]
+            sampler = gr.update(visible=pipeline.student is not None)
+            return [said, gr.Dataset(samples=samples), *choices, sampler, config.guidance]
 
         blocks.load(opened, None, [heading, *chosen, edit_guidance])
     return blocks.queue(default_concurrency_limit=16)

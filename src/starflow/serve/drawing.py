@@ -24,14 +24,23 @@ from starflow.data.images import from_pil, on_background, to_pil
 from starflow.edit.inpainting import InpaintSettings
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError, broken_rows
-from starflow.pipeline.config import default_size, latent_shape, with_sampling_options
+from starflow.pipeline.config import default_size, guidance_weights, latent_shape, with_sampling_options
 from starflow.pipeline.editing import Edited, hole_of
-from starflow.pipeline.inputs import call_bytes, check_seed, check_whole, encode_prompts, free_bytes, remember_prompts
+from starflow.pipeline.inputs import (
+    call_bytes,
+    check_seed,
+    check_student_call,
+    check_whole,
+    encode_prompts,
+    free_bytes,
+    remember_prompts,
+)
 from starflow.pipeline.likelihood import LogProb
 from starflow.pipeline.pipeline import BATCH, StarFlowPipeline
 from starflow.sampling.cpu.engine import cpu_engine_of
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import candidate_noise, sample_block
+from starflow.serve.queue import BatchKey, Drawn, DrawRequest, Event, Listener, PictureInProgress, Progress, Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,78 +50,6 @@ PROMPTS_KEPT = 256
 
 MEMORY_SHARE = 0.8
 """Of the memory that is free when a sampler is made: what batches may take."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
-
-BatchKey = tuple[tuple[int, int, int], bool]
-"""What the pictures of a batch have in common: the latents' shape, and whether they are guided."""
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """Pictures of one prompt; None leaves a choice to the model. Picture i has the seed `seed + i`."""
-
-    prompt: str = ""
-    num_images: int = 1
-    seed: int = 0
-    guidance: float | None = None
-    temperature: float | None = None
-    candidates: int | None = None
-    size: tuple[int, int] | None = None
-    """(width, height) in pixels."""
-    previews: int = 0
-    """Pictures of what the first blocks have solved, at most one a block."""
-    keep_candidates: bool = False
-    """Whether every candidate becomes a picture, or the likeliest alone."""
-
-
-@dataclass(eq=False)
-class Row:
-    """One candidate of a picture on its way from the noise to the data."""
-
-    block: int
-    """The next block, counted from the data; -1 when it has been through all."""
-    state: Tensor | None = None
-    """(1, C, h, w); None before the picture is prepared."""
-
-
-@dataclass(eq=False)
-class PictureInProgress:
-    """One picture on its way."""
-
-    request: DrawRequest
-    seed: int
-    key: BatchKey
-    tokens: int
-    """Of a row."""
-    guidance: float
-    temperature: float
-    rows: list[Row]
-    condition: Tensor | None = None
-    """One row, as the flow takes it."""
-    null_condition: Tensor | None = None
-    prepared: bool = False
-    previewed: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether all of its rows have been through all blocks."""
-        return all(row.block < 0 for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture that is done."""
-
-    image: Image
-    seed: int
-    latents: Tensor
-    """(1, C, h, w): what the flow sampled, before cleaning."""
-    log_prob: float | None = None
-    """log p(latent | prompt) in nats, unguided; None where nothing was chosen by it."""
-    candidates: tuple[tuple[Image, float], ...] = ()
-    """Every finite candidate with its log p, the likeliest first, where they were asked for."""
 
 
 @dataclass
@@ -348,11 +285,16 @@ def likelihood_call(
     def run(progress: Progress) -> list[PromptLikelihood]:
         found: list[LogProb] = []
         maps: list[Tensor] = []
-        seen = seen_by(pipeline, image)
-        for number, prompt in enumerate(prompts):
-            found.append(pipeline.log_prob(seen, prompt, seed=seed, draws=draws))
-            maps += [_bits_map(pipeline, seen, prompt, seed, draws)] if heat else []
-            progress(number + 1, len(prompts))
+        seen, seeds, parts = seen_by(pipeline, image), range(seed, seed + draws), len(prompts) * draws * (1 + heat)
+        for prompt in prompts:
+            each = []
+            for one in seeds:  # one by one, as the model is lent to others in between
+                each.append(pipeline.log_prob(seen, prompt, seed=one))
+                progress(len(found) * draws * (1 + heat) + len(each), parts)
+            nats = torch.tensor([one.nats for one in each], dtype=torch.float64, device="cpu")
+            found.append(LogProb.mean_of(nats, each[0].dimensions, each[0].space))
+            if heat:
+                maps.append(_bits_map(pipeline, seen, prompt, seeds, lambda: progress(len(found) * draws * 2, parts)))
         pictures = _heat_pictures(maps, seen.size) if heat else [None] * len(prompts)
         return [PromptLikelihood(*one) for one in zip(prompts, found, pictures, strict=True)]
 
@@ -368,10 +310,15 @@ def seen_by(pipeline: StarFlowPipeline, image: Image) -> Image:
     return ImageOps.fit(on_background(image), size, Pillow.Resampling.LANCZOS)
 
 
-def _bits_map(pipeline: StarFlowPipeline, seen: Image, prompt: str, seed: int, draws: int) -> Tensor:
+def _bits_map(
+    pipeline: StarFlowPipeline, seen: Image, prompt: str, seeds: Sequence[int], lend: Callable[[], None]
+) -> Tensor:
     """Bits/dim of each token (h, w), the mean over the draws."""
     given, flow = from_pil(seen).to(pipeline.device), pipeline.flow.config
-    maps = [pipeline.log_prob_maps(given, [prompt], [seed + draw])[0] for draw in range(draws)]
+    maps = []
+    for seed in seeds:
+        maps.append(pipeline.log_prob_maps(given, [prompt], [seed])[0])
+        lend()
     return (-torch.stack(maps).mean(0) / (flow.in_channels * flow.patch_size**2 * math.log(2))).cpu()
 
 
@@ -399,6 +346,18 @@ class EditRequest:
     temperature: float | None = None
     settings: InpaintSettings = field(default_factory=InpaintSettings)
     """Of filling a hole, guidance and temperature aside."""
+    previews: int = 0
+    """Of a filling on its way, at most."""
+
+    def check(self) -> None:
+        """Raises UserError: a mask that repaints nothing, or none where one is needed."""
+        if self.source_prompt is None or self.mask is not None:
+            hole_of(self.image, self.mask, None, invert=self.invert_mask)
+
+    @property
+    def places(self) -> int:
+        """Of the queue that one picture takes: one, and one for every quarter of a million pixels that wait with it."""
+        return 1 + self.image.width * self.image.height // 2**18
 
     @property
     def cost(self) -> float:
@@ -406,16 +365,29 @@ class EditRequest:
         return 3.0 if self.source_prompt is not None else 2.0 * (self.settings.candidates + self.settings.steps)
 
 
-def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callable[[Progress], Edited]]:
-    """What makes each picture of a request; they do not depend on each other.
+def edit_calls(
+    pipeline: StarFlowPipeline, request: EditRequest, listener: Listener | None = None
+) -> list[Callable[[Progress], Edited]]:
+    """What makes each picture of a request; they do not depend on each other. The listener is told of previews.
 
     Raises:
-        UserError: a mask that repaints nothing, or none where one is needed.
+        UserError: a seed that no generator takes.
     """
-    if request.source_prompt is None or request.mask is not None:
-        hole_of(request.image, request.mask, None, invert=request.invert_mask)
 
-    def make(seed: int, progress: Progress) -> Edited:
+    def make(index: int, progress: Progress) -> Edited:
+        seed, share, shown = request.seed + index, 0.0, 0
+
+        def told(done: int, total: int) -> None:
+            nonlocal share
+            share = done / max(1, total)
+            progress(done, total)
+
+        def preview(_: int, picture: Image) -> None:
+            nonlocal shown
+            if listener is not None and shown < request.previews and share >= (shown + 1) / (request.previews + 1):
+                shown += 1
+                listener(Event(index, preview=picture))
+
         if request.source_prompt is not None:
             return pipeline.edit(
                 request.image,
@@ -440,8 +412,39 @@ def edit_calls(pipeline: StarFlowPipeline, request: EditRequest) -> list[Callabl
             temperature=request.temperature,
             candidates=settings.candidates,
             steps=settings.steps,
-            progress=progress,
+            progress=told,
+            preview=preview if request.previews else None,
         )
 
     check_seed(request.seed, request.num_images)
+    return [partial(make, index) for index in range(request.num_images)]
+
+
+def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Callable[[Progress], Drawn]]:
+    """What draws each picture of a request by the model's student, in one pass each and alone.
+
+    Raises:
+        UserError: no student, or what it cannot draw.
+    """
+    guidance = pipeline.config.guidance if request.guidance is None else request.guidance
+    weights = guidance_weights(guidance, request.num_images)
+    settings = SampleSettings(guidance, "auto")
+    check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)
+    with_sampling_options(pipeline.config, request.temperature, request.candidates)
+    latent_shape(pipeline.config, pipeline.flow.config, request.size)
+    check_seed(request.seed, request.num_images)
+
+    def make(seed: int, progress: Progress) -> Drawn:
+        made = pipeline(
+            request.prompt,
+            seed=seed,
+            sampler="student",
+            guidance=guidance,
+            temperature=request.temperature,
+            candidates=request.candidates,
+            size=request.size,
+            progress=progress,
+        )
+        return Drawn(made.images[0], seed, made.latents)
+
     return [partial(make, request.seed + index) for index in range(request.num_images)]

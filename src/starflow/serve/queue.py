@@ -1,5 +1,8 @@
 """The queue of the scheduler: requests as tickets, their pictures and calls as jobs, in a fair order and bounded.
 
+`DrawRequest` asks for pictures, `PictureInProgress` is one of them on its way, and `Drawn` one that is done.
+Shapes: latents are C x h x w.
+
 The order is start-time fair queueing (Goyal et al., SIGCOMM 1996): the jobs of each client take turns with those of the
 other clients, whatever the number that one of them has sent. Whoever shares a queue between threads locks it.
 """
@@ -10,15 +13,91 @@ import concurrent.futures
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 
 from starflow.errors import UserError
-from starflow.serve.drawing import PictureInProgress, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 LOGGER = logging.getLogger(__name__)
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+BatchKey = tuple[tuple[int, int, int], bool]
+"""What the pictures of a batch have in common: the latents' shape, and whether they are guided."""
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """Pictures of one prompt; None leaves a choice to the model. Picture i has the seed `seed + i`."""
+
+    prompt: str = ""
+    num_images: int = 1
+    seed: int = 0
+    guidance: float | None = None
+    temperature: float | None = None
+    candidates: int | None = None
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels."""
+    previews: int = 0
+    """Pictures of what the first blocks have solved, at most one a block."""
+    keep_candidates: bool = False
+    """Whether every candidate becomes a picture, or the likeliest alone."""
+    sampler: Literal["flow", "student"] = "flow"
+    """A student's pass has no blocks: it is a call, without previews, and its kept candidate alone is a picture."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One candidate of a picture on its way from the noise to the data."""
+
+    block: int
+    """The next block, counted from the data; -1 when it has been through all."""
+    state: Tensor | None = None
+    """(1, C, h, w); None before the picture is prepared."""
+
+
+@dataclass(eq=False)
+class PictureInProgress:
+    """One picture on its way."""
+
+    request: DrawRequest
+    seed: int
+    key: BatchKey
+    tokens: int
+    """Of a row."""
+    guidance: float
+    temperature: float
+    rows: list[Row]
+    condition: Tensor | None = None
+    """One row, as the flow takes it."""
+    null_condition: Tensor | None = None
+    prepared: bool = False
+    previewed: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its rows have been through all blocks."""
+        return all(row.block < 0 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is done."""
+
+    image: Image
+    seed: int
+    latents: Tensor
+    """(1, C, h, w): what the flow sampled, before cleaning."""
+    log_prob: float | None = None
+    """log p(latent | prompt) in nats, unguided; None where nothing was chosen by it."""
+    candidates: tuple[tuple[Image, float], ...] = ()
+    """Every finite candidate with its log p, the likeliest first, where they were asked for."""
 
 
 class RefusedError(Exception):
@@ -92,6 +171,24 @@ class Ticket:
             LOGGER.exception("a listener failed")
 
 
+def follow(ticket: Ticket, events: SimpleQueue[Event]) -> Iterator[list[Event]]:
+    """A ticket's events as they come, and nothing now and then, until it is done.
+
+    It is cancelled where nobody goes on asking.
+    """
+    try:
+        while not ticket.future.done() or not events.empty():
+            some = []
+            try:
+                some.append(events.get(timeout=0.25))
+                while True:
+                    some.append(events.get_nowait())
+            except Empty:
+                yield some
+    finally:
+        ticket.cancel()
+
+
 @dataclass(eq=False)
 class Job:
     """A picture of a request, or its call: what the queue holds."""
@@ -103,6 +200,8 @@ class Job:
     arrived: float
     drawing: PictureInProgress | None = None
     call: Callable[[Progress], Any] | None = None
+    places: int = 1
+    """Of the queue that it takes."""
     order: tuple[float, int] = (0.0, 0)
     progress: float = 0.0
     begun: bool = False
@@ -150,10 +249,11 @@ class FairQueue:
             QueueFullError: no places for all of them; it says to come back after `retry_after` seconds.
         """
         client = jobs[0].ticket.client
-        own = sum(job.ticket.client == client for job in self.jobs)
-        if len(self.jobs) + len(jobs) > self.places:
+        taken, new = sum(job.places for job in self.jobs), sum(job.places for job in jobs)
+        own = sum(job.places for job in self.jobs if job.ticket.client == client)
+        if taken and taken + new > self.places:  # what is larger than the queue is taken where it is alone
             raise QueueFullError("the queue is full: ask again later", retry_after)
-        if own and own + len(jobs) > max(1, self.places // 2):
+        if own and own + new > max(1, self.places // 2):
             raise QueueFullError("this client's half of the queue is full: ask again later", retry_after)
         turn = max(self._virtual, self._next_turn.get(client, 0.0))
         for job in jobs:

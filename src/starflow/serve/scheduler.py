@@ -15,14 +15,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starflow.serve.drawing import BatchKey, Drawn, DrawRequest, PictureInProgress, Progress, Row
-from starflow.serve.queue import CancelledError, ClosingError, DeadlineError, Event, FairQueue, Job, Listener, Ticket
+from starflow.serve.queue import (
+    BatchKey,
+    CancelledError,
+    ClosingError,
+    DeadlineError,
+    Drawn,
+    DrawRequest,
+    Event,
+    FairQueue,
+    Job,
+    Listener,
+    PictureInProgress,
+    Progress,
+    Row,
+    Ticket,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GATHER_SECONDS = 0.002
-"""How long a batch that is not full waits for more before its first block: while they come, ten times that at most."""
+GATHER_SECONDS = 0.005
+"""How long a batch waits for the clients that were just answered to ask again: while they come, six times that."""
 
 PLACES = 256
 """Of the queue."""
@@ -65,7 +79,7 @@ class Scheduler:
         places: pictures and calls that may be here at once; one client may have half of them.
         observer: told what happens.
         clock: seconds that only grow.
-        gather: seconds that a batch waits for more before its first block.
+        gather: seconds that a batch waits, before its first block, for another of those that were just answered.
     """
 
     def __init__(
@@ -82,7 +96,8 @@ class Scheduler:
         self._changed = threading.Condition(threading.RLock())  # guards what follows
         self._queue = FairQueue(places)
         self._calls_at_work = 0
-        self._active_at = -math.inf  # when something last came or went
+        self._came_at = -math.inf  # when something last came
+        self._answered_at, self._company = -math.inf, 0  # when pictures last left, and how many were here until then
         self._seconds_a_row = 0.0
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -116,6 +131,7 @@ class Scheduler:
         client: str = "",
         timeout: float | None = None,
         listener: Listener | None = None,
+        places: int = 1,
     ) -> Ticket:
         """Queue functions that need the model; the ticket's future holds what each returns.
 
@@ -127,12 +143,14 @@ class Scheduler:
             client: as for `draw`, and so are `timeout` and `listener`.
             timeout: seconds from now in which all must be done.
             listener: told of results.
+            places: of the queue that each part takes: a large upload as much as many pictures that are drawn.
 
         Raises:
             RefusedError: no place, or closing.
         """
         ticket = self._ticket(client, kind, timeout, listener)
-        ticket.jobs += [Job(ticket, index, cost, self._clock(), call=one) for index, one in enumerate(functions)]
+        for index, one in enumerate(functions):
+            ticket.jobs.append(Job(ticket, index, cost, self._clock(), call=one, places=places))
         return self._submit(ticket)
 
     @property
@@ -151,6 +169,11 @@ class Scheduler:
     def closing(self) -> bool:
         """Whether nothing is taken any more."""
         return self._closing
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread has begun and not ended."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to work, in a thread."""
@@ -175,7 +198,7 @@ class Scheduler:
                 raise ClosingError("the service is shutting down: ask again in a moment", 5)
             half = 0.5 * self._queue.rows * self._seconds_a_row  # about the seconds until half of it is done
             self._queue.put(ticket.jobs, retry_after=max(1, min(60, round(half))))
-            self._active_at = self._clock()
+            self._came_at = self._clock()
             self._changed.notify_all()
         return ticket
 
@@ -190,11 +213,14 @@ class Scheduler:
             self.turn()
 
     def _gather(self) -> None:
-        """Wait a moment for others, where a batch would begin that is not full; the lock is held."""
-        until = self._clock() + 10 * self._gather_seconds
-        while len(self._queue) and not self._closing:
+        """Wait a moment for clients that were answered together, to draw for them together again; the lock is held.
+
+        Who is alone, or comes after a rest, is not kept waiting.
+        """
+        until = self._answered_at + 6 * self._gather_seconds
+        while 0 < len(self._queue) < self._company and not self._closing:
             job, now = self._queue.jobs[0], self._clock()
-            end = min(self._active_at + self._gather_seconds, until)
+            end = min(max(self._came_at, self._answered_at) + self._gather_seconds, until)
             if job.begun or job.drawing is None or now >= end:
                 return
             if self._queue.rows >= self.sampler.capacity(job.drawing.key):
@@ -272,13 +298,13 @@ class Scheduler:
         return [one for one in batch if not one[0].ticket.future.done()]
 
     def _counter(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> Callable[[int], None]:
-        """What counts the tokens of a batch's pictures, and ends a block that nobody waits for."""
+        """What counts the tokens of a batch's pictures, and ends a block when the last who waits is gone or late."""
 
         def count(tokens: int) -> None:
             for job, drawing, _ in batch:
                 whole = drawing.tokens * self.sampler.blocks * len(drawing.rows)
                 job.progress = min(1.0, job.progress + tokens / whole)
-            if all(job.ticket.cancelled for job, _, _ in batch):
+            if all(self._is_over(job.ticket) for job, _, _ in batch):
                 raise CancelledError("cancelled")
 
         return count
@@ -309,6 +335,8 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001
             made = [error] * len(jobs)
         self.observer.worked("decode", len(jobs), self._clock() - began)
+        with self._changed:
+            self._answered_at, self._company = self._clock(), len(self._queue)
         for job, one in zip(jobs, made, strict=True):
             if isinstance(one, Exception):
                 self._fail(job.ticket, one)
@@ -353,7 +381,6 @@ class Scheduler:
         ticket = job.ticket
         with self._changed:
             self._queue.drop(lambda one: one is job)
-            self._active_at = self._clock()
         if ticket.future.done():
             return
         job.progress = 1.0

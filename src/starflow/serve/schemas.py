@@ -22,8 +22,8 @@ from starflow.data.images import decode_image, image_errors
 from starflow.edit.inpainting import InpaintSettings, Method
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
-from starflow.serve.drawing import DrawRequest, EditRequest
-from starflow.serve.queue import ClosingError, DeadlineError, QueueFullError
+from starflow.serve.drawing import EditRequest
+from starflow.serve.queue import ClosingError, DeadlineError, DrawRequest, QueueFullError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +35,12 @@ LONGEST_MESSAGE = 400
 
 LARGEST_SEED = 2**63 - 1
 
+STUDENT_COST = 0.2
+"""Of a student's candidate, in rows of the flow."""
+
+LARGEST_GROWTH = 4
+"""The most pixels of a drawn picture, in those of the model's own size."""
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Of pictures that are taken."""
 
@@ -45,10 +51,12 @@ class Limits:
 
     body: int = 20 * 2**20
     """Bytes of a request."""
+    bodies: int = 20 * 2**24
+    """Bytes of all requests that are being received or answered."""
     body_seconds: float = 30.0
     """In which a request's body must arrive."""
     pixels: int = 4096 * 4096
-    """Of an uploaded picture."""
+    """Of an uploaded picture, and of all pictures that an edit makes of it."""
     drawn_pixels: int = 2048 * 2048
     """Of a picture that is drawn."""
     pictures: int = 16
@@ -99,6 +107,8 @@ class GenerationBody:
     guidance: float | None = None
     temperature: float | None = None
     candidates: int | None = None
+    sampler: Literal["flow", "student"] | None = None
+    """The student is there where the model's folder holds one."""
     timeout: float | None = None
 
 
@@ -114,6 +124,8 @@ class EditBody:
     output_format: Literal["png"] | None = None
     quality: Literal["auto"] | None = None
     background: Literal["auto", "opaque"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
     user: str | None = None
     safety_identifier: str | None = None
     seed: int | None = None
@@ -255,12 +267,25 @@ def draw_request(body: GenerationBody, limits: Limits) -> DrawRequest:
     _check("guidance", body.guidance, 0, limits.guidance)
     _check("temperature", body.temperature, 1e-3, limits.temperature)
     _check("candidates", body.candidates, 1, limits.candidates)
+    check_partial_images(body)
+    return DrawRequest(
+        body.prompt,
+        count,
+        secrets.randbelow(2**31) if body.seed is None else body.seed,
+        body.guidance,
+        body.temperature,
+        body.candidates,
+        parse_size(body.size, limits),
+        body.partial_images or 0,
+        sampler=body.sampler or "flow",
+    )
+
+
+def check_partial_images(body: GenerationBody | EditBody) -> None:
+    """Raises BodyError: too many, or not in a stream."""
     _check("partial_images", body.partial_images, 0, 3)
     if body.partial_images and not body.stream:
         raise BodyError("'partial_images' is given without 'stream': set it to true", "partial_images")
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    size, previews = parse_size(body.size, limits), body.partial_images or 0
-    return DrawRequest(body.prompt, count, seed, body.guidance, body.temperature, body.candidates, size, previews)
 
 
 def parse_size(text: str | None, limits: Limits) -> tuple[int, int] | None:
@@ -280,6 +305,17 @@ def parse_size(text: str | None, limits: Limits) -> tuple[int, int] | None:
     return width, height
 
 
+def check_drawn_size(size: tuple[int, int] | None, own: tuple[int, int]) -> None:
+    """Refuse pictures of far more pixels than those that the model was trained on: one would take hours, for nothing.
+
+    Raises:
+        BodyError: over `LARGEST_GROWTH` times as many as the model's `own` size has.
+    """
+    if size is not None and size[0] * size[1] > LARGEST_GROWTH * own[0] * own[1]:
+        text = f"'size' is {size[0]}x{size[1]}, expected at most {LARGEST_GROWTH} times the pixels of {own[0]}x{own[1]}"
+        raise BodyError(text, "size")
+
+
 def check_edit(body: EditBody, limits: Limits) -> None:
     """Check what an edit asks for, and that each of its options has an effect.
 
@@ -292,6 +328,7 @@ def check_edit(body: EditBody, limits: Limits) -> None:
     _check("temperature", body.temperature, 1e-3, limits.temperature)
     _check("candidates", body.candidates, 1, limits.candidates)
     _check("steps", body.steps, 0, limits.steps)
+    check_partial_images(body)
     if body.source_prompt is not None:
         _check_text("source_prompt", body.source_prompt, limits.prompt)
         for name in ("method", "temperature", "candidates", "steps"):
@@ -344,18 +381,23 @@ def edit_request(body: EditBody, files: Mapping[str, bytes], limits: Limits) -> 
         candidates=default.candidates if body.candidates is None else body.candidates,
         steps=default.steps if body.steps is None else body.steps,
     )
+    image, count = read_picture(files["image"], "image", limits), 1 if body.n is None else body.n
+    if count * image.width * image.height > limits.pixels:
+        size = f"{image.width}x{image.height}"
+        raise BodyError(f"'n' is {count}, but {count} times {size} are over {limits.pixels} pixels: ask for fewer", "n")
     return EditRequest(
-        read_picture(files["image"], "image", limits),
+        image,
         body.prompt,
         read_picture(files["mask"], "mask", limits) if "mask" in files else None,
         body.source_prompt,
-        1 if body.n is None else body.n,
+        count,
         secrets.randbelow(2**31) if body.seed is None else body.seed,
         body.guidance,
         body.strength or 0.0,
         body.invert_mask,
         body.temperature,
         settings,
+        body.partial_images or 0,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from starflow.errors import UserError
 from starflow.serve import schemas
 from starflow.serve.drawing import BlockSampler
-from starflow.serve.queue import ClosingError
+from starflow.serve.queue import ClosingError, QueueFullError
 from starflow.serve.scheduler import PLACES, Observer, Scheduler
 from starflow.serve.schemas import BodyError, Failure, Limits
 
@@ -31,6 +32,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 CONNECTIONS = 1000
 """At once; more are answered 503."""
+
+READERS = 2
+"""Uploads that are decoded at once: one of 16 million pixels takes some hundred megabytes on the way."""
 
 ANSWER_SECONDS = 10
 """For the last answers to be written when the work is done."""
@@ -118,6 +122,8 @@ class Service:
         """Set when loading is over, either way."""
         self.started, self.draining = time.time(), False
         self.metrics = Metrics(self)
+        self.reading = asyncio.Semaphore(READERS)
+        """Held while an upload is decoded."""
         self._load, self._places, self._max_rows = load, places, max_rows
         self._pipeline: StarFlowPipeline | None = None
         self._begun = False
@@ -135,8 +141,9 @@ class Service:
             sampler = BlockSampler(self._pipeline, self._max_rows)
             sampler.warm_up()
             scheduler = Scheduler(sampler, places=self._places, observer=self.metrics)
-            scheduler.start()
-            self.scheduler = scheduler
+            if not self.draining:
+                scheduler.start()
+                self.scheduler = scheduler
         except Exception as error:  # noqa: BLE001  # whoever started the service is told
             self.failure = error
         self.loaded.set()
@@ -159,22 +166,31 @@ class Service:
         return self.scheduler, self._pipeline
 
     def close(self, timeout: float) -> bool:
-        """Take nothing more and finish what is here; whether that was done in time."""
-        self.draining = True
-        return self.scheduler is None or self.scheduler.close(timeout)
+        """Take nothing more and finish what is here, loading as well; whether that was done in time."""
+        self.draining, until = True, time.monotonic() + timeout
+        if self._begun and not self.loaded.wait(timeout):
+            return False
+        return self.scheduler is None or self.scheduler.close(max(0.0, until - time.monotonic()))
+
+    @property
+    def computing(self) -> bool:
+        """Whether a thread of it loads or draws."""
+        loading = self._begun and not self.loaded.is_set()
+        return loading or (self.scheduler is not None and self.scheduler.running)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound; port 0 is any that is free.
+    """A socket that listens; port 0 is any that is free.
 
     Raises:
         UserError: there is no such address, or the port is taken.
     """
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        bound = socket.socket(family, kind)
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        bound = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY only where the protocol is named
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # or another service that starts at this moment could have the port as well
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from None
     return bound
@@ -183,7 +199,8 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: Any, service: Service, bound: socket.socket, drain_seconds: float) -> None:
     """Serve an application of a service until a signal comes; then it finishes what it has, in so many seconds at most.
 
-    While it does, `/ready` says no and new requests are refused with 503. A second signal ends it at once.
+    While it does, `/ready` says no and new requests are refused with 503. A second signal ends it at once. Where the
+    model is still at work then, the process ends here, with code 1.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -223,6 +240,9 @@ def run(app: Any, service: Service, bound: socket.socket, drain_seconds: float) 
     server.run(sockets=[bound])
     if service.failure is not None:
         raise service.failure
+    if service.computing:  # compiled code aborts a process whose interpreter ends beside it
+        logging.shutdown()
+        os._exit(1)
 
 
 class Guard:
@@ -230,6 +250,7 @@ class Guard:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], service: Service) -> None:
         self.app, self.service = app, service
+        self.held = 0  # bytes of bodies that are being received or answered
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -250,46 +271,62 @@ class Guard:
             return
         failure = self._refusal(headers)
         if failure is None:
-            await self.app(scope, self._limited(receive), send_with_id)
+            body = _Body(self)
+            try:
+                await self.app(scope, body.limited(receive), send_with_id)
+            finally:
+                self.held -= body.taken
             return
         self.service.metrics.requests.labels("refused", str(failure.status)).inc()
-        body = json.dumps(failure.body(request_id)).encode()
-        start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        answer = json.dumps(failure.body(request_id)).encode()
+        start = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
         if failure.status == 413:
             start.append((b"connection", b"close"))  # its body is not read
         await send_with_id({"type": "http.response.start", "status": failure.status, "headers": start})
-        await send_with_id({"type": "http.response.body", "body": body})
+        await send_with_id({"type": "http.response.body", "body": answer})
 
     def _refusal(self, headers: dict[str, str]) -> Failure | None:
         key, limit = self.service.api_key, self.service.limits.body
-        if key and not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
+        given = headers.get("authorization", "").encode("latin-1")
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             text = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
             return Failure(401, text, "authentication_error", None, "invalid_api_key")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return Failure(403, "requests of other sites' pages are not answered", "permission_error")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and len(length) < 20 and int(length) > limit:
-            return Failure(413, f"the body has {length} bytes, expected at most {limit}", "invalid_request_error")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
+            return Failure(413, f"the body has {length[:20]} bytes, expected at most {limit}", "invalid_request_error")
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` whose body has a largest size and must arrive in time; after it, anything may take as long."""
-        limits, taken, complete = self.service.limits, 0, False
-        deadline = time.monotonic() + limits.body_seconds
+
+class _Body:
+    """The body of one request as it arrives: it has a largest size, a time, and a share of what all bodies may hold."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard, self.limits = guard, guard.service.limits
+        self.taken, self.complete = 0, False
+        self.deadline = time.monotonic() + self.limits.body_seconds
+
+    def limited(self, receive: Receive) -> Receive:
+        """`receive` within the limits; after the body, anything may take as long as it takes."""
+        limits = self.limits
 
         async def limited() -> Message:
-            nonlocal taken, complete
-            if complete:
+            if self.complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.001, deadline - time.monotonic()))
+                message = await asyncio.wait_for(receive(), max(0.001, self.deadline - time.monotonic()))
             except TimeoutError:
                 raise BodyError(f"the body did not arrive in {limits.body_seconds:g} s", None, 408) from None
-            taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if taken > limits.body:
+            size = len(message.get("body", b""))
+            self.taken += size
+            self.guard.held += size
+            self.complete = not message.get("more_body", False)
+            if self.taken > limits.body:
                 raise BodyError(f"the body has over {limits.body} bytes, expected fewer", None, 413)
+            if self.guard.held > limits.bodies:
+                raise QueueFullError("too many bytes are being received: ask again later", 5)
             return message
 
         return limited
