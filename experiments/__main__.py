@@ -19,6 +19,10 @@ NAMES = (
     "cleaning",
     "student",
     "sbi",
+    "latents",
+    "condition",
+    "depth",
+    "noise",
 )
 GLYPHS = Path("data/glyphs")
 
@@ -50,7 +54,8 @@ def main() -> int:
     options = parser.parse_args()
     from starflow.train.loop import Interrupted
 
-    folder: Path = options.output or Path("results") / options.name
+    shared = "design-choices" if options.name in ("latents", "condition", "depth", "noise") else options.name
+    folder: Path = options.output or Path("results") / shared
     try:
         result = _run(options, folder)
     except UserError as error:
@@ -75,6 +80,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         cleaning,
         decoder,
         deep_shallow,
+        design_choices,
         fashion_mnist,
         guidance,
         inpainting,
@@ -114,6 +120,9 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         return inpainting.run(folder, filling, _log, command, options.data or GLYPHS, device)
     if options.name == "sbi":
         return sbi.run(folder, sbi.QUICK if options.quick else sbi.Budget(), _log, command)
+    if options.name in design_choices.EXPERIMENTS:
+        choice = dataclasses.replace(design_choices.QUICK if options.quick else design_choices.Budget(), **changed)
+        return design_choices.run(folder, choice, _log, command, options.name, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _log, command, options.data, device)
 
