@@ -33,10 +33,15 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--output", type=Path, help="the experiment's folder (default: results/NAME)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the experiment's folder (default: results/NAME; of latents, condition, depth and noise one)",
+    )
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run, to try the code alone")
     parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the experiment's own)")
+    parser.add_argument("--patch-size", type=int, default=4, help="for fashion-mnist: side of a patch, 4 or 2")
     parser.add_argument(
         "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
     )
@@ -102,6 +107,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         return deep_shallow.run(folder, deep, _log, command, options.data, device)
     if options.name == "fashion-mnist":
         fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
+        fashion = dataclasses.replace(fashion, patch_size=options.patch_size)
         return fashion_mnist.run(folder, fashion, _log, command, options.data, device)
     if options.name == "decoder":
         changed |= {"longer": options.longer} if options.longer else {}

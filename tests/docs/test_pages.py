@@ -7,7 +7,6 @@ import importlib.util
 import math
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from starflow.cli.main import COMMANDS, main
 from starflow.config import from_dict
 from starflow.train.recipe import Recipe
+from tests.density.cases import check_fit
 from tests.test_readme import empty, glyphs, run
 
 __all__ = ["empty", "glyphs"]
@@ -93,11 +93,10 @@ def log_posterior(theta: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_posterior(empty: Path) -> None:
-    """The fit is near the known posterior in nats, and what it draws is no further away than those nats allow.
+    """Beside the known posterior; see `check_fit`.
 
-    Under the known posterior, a normal whose largest deviation is s, another density at k nats is at a Wasserstein
-    distance of s sqrt(2 k) at most (Talagrand 1996), so its means and deviations are. An expectation of a number
-    between 0 and 1 is off by sqrt(k / 2) at most (Pinsker). To these come five standard errors of the draws.
+    The mean of a rank, a number between 0 and 1, is off by sqrt(k / 2) at most where the fit is off by k nats
+    (Pinsker).
     """
     with_sbi = importlib.util.find_spec("sbi") is not None
     names = execute("tutorials/posterior.md", without="" if with_sbi else "from sbi.")
@@ -108,19 +107,18 @@ def test_posterior(empty: Path) -> None:
     widest = float(torch.linalg.eigvalsh(covariance)[-1].sqrt())
     learned = math.log(16) - float(known.entropy())  # nats that the observation says about the parameters
 
-    def check(samples: Tensor, log_prob: Callable[[Tensor], Tensor]) -> None:
-        each = log_posterior(truth, torch.tensor([[0.4, 1.1]]).expand_as(truth)) - log_prob(truth).detach()
-        nats = float(each.mean())
-        assert -5 * float(each.std()) / math.sqrt(len(truth)) < nats < 0.1 * learned
-        draws = 5 * widest * (1 / math.sqrt(len(samples)) + 1 / math.sqrt(len(truth)))
-        reach = widest * math.sqrt(2 * max(nats, 0.0)) + draws
-        assert (samples.mean(0) - truth.mean(0)).abs().max() < reach
-        assert (samples.std(0) - truth.std(0)).abs().max() < reach
-
-    check(names["samples"], names["posterior"].log_prob)
+    exact = log_posterior(truth, torch.tensor([[0.4, 1.1]]).expand_as(truth))
+    check_fit(names["samples"], names["posterior"].log_prob, truth, exact, widest, learned)
     if with_sbi:
         through = names["trainer"].build_posterior()
-        check(names["through_sbi"], lambda theta: through.log_prob(theta, x=names["observed"]))
+        check_fit(
+            names["through_sbi"],
+            lambda theta: through.log_prob(theta, x=names["observed"]),
+            truth,
+            exact,
+            widest,
+            learned,
+        )
     theta = torch.rand(4000, 2) * 4 - 2
     x = names["simulate"](theta)
     nats = float((log_posterior(theta, x) - names["flow"](x).log_prob(theta).detach()).mean())
