@@ -26,7 +26,7 @@ from starflow.flow.model import STARFlow
 from starflow.io.files import read_tensors, write_tensors
 
 NAME = "universality"
-BLOCKS = {"free": (2, 3, 6), "waves": (2, 3)}
+BLOCKS = {"free": (2, 3, 6), "waves": (3,)}
 """The numbers of blocks of each kind of flow; of one block the limit is known."""
 SERIES_BLOCKS = (2, 3)
 LAYERS = 6
