@@ -21,6 +21,7 @@ from starflow.data.images import from_pil, to_float
 from starflow.data.sets.small import SHAPES, draw_shapes
 from starflow.evaluate import FeatureExtractor, extract_features, kernel_distance, load_extractor
 from starflow.io import files
+from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.recipe import load_recipe
 from starflow.train.run import start_run, training_flops
 from starflow.train.stages import Stages
@@ -124,15 +125,27 @@ def run(
         found[label] = [
             measure_once(
                 folder,
-                f"{'base' if variant is BASE else variant.name.replace(' ', '-').replace(',', '')}-{seed}",
+                f"{'base' if variant is BASE else _file_name(variant)}-{seed}",
                 partial(measure, variant, seed, budget, folder, extractor, device),
                 log,
             )
             for seed in budget.seeds
         ]
-    draw_plot(folder / f"{name}.png", experiment, found)
+    floors = {
+        label: measure_once(folder, floor_name(variant), partial(floor, variant, budget, folder, extractor), log)
+        for label, variant in zip(found, (BASE, *experiment.variants), strict=True)
+    }
+    draw_plot(folder / f"{name}.png", experiment, found, floors)
     values = {"cells": found, "budget": vars(budget)}
-    return Result(name, experiment.title, experiment.claim, [table(experiment, found)], command, values)
+    return Result(name, experiment.title, experiment.claim, [table(experiment, found, floors)], command, values)
+
+
+def _file_name(variant: Variant) -> str:
+    return variant.name.replace(" ", "-").replace(",", "")
+
+
+def _run_folder(folder: Path, variant: Variant, seed: int) -> Path:
+    return folder / "runs" / f"{_file_name(variant)}-{seed}"
 
 
 def prepared(folder: Path, variant: Variant, budget: Budget, device: torch.device) -> Path:
@@ -154,7 +167,7 @@ def measure(
     """Train one flow and measure it."""
     shared = prepared(folder, variant, budget, device)
     steps = max(1, round(budget.steps * variant.share))
-    where = folder / "runs" / f"{variant.name.replace(' ', '-').replace(',', '')}-{seed}"
+    where = _run_folder(folder, variant, seed)
     overrides = {
         **variant.overrides,
         "data.shapes": str(budget.shapes),
@@ -183,6 +196,26 @@ def measure(
     }
 
 
+def floor_name(variant: Variant) -> str:
+    """Of the cell with what an autoencoder and a level of noise allow, which variants share."""
+    space = variant.overrides.get("autoencoder.kind", "latents")
+    return f"floor-{space}-{variant.overrides.get('objective.noise_std', '0.15')}"
+
+
+@torch.no_grad()
+def floor(variant: Variant, budget: Budget, folder: Path, extractor: FeatureExtractor) -> Measurements:
+    """The distance of other shapes that were only encoded, noised and decoded: what no flow can improve on."""
+    pipeline = StarFlowPipeline.from_pretrained(_run_folder(folder, variant, budget.seeds[0]) / "model")
+    real = to_float(draw_shapes(budget.samples, pipeline.config.image_size, seed=2).images)
+    latents = pipeline.autoencoder.encode(real)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    if variant.overrides.get("autoencoder.kind") != "pixels":  # whose noise a Tweedie step takes away, and no decoder
+        latents = latents + pipeline.config.noise_std * noise
+    features = extract_features(extractor, pipeline.autoencoder.decode(latents).split(100)).features
+    references = reference_features(folder, budget, pipeline.config.image_size, extractor)
+    return {"kid_mobilenetv2": kernel_distance(features, references).value}
+
+
 def reference_features(folder: Path, budget: Budget, side: int, extractor: FeatureExtractor) -> Tensor:
     """Features (N, F) of shapes that are drawn anew, computed once; the held-out ones are of three kinds alone."""
     path = folder / "data" / "references.safetensors"
@@ -192,10 +225,11 @@ def reference_features(folder: Path, budget: Budget, side: int, extractor: Featu
     return files.read_tensors(path)["features"]
 
 
-def table(experiment: Experiment, found: dict[str, list[Measurements]]) -> Table:
+def table(experiment: Experiment, found: dict[str, list[Measurements]], floors: dict[str, Measurements]) -> Table:
     """Means and standard errors over seeds."""
     likelihoods = ["held-out nats/dim", "training nats/dim"] if experiment.one_space else []
-    rows = [["flow", "parameters", "updates", "10^12 operations", *likelihoods, "kid_mobilenetv2 x 1000", "not finite"]]
+    distances = ["kid_mobilenetv2 x 1000", "of shapes encoded, noised and decoded", "not finite"]
+    rows = [["flow", "parameters", "updates", "10^12 operations", *likelihoods, *distances]]
     for name, cells in found.items():
         nats = [str(mean_over_seeds(cells, key)) for key in ("nats_per_dim", "train_nats_per_dim")]
         rows.append(
@@ -206,14 +240,17 @@ def table(experiment: Experiment, found: dict[str, list[Measurements]]) -> Table
                 f"{cells[0]['teraflop']:.3g}",
                 *(nats if experiment.one_space else []),
                 str(mean_over_seeds(cells, "kid_mobilenetv2", 1000)),
+                f"{1000 * floors[name]['kid_mobilenetv2']:.4g}",
                 str(sum(one["not_finite"] for one in cells)),
             ]
         )
     return rows
 
 
-def draw_plot(path: Path, experiment: Experiment, found: dict[str, list[Measurements]]) -> None:
-    """Held-out curves, and the samples' distances, every seed a mark."""
+def draw_plot(
+    path: Path, experiment: Experiment, found: dict[str, list[Measurements]], floors: dict[str, Measurements]
+) -> None:
+    """Held-out curves, and the samples' distances, every seed a mark; a line is what no flow can improve on."""
     from experiments.plots import figure, save
 
     drawn, axes = figure(1, 2, 4.2)
@@ -224,6 +261,7 @@ def draw_plot(path: Path, experiment: Experiment, found: dict[str, list[Measurem
             done = [step / one["updates"] * one["teraflop"] for step in steps]
             curves.plot(done, heldout, color=f"C{number}", linewidth=1, label=name if one is cells[0] else None)
         distances.plot([number] * len(cells), [1000 * one["kid_mobilenetv2"] for one in cells], "o", color=f"C{number}")
+        distances.plot(number, 1000 * floors[name]["kid_mobilenetv2"], "k_", markersize=18)
     note = "" if experiment.one_space else ", each of its own noised data"
     curves.set_title(f"held-out nats/dim{note}", fontsize=9)
     curves.set(xlabel="10^12 operations of training")
