@@ -10,7 +10,7 @@ ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 APP_STAMP := $(VENV)/.installed-app
-RESULTS := $(addprefix results-,universality deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi latents condition depth noise)
+RESULTS := $(addprefix results-,universality transformers deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi latents condition depth noise)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT

@@ -11,6 +11,7 @@ from experiments.results import Result, markdown_table, update_document, write_r
 
 NAMES = (
     "universality",
+    "transformers",
     "deep-shallow",
     "guidance",
     "fashion-mnist",
@@ -24,6 +25,11 @@ NAMES = (
     "depth",
     "noise",
 )
+FOLDERS = {
+    "transformers": "universality",
+    **dict.fromkeys(("latents", "condition", "depth", "noise"), "design-choices"),
+}
+"""Where experiments share their cells, the folder in results/."""
 GLYPHS = Path("data/glyphs")
 
 
@@ -36,7 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        help="the experiment's folder (default: results/NAME; of latents, condition, depth and noise one)",
+        help="the experiment's folder (default: results/NAME, or the one that it shares)",
     )
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run, to try the code alone")
@@ -59,8 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     from starflow.train.loop import Interrupted
 
-    shared = "design-choices" if options.name in ("latents", "condition", "depth", "noise") else options.name
-    folder: Path = options.output or Path("results") / shared
+    folder: Path = options.output or Path("results") / FOLDERS.get(options.name, options.name)
     try:
         result = _run(options, folder)
     except UserError as error:
@@ -99,9 +104,9 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
     keep_freed_memory()
-    if options.name == "universality":
+    if options.name in universality.EXPERIMENTS:
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
-        return universality.run(folder, budget, _log, command)
+        return universality.run(folder, budget, _log, command, options.name)
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
         return deep_shallow.run(folder, deep, _log, command, options.data, device)

@@ -1,9 +1,9 @@
-"""The universality experiment counts the blocks that a density needs, and asks what stands in the way (STARFlow, 3.1).
+"""Two experiments count the blocks that a density needs, and ask what stands in the way (STARFlow, section 3.1).
 
-A point of the plane is a sequence of two numbers. Two kinds of flows are fitted to each density: `free`, whose blocks
-have tables in the place of networks, so that the number of blocks and the optimisation alone limit them; and `waves`,
-Transformers whose numbers enter as sines and cosines of many frequencies beside the linear map. The same is asked of
-sequences of 16 numbers, in which each has two modes that depend on the one before.
+`universality` fits flows of free functions to densities in the plane: tables stand in the place of networks, so that
+the number of blocks and the optimisation alone limit them. `transformers` fits Transformers to the same densities, and
+to sequences of 16 numbers in which each has two modes that depend on the one before. A number enters them by a linear
+map, and by sines and cosines of many frequencies beside it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.io.files import read_tensors, write_tensors
 
-NAME = "universality"
-BLOCKS = {"free": (2, 3, 6), "waves": (3,)}
-"""The numbers of blocks of each kind of flow; of one block the limit is known."""
-SERIES_BLOCKS = (2, 3)
 LAYERS = 6
 """Of a Transformer in all, shared out over its blocks."""
 WAVES = 16
@@ -71,29 +67,48 @@ class HasLogProb(Protocol):
         ...
 
 
-def run(folder: Path, budget: Budget, log: Callable[[str], None], command: str) -> Result:
+@dataclass(frozen=True)
+class Experiment:
+    """Which flows are fitted to which densities."""
+
+    title: str
+    flows: tuple[str, ...]
+    """A kind, "free" or "waves", and a number of blocks; of one block the limit is known."""
+    densities: tuple[Density, ...]
+
+
+EXPERIMENTS = {
+    "universality": Experiment(
+        "Universality: how many blocks a density needs", ("free 2", "free 3", "free 6"), densities()
+    ),
+    "transformers": Experiment(
+        "Universality of Transformers, in the plane and on sequences",
+        ("waves 2", "waves 3"),
+        (*densities(), two_way_series()),
+    ),
+}
+
+
+def run(folder: Path, budget: Budget, log: Callable[[str], None], command: str, name: str) -> Result:
     """Compute the cells that are missing, draw the plot, and put the numbers into tables."""
     check_budget(folder, budget)
-    flows = [f"{kind} {blocks}" for kind, several in BLOCKS.items() for blocks in several]
-    found: Found = {density.name: {} for density in densities()}
-    for flow in flows:
-        for density in densities():
+    experiment = EXPERIMENTS[name]
+    found: Found = {density.name: {} for density in experiment.densities}
+    for flow in experiment.flows:
+        for density in experiment.densities:
             found[density.name][flow] = _measured(folder, density, flow, budget, log)
-    series = two_way_series()
-    along = {f"waves {blocks}": _measured(folder, series, f"waves {blocks}", budget, log) for blocks in SERIES_BLOCKS}
-    limits = {density.name: density.one_block_limit() for density in densities()}
-    draw_plot(folder, found, along, limits)
+    limits = {density.name: density.one_block_limit() for density in experiment.densities}
+    draw_plot(folder / f"{name}.png", experiment, found, limits)
     return Result(
-        name=NAME,
-        title="Universality: how many blocks a density needs",
+        name=name,
+        title=experiment.title,
         claim=CLAIM,
         tables=[
             table(found, "gap", "nats above the entropy", limits),
             table(found, "total_variation", "total variation", None),
-            series_table(along, series.one_block_limit()),
         ],
         command=command,
-        values={"cells": found, "series": along, "one_block_limit": limits, "budget": vars(budget)},
+        values={"cells": found, "one_block_limit": limits, "budget": vars(budget)},
     )
 
 
@@ -286,36 +301,26 @@ def table(found: Found, key: str, title: str, limits: dict[str, float] | None) -
     return rows
 
 
-def series_table(along: dict[str, list[Measurements]], limit: float) -> Table:
-    """Nats above the entropy of the sequences, in all."""
-    heads = ["sequences of 16 numbers", "best of any single block", *(f"{flow} blocks" for flow in along)]
-    return [
-        heads,
-        ["nats above the entropy", f"{limit:.4g}", *(str(mean_over_seeds(cells, "gap")) for cells in along.values())],
-        ["total variation", "", *(str(mean_over_seeds(cells, "total_variation")) for cells in along.values())],
-    ]
-
-
-def draw_plot(folder: Path, found: Found, along: dict[str, list[Measurements]], limits: dict[str, float]) -> None:
-    """The densities a row each, all flows beside the truth, and their curves; below, the curves of the sequences."""
+def draw_plot(path: Path, experiment: Experiment, found: Found, limits: dict[str, float]) -> None:
+    """The densities a row each, all flows beside the truth where it lies in the plane, and their curves."""
     from experiments.plots import figure, save
 
-    flows = list(next(iter(found.values())))
-    drawn, axes = figure(len(found) + 1, len(flows) + 2, 1.9)
-    for row, density in zip(axes, densities(), strict=False):
+    drawn, axes = figure(len(found), len(experiment.flows) + 2, 2.1)
+    for row, density in zip(axes, experiment.densities, strict=True):
+        _curves(row[-1], found[density.name], limits[density.name])
+        if density.numbers > 2:
+            row[0].set_title(f"{density.name} of {density.numbers}", fontsize=7)
+            for axis in row[:-1]:
+                axis.axis("off")
+            continue
         truth = density.log_prob(_grid()).exp().view(GRID, GRID)
         _panel(row[0], truth, f"{density.name}, true", float(truth.max()))
-        for axis, flow in zip(row[1:], flows, strict=False):
+        for axis, flow in zip(row[1:], experiment.flows, strict=False):
             name = f"{density.name}-{flow.replace(' ', '-')}"
-            picture = read_tensors(folder / "pictures" / f"{name}.safetensors")["density"]
+            picture = read_tensors(path.parent / "pictures" / f"{name}.safetensors")["density"]
             gap = mean_over_seeds(found[density.name][flow], "gap").value
             _panel(axis, picture, f"{flow} blocks: {gap:.2f} nats", float(truth.max()))
-        _curves(row[-1], found[density.name], limits[density.name])
-    for axis in axes[-1][1:]:
-        axis.axis("off")
-    _curves(axes[-1][0], along, two_way_series().one_block_limit())
-    axes[-1][0].set_title("sequences of 16: nats", fontsize=7)
-    save(drawn, folder / f"{NAME}.png")
+    save(drawn, path)
 
 
 def _panel(axis: Any, density: Tensor, title: str, most: float) -> None:
