@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     context, event = pairs(2000)
     np.save(folder / "theta.npy", event.numpy())
     np.save(folder / "x.npy", context.numpy())
-    values = {
+    values: dict[str, Any] = {
         "name": "mine",
         "data": {"source": "arrays", "path": str(folder), "events": "theta", "context": "x"},
         "flow": SIZES,
@@ -159,7 +160,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "text.npy", np.array(["a", "b"]))
     np.save(tmp_path / "object.npy", np.array([None, 1], dtype=object))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-8])
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "no z.npy in .*cut, object, text, x, y": {"events": "z"},
         "4 events and 3 rows of context": {"context": "y"},
         "text.npy is no .npy array of numbers": {"events": "text"},
@@ -171,7 +172,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     }
     for message, changes in cases.items():
         with pytest.raises(UserError, match=message):
-            open_arrays(ArraysRecipe(**{"path": str(tmp_path), **changes}), tmp_path / "written", World())
+            open_arrays(replace(ArraysRecipe(path=str(tmp_path)), **changes), tmp_path / "written", World())
     with pytest.raises(UserError, match="heldout is 0"):
         ArraysRecipe(heldout=0.0)
 
