@@ -140,21 +140,25 @@ def recipe_page() -> str:
 
 
 def companion_page() -> str:
-    """Every key of the recipes of a student and of a denoiser, apart from those that every recipe has."""
+    """Every key of the recipes of a student, a denoiser and a density, apart from those that every recipe has."""
     from starflow.train.tasks.denoiser import DenoiserRecipe
+    from starflow.train.tasks.density import DensityRecipe
     from starflow.train.tasks.student import StudentRecipe
 
     parts = [
-        "# Every key of a student's and a denoiser's recipe",
+        "# Every key of a student's, a denoiser's and a density's recipe",
         "",
         "`starflow train-student` and `starflow train-denoiser` read recipes of their own (see [Draw in one "
         "pass](../student.md) and [A learned denoiser](../denoiser.md)). Their sections `data` and `train` are those "
-        "of [every recipe](recipe.md), and here, too, each key is an option of the command.",
+        "of [every recipe](recipe.md), and here, too, each key is an option of the command. `starflow train` reads a "
+        "density's where `data.source` is `arrays` (see [A density on time series](../tutorials/time-series.md)).",
         "",
     ]
-    for title, recipe in (("A student", StudentRecipe), ("A denoiser", DenoiserRecipe)):
+    kinds = (("A student", StudentRecipe), ("A denoiser", DenoiserRecipe), ("A density", DensityRecipe))
+    for title, recipe in kinds:
+        shared = ("train",) if recipe is DensityRecipe else ("data", "train")
         for section, keys in sections(recipe):
-            if section.split(".")[0] not in ("data", "train"):
+            if section.split(".")[0] not in shared:
                 parts += [f"## {title}" + (f": `{section}`" if section else ""), ""]
                 parts += [*_table(("key", "default", "meaning"), [key.row() for key in keys]), ""]
     return "\n".join(parts)

@@ -11,6 +11,7 @@ from experiments.results import Result, markdown_table, update_document, write_r
 
 NAMES = (
     "universality",
+    "transformers",
     "deep-shallow",
     "guidance",
     "fashion-mnist",
@@ -19,7 +20,16 @@ NAMES = (
     "cleaning",
     "student",
     "sbi",
+    "latents",
+    "condition",
+    "depth",
+    "noise",
 )
+FOLDERS = {
+    "transformers": "universality",
+    **dict.fromkeys(("latents", "condition", "depth", "noise"), "design-choices"),
+}
+"""Where experiments share their cells, the folder in results/."""
 GLYPHS = Path("data/glyphs")
 
 
@@ -29,10 +39,15 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--output", type=Path, help="the experiment's folder (default: results/NAME)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the experiment's folder (default: results/NAME, or the one that it shares)",
+    )
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run, to try the code alone")
     parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the experiment's own)")
+    parser.add_argument("--patch-size", type=int, default=4, help="for fashion-mnist: side of a patch, 4 or 2")
     parser.add_argument(
         "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
     )
@@ -50,7 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     from starflow.train.loop import Interrupted
 
-    folder: Path = options.output or Path("results") / options.name
+    folder: Path = options.output or Path("results") / FOLDERS.get(options.name, options.name)
     try:
         result = _run(options, folder)
     except UserError as error:
@@ -75,6 +90,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         cleaning,
         decoder,
         deep_shallow,
+        design_choices,
         fashion_mnist,
         guidance,
         inpainting,
@@ -88,14 +104,15 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     changed = {"steps": options.steps} if options.steps else {}
     device = torch.device(options.device)
     keep_freed_memory()
-    if options.name == "universality":
+    if options.name in universality.EXPERIMENTS:
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
-        return universality.run(folder, budget, _log, command)
+        return universality.run(folder, budget, _log, command, options.name)
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
         return deep_shallow.run(folder, deep, _log, command, options.data, device)
     if options.name == "fashion-mnist":
         fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
+        fashion = dataclasses.replace(fashion, patch_size=options.patch_size)
         return fashion_mnist.run(folder, fashion, _log, command, options.data, device)
     if options.name == "decoder":
         changed |= {"longer": options.longer} if options.longer else {}
@@ -114,6 +131,9 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         return inpainting.run(folder, filling, _log, command, options.data or GLYPHS, device)
     if options.name == "sbi":
         return sbi.run(folder, sbi.QUICK if options.quick else sbi.Budget(), _log, command)
+    if options.name in design_choices.EXPERIMENTS:
+        choice = dataclasses.replace(design_choices.QUICK if options.quick else design_choices.Budget(), **changed)
+        return design_choices.run(folder, choice, _log, command, options.name, device)
     guided = dataclasses.replace(guidance.QUICK if options.quick else guidance.Budget(), **changed)
     return guidance.run(folder, guided, _log, command, options.data, device)
 

@@ -21,6 +21,7 @@ class Density:
     draw: Callable[[int, Generator], Tensor]
     log_prob: Callable[[Tensor], Tensor]
     """(N, 2) to (N,) nats, -inf where there is nothing."""
+    numbers = 2
 
     def one_block_limit(self, cells: int = 600) -> float:
         """Gap to the entropy, in nats, of the best single block, which reads the second coordinate and then the first.
@@ -99,3 +100,48 @@ def checkerboard(side: float = 0.9) -> Density:
 def densities() -> tuple[Density, ...]:
     """All of them."""
     return mixture(), rings(), checkerboard()
+
+
+@dataclass(frozen=True)
+class Series(Density):
+    """A density over sequences (N, numbers), each number of which has two modes around what the one before says."""
+
+    numbers = 16
+    spread: float = 0.25
+
+    def one_block_limit(self, cells: int = 600) -> float:
+        """As of a density in the plane; the best normal of each conditional has its variance, 1 + spread^2."""
+        axis = (torch.arange(10 * cells, dtype=torch.float64) + 0.5) / (10 * cells) * 8 - 4
+        nats = self._conditional(axis)
+        entropy = -(nats.exp() * nats).sum() * 8 / (10 * cells)
+        normal = 0.5 * math.log(2 * math.pi * math.e * (1 + self.spread**2))
+        return self.numbers * (normal - float(entropy))
+
+    def _conditional(self, step: Tensor) -> Tensor:
+        """log p of a number less what is expected of it."""
+        modes = torch.stack([step - 1, step + 1], -1)
+        each = torch.distributions.Normal(0.0, self.spread).log_prob(modes)
+        nats: Tensor = each.logsumexp(-1) - math.log(2)
+        return nats
+
+
+def two_way_series(memory: float = 0.5) -> Series:
+    """x_n = memory x_(n-1) + 1 or - 1 + noise, from 0: every conditional is a mixture of two normals."""
+
+    def draw(count: int, generator: Generator) -> Tensor:
+        signs = 2.0 * torch.randint(2, (count, Series.numbers), generator=generator) - 1
+        steps = signs + Series.spread * torch.randn(count, Series.numbers, generator=generator, dtype=torch.float64)
+        x = torch.zeros(count, dtype=torch.float64)
+        numbers = []
+        for step in steps.unbind(1):
+            x = memory * x + step
+            numbers.append(x)
+        return torch.stack(numbers, 1)
+
+    def log_prob(x: Tensor) -> Tensor:
+        before = torch.nn.functional.pad(x.double()[:, :-1], (1, 0))
+        nats: Tensor = series._conditional(x.double() - memory * before).sum(1)
+        return nats
+
+    series = Series("series", draw, log_prob)
+    return series

@@ -48,6 +48,8 @@ class Budget:
     """How much is computed."""
 
     steps: int = 4500
+    patch_size: int = 4
+    """Side of the patch that is one token; patches of 2 take four times as long."""
     pictures: int = 0
     """Test pictures, at most, of every likelihood; 0 is all 10,000."""
     draws: int = 4
@@ -69,6 +71,7 @@ def run(
     shared = prepare(folder, RECIPE, data, budget.train, budget.heldout, device)
     log("model")
     overrides = {
+        "flow.patch_size": str(budget.patch_size),
         "train.steps": str(budget.steps),
         "train.warmup": str(min(200, budget.steps // 10)),
         "train.compile": str(budget.steps >= 1000).lower(),  # compiling takes as long as some hundred updates

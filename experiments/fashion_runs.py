@@ -39,7 +39,7 @@ def trained(
 ) -> StarFlowPipeline:
     """The pipeline of one variant and seed: trained in `folder` from the shared latents, or resumed, or only loaded."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("latents", "classes.json"):
+    for name in ("latents", "classes.json", "autoencoder"):
         if (shared / name).exists() and not (folder / name).exists():
             (folder / name).symlink_to(os.path.relpath(shared / name, folder))
     model = folder / "model"

@@ -21,6 +21,7 @@ from starflow.train.recipe import Recipe, load_recipe, load_recipe_of
 from starflow.train.run import read_log, start_run
 from starflow.train.stages import train_flow
 from starflow.train.tasks.denoiser import DenoiserRecipe
+from starflow.train.tasks.density import DensityRecipe
 from starflow.train.tasks.student import StudentRecipe
 from tests.conditioning.conftest import WORDS, save_encoder
 from tests.conditioning.conftest import t5 as t5  # a fixture
@@ -38,8 +39,12 @@ OTHERS = {
     "bench-57m",
 }
 """Recipes that a processor trains: they are run by tests of their own."""
-COMPANIONS = {"glyphs-64-student": StudentRecipe, "glyphs-64-denoiser": DenoiserRecipe}
-"""Recipes of what stands beside a flow; the tests of their tasks train small ones."""
+OF_OTHER_KINDS = {
+    "glyphs-64-student": StudentRecipe,
+    "glyphs-64-denoiser": DenoiserRecipe,
+    "density": DensityRecipe,
+}
+"""Recipes of what is no flow of pictures; the tests of their tasks train small ones."""
 
 
 def save_gemma(folder: Path) -> Path:
@@ -166,13 +171,13 @@ def test_a_sibling_has_every_part_of_its_recipe(name: str) -> None:
 
 
 def test_every_recipe_has_a_sibling_or_a_run_of_its_own() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SCALED) | OTHERS | set(COMPANIONS)
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SCALED) | OTHERS | set(OF_OTHER_KINDS)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_its_head_names_source_and_expectation(path: Path) -> None:
-    if path.stem in COMPANIONS:
-        load_recipe_of(COMPANIONS[path.stem], path)
+    if path.stem in OF_OTHER_KINDS:
+        load_recipe_of(OF_OTHER_KINDS[path.stem], path)
     else:
         load_recipe(path)
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +94,30 @@ def within(case: Case) -> Tensor:
         return torch.ones_like(case.x, dtype=torch.bool)
     known = torch.arange(case.x.shape[1]) < case.lengths[:, None]
     return known.view(*known.shape, *[1] * (case.x.dim() - 2)).expand_as(case.x)
+
+
+def check_fit(
+    samples: Tensor, log_prob: Callable[[Tensor], Tensor], truth: Tensor, exact: Tensor, widest: float, learned: float
+) -> None:
+    """A fitted density is near the known one in nats, and its samples are no further away than those nats allow.
+
+    Of the known density, a normal whose largest deviation is s, any density at k nats is at a Wasserstein distance of
+    s sqrt(2 k) at most (Talagrand 1996), and so are its means and deviations. To it come five standard errors of the
+    draws. So the second part holds for a good fit and for a poor one; the first says that a tenth of what there was to
+    learn may be missing.
+
+    Args:
+        samples: (N, K) of the fit.
+        log_prob: of the fit.
+        truth: draws (M, K) of the known density, which is log-concave where it is no normal.
+        exact: their log-densities (M,).
+        widest: s.
+        learned: nats between the known density and what would be believed without the data.
+    """
+    each = exact - log_prob(truth).detach()
+    nats = float(each.mean())
+    assert -5 * float(each.std()) / math.sqrt(len(truth)) < nats < 0.1 * learned
+    draws = 5 * widest * (1 / math.sqrt(len(samples)) + 1 / math.sqrt(len(truth)))
+    reach = widest * math.sqrt(2 * max(nats, 0.0)) + draws
+    assert (samples.mean(0) - truth.mean(0)).abs().max() < reach
+    assert (samples.std(0) - truth.std(0)).abs().max() < reach

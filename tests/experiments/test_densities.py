@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from experiments.densities import HALF, Density, checkerboard, densities
+from experiments.densities import HALF, Density, checkerboard, densities, two_way_series
 from experiments.universality import total_variation
 
 CELLS = 900
@@ -64,3 +64,15 @@ def test_total_variation_in_closed_form() -> None:
     gaps = normal.log_prob(draws) - normal.log_prob(draws - apart)
     assert total_variation(gaps) == pytest.approx(2 * float(normal.cdf(torch.tensor(apart / 2))) - 1, abs=3e-3)
     assert total_variation(torch.full((3,), torch.inf)) == 1
+
+
+def test_the_series_density_is_that_of_its_draws() -> None:
+    """What the best normal conditionals miss of it, measured on draws, is the limit; a conditional's mass is one."""
+    series = two_way_series()
+    draws = series.draw(20_000, torch.Generator().manual_seed(0))
+    steps = draws - 0.5 * torch.nn.functional.pad(draws[:, :-1], (1, 0))
+    normal = torch.distributions.Normal(0.0, math.sqrt(1 + series.spread**2)).log_prob(steps).sum(1)
+    assert float((series.log_prob(draws) - normal).mean()) == pytest.approx(series.one_block_limit(), abs=0.1)
+    others = 3 * torch.randn(200_000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ratios = (series._conditional(others[:, 0]) - torch.distributions.Normal(0.0, 3.0).log_prob(others[:, 0])).exp()
+    assert float(ratios.mean()) == pytest.approx(1, abs=0.02)

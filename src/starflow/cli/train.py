@@ -1,8 +1,10 @@
-"""The commands that train: the stages of a recipe, a student or a denoiser beside a flow, and a decoder."""
+"""The commands that train: the stages of a recipe, a student or a denoiser beside a flow, and a decoder; and
+`prepare-data`, which builds a set for them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,43 @@ if TYPE_CHECKING:
     from starflow.train.distributed import World
     from starflow.train.run import Run
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
+
+
+ONLY_OF_SET = {
+    "glyphs": ("tarballs", "include"),
+    "glyphs2": ("packages", "model_views", "leave_out_style", "sheets", "workers"),
+}
+"""Options that only one of the sets knows."""
+
+
+@dataclass(frozen=True)
+class PrepareDataOptions:
+    """Build a set of captioned pictures from packages: "glyphs" or "glyphs2".
+
+    "glyphs" has about 4,000 emoji in four styles; 28 MB are fetched from npm. "glyphs2" has about 33,000 pictures: more
+    emoji, people, 3D models, clip art and icons; 170 MB are fetched from npm and Debian (by apt-get), and the models
+    need the package vtk. Every package is checked. Pictures that are there already are kept, so a broken run goes on.
+    """
+
+    EXAMPLES: ClassVar[str] = """
+        starflow prepare-data glyphs
+        starflow prepare-data glyphs --output data/glyphs --tarballs ~/tarballs --include all
+        starflow prepare-data glyphs2 --packages ~/packages
+        starflow prepare-data glyphs2 --model-views leave-out --leave-out-style fxemoji
+    """
+
+    data: Annotated[Literal["glyphs", "glyphs2"], Argument("the data set's name: glyphs or glyphs2", "DATA")]
+    output: Annotated[str, Flag("folder to fill (default: data/DATA)", "FOLDER")] = ""
+    size: Annotated[int, Flag("side of the pictures", "PIXELS")] = 256
+    tarballs: Annotated[str, Flag("glyphs: folder with its six tarballs of npm pack (default: fetch)", "FOLDER")] = ""
+    include: Annotated[Literal["things", "all"], Flag("glyphs: leave out people and symbols, or not")] = "things"
+    packages: Annotated[str, Flag("glyphs2: folder with all its packages (default: fetch them)", "FOLDER")] = ""
+    model_views: Annotated[
+        Literal["draw", "leave-out"], Flag("glyphs2: draw 3D models from twelve sides by VTK, or not")
+    ] = "draw"
+    leave_out_style: Annotated[str, Flag("glyphs2: hold a whole style out of training", "STYLE")] = ""
+    sheets: Annotated[int, Flag("glyphs2: contact sheets to look at, for each style at most", "N")] = 2
+    workers: Annotated[int, Flag("glyphs2: processes that draw (default: one a CPU)", "N")] = 0
 
 
 @dataclass(frozen=True)
@@ -35,13 +74,15 @@ class TrainOptions(StageOptions):
     Ctrl-C writes a checkpoint and stops. The run's folder holds log.jsonl (a line a step), samples/, tensorboard/,
     checkpoints/, best/ (the best held-out average) and model/, which generate and likelihood read. Any key of the
     recipe may be given as an option: --train.lr 1e-4, --data.path FOLDER, --guidance 3. torchrun starts it on many
-    GPUs: the processes share every batch, and train.parallel says how they share the weights.
+    GPUs: the processes share every batch, and train.parallel says how they share the weights. A recipe whose
+    data.source is "arrays" trains a density of vectors or sequences instead, for starflow.density.
     """
 
     EXAMPLES: ClassVar[str] = """
         starflow train recipes/tiny.yaml
         starflow train recipes/tiny.yaml --output runs/long --train.steps 2000 --train.lr 5e-4
         torchrun --nproc-per-node 8 -m starflow train recipes/glyphs-64.yaml --train.parallel.layout sharded
+        starflow train recipes/density.yaml --data.path simulations.parquet
     """
 
 
@@ -104,12 +145,28 @@ class TrainDenoiserOptions(StageOptions):
 
 def train(options: TrainOptions) -> None:
     """Run `starflow train`."""
+    from starflow.train.tasks.density import is_density_recipe
+
+    if is_density_recipe(Path(options.recipe), dict(options.overrides)):
+        _train_density(options)
+        return
     with _started(options) as run:
         from starflow.train.stages import train_flow
 
         folder = train_flow(run)
         if run.world.is_main:
             print(f"done: starflow generate --model {folder}")
+
+
+def _train_density(options: TrainOptions) -> None:
+    from starflow.train.recipe import load_recipe_of
+    from starflow.train.tasks.density import DensityRecipe, train_density
+
+    recipe = load_recipe_of(DensityRecipe, Path(options.recipe), dict(options.overrides))
+    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+        model = train_density(recipe, folder, world)
+        if world.is_main:
+            print(f"done: starflow.density.SequenceFlow.from_pretrained('{model}')")
 
 
 def train_autoencoder(options: TrainAutoencoderOptions) -> None:
@@ -294,3 +351,43 @@ def _settings(options: TrainDecoderOptions) -> DecoderSettings:
             seed=options.seed,
         ),
     )
+
+
+def prepare_data(options: PrepareDataOptions) -> None:
+    """Run `starflow prepare-data`."""
+    for name in (name for data, names in ONLY_OF_SET.items() if data != options.data for name in names):
+        if getattr(options, name) != PrepareDataOptions.__dataclass_fields__[name].default:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for {options.data}: leave it away")
+    output = Path(options.output or f"data/{options.data}").expanduser()
+    (_glyphs if options.data == "glyphs" else _glyphs2)(options, output)
+
+
+def _glyphs(options: PrepareDataOptions, output: Path) -> None:
+    from starflow.data.sets.glyphs.prepare import prepare_glyphs
+
+    tarballs = Path(options.tarballs).expanduser() if options.tarballs else None
+    summary = prepare_glyphs(output, tarballs, size=options.size, include=options.include)
+    count = sum(summary.pictures.values())
+    print(f"{count} pictures of {summary.concepts} concepts in {output}, {summary.heldout} held out")
+    for one in summary.skipped:
+        print(f"skipped {one.name}: {one.reason}")
+
+
+def _glyphs2(options: PrepareDataOptions, output: Path) -> None:
+    from starflow.data.sets.glyphs2.prepare import prepare_glyphs2
+
+    summary = prepare_glyphs2(
+        output,
+        Path(options.packages).expanduser() if options.packages else None,
+        size=options.size,
+        models=options.model_views == "draw",
+        held_out_style=options.leave_out_style,
+        sheets=options.sheets,
+        workers=options.workers or os.cpu_count() or 1,
+    )
+    count, heldout = sum(summary.pictures.values()), sum(summary.heldout.values())
+    print(f"{count} pictures of {summary.concepts} concepts in {output}, {heldout} held out; by sampling group:")
+    for group, pictures in summary.groups.items():
+        print(f"  {group:8} {pictures}")
+    left_out = sum(summary.left_out.values()) + len(summary.skipped)
+    print(f"{left_out} pictures of the packages are not in it, named in {output / 'skipped.jsonl'}")

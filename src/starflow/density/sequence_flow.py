@@ -272,7 +272,7 @@ class SequenceFlow(nn.Module):
             UserError: shapes that do not fit, missing values, values outside the bounds, or a diverging likelihood.
         """
         options = FitOptions(seed, max_epochs, batch_size, lr, validation_fraction, patience, progress)
-        self._check_rows(x, context, lengths)
+        self.check_data(x, context, lengths)
         if not bool(self.standardised):
             some = split_rows(len(x), options)[0][:STANDARDISED_ROWS]
             self.standardise(x[some], _rows(context, some), _rows(lengths, some))
@@ -288,7 +288,7 @@ class SequenceFlow(nn.Module):
     @torch.no_grad()
     def standardise(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
         """Set the shift and scale of events and contexts from rows of data: one for each of their last axis."""
-        self._check_rows(x, context, lengths)
+        self.check_data(x, context, lengths)
         lengths = None if lengths is None else lengths.to(self.device)
         unbounded, _ = to_unbounded(self.check_events(x.to(self.device), lengths), self.config.bounds)
         known = None if lengths is None else within(lengths, self.config.tokens)
@@ -305,8 +305,12 @@ class SequenceFlow(nn.Module):
             self.context_scale.copy_(scale)
         self.standardised.fill_(True)
 
-    def _check_rows(self, x: Tensor, context: Tensor | None, lengths: Tensor | None) -> None:
-        """Refuse data that does not fit; reads a part at a time, as a file that is mapped may be larger than memory."""
+    def check_data(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
+        """Read all rows of a data set, a part at a time, as a file that is mapped may be larger than memory.
+
+        Raises:
+            UserError: shapes that do not fit, missing values, or values outside the bounds.
+        """
         if tuple(x.shape[1:]) != self.config.event_shape:
             raise UserError(f"the data has shape {tuple(x.shape)}, expected (rows, {_listed(self.config.event_shape)})")
         for name, one in (("contexts", context), ("lengths", lengths)):

@@ -350,7 +350,7 @@ def load_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         >>> recipe.train.lr, recipe.flow.channels, recipe.flow.patch_size
         (0.001, 64, None)
     """
-    values, layers = _read_layers(path, overrides or {})
+    values, layers = read_layers(path, overrides or {})
     return _without_leftovers(from_dict(Recipe, values), layers)
 
 
@@ -363,10 +363,10 @@ def load_recipe_of(kind: type[T], path: Path, overrides: Mapping[str, str] | Non
     Raises:
         UserError: as `load_recipe`.
     """
-    return from_dict(kind, _read_layers(path, overrides or {})[0])
+    return from_dict(kind, read_layers(path, overrides or {})[0])
 
 
-def _read_layers(path: Path, overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_layers(path: Path, overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A recipe's values, and the layers that they come from: its bases, itself, and what a caller gives over all."""
     layers = _read_with_bases(path)
     given: dict[str, Any] = {}

@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from starflow.config import to_dict
+from starflow.config import Dataclass, to_dict
 from starflow.errors import UserError
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import ModelConfig
@@ -43,7 +43,7 @@ from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig
 from starflow.train.checkpoint import checkpoints
 from starflow.train.distributed import World
 from starflow.train.recipe import Recipe
-from starflow.train.recipe_keys import check_changes, check_idle_keys, check_ratios, longest_warmup_text
+from starflow.train.recipe_keys import check_changes, check_idle_keys, check_ratios, flat_keys, longest_warmup_text
 from starflow.train.settings import TrainSettings, network_dtype
 
 LOG_NAME = "log.jsonl"
@@ -412,3 +412,26 @@ def start_run(
     if text := longest_warmup_text(recipe):
         run.notify(f"warning: {text}")
     return run
+
+
+def keep_recipe(recipe: Dataclass, free: Collection[str], folder: Path, world: World) -> None:
+    """Prepare the folder of a run whose recipe is not a `Recipe`: recipe.json is written, or compared with it.
+
+    Args:
+        recipe: of a student, a denoiser or a density, with a section `train`.
+        free: keys and sections that may change in a run that has begun; `train.seed` may never.
+        folder: of the run.
+        world: the processes that train together.
+
+    Raises:
+        UserError: the folder cannot be written, or was started with another value of a key that is not free.
+    """
+    files.check_output_folder(folder)
+    path, new = folder / "recipe.json", flat_keys(to_dict(recipe))
+    with files.folder_lock(folder) if world.is_main else contextlib.nullcontext():
+        old = flat_keys(files.read_json(path)) if path.is_file() else new
+        for key in new:
+            if old.get(key) != new[key] and (key.split(".")[0] not in free or key == "train.seed"):
+                raise UserError(f"{folder} was started with another {key}: choose another --output, or undo the change")
+        if world.is_main:
+            files.write_json(path, to_dict(recipe))

@@ -8,10 +8,10 @@ columns of other names. Where the hub's metadata names the classes of a label, c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starflow.data.images import ImageError, read_image_size
 from starflow.data.sources.base import (
@@ -26,6 +26,9 @@ from starflow.data.sources.base import (
 )
 from starflow.data.sources.captions import CAPTION_KEYS, LABEL_KEYS, caption_and_label, parse_json_object
 from starflow.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
 
@@ -236,3 +239,38 @@ def _hub_class_names(schema: Any) -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def read_numbers(path: Path, columns: Sequence[str]) -> Iterator[NDArray[Any]]:
+    """Columns of numbers, or of lists of numbers of one shape, a row group at a time.
+
+    Args:
+        path: of one parquet file.
+        columns: one column (R,) or of lists (R, ..); or several, of numbers, which become a vector (R, K).
+
+    Raises:
+        UserError: no such file, no pyarrow, a damaged file, no such column, missing values, or lists of unequal
+            lengths.
+    """
+    import numpy as np
+
+    try:
+        table = _import_parquet().ParquetFile(path)
+        for group in range(table.num_row_groups):
+            read = table.read_row_group(group, columns=list(columns))
+            absent = [name for name in columns if name not in read.column_names]
+            if absent:
+                known = ", ".join(table.schema_arrow.names)
+                raise UserError(f"{path} has no column '{absent[0]}', expected one of {known}")
+            parts = [np.asarray(read.column(name).to_pylist()) for name in columns]
+            for name, part in zip(columns, parts, strict=True):
+                if part.dtype.kind not in "fiub":
+                    raise UserError(
+                        f"column '{name}' of {path} is not of numbers: expected one, or equally many, a row"
+                    )
+            yield parts[0] if len(parts) == 1 else np.stack(parts, 1)
+    except UserError:
+        raise
+    except (OSError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} cannot be read as a parquet file of numbers ({reason})") from None

@@ -37,7 +37,7 @@ from starflow.train.loader import BatchReader, LoaderSettings, TrainingLoader, n
 from starflow.train.recipe import AutoencoderRecipe, Objective
 from starflow.train.settings import ReconstructionLoss, TrainSettings, generator, network_precision
 from starflow.train.tasks.decoder import Critic, Perceptual, adversarial_terms, load_perceptual
-from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim
+from starflow.train.tasks.flow import FlowLoss, LiveFlowTask, LiveLatents, bits_per_dim, nats_per_dim, own_batches
 
 MAX_HELDOUT = 1024
 """Held-out images that are measured, at most, spread over the set."""
@@ -245,7 +245,7 @@ class JointTask(LiveFlowTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The held-out loss, the flow's nats and bits per latent dimension, and the PSNR in dB of noised latents."""
         total = torch.zeros(3, device=self._device)
-        for start, indices, weight in self._own_batches(self.heldout):
+        for start, indices, weight in own_batches(self.heldout, self.world):
             images = self.latents.images(indices)
             noise = self._latent_noise(images, 0, 0, range(start, start + len(indices)))
             condition = self._conditions(indices, None)

@@ -11,7 +11,6 @@ RUN/pipeline/     the flow's pipeline with the denoiser in it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from starflow.conditioning import Conditioner
-from starflow.config import to_dict
 from starflow.data.images import save_grid
 from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
 from starflow.flow.model import Flow
-from starflow.io import files
 from starflow.latents import Autoencoder
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.denoise import Denoiser, DenoiserConfig, score_of
@@ -36,11 +33,11 @@ from starflow.sampling.student import Companion, Student, inputs_of
 from starflow.train.distributed import World
 from starflow.train.loop import fit
 from starflow.train.recipe import CompanionRecipe, ConditioningRecipe, Objective, Recipe
-from starflow.train.recipe_keys import check_idle_keys, flat_keys
-from starflow.train.run import Run
+from starflow.train.recipe_keys import check_idle_keys
+from starflow.train.run import Run, keep_recipe
 from starflow.train.settings import TrainSettings, network_precision
 from starflow.train.stages import DEFAULT_PROMPTS, Stages
-from starflow.train.tasks.flow import FlowTask
+from starflow.train.tasks.flow import FlowTask, own_batches
 
 FREE = ("name", "prompts", "guidance", "train", "loss", "temperature")
 """Keys and sections of a recipe that may change in a run that has begun."""
@@ -67,11 +64,7 @@ class CompanionStages(Stages):
             objective=Objective(noise=config.noise, noise_std=config.noise_std),
         )
         check_idle_keys(inner)
-        files.check_output_folder(folder)
-        with files.folder_lock(folder) if world.is_main else contextlib.nullcontext():
-            _check_changes(recipe, folder)
-            if world.is_main:
-                files.write_json(folder / "recipe.json", to_dict(recipe))
+        keep_recipe(recipe, FREE, folder, world)
         super().__init__(Run(inner, folder, world.device, progress and world.is_main, world))
 
     @cached_property
@@ -112,17 +105,6 @@ class CompanionStages(Stages):
         if self.conditioner is None:
             return [""] * 8
         return list(self.companion.prompts or self.conditioner.spec.names[:8] or DEFAULT_PROMPTS)
-
-
-def _check_changes(recipe: CompanionRecipe, folder: Path) -> None:
-    """Raises UserError: the folder was started with another value of a key that its results depend on."""
-    path = folder / "recipe.json"
-    if not path.is_file():
-        return
-    old, new = flat_keys(files.read_json(path)), flat_keys(to_dict(recipe))
-    for key in new:
-        if old.get(key) != new[key] and (key.split(".")[0] not in FREE or key == "train.seed"):
-            raise UserError(f"{folder} was started with another {key}: choose another --output, or undo the change")
 
 
 def with_companions(
@@ -229,7 +211,7 @@ class DenoiserTask(FlowTask):
         """
         total = torch.zeros(5, device=self._device)
         sigma = self.objective.noise_std
-        for start, indices, weight in self._own_batches(self.heldout):
+        for start, indices, weight in own_batches(self.heldout, self.world):
             batch = self._scored(indices, 0, 0, range(start, start + len(indices)), self._conditions(indices, None))
             with network_precision(self.settings, self._device):
                 out = model(batch.x, batch.condition)

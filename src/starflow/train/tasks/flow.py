@@ -198,24 +198,12 @@ class FlowTask:
     def _likelihood(self, model: nn.Module, buckets: Sequence[Tensor]) -> float:
         """Mean of the loss over these images, without penalty; the processes share the batches."""
         total = torch.zeros(1, device=self._device)
-        for start, batch, weight in self._own_batches(buckets):
+        for start, batch, weight in own_batches(buckets, self.world):
             noised = self._noised(batch, 0, 0, range(start, start + len(batch)))
             with network_precision(self.settings, self._device):
                 _, squares, logdet, _ = model(noised, self._conditions(batch, None))
             total += (squares - logdet) * weight
         return self.world.all_reduce(total)[0] / sum(map(len, buckets))
-
-    def _own_batches(self, buckets: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, int]]:
-        """This process's batches, each of one bucket: the row of its first image, its indices and its weight.
-
-        A sharded model needs all processes in every pass, so that some batches may count for nothing.
-        """
-        batches = [batch for indices in buckets for batch in indices.split(EVALUATION_BATCH) if len(batch)]
-        starts = [0, *itertools.accumulate(map(len, batches))]
-        for turn in range(-(-len(batches) // self.world.size)):
-            index = turn * self.world.size + self.world.rank
-            batch = batches[index % len(batches)]
-            yield starts[index % len(batches)], batch, len(batch) if index < len(batches) else 0
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path) -> None:
@@ -232,6 +220,21 @@ class FlowTask:
         """Nats and bits per dimension."""
         loss = terms["squares"] - terms["logdet"] + self._dequantisation_nats
         return {"nats/dim": f"{nats_per_dim(loss):.3f}", "bits/dim": f"{bits_per_dim(loss):.3f}"}
+
+
+def own_batches(
+    buckets: Sequence[Tensor], world: World, size: int = EVALUATION_BATCH
+) -> Iterator[tuple[int, Tensor, int]]:
+    """This process's batches of an evaluation, each of one bucket: the row of its first image, its indices, its weight.
+
+    A sharded model needs all processes in every pass, so that some batches may count for nothing.
+    """
+    batches = [batch for indices in buckets for batch in indices.split(size) if len(batch)]
+    starts = [0, *itertools.accumulate(map(len, batches))]
+    for turn in range(-(-len(batches) // world.size)):
+        index = turn * world.size + world.rank
+        batch = batches[index % len(batches)]
+        yield starts[index % len(batches)], batch, len(batch) if index < len(batches) else 0
 
 
 def random_subset(buckets: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -38,7 +38,7 @@ from starflow.train.recipe import CompanionRecipe, Objective
 from starflow.train.settings import TrainSettings, network_precision
 from starflow.train.tasks.decoder import Perceptual, PerceptualName, load_perceptual
 from starflow.train.tasks.denoiser import CompanionStages, save_companion, save_pipeline, with_companions
-from starflow.train.tasks.flow import FlowTask
+from starflow.train.tasks.flow import FlowTask, own_batches
 
 SCALED_BY = 64
 """Training latents whose states say what the mean square of a state is, at most."""
@@ -239,7 +239,7 @@ class StudentTask(FlowTask):
         """Distances of held-out latents, unguided; the loss is that of the clean latent."""
         names = ["clean", *(f"state_{number}" for number in range(len(self.scales) - 1))]
         total = torch.zeros(len(names), device=self._device)
-        for start, indices, weight in self._own_batches(self.heldout):
+        for start, indices, weight in own_batches(self.heldout, self.world):
             condition = self._conditions(indices, None)
             clean, z, states = self._traced(indices, 0, 0, range(start, start + len(indices)), condition)
             none = torch.zeros(len(z), device=z.device)
