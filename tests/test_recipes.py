@@ -32,6 +32,7 @@ OTHERS = {
     "fashion-mnist",
     "glyphs-64",
     "glyphs2-64",
+    "glyphs2-128",
     "glyphs-64-more",
     "glyphs-64-plain",
     "finetune-glyphs",

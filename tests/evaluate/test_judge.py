@@ -59,6 +59,7 @@ def clusters(kinds: int, each: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_it_learns_names_that_it_can_tell_apart_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HIDDEN", 64)
+    monkeypatch.setattr(module, "EPOCHS", 60)
     features, labels, names = clusters(20, 24)
     state = torch.random.get_rng_state()
     head, vectors = _learn(features[:400], labels[:400], names, seed=0)
