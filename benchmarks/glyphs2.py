@@ -4,8 +4,9 @@
 
 Writes the sheets of recipes/prompts.txt and recipes/prompts-objects.txt, shuffled and without captions, with their keys
 in text files. Then it measures likelihoods, what the judge names, and distances; each figure is printed as soon as it
-is there, and all are in figures.json. `--tune` instead compares settings by the judge, on prompts of
-training pictures that neither file asks for. `starflow evaluate ... --judge FILE` makes the judge.
+is there, and all are in figures.json. `--tune` instead compares settings by the judge, on prompts of training pictures
+that neither file asks for. Where the judge's file is missing it is made first, which takes about seven minutes of one
+core (`--parts judge --judged 2` does little else).
 
 Weights that began from the bundled "glyphs" have seen some of the held-out pictures: what has a training picture in
 data/glyphs, and what is held out with it, is left out of every held-out figure. The reverse holds as well: the
@@ -41,7 +42,7 @@ from starflow.evaluate import (
     precision_recall,
 )
 from starflow.evaluate.dataset import concept_of, evenly_spaced, image_batches
-from starflow.evaluate.judge import JudgeReport, judge_features
+from starflow.evaluate.judge import PICTURES_A_CONCEPT, Judge, JudgeReport, judge_features, open_judge, some_of_each
 from starflow.evaluate.likelihood import measure_likelihoods
 from starflow.evaluate.render import contact_sheet
 from starflow.evaluate.samples import draw_samples, reconstruct
@@ -121,7 +122,8 @@ def measure(pipeline: StarFlowPipeline, options: argparse.Namespace) -> None:
         counts = {f"{split} pictures": found.count for split, found in bits.items()}
         keep("likelihood", nats | counts | {"gap": nats["heldout"] - nats["train"]})
     if "judge" in options.parts:
-        judge, features = load_judge(options.judge), judge_features()
+        features = judge_features()
+        judge = make_judge(options.judge, train, pairs[:1], features)
         keep("judge", judged(measure_judge(pipeline, dataset, judge, features, options.judged)))
     extractor = load_extractor()
     if "new" in options.parts:
@@ -135,6 +137,16 @@ def measure(pipeline: StarFlowPipeline, options: argparse.Namespace) -> None:
         shared = sum(record.name in trained for record in heldout)
         found = distances(pipeline, extractor, views, options.samples)
         keep("distances, held-out pictures of glyphs", found | {"of these, training pictures of glyphs2": shared})
+
+
+def make_judge(
+    file: Path, train: Sequence[ImageRecord], heldout: Sequence[ImageRecord], features: FeatureExtractor
+) -> Judge:
+    """The judge in the file, or one of the training pictures, of which only those that it takes are read."""
+    if file.exists():
+        return load_judge(file)
+    rows = some_of_each([record.meta["concept"] for record in train], PICTURES_A_CONCEPT)
+    return open_judge(file, EvaluationSet.of_records([*(train[row] for row in rows), *heldout], SIZE), features, print)
 
 
 def clean_pairs(records: Sequence[ImageRecord], base: Path) -> tuple[list[ImageRecord], int]:
@@ -207,7 +219,8 @@ def tune(pipeline: StarFlowPipeline, options: argparse.Namespace, settings: list
     spared = {record.meta["concept"] for record in records if record.caption.lower() in named}
     emoji = [r for r in records if r.meta["sampling_group"] != "people" and r.meta["concept"] not in spared]
     chosen = [emoji[row] for row in evenly_spaced(len(emoji), options.judged)]
-    judge, features = load_judge(options.judge), judge_features()
+    features = judge_features()
+    judge = make_judge(options.judge, records, [dataclasses.replace(chosen[0], split="heldout")], features)
     # Nothing is held back from a judge here: it is asked about samples, of which it has seen none.
     judge = dataclasses.replace(judge, trained=frozenset())
     views = EvaluationSet.of_records([chosen[0], *(dataclasses.replace(r, split="heldout") for r in chosen)], SIZE)
