@@ -3,10 +3,12 @@
     python benchmarks/glyphs2.py RUN/model --judge judge.safetensors --output out/glyphs2
 
 Writes the sheets of recipes/prompts.txt and recipes/prompts-objects.txt, shuffled and without captions, with their keys
-in text files. Then it measures likelihoods, what the judge names, and distances; each figure is printed as soon as it
-is there, and all are in figures.json. `--tune` instead compares settings by the judge, on prompts of training pictures
-that neither file asks for. Where the judge's file is missing it is made first, which takes about seven minutes of one
-core (`--parts judge --judged 2` does little else).
+in text files. Then it measures likelihoods, what the judge names, and distances. Each figure is printed once it is
+there; all are in figures.json, and in README.md, a model card with blanks (____) where a person is needed.
+
+`--tune` instead compares settings by the judge, on prompts of training pictures that neither file asks for. Where the
+judge's file is missing it is made first, which takes about seven minutes of one core (`--parts judge --judged 2` does
+little else).
 
 Weights that began from the bundled "glyphs" have seen some of the held-out pictures: what has a training picture in
 data/glyphs, and what is held out with it, is left out of every held-out figure. The reverse holds as well: the
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
+import re
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -51,6 +54,7 @@ from starflow.pipeline.pipeline import StarFlowPipeline
 
 ROOT = Path(__file__).parent.parent
 SHEETS = {"prompts": ROOT / "recipes/prompts.txt", "objects": ROOT / "recipes/prompts-objects.txt"}
+CARD = Path(__file__).with_name("glyphs2-card.md")
 KEY = 20
 """Seed of the order of the pictures on a sheet."""
 COLUMNS = 8
@@ -104,6 +108,7 @@ def measure(pipeline: StarFlowPipeline, options: argparse.Namespace) -> None:
         figures[part] = found | {"seconds": round(time.perf_counter() - began)}
         print(part, figures[part], flush=True)
         write_json(options.output / "figures.json", figures)
+        write_text(options.output / "README.md", fill_card(CARD.read_text(encoding="utf-8"), figures))
 
     options.output.mkdir(parents=True, exist_ok=True)
     if "sheets" in options.parts:
@@ -137,6 +142,25 @@ def measure(pipeline: StarFlowPipeline, options: argparse.Namespace) -> None:
         shared = sum(record.name in trained for record in heldout)
         found = distances(pipeline, extractor, views, options.samples)
         keep("distances, held-out pictures of glyphs", found | {"of these, training pictures of glyphs2": shared})
+
+
+def fill_card(text: str, figures: dict[str, Any]) -> str:
+    """The card with every `{part/measure}` in it; what was not measured becomes a blank.
+
+    >>> fill_card("{judge/ratio}, {guidance}, {old/kid}", {"judge": {"ratio": 0.7512}, "guidance": 3.0})
+    '0.751, 3.0, ____'
+    """
+
+    def value(found: re.Match[str]) -> str:
+        at: Any = figures
+        for key in found[1].split("/"):
+            at = at.get(key, "____") if isinstance(at, dict) else "____"
+        if isinstance(at, dict):  # a set that was judged
+            top1, top5 = ("{:.1f} ± {:.1f} %".format(*(100 * share for share in at[name])) for name in ("top1", "top5"))
+            return f"{top1}; {top5} ({at['count']})"
+        return f"{at:.3f}" if isinstance(at, float) and at != round(at, 2) else str(at)
+
+    return re.sub(r"\{([^{}]+)\}", value, text)
 
 
 def make_judge(
