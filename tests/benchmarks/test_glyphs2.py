@@ -20,7 +20,7 @@ def test_what_the_first_weights_saw_is_not_held_out(tmp_path: Path) -> None:
     base = tmp_path / "base"
     (base / "images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(base / "images/a.png")
-    lines = [
+    lines: list[dict[str, object]] = [
         {"file": "images/a.png", "caption": "apple", "label": None, "split": "train", "name": "3d/apple", "meta": {}},
         {"file": "images/a.png", "caption": "pear", "label": None, "split": "heldout", "name": "3d/pear", "meta": {}},
     ]
