@@ -45,7 +45,15 @@ from starflow.evaluate import (
     precision_recall,
 )
 from starflow.evaluate.dataset import concept_of, evenly_spaced, image_batches
-from starflow.evaluate.judge import PICTURES_A_CONCEPT, Judge, JudgeReport, judge_features, open_judge, some_of_each
+from starflow.evaluate.judge import (
+    LEAST_PICTURES,
+    PICTURES_A_CONCEPT,
+    Judge,
+    JudgeReport,
+    judge_features,
+    open_judge,
+    some_of_each,
+)
 from starflow.evaluate.likelihood import measure_likelihoods
 from starflow.evaluate.render import contact_sheet
 from starflow.evaluate.samples import draw_samples, reconstruct
@@ -169,7 +177,7 @@ def make_judge(
     """The judge in the file, or one of the training pictures, of which only those that it takes are read."""
     if file.exists():
         return load_judge(file)
-    rows = some_of_each([record.meta["concept"] for record in train], PICTURES_A_CONCEPT)
+    rows = some_of_each([record.meta["concept"] for record in train], LEAST_PICTURES, PICTURES_A_CONCEPT)
     return open_judge(file, EvaluationSet.of_records([*(train[row] for row in rows), *heldout], SIZE), features, print)
 
 

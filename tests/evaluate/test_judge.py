@@ -89,11 +89,13 @@ def test_answers_are_in_order_and_a_picture_that_is_not_finite_has_none() -> Non
     assert known.hits(features, ["a"] * 4)[2].tolist() == [0, 0]
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
-def test_some_of_each_concept(concepts: list[str], most: int) -> None:
-    rows = some_of_each(concepts, most)
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 4), st.integers(4, 6))
+def test_some_of_each_concept(concepts: list[str], least: int, most: int) -> None:
+    rows = some_of_each(concepts, least, most)
     assert rows == sorted(set(rows))
-    assert Counter(concepts[row] for row in rows) == {one: min(most, count) for one, count in Counter(concepts).items()}
+    assert Counter(concepts[row] for row in rows) == {
+        one: min(most, count) for one, count in Counter(concepts).items() if count >= least
+    }
 
 
 def test_a_concept_is_called_by_its_most_frequent_caption() -> None:

@@ -5,9 +5,9 @@ features of a picture at 160 px go through one hidden layer, the mean of MiniLM'
 matrix; both end as unit vectors, and the name with the largest cosine is the judge's first answer. It learns from the
 training pictures of a set in minutes; the set's held-out pictures, on which it is measured, say how far to trust it.
 
-Contract: a judge is not asked for a concept that it has seen no picture of, as it cannot know it, nor about a picture
-that it was trained on. How many held-out pictures that leaves out is part of the report, and every share comes with its
-count and standard error. What a model drew and is not finite counts as not named.
+Contract: a judge is not asked for a concept of fewer than three training pictures, as it cannot know it, nor about a
+picture that it was trained on. How many held-out pictures that leaves out is part of the report, and every share comes
+with its count and standard error. What a model drew and is not finite counts as not named.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ FEATURES = f"mobilenetv2 at {SIDE} px"
 
 HIDDEN = 512
 """Width of the hidden layer."""
+
+LEAST_PICTURES = 3
+"""Training pictures that a concept needs for the judge to know it: of fewer it learns those pictures."""
 
 PICTURES_A_CONCEPT = 8
 """Training pictures of a concept, at most: more of one thing, such as the views of a model, teach little."""
@@ -170,10 +173,13 @@ def train_judge(dataset: EvaluationSet, features: FeatureExtractor, log: Callabl
         UserError: the training pictures show one concept alone, or MiniLM is not installed.
     """
     views, groups = dataset.train, dataset.groups_of(dataset.train)
-    rows = some_of_each(groups, PICTURES_A_CONCEPT)
-    concepts, names = names_of(groups, dataset.concepts_of(views))
+    rows = some_of_each(groups, LEAST_PICTURES, PICTURES_A_CONCEPT)
+    captions = dataset.concepts_of(views)
+    concepts, names = names_of([groups[row] for row in rows], [captions[row] for row in rows])
     if len(concepts) < 2:
-        raise UserError(f"the training pictures show {len(concepts)} concept: a judge needs at least two to tell apart")
+        raise UserError(
+            f"{len(concepts)} concepts have {LEAST_PICTURES} training pictures: a judge needs at least 2 to tell apart"
+        )
     log(f"the judge: features of {len(rows)} training pictures")
     found = _features(features, select_rows(views, rows).images)
     log(f"the judge: {len(concepts)} names")
@@ -193,16 +199,17 @@ def judge_features() -> FeatureExtractor:
     return FeatureExtractor(FEATURES, load_mobilenet(side=SIDE))
 
 
-def some_of_each(concepts: Sequence[str], most: int) -> list[int]:
-    """Rows of at most `most` pictures of each concept, evenly over those that there are.
+def some_of_each(concepts: Sequence[str], least: int, most: int) -> list[int]:
+    """Rows of at most `most` pictures of each concept that has `least`, evenly over those that there are.
 
-    >>> some_of_each(["cat", "dog", "cat", "cat", "cat"], 2)
-    [0, 1, 3]
+    >>> some_of_each(["cat", "dog", "cat", "cat", "cat"], 2, 3)
+    [0, 2, 3]
     """
     rows = defaultdict(list)
     for row, concept in enumerate(concepts):
         rows[concept].append(row)
-    return sorted(of_one[number] for of_one in rows.values() for number in evenly_spaced(len(of_one), most))
+    enough = [of_one for of_one in rows.values() if len(of_one) >= least]
+    return sorted(of_one[number] for of_one in enough for number in evenly_spaced(len(of_one), most))
 
 
 def names_of(concepts: Sequence[str], captions: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

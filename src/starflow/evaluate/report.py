@@ -274,8 +274,8 @@ def left_out(judged: JudgeReport | None) -> Iterator[str]:
     """A remark on the held-out pictures that a judge cannot judge."""
     if judged is not None and judged.unknown:
         yield (
-            f"the judge chooses among {judged.names} names and cannot judge a concept that it has seen no picture of: "
-            f"{judged.unknown} held-out pictures are left out"
+            f"the judge chooses among {judged.names} names and cannot judge unseen concepts, or those of fewer than "
+            f"three training pictures: {judged.unknown} held-out pictures are left out"
         )
     if judged is not None and judged.trained:
         yield f"the judge was trained on {judged.trained} of the held-out pictures, which are left out"
