@@ -249,8 +249,8 @@ def tune(pipeline: StarFlowPipeline, options: argparse.Namespace, settings: list
     records = [record for record in read_folder(options.data, print) if record.split == "train"]
     named = {concept_of(prompt, {record.caption.lower() for record in records}) for prompt in asked}
     spared = {record.meta["concept"] for record in records if record.caption.lower() in named}
-    emoji = [r for r in records if r.meta["sampling_group"] != "people" and r.meta["concept"] not in spared]
-    chosen = [emoji[row] for row in evenly_spaced(len(emoji), options.judged)]
+    others = [r for r in records if r.meta["sampling_group"] != "people" and r.meta["concept"] not in spared]
+    chosen = [others[row] for row in evenly_spaced(len(others), options.judged)]
     features = judge_features()
     judge = make_judge(options.judge, records, [dataclasses.replace(chosen[0], split="heldout")], features)
     # Nothing is held back from a judge here: it is asked about samples, of which it has seen none.
