@@ -244,12 +244,12 @@ def distances(
 
 
 def tune(pipeline: StarFlowPipeline, options: argparse.Namespace, settings: list[dict[str, Any]]) -> None:
-    """The judge's share of samples of training prompts for every setting; the pictures are training pictures."""
+    """The judge's share of samples of training prompts of emoji for every setting; reconstructions beside them."""
     asked = {prompt for file in SHEETS.values() for prompt in read_prompt_file(file)}
     records = [record for record in read_folder(options.data, print) if record.split == "train"]
     named = {concept_of(prompt, {record.caption.lower() for record in records}) for prompt in asked}
     spared = {record.meta["concept"] for record in records if record.caption.lower() in named}
-    others = [r for r in records if r.meta["sampling_group"] != "people" and r.meta["concept"] not in spared]
+    others = [r for r in records if r.meta["sampling_group"] == "emoji" and r.meta["concept"] not in spared]
     chosen = [others[row] for row in evenly_spaced(len(others), options.judged)]
     features = judge_features()
     judge = make_judge(options.judge, records, [dataclasses.replace(chosen[0], split="heldout")], features)
@@ -260,11 +260,10 @@ def tune(pipeline: StarFlowPipeline, options: argparse.Namespace, settings: list
     for one in settings:
         pipeline.config = dataclasses.replace(pipeline.config, **one)
         began = time.process_time()
-        score = measure_judge(pipeline, views, judge, features, options.judged).scores["samples"]
-        error = f"+- {score.error(score.top5):.3f}"
-        print(
-            one, f"top1 {score.top1:.3f} top5 {score.top5:.3f} {error} {time.process_time() - began:.0f} s", flush=True
-        )
+        *_, rebuilt, score = measure_judge(pipeline, views, judge, features, options.judged).scores.values()
+        shares = f"top 1 {score.top1:.3f}, top 5 {score.top5:.3f} +- {score.error(score.top5):.3f} of {score.count}"
+        spent = time.process_time() - began
+        print(one, f"{shares}; reconstructions {rebuilt.top1:.3f}, {rebuilt.top5:.3f}; {spent:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
