@@ -22,6 +22,7 @@ import dataclasses
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -126,8 +127,7 @@ def measure(pipeline: StarFlowPipeline, options: argparse.Namespace) -> None:
     records = list(read_folder(options.data, print))
     pairs, left_out = clean_pairs(records, options.base)
     train = [record for record in records if record.split == "train"]
-    some = [train[row] for row in evenly_spaced(len(train), LIKELIHOODS)]
-    dataset = EvaluationSet.of_records([*some, *pairs], SIZE)
+    dataset = EvaluationSet.of_records([*alike(train, pairs, LIKELIHOODS), *pairs], SIZE)
     keep("held-out pairs", {"clean": len(pairs), "left out, seen by the first weights": left_out})
     if "likelihood" in options.parts:
         bits = measure_likelihoods(pipeline, dataset, LIKELIHOODS, 1)
@@ -189,6 +189,19 @@ def clean_pairs(records: Sequence[ImageRecord], base: Path) -> tuple[list[ImageR
     pairs = [record for record in records if record.split == "heldout" and record.meta["concept"] in known]
     clean = [record for record in pairs if _unit(record) not in units]
     return clean, len(pairs) - len(clean)
+
+
+def alike(train: Sequence[ImageRecord], heldout: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """About `count` training pictures, of each sampling group the share that it has among the held-out ones.
+
+    Emoji are likelier than icons, so that a gap between other mixtures would be one of groups.
+    """
+    shares = Counter(record.meta["sampling_group"] for record in heldout)
+    found = []
+    for group, number in shares.items():
+        of_group = [record for record in train if record.meta["sampling_group"] == group]
+        found += [of_group[row] for row in evenly_spaced(len(of_group), max(1, count * number // len(heldout)))]
+    return found
 
 
 def _unit(record: ImageRecord) -> tuple[str, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.glyphs2 import CARD, SHEETS, clean_pairs, fill_card, save_sheet
+from benchmarks.glyphs2 import CARD, SHEETS, alike, clean_pairs, fill_card, save_sheet
 from starflow.cli.generate import read_prompt_file
 from starflow.data.sources.base import ImageRecord, Split
 
@@ -36,6 +38,16 @@ def test_what_the_first_weights_saw_is_not_held_out(tmp_path: Path) -> None:
     pairs, left_out = clean_pairs(records, base)
     assert [one.name for one in pairs] == ["3d/pear"]
     assert left_out == 2
+
+
+def test_training_pictures_have_the_held_out_ones_groups() -> None:
+    def some(group: str, count: int) -> list[ImageRecord]:
+        return [replace(record(f"{group}{n}", "train", "x", "y"), meta={"sampling_group": group}) for n in range(count)]
+
+    train = [*some("icons", 100), *some("emoji", 50)]
+    found = alike(train, [*some("emoji", 6), *some("icons", 2)], 20)
+    assert Counter(one.meta["sampling_group"] for one in found) == {"emoji": 15, "icons": 5}
+    assert len({one.name for one in found}) == 20
 
 
 def test_the_card_has_no_figure_that_the_script_does_not_give() -> None:
