@@ -33,6 +33,8 @@ OTHERS = {
     "fashion-mnist",
     "glyphs-64",
     "glyphs2-64",
+    "glyphs2-128",
+    "glyphs2-64-without-fxemoji",
     "glyphs-64-more",
     "glyphs-64-plain",
     "finetune-glyphs",

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from starflow.evaluate import features
+from starflow.evaluate import features, judge
+from starflow.evaluate import report as reports
 from tests.cli.conftest import CLASSES, Run, fails
 from tests.evaluate.test_report import MeanColour
 
@@ -23,6 +25,10 @@ from tests.evaluate.test_report import MeanColour
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of classes, enough pictures that the hash holds some out."""
     monkeypatch.setattr(features, "load_mobilenet", MeanColour)
+    monkeypatch.setattr(judge, "WIDTH", 4)
+    monkeypatch.setattr(judge, "HIDDEN", 8)
+    monkeypatch.setattr(judge, "name_vectors", lambda names: torch.eye(len(names)))
+    monkeypatch.setattr(reports, "judge_features", lambda: features.FeatureExtractor("colour", MeanColour()))
     for number in range(60):
         folder = tmp_path / "pictures" / CLASSES[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,16 +40,20 @@ def test_table_report_and_sheets(run: Run, classes: Path, pictures: Path, tmp_pa
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("circle\nstar\n")
     sizes = ("--samples", 4, "--tuning-samples", 3, "--guidance", 0, "--guidance", 1)
-    kept = ("--save-reference", tmp_path / "kept.safetensors")
+    kept = ("--save-reference", tmp_path / "kept.safetensors", "--judge", tmp_path / "judge.safetensors")
     result = run("evaluate", classes, pictures, "--output", tmp_path / "report", "--prompts", prompts, *sizes, *kept)
     assert result.code == 0, result.err
     for part in ("reconstruction, noise 0.2 (dB)", "heldout", "kid_mobilenetv2 x 1000, samples", "retrieval, grid",
-                 "floor (training pictures)", "autoencoder, noise 0", "guidance 0", "guidance 1"):  # fmt: skip
+                 "floor (training pictures)", "autoencoder, noise 0", "guidance 0", "guidance 1",
+                 "judge: right name first of 3 names, held-out pictures",
+                 "judge: samples over reconstructions"):  # fmt: skip
         assert part in result.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["counts"]["samples"] == 4
     assert set(report["tuning"]) == {"0", "1"}
     assert report["counts"]["train"] + report["counts"]["heldout"] == 60
+    assert report["judge"]["scores"]["samples"]["count"] == min(4, report["counts"]["heldout"])
+    assert (tmp_path / "judge.safetensors").is_file()
     again = run(
         "evaluate", classes, pictures, "--output", tmp_path / "again", *sizes, "--reference", tmp_path / kept[1]
     )
@@ -84,6 +94,8 @@ def test_the_way_out_of_the_noise_is_a_choice(run: Run, classes: Path, pictures:
 def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("evaluate", classes, tmp_path / "none", "--output", tmp_path / "r"), "none")
     fails(run("evaluate", classes, tmp_path, "--save-reference", "m.npz"), "--save-reference is 'm.npz'", "safetensors")
+    fails(run("evaluate", classes, tmp_path, "--judge", "j.pt"), "--judge is 'j.pt'", "safetensors")
+    fails(run("evaluate", classes, tmp_path, "--judge", "j.safetensors", "--bpd"), "--judge", "--bpd", "choose one")
     fails(run("evaluate", classes, tmp_path, "--samples", 1), "--samples is 1", "at least 2")
     fails(run("evaluate", classes, tmp_path, "--features", "resnet"), "resnet")
     fails(run("evaluate", classes, tmp_path, "--cleaning", "soap"), "--cleaning is 'soap'", "tweedie")

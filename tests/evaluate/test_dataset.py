@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 
 from starflow.data.buckets import Buckets
 from starflow.data.index import open_source, split_indices
-from starflow.data.sources.base import ImageRecord, unit_hash
+from starflow.data.sources.base import ImageRecord, Split, unit_hash
 from starflow.errors import UserError
 from starflow.evaluate import gather_rows, kernel_distance, own_rows
 from starflow.evaluate.dataset import (
@@ -28,6 +29,7 @@ from starflow.evaluate.dataset import (
     open_evaluation_set,
     open_outliers,
     select_rows,
+    training_names,
 )
 from tests.data.sets.test_small import write_set
 from tests.data.sources.common import indexed
@@ -139,3 +141,27 @@ def test_a_folder_with_the_four_files(tmp_path: Path) -> None:
     some = select_rows(pictures.train, [4, 1])
     assert some.names == [pictures.train.names[4], pictures.train.names[1]]
     assert torch.equal(some.images, pictures.train.images[[4, 1]])
+
+
+def test_held_out_pictures_can_be_narrowed(tmp_path: Path) -> None:
+    records = []
+    for number, (split, concept, family) in enumerate(
+        [("train", "cat", "a"), ("train", "dog", "a"), ("heldout", "cat", "b"), ("heldout", "cat", "b"),
+         ("heldout", "dog", "b"), ("heldout", "owl", "a")]
+    ):  # fmt: skip
+        file = tmp_path / f"{number}.png"
+        Image.new("RGB", (8, 8)).save(file)
+        meta = {"concept": concept, "family": family}
+        records.append(ImageRecord(file, f"red {concept}", None, cast("Split", split), f"p{number}", meta))
+    whole = EvaluationSet.of_records(records, 8)
+    assert whole.groups_of(whole.heldout) == ["cat", "cat", "dog", "owl"]
+    assert whole.narrowed("known").heldout.names == ["p2", "p3", "p4"]
+    assert whole.narrowed("new").heldout.names == ["p5"]
+    assert whole.narrowed(seen=["p2"]).heldout.names == ["p4", "p5"]  # p3 is held out with p2
+    assert whole.narrowed("known", ["p2", "elsewhere"]).heldout.names == ["p4"]
+    assert torch.equal(whole.narrowed("new").heldout.images, whole.heldout.images[3:])
+    with pytest.raises(UserError, match="none is left"):
+        whole.narrowed("new", ["p5"])
+    with pytest.raises(UserError, match="has no index"):
+        training_names(str(tmp_path))
+    assert training_names("") == []

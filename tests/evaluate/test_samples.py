@@ -75,10 +75,10 @@ def test_a_process_without_rows_has_no_features_and_keeps_their_width(monkeypatc
     extractor = FeatureExtractor("means", Means())
     monkeypatch.setattr(samples, "own_rows", lambda count: range(count, count))
     monkeypatch.setattr(samples, "gather_rows", lambda rows, count: rows)
-    found = samples._gathered_features(extractor, iter(()), 3, torch.zeros(1, 3, 4, 4))
+    found = samples.gathered_features(extractor, iter(()), 3, torch.zeros(1, 3, 4, 4))
     assert found.features.shape == (0, 3)
     monkeypatch.setattr(samples, "own_rows", range)
-    found = samples._gathered_features(extractor, [torch.ones(2, 3, 4, 4)], 2, torch.zeros(1, 3, 4, 4))
+    found = samples.gathered_features(extractor, [torch.ones(2, 3, 4, 4)], 2, torch.zeros(1, 3, 4, 4))
     assert found.features.tolist() == [[1.0] * 3] * 2
 
 

@@ -37,6 +37,7 @@ class EvaluateOptions:
 
     EXAMPLES: ClassVar[str] = """
         starflow evaluate glyphs data/glyphs --prompts recipes/prompts.txt
+        starflow evaluate runs/glyphs2-64/model data/glyphs2 --judge judge.safetensors --trained-on data/glyphs
         starflow evaluate runs/mine/model photos --samples 500 --output report
         starflow evaluate runs/fashion-mnist/model fashion-mnist --bpd --draws 4 --classify --outliers digits
         starflow evaluate runs/mine/model photos --features inception --reference VIRTUAL_imagenet256.npz
@@ -66,6 +67,15 @@ class EvaluateOptions:
     cleaning: Annotated[Literal["model", "decoder", "tweedie", "none"], Flag("the samples' way out of the noise")] = (
         "model"
     )
+    judge: Annotated[
+        str, Flag("also let a judge name the samples: its file, made from DATA in minutes if missing", "FILE")
+    ] = ""
+    heldout: Annotated[
+        Literal["all", "known", "new"], Flag("which held-out pictures: of concepts known in training, of new ones")
+    ] = "all"
+    trained_on: Annotated[
+        str, Flag("a set that the weights have seen before: its training pictures are not held out here", "FOLDER")
+    ] = ""
     device: Annotated[Device, Flag("where to compute")] = "auto"
     json: Annotated[bool, Flag("print the report as JSON")] = False
 
@@ -78,6 +88,10 @@ class EvaluateOptions:
         for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
+        if self.judge and self.bpd:
+            raise UserError("--judge looks at samples and --bpd measures likelihoods alone: choose one")
+        if self.judge and not self.judge.endswith(".safetensors"):
+            raise UserError(f"--judge is '{self.judge}', expected a name ending in .safetensors")
         if self.save_reference and not self.save_reference.endswith(".safetensors"):
             raise UserError(f"--save-reference is '{self.save_reference}', expected a name ending in .safetensors")
 
@@ -86,7 +100,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Run `starflow evaluate`."""
     folder = check_output_folder(Path(options.output).expanduser())
     from starflow.evaluate import load_extractor
-    from starflow.evaluate.dataset import is_first, open_evaluation_set
+    from starflow.evaluate.dataset import is_first, open_evaluation_set, training_names
     from starflow.evaluate.report import evaluate_pipeline
     from starflow.pipeline.config import default_size
     from starflow.pipeline.locate import find_pipeline
@@ -101,6 +115,8 @@ def evaluate(options: EvaluateOptions) -> None:
         pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, world.device), options)
         size = default_size(pipeline.config, pipeline.flow.config)
         dataset = open_evaluation_set(options.data, size, pipeline.config.heldout)
+        if options.heldout != "all" or options.trained_on:
+            dataset = dataset.narrowed(options.heldout, training_names(options.trained_on))
 
         def log(text: str) -> None:
             if is_first():
@@ -153,6 +169,7 @@ def _settings(options: EvaluateOptions) -> EvaluationSettings:
         classify=options.classify,
         reference_moments=options.reference,
         keep_moments=options.save_reference,
+        judge=options.judge,
         **weights,
     )
 

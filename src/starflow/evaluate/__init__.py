@@ -25,6 +25,7 @@ from starflow.evaluate.features import (
     load_extractor,
     load_mobilenet,
 )
+from starflow.evaluate.judge import Judge, JudgeReport, JudgeScore, load_judge, measure_judge, save_judge, train_judge
 from starflow.evaluate.likelihood import (
     BitsPerDim,
     Classification,
@@ -54,6 +55,9 @@ __all__ = [
     "ExtractedFeatures",
     "FeatureExtractor",
     "InceptionScore",
+    "Judge",
+    "JudgeReport",
+    "JudgeScore",
     "MobileNetV2",
     "Moments",
     "Outliers",
@@ -72,11 +76,13 @@ __all__ = [
     "is_first",
     "kernel_distance",
     "load_extractor",
+    "load_judge",
     "load_mobilenet",
     "load_moments",
     "log_likelihoods",
     "mean_bits_per_dim",
     "measure_bits_map",
+    "measure_judge",
     "measure_one_pass",
     "measure_reconstruction",
     "moments",
@@ -91,5 +97,7 @@ __all__ = [
     "rank_prompts",
     "save_contact_sheet",
     "save_heatmap",
+    "save_judge",
     "save_moments",
+    "train_judge",
 ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ BATCH = 64
 FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
 """Names of sets that are packages rather than folders."""
 
+HeldoutConcepts = Literal["all", "known", "new"]
+"""Held-out images that are measured: all, those of concepts that training images show, or those of others."""
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -41,6 +45,10 @@ class EvaluationSet:
     heldout: TrainingViews
     concepts: dict[str, str] = field(default_factory=dict)
     """What an image shows, by its name, where its captions say more than that."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """By an image's name, the key that concepts of one meaning share ("apple": red apple, apples), if it has one."""
+    units: dict[str, str] = field(default_factory=dict)
+    """By an image's name, what it shares with the images that are held out with it, if there are any."""
 
     @staticmethod
     def of_records(records: Sequence[ImageRecord], size: int | Size) -> EvaluationSet:
@@ -54,12 +62,49 @@ class EvaluationSet:
             if not some:
                 raise UserError(f"no {split} pictures among {len(records)}: both splits are needed")
         train, heldout = (_plain_views(some, size) for some in splits.values())
-        return EvaluationSet(train, heldout, {record.name: record.caption.lower() for record in records})
+        concepts = {record.name: record.caption.lower() for record in records}
+        groups = {record.name: record.meta["concept"] for record in records if "concept" in record.meta}
+        units = {
+            record.name: f"{record.meta['concept']} {record.meta['family']}"
+            for record in records
+            if {"concept", "family"} <= record.meta.keys()
+        }
+        return EvaluationSet(train, heldout, concepts, groups, units)
 
     def concepts_of(self, views: TrainingViews) -> list[str]:
         """The concept that each view shows: its record's caption without style or colour, or else its own."""
         pairs = zip(views.names, views.captions, strict=True)
         return [self.concepts.get(name, caption.lower()) for name, caption in pairs]
+
+    def groups_of(self, views: TrainingViews) -> list[str]:
+        """The key of each view's concept, or the concept itself where the set has none."""
+        concepts = self.concepts_of(views)
+        return [self.groups.get(name, concept) for name, concept in zip(views.names, concepts, strict=True)]
+
+    def narrowed(self, concepts: HeldoutConcepts = "all", seen: Collection[str] = ()) -> EvaluationSet:
+        """The same set with fewer held-out images.
+
+        Args:
+            concepts: which are kept: of concepts that training images show ("known"), of others ("new"), or "all".
+            seen: names of images that the model was trained on before; they, and what was held out with them, go.
+
+        Raises:
+            UserError: none is left.
+        """
+        known = set(self.groups_of(self.train))
+        gone = {self.units.get(name, name) for name in seen}
+        rows = [
+            row
+            for row, (name, group) in enumerate(zip(self.heldout.names, self.groups_of(self.heldout), strict=True))
+            if self.units.get(name, name) not in gone
+            and (concepts == "all" or (group in known) == (concepts == "known"))
+        ]
+        if not rows:
+            raise UserError(
+                f"of {len(self.heldout)} held-out pictures none is left: held-out concepts are '{concepts}', and the "
+                f"model has seen {len(seen)} pictures of another set"
+            )
+        return dataclasses.replace(self, heldout=select_rows(self.heldout, rows))
 
 
 def open_evaluation_set(source: str, size: int | Size, heldout: float = HELDOUT_SHARE) -> EvaluationSet:
@@ -84,6 +129,20 @@ def open_evaluation_set(source: str, size: int | Size, heldout: float = HELDOUT_
     _check_side(views, size, source)
     train = views.splits.index("heldout")
     return EvaluationSet(select_rows(views, range(train)), select_rows(views, range(train, len(views))))
+
+
+def training_names(folder: str) -> list[str]:
+    """Names of a prepared set's training images; none for "".
+
+    Raises:
+        UserError: no prepared set there, whose names alone mean the same picture in another set.
+    """
+    path = Path(folder).expanduser()
+    if not folder:
+        return []
+    if not (path / INDEX_FILE).is_file():
+        raise UserError(f"'{folder}' has no {INDEX_FILE}: name a folder that prepare-data wrote")
+    return [record.name for record in read_folder(path, _notify) if record.split == "train"]
 
 
 def _held_out_by_hash(records: Sequence[ImageRecord], share: float) -> list[ImageRecord]:

@@ -31,7 +31,7 @@ INCEPTION = "inception"
 MOBILENET = "mobilenetv2"
 
 SIDE = 224
-"""Pixels of a side of the images that MobileNetV2 was trained on."""
+"""Pixels of a side of the images that MobileNetV2 was trained on, and that distances are measured at."""
 
 WIDTH = 1280
 """Features of MobileNetV2."""
@@ -150,11 +150,12 @@ def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> 
     return ExtractedFeatures(torch.cat(features), torch.cat(logits) if logits else None)
 
 
-def load_mobilenet(path: Path | None = None) -> MobileNetV2:
+def load_mobilenet(path: Path | None = None, side: int = SIDE) -> MobileNetV2:
     """The network with its published weights, frozen, on the CPU.
 
     Args:
         path: the weights' file; by default that of the installed package.
+        side: pixels that pictures are brought to.
 
     Raises:
         UserError: the package is not installed (the message names the command), or the file is not the published one.
@@ -168,16 +169,17 @@ def load_mobilenet(path: Path | None = None) -> MobileNetV2:
     if digest != SHA256:
         raise UserError(f"{path} has sha256 {digest[:16]}..., expected {SHA256[:16]}...: {again}")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    network = MobileNetV2()
+    network = MobileNetV2(side)
     network.load_state_dict({name: value for name, value in state.items() if not name.startswith("classifier.")})
     return network.eval().requires_grad_(False)
 
 
 class MobileNetV2(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1], of any size, to pooled features (B, 1280)."""
+    """Pictures (B, 3, H, W) in [-1, 1], of any size, brought to `side` pixels, to pooled features (B, 1280)."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = SIDE) -> None:
         super().__init__()
+        self.side = side
         layers: list[nn.Module] = [_convolution(3, 32, kernel=3, stride=2)]
         channels = 32
         for expansion, outputs, repeats, stride in STAGES:
@@ -187,7 +189,7 @@ class MobileNetV2(nn.Module):
         self.features = nn.Sequential(*layers, _convolution(channels, WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.features(_standardise(images)).mean((2, 3))
+        pooled: Tensor = self.features(_standardise(images, self.side)).mean((2, 3))
         return pooled
 
 
@@ -212,9 +214,9 @@ class _InvertedResidual(nn.Module):
         return x + out if self.adds else out
 
 
-def _standardise(images: Tensor) -> Tensor:
-    """Resize to 224 px and standardise as the weights expect."""
-    resized = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+def _standardise(images: Tensor, side: int = SIDE) -> Tensor:
+    """Resize to `side` pixels and standardise as the weights expect."""
+    resized = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     mean, std = (images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
     return ((resized.clamp(-1, 1) + 1) / 2 - mean) / std
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from starflow.data.images import save_png, to_pil
 from starflow.errors import UserError
+from starflow.evaluate.judge import JudgeReport
 from starflow.evaluate.report import EvaluationReport
 
 if TYPE_CHECKING:
@@ -174,9 +175,22 @@ def _distances(report: EvaluationReport) -> list[ReportRow]:
         for measure, value in measures.items():
             found += _distance(name, measure, value)
     found += [(f"retrieval, {name}", f"{100 * value:.0f} %") for name, value in report.retrieval.items()]
+    if report.judge:
+        found += _judge(report.judge)
     if report.tuning:
         found.append(("best guidance", f"{report.guidance:g}"))
     return found
+
+
+def _judge(judged: JudgeReport) -> Iterator[ReportRow]:
+    for name, score in judged.scores.items():
+        about = f"of {judged.names} names, {name} ({score.count})"
+        for rank, share in (("first", score.top1), ("among the first 5", score.top5)):
+            yield f"judge: right name {rank} {about}", f"{100 * share:.1f} ± {100 * score.error(share):.1f} %"
+        if score.not_finite:
+            yield f"pictures that are not finite, {name}", f"{score.not_finite}"
+    error = f" ± {judged.ratio_error:.3f}"
+    yield "judge: samples over reconstructions, among the first 5", f"{judged.ratio:.3f}{error}"
 
 
 def _distance(name: str, measure: str, value: float) -> list[ReportRow]:

@@ -24,6 +24,7 @@ from starflow.errors import UserError
 from starflow.evaluate.dataset import EvaluationSet, evenly_spaced, image_batches, is_first, open_outliers, prompts_of
 from starflow.evaluate.distances import load_moments, moments, save_moments
 from starflow.evaluate.features import FeatureExtractor, load_extractor
+from starflow.evaluate.judge import JudgeReport, judge_features, load_judge, measure_judge, open_judge
 from starflow.evaluate.likelihood import (
     BitsPerDim,
     Classification,
@@ -48,6 +49,9 @@ TUNING_SEED = 1_000_000
 SHEET_SIZE = 16
 """Images on a sheet where no prompts are given."""
 
+
+JUDGED = 200
+"""Samples that a judge is shown, at most."""
 
 FEW = 50
 """Fewer pictures than these, on either side, and a distance says little."""
@@ -80,6 +84,8 @@ class EvaluationSettings:
     """A file of feature moments, such as ADM's .npz, to measure a Frechet distance to as well."""
     keep_moments: str = ""
     """A .safetensors file for the feature moments of the held-out pictures, to measure others to."""
+    judge: str = ""
+    """A .safetensors file with a judge, made from the training pictures where there is none; "" is no judge."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.tuning_samples, self.references) < 2 or self.pictures < 0 or self.draws < 1:
@@ -128,6 +134,7 @@ class EvaluationReport:
     """Share whose nearest training picture shows the prompted concept."""
     classification: Classification | None = None
     outliers: Outliers | None = None
+    judge: JudgeReport | None = None
     remarks: tuple[str, ...] = ()
     """What a reader should know before believing a number."""
     sheets: ContactSheets = field(default_factory=ContactSheets)
@@ -136,7 +143,7 @@ class EvaluationReport:
         """Everything but the pictures."""
         values = {name: value for name, value in vars(self).items() if name != "sheets"}
         values["likelihood"] = {split: asdict(found) for split, found in self.likelihood.items()}
-        for name in ("classification", "outliers"):
+        for name in ("classification", "outliers", "judge"):
             values[name] = asdict(values[name]) if values[name] else None
         return values
 
@@ -188,6 +195,7 @@ def evaluate_pipeline(
             Path(settings.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name
         )
     distances, tuning, best = _distances(pipeline, measured, settings, log)
+    judged = _judge(pipeline, dataset, settings, log) if settings.judge else None
     log("sheets")
     sheets, retrieval = _sheets(pipeline, measured, settings, best)
     return EvaluationReport(
@@ -201,7 +209,8 @@ def evaluate_pipeline(
         retrieval=retrieval,
         classification=classification,
         outliers=outliers,
-        remarks=tuple(few_pictures(distances, len(measured.heldout_views))),
+        judge=judged,
+        remarks=(*few_pictures(distances, len(measured.heldout_views)), *left_out(judged)),
         sheets=sheets,
     )
 
@@ -236,7 +245,40 @@ def _check_first(
             load_moments(Path(settings.reference_moments).expanduser(), (extractor or load_extractor()).name)
         if settings.keep_moments:
             check_output_folder(Path(settings.keep_moments).expanduser().parent)
+        if settings.judge:
+            _check_judge(pipeline, Path(settings.judge).expanduser())
     return open_outliers(outlier_set, default_size(pipeline.config, pipeline.flow.config)) if outlier_set else None
+
+
+def _check_judge(pipeline: StarFlowPipeline, path: Path) -> None:
+    if pipeline.conditioner is None:
+        raise UserError("the model takes no prompts, so that a judge has nothing to compare its pictures with")
+    judge_features()
+    if path.exists():
+        load_judge(path)
+    else:
+        check_output_folder(path.parent)
+
+
+def _judge(
+    pipeline: StarFlowPipeline, dataset: EvaluationSet, settings: EvaluationSettings, log: LogLine
+) -> JudgeReport:
+    features = judge_features()
+    features.network.to(pipeline.device)
+    judge = open_judge(Path(settings.judge).expanduser(), dataset, features, log)
+    log("the judge: samples")
+    return measure_judge(pipeline, dataset, judge, features, min(settings.samples, JUDGED))
+
+
+def left_out(judged: JudgeReport | None) -> Iterator[str]:
+    """A remark on the held-out pictures that a judge cannot judge."""
+    if judged is not None and judged.unknown:
+        yield (
+            f"the judge chooses among {judged.names} names and cannot judge unseen concepts, or those of fewer than "
+            f"three training pictures: {judged.unknown} held-out pictures are left out"
+        )
+    if judged is not None and judged.trained:
+        yield f"the judge was trained on {judged.trained} of the held-out pictures, which are left out"
 
 
 def expected_time(pipeline: StarFlowPipeline, settings: EvaluationSettings) -> str:

@@ -180,7 +180,7 @@ class SampleMeasurements:
 
         def features_of(images: Tensor) -> ExtractedFeatures:
             own = image_batches(_own_share(images), pipeline.device)
-            return _gathered_features(extractor, own, len(images), to_float(images[:1]))
+            return gathered_features(extractor, own, len(images), to_float(images[:1]))
 
         return SampleMeasurements(
             pipeline,
@@ -216,7 +216,7 @@ class SampleMeasurements:
             reconstruct(self.pipeline, self.heldout_views.images, rows[start : start + BATCH], noise)
             for start in range(0, len(rows), BATCH)
         )
-        return _gathered_features(self.extractor, made, len(self.heldout_views), self._example)
+        return gathered_features(self.extractor, made, len(self.heldout_views), self._example)
 
     def measure(self, found: ExtractedFeatures) -> dict[str, float]:
         """Distances, precision and recall of a set by name; images that are not finite are left out and counted."""
@@ -264,7 +264,7 @@ class SampleMeasurements:
 
     def _samples(self, count: int, guidance: float, seed: int) -> ExtractedFeatures:
         drawn = draw_samples(self.pipeline, self.heldout_views, count, guidance, seed)
-        return _gathered_features(self.extractor, drawn, count, self._example)
+        return gathered_features(self.extractor, drawn, count, self._example)
 
     @property
     def _example(self) -> Tensor:
@@ -276,7 +276,7 @@ def _own_share(images: Tensor) -> Tensor:
     return images[rows.start : rows.stop]
 
 
-def _gathered_features(
+def gathered_features(
     extractor: FeatureExtractor, pictures: Iterable[Tensor], count: int, example: Tensor
 ) -> ExtractedFeatures:
     """Features of all images, of which this process computes its own; `example` (1, 3, H, W) is one that it has.

@@ -21,8 +21,7 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
-from starflow.sampling.guidance import Guidance, Rule, Schedule
-from starflow.sampling.predictor import InitialGuess
+from starflow.sampling.predictor import Guidance, InitialGuess, Rule, Schedule
 
 BlockSolver = Literal["sequential", "jacobi"]
 
