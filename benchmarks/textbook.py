@@ -26,7 +26,7 @@ from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import Attention, Layer
 from starflow.nn.layers import rotate
-from starflow.sampling.predictor import gaussian_guidance
+from starflow.sampling import guidance as rules
 
 
 def baselines(task: DrawTask) -> list[Baseline]:
@@ -69,7 +69,7 @@ def _decode_block(
         outputs = decoder.step(before.repeat(2, 1, 1) if guided else before, token - block.first_predicted)
         if guided:
             branches = (*block.gaussian(outputs[: len(x)]), *block.gaussian(outputs[len(x) :]))
-            mu, log_sigma = gaussian_guidance(*branches, torch.tensor(task.guidance))
+            mu, log_sigma = rules.gaussian(*branches, torch.tensor(task.guidance))
         else:
             mu, log_sigma = block.gaussian(outputs)
         x[:, token : token + 1] = affine.inverse(noise[:, token : token + 1], mu, log_sigma)

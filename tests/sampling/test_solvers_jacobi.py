@@ -12,8 +12,9 @@ from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import Flow
 from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePool
+from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import BlockPolicy, SampleSettings
-from starflow.sampling.predictor import Guidance, Predictor, SolverOptions, make_draft, select_pictures
+from starflow.sampling.predictor import Predictor, SolverOptions, make_draft, select_pictures
 from starflow.sampling.sampler import run
 from starflow.sampling.solvers import Span, fixed_point_step, relative_change, solve_jacobi, solve_sequential
 from tests.registry import Case, cases, randomised

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starflow.sampling import solvers
+from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Schedule
 from starflow.sampling.solvers import solve_in_spans, solve_token_at, spans
 from tests.registry import Case, cases
 from tests.sampling.cpu.common import assert_close, drawn, guided, solving

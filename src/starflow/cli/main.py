@@ -61,7 +61,7 @@ COMMANDS = (
     Command("evaluate", "evaluate", "evaluate", "measure a model on pictures: a table, JSON and a sheet"),
     Command("convert", "convert", "convert", "a published checkpoint into our layout"),
     Command("info", "info", "info", "what a model is made of"),
-    Command("prepare-data", "train", "prepare_data", "build a set of captioned pictures: glyphs or glyphs2"),
+    Command("prepare-data", "prepare_data", "prepare_data", "build a set of captioned pictures: glyphs or glyphs2"),
     Command("train", "train", "train", "run a recipe: every missing stage, then the flow"),
     Command("train-autoencoder", "train", "train_autoencoder", "run a recipe's autoencoder stage alone"),
     Command("train-decoder", "train", "train_decoder", "fine-tune an autoencoder's decoder on noisy latents"),

@@ -26,8 +26,10 @@ from starflow.flow import block as affine
 from starflow.flow.block import AutoregressiveBlock, run_offloaded
 from starflow.flow.model import Flow
 from starflow.flow.tokens import Grid, in_order, patchify
+from starflow.sampling import guidance as rules
+from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Guidance, Predictor, SolverOptions, SolverResult, gaussian_guidance
+from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult
 from starflow.sampling.sampler import branch_conditions, run, solve_blocks
 from starflow.sampling.solvers import solve_sequential
 
@@ -184,7 +186,7 @@ class GuidedFlow:
         x_2BNC, z_2BNC = in_order(x_2BND, backwards=backwards), in_order(z_2BND, backwards=backwards)
         (mu_c, mu_u), (log_c, log_u) = (x_2BNC - log_sigma.exp() * z_2BNC).chunk(2), log_sigma.chunk(2)
         weight = guidance.weights(0, x_BND.shape[1], x_BND.shape[1])
-        mu, log_sigma = gaussian_guidance(mu_c, log_c, mu_u, log_u, weight)
+        mu, log_sigma = rules.gaussian(mu_c, log_c, mu_u, log_u, weight)
         z_BNC = affine.forward(in_order(x_BND, backwards=backwards), mu, log_sigma)
         return in_order(z_BNC, backwards=backwards), log_sigma
 

@@ -21,7 +21,8 @@ from starflow.config import from_dict, to_dict
 from starflow.errors import UserError
 from starflow.flow.config import config_to_dict
 from starflow.flow.model import Flow
-from starflow.sampling.predictor import Guidance, InitialGuess, Rule, Schedule
+from starflow.sampling.guidance import Guidance, Rule, Schedule
+from starflow.sampling.predictor import InitialGuess
 
 BlockSolver = Literal["sequential", "jacobi"]
 

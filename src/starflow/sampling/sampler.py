@@ -29,18 +29,9 @@ from starflow.flow.tokens import Grid, check_tensor, in_order
 from starflow.nn.attention import CachePool
 from starflow.nn.layers import is_hooked
 from starflow.sampling.cpu.engine import cpu_engine_of
+from starflow.sampling.guidance import Guidance, Rule, Schedule
 from starflow.sampling.policy import BlockPolicy, CacheDtype, SampleSettings, SolverChoice, block_policies
-from starflow.sampling.predictor import (
-    Guidance,
-    Predictor,
-    Rule,
-    Schedule,
-    Solver,
-    SolverOptions,
-    SolverResult,
-    TokenEngine,
-    TokenProgress,
-)
+from starflow.sampling.predictor import Predictor, Solver, SolverOptions, SolverResult, TokenEngine, TokenProgress
 from starflow.sampling.solvers import solve_jacobi, solve_sequential
 
 SOLVERS: dict[str, Solver] = {"sequential": solve_sequential, "jacobi": solve_jacobi}

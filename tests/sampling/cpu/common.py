@@ -13,8 +13,9 @@ from starflow.flow.tokens import in_order
 from starflow.nn.attention import CachePool
 from starflow.sampling.cpu.build import Library
 from starflow.sampling.cpu.engine import CpuEngine
+from starflow.sampling.guidance import Schedule
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Predictor, Schedule, SolverOptions
+from starflow.sampling.predictor import Predictor, SolverOptions
 from starflow.sampling.sampler import branch_conditions, run
 from starflow.sampling.solvers import solve_sequential
 from tests.registry import Case

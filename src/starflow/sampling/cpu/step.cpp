@@ -897,7 +897,7 @@ struct Worker {
         return y < -30 ? y : std::log(y > 40 ? y : std::log1p(std::exp(y)));
     }
 
-    // x = mu + sigma z of a token, guided (sampling/predictor.py has the rules).
+    // x = mu + sigma z of a token, guided (sampling/guidance.py has the rules).
     void invert(int token) {
         const Share mine = share(b.pictures * b.channels);
         for (int e = mine.from; e < mine.to; e++) {

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from starflow.sampling.predictor import Guidance, gaussian_guidance, linear_guidance
+from starflow.sampling import guidance as rules
+from starflow.sampling.guidance import Guidance
 
 means = st.floats(-2, 2)
 weights = st.floats(0, 6)
@@ -30,7 +31,7 @@ def test_gaussian_rule_is_the_renormalised_power(
     """p_c^(1+w) / p_u^w by quadrature, where sigma_u >= sigma_c."""
     values = (mu_c, log_sigma_c, mu_u, log_sigma_c + wider, weight)
     mc, sc, mu, su, w = (torch.tensor(value, dtype=torch.float64) for value in values)
-    ours, log_sigma = gaussian_guidance(mc, sc, mu, su, w)
+    ours, log_sigma = rules.gaussian(mc, sc, mu, su, w)
     x = ours + log_sigma.exp() * torch.linspace(-12, 12, 4001, dtype=torch.float64)
     log_c = torch.distributions.Normal(mc, sc.exp()).log_prob(x)
     log_u = torch.distributions.Normal(mu, su.exp()).log_prob(x)
@@ -45,7 +46,7 @@ def test_gaussian_rule_stays_defined_and_never_widens(
     mu_c: float, mu_u: float, log_sigma_c: float, log_sigma_u: float, weight: float
 ) -> None:
     values = (mu_c, log_sigma_c, mu_u, log_sigma_u, weight)
-    mu, log_sigma = gaussian_guidance(*(torch.tensor(value, dtype=torch.float64) for value in values))
+    mu, log_sigma = rules.gaussian(*(torch.tensor(value, dtype=torch.float64) for value in values))
     assert mu.isfinite()
     assert log_sigma <= log_sigma_c + 1e-12
     if log_sigma_u <= log_sigma_c:  # the clamp: both are taken as equally wide
@@ -55,14 +56,14 @@ def test_gaussian_rule_stays_defined_and_never_widens(
 
 def test_weight_zero_is_the_conditional_prediction_bit_for_bit() -> None:
     mu_c, log_sigma_c, mu_u, log_sigma_u = torch.randn(4, 2, 3, 5)
-    mu, log_sigma = gaussian_guidance(mu_c, log_sigma_c, mu_u, log_sigma_u, torch.zeros(2, 1, 1))
+    mu, log_sigma = rules.gaussian(mu_c, log_sigma_c, mu_u, log_sigma_u, torch.zeros(2, 1, 1))
     assert torch.equal(mu, mu_c)
     assert torch.equal(log_sigma, log_sigma_c)
-    assert torch.equal(linear_guidance(mu_c, mu_u, torch.zeros(2, 1, 1)), mu_c)
+    assert torch.equal(rules.linear(mu_c, mu_u, torch.zeros(2, 1, 1)), mu_c)
 
 
 def test_linear_rule_extrapolates() -> None:
-    assert linear_guidance(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(2.0)).item() == 7
+    assert rules.linear(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(2.0)).item() == 7
 
 
 @pytest.mark.parametrize(
