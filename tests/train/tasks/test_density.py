@@ -117,7 +117,7 @@ def test_rows_that_are_held_out_are_never_trained_on() -> None:
     assert task.batch_names(0, range(2)) == [f"row {int(row)}" for row in seen[:2]]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 7),
     group=st.integers(1, 4),
