@@ -111,9 +111,17 @@ def _room_page(name: str) -> str:
 def modules(room: str) -> list[str]:
     """The modules of a room that say or define something, the package itself first."""
     paths = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").is_file() else sorted((PACKAGE / room).rglob("*.py"))
-    shown = [path for path in paths if path.name != "__init__.py"]
+    shown = [path for path in paths if path.name != "__init__.py" or _defines(path)]
     dotted = (".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in shown)
+    dotted = (name.removesuffix(".__init__") for name in dotted)
     return sorted(dotted, key=lambda name: (name.count("."), name))
+
+
+def _defines(path: Path) -> bool:
+    """Whether a file defines a public class or function."""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return any(isinstance(one, kinds) and not one.name.startswith("_") for one in body)
 
 
 def _link(name: str) -> str:

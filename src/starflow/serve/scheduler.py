@@ -105,7 +105,7 @@ class Scheduler:
     def draw(
         self, request: DrawRequest, client: str = "", timeout: float | None = None, listener: Listener | None = None
     ) -> Ticket:
-        """Queue pictures; the ticket's future holds a `Drawn` for each.
+        """Queue pictures; the ticket's future holds a `starflow.serve.queue.Drawn` for each.
 
         Args:
             request: what to draw.

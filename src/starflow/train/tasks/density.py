@@ -5,8 +5,9 @@ update reads the rows of its batch alone. The first rows that are not held out s
 
 RUN/recipe.json   the settings          RUN/arrays/   what was read of a parquet file
 RUN/first/        the flow that training starts from, standardised
-RUN/log.jsonl, samples/ (of held-out contexts, .npy), checkpoints/, best/, model/   what SequenceFlow.from_pretrained
-                  reads; model/ is the last average, best/ the one of the highest held-out likelihood
+RUN/log.jsonl, samples/ (of held-out contexts, .npy), checkpoints/
+RUN/model/        the last average, as `SequenceFlow.from_pretrained` reads it
+RUN/best/         the average of the highest held-out likelihood, likewise
 """
 
 from __future__ import annotations
