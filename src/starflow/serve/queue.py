@@ -1,6 +1,7 @@
 """The queue of the scheduler: requests as tickets, their pictures and calls as jobs, in a fair order and bounded.
 
-`DrawRequest` asks for pictures, `PictureInProgress` is one of them on its way, and `Drawn` one that is done.
+`DrawRequest` asks for pictures, `PictureInProgress` is one of them on its way, and
+`starflow.serve.queue.Drawn` one that is done.
 Shapes: latents are C x h x w.
 
 The order is start-time fair queueing (Goyal et al., SIGCOMM 1996): the jobs of each client take turns with those of the

@@ -176,9 +176,18 @@ class Scheduler:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin to work, in a thread."""
+        """Begin to work, in a thread of its own."""
         self._thread = threading.Thread(target=self._loop, name="starflow-model", daemon=True)
         self._thread.start()
+
+    def work(self, begun: Callable[[], None]) -> None:
+        """Work in this thread until `close`; `begun` is called first.
+
+        The thread that warmed the sampler up is the one to draw, so that no other has OpenMP threads beside its own.
+        """
+        self._thread = threading.current_thread()
+        begun()
+        self._loop()
 
     def close(self, timeout: float) -> bool:
         """Take nothing more and wait until what is here is done; whether it was done in time."""

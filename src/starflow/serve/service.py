@@ -133,20 +133,24 @@ class Service:
         if self._begun:
             return
         self._begun = True
-        threading.Thread(target=self._start, name="starflow-load", daemon=True).start()
+        threading.Thread(target=self._run, name="starflow-model", daemon=True).start()
 
-    def _start(self) -> None:
+    def _run(self) -> None:
+        """Load, and work; all in one thread, see `Scheduler.work`."""
         try:
             self._pipeline = self._load()
             sampler = BlockSampler(self._pipeline, self._max_rows)
             sampler.warm_up()
             scheduler = Scheduler(sampler, places=self._places, observer=self.metrics)
-            if not self.draining:
-                scheduler.start()
-                self.scheduler = scheduler
         except Exception as error:  # noqa: BLE001  # whoever started the service is told
             self.failure = error
-        self.loaded.set()
+            self.loaded.set()
+            return
+        if self.draining:
+            self.loaded.set()
+            return
+        self.scheduler = scheduler
+        scheduler.work(begun=self.loaded.set)
 
     @property
     def ready(self) -> bool:
