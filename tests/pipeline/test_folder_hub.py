@@ -189,7 +189,7 @@ def test_there_and_back(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) 
         "| flow | STARFlow,",
         "| condition | 3 classes |",
         "| samples are cleaned by | decoder |",
-        "| pictures | 8 px, sides in multiples of 4 |",
+        "| pictures | 8x8 px, sides in multiples of 4 |",
     ):
         assert part in card, card
     assert picture("someone/new") == picture(model)

@@ -116,7 +116,8 @@ class Judge:
     def hits(self, features: Tensor, concepts: Sequence[str]) -> Tensor:
         """(B, 2) float64: whether a picture's concept is the first answer, and among the first `ANSWERS`."""
         numbers = {concept: number for number, concept in enumerate(self.concepts)}
-        right = self.answers(features) == torch.tensor([numbers[concept] for concept in concepts])[:, None]
+        wanted = torch.tensor([numbers[concept] for concept in concepts], dtype=torch.int64, device=features.device)
+        right = self.answers(features) == wanted[:, None]
         return torch.stack([right[:, 0], right.any(1)], dim=1).double()
 
 
@@ -184,7 +185,7 @@ def train_judge(dataset: EvaluationSet, features: FeatureExtractor, log: Callabl
     found = _features(features, select_rows(views, rows).images)
     log(f"the judge: {len(concepts)} names")
     numbers = {concept: number for number, concept in enumerate(concepts)}
-    labels = torch.tensor([numbers[groups[row]] for row in rows])
+    labels = torch.tensor([numbers[groups[row]] for row in rows], dtype=torch.int64, device=found.device)
     head, vectors = _learn(found, labels, name_vectors(names), seed)
     trained = frozenset(unit_hash(views.names[row]) for row in rows)
     return Judge(head, vectors, names, concepts, trained)
@@ -255,12 +256,12 @@ def _learn(features: Tensor, labels: Tensor, names: Tensor, seed: int) -> tuple[
         head, matrix = JudgeHead(features.shape[1], width), nn.Linear(width, width, bias=False)
         nn.init.eye_(matrix.weight)
         head.mean, head.std = features.mean(0), features.std(0) + 1e-3
-        scale = nn.Parameter(torch.tensor(SCALE).log())
+        scale = nn.Parameter(features.new_tensor(SCALE).log())
         optimiser = torch.optim.AdamW([*head.parameters(), *matrix.parameters(), scale], weight_decay=WEIGHT_DECAY)
         steps = EPOCHS * -(-len(features) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps, pct_start=0.1)
         for _ in range(EPOCHS):
-            for rows in torch.randperm(len(features)).split(BATCH_SIZE):
+            for rows in torch.randperm(len(features), device="cpu").split(BATCH_SIZE):
                 cosines = head(features[rows]) @ F.normalize(matrix(names), dim=1).T
                 optimiser.zero_grad()
                 F.cross_entropy(scale.exp() * cosines, labels[rows]).backward()
@@ -274,7 +275,10 @@ def save_judge(path: Path, judge: Judge) -> None:
     """Write a judge to one safetensors file, whole or not at all, with its sha256 in the header."""
     check_output_folder(path.parent)
     tensors = {f"head.{name}": value for name, value in judge.head.state_dict().items()}
-    tensors |= {"vectors": judge.vectors, "trained": torch.tensor(sorted(judge.trained), dtype=torch.float64)}
+    tensors |= {
+        "vectors": judge.vectors,
+        "trained": torch.tensor(sorted(judge.trained), dtype=torch.float64, device="cpu"),
+    }
     about = {"features": FEATURES, "encoder": MINILM, "names": judge.names, "concepts": judge.concepts}
     about["sha256"] = _digest(tensors, judge.names, judge.concepts)
     write_tensors(path, tensors, {"judge": json.dumps(about, ensure_ascii=False)})

@@ -15,7 +15,7 @@ from starflow.data.sets.glyphs2.drawings import (
     MARGIN,
     STYLES,
     BadPicture,
-    Drawn,
+    DrawnFile,
     Raster,
     Svg,
     draw,
@@ -69,10 +69,10 @@ def test_pixels_of_any_size_become_a_square() -> None:
         (Svg("<svg"), "."),
         (Svg('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>'), "nothing is visible"),
         (Raster(b"no picture"), "cannot identify"),
-        (Drawn(), "its file is gone"),
+        (DrawnFile(), "its file is gone"),
     ],
 )
-def test_what_cannot_be_drawn_says_why(art: Svg | Raster | Drawn, reason: str) -> None:
+def test_what_cannot_be_drawn_says_why(art: Svg | Raster | DrawnFile, reason: str) -> None:
     with pytest.raises(BadPicture, match=reason):
         draw(art, 32)
 

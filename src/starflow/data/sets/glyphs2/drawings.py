@@ -118,7 +118,7 @@ class Raster:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnFile:
     """A drawing whose file is there already: a view of a model, see `model_views`."""
 
 
@@ -143,7 +143,7 @@ class Drawing:
     style: str
     concept: str
     kind: str
-    art: Svg | Raster | Drawn
+    art: Svg | Raster | DrawnFile
     tags: tuple[str, ...] = ()
     flip: bool = True
     extra: dict[str, str] = field(default_factory=dict)
@@ -153,13 +153,13 @@ class BadPicture(Exception):
     """A source picture that cannot be decoded or drawn, or that shows nothing."""
 
 
-def draw(art: Svg | Raster | Drawn, size: int) -> bytes:
+def draw(art: Svg | Raster | DrawnFile, size: int) -> bytes:
     """The picture as an RGBA PNG of `size` pixels a side.
 
     Raises:
         BadPicture: it cannot be drawn, or is empty.
     """
-    if isinstance(art, Drawn):
+    if isinstance(art, DrawnFile):
         raise BadPicture("its file is gone: prepare the set again")
     image, box = _visible(art.data if isinstance(art, Raster) else _render(art.text, size))
     if art.crop and isinstance(art, Svg):  # again, so large that what is cropped need not be enlarged

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from starflow.data.sets.glyphs import captions
-from starflow.data.sets.glyphs2.drawings import Drawing, Drawn, Raster, is_whole
+from starflow.data.sets.glyphs2.drawings import Drawing, DrawnFile, Raster, is_whole
 from starflow.data.sets.glyphs2.models import SIDES, BadModel, draw_model
 from starflow.data.sets.glyphs2.packages import DebianArchive
 from starflow.data.sets.glyphs2.words import DROPPED, concept_key, corrected, dropped_word, words_of
@@ -267,7 +267,7 @@ def _views_of(piece: Piece, notes: dict[str, Any]) -> Iterator[Drawing | tuple[s
             style="model",
             concept=concept_key(piece.name),
             kind=piece.kind.lower(),
-            art=Drawn(),
+            art=DrawnFile(),
             tags=piece.tags,
             flip=side.mirrors,
             extra=extra,
