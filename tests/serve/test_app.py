@@ -212,9 +212,12 @@ def test_a_mask_is_drawn_with_the_mouse_and_filled(
     box("a red apple", seed=1, candidates=8, guidance=3.0, temperature=0.5).images[0].save(tmp_path / "apple.png")
     opened = visit(browser, site)
     opened.get_by_role("tab", name="Edit").click()
-    opened.locator("#edited-picture input[type=file]").first.set_input_files(str(tmp_path / "apple.png"))
     canvas = opened.locator("canvas:visible").first
+    canvas.wait_for()
+    opened.wait_for_timeout(1000)  # a file that comes before the editor listens is lost
+    opened.locator("#edited-picture input[type=file]").first.set_input_files(str(tmp_path / "apple.png"))
     opened.wait_for_timeout(3000)  # the editor lays the picture out
+    assert not opened.get_by_text("select the draw tool to start").is_visible()
     place = canvas.bounding_box()
     x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
     for dy in (0, 30, 60):
