@@ -19,7 +19,7 @@ from starflow.train.distributed import World
 from starflow.train.loop import fit
 from starflow.train.run import read_log
 from starflow.train.settings import TrainSettings
-from starflow.train.tasks.student import StudentBatch, StudentLoss, StudentTask
+from starflow.train.tasks.student import StudentBatch, StudentLoss, StudentObjective, StudentTask
 from tests.train.distributed.launch import finish, torchrun
 from tests.train.distributed.scenario import numbers
 from tests.train.tasks.companions import (
@@ -31,7 +31,8 @@ from tests.train.tasks.companions import (
     save_shapes_teacher,
 )
 
-PLAIN = StudentLoss(perceptual=0.0, guidance=2.0)
+WITH_CRITIC = StudentLoss(perceptual=1.0, adversarial=1.0, adversarial_from=0, guidance=2.0)
+PLAIN = StudentLoss(perceptual=0.0, adversarial=0.0, guidance=2.0)
 
 
 def draw_nothing(student: Student, path: Path) -> None:
@@ -43,9 +44,14 @@ def make_task(
 ) -> StudentTask:
     teacher = teacher or make_teacher(random_weights)
     torch.manual_seed(0)
-    sizes = inputs_of(teacher.flow)
+    sizes, side = inputs_of(teacher.flow), teacher.flow.config.img_size
     student = Student(StudentConfig(**sizes, channels=32, layers=group_sizes(1, 2), head_dim=16, largest_guidance=2.0))
-    return StudentTask(teacher, student, make_cache(), loss, settings, draw_nothing, World(), None)
+    return StudentTask(teacher, student, make_cache(side), loss, settings, draw_nothing, World())
+
+
+def objective_of(task: StudentTask) -> StudentObjective:
+    assert isinstance(task.model, StudentObjective)
+    return task.model
 
 
 def test_the_states_are_those_of_the_flows_own_blocks() -> None:
@@ -107,9 +113,39 @@ def test_what_is_guided_lies_beyond_the_null_branch_by_the_weight() -> None:
     task = make_task()
     batch = task.batch(0, range(8))
     assert task.cache.null is not None
-    loss, terms = task.loss(Extrapolating(batch, task.cache.null.float()), batch)
+    objective_of(task).student = Extrapolating(batch, task.cache.null.float())  # type: ignore[assignment]
+    loss, terms = task.loss(task.model, batch)
     assert float(loss) == pytest.approx(0.0, abs=1e-8)
     assert all(float(term) < 1e-10 for term in terms.values())
+
+
+def test_each_picture_term_moves_one_network_alone() -> None:
+    task = make_task(WITH_CRITIC, teacher=make_teacher(random_weights, pixels=16))
+    batch = task.batch(0, range(8))
+    assert batch.decoded == [0, 2, 4, 6]
+    objective = objective_of(task)
+    assert objective.critic is not None
+    student, critic = list(objective.student.parameters()), list(objective.critic.parameters())
+    terms = objective.picture_terms(objective.guided(batch).clean, batch)
+    for name, moved, kept in (("adversarial", student, critic), ("critic", critic, student)):
+        gradients = torch.autograd.grad(terms[name], [*moved, *kept], allow_unused=True, retain_graph=True)
+        assert any(one is not None and float(one.abs().sum()) > 0 for one in gradients[: len(moved)])
+        assert all(one is None for one in gradients[len(moved) :])
+
+
+def test_the_critic_learns_which_pictures_are_the_students() -> None:
+    task = make_task(WITH_CRITIC, teacher=make_teacher(random_weights, pixels=16))
+    critic = objective_of(task).critic
+    assert critic is not None
+    optimiser = torch.optim.AdamW(critic.parameters(), lr=1e-2)
+    hinge = []
+    for step in range(20):
+        terms = task.loss(task.model, task.batch(step, range(8)))
+        terms[0].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        hinge.append(float(terms[1]["critic"]))
+    assert hinge[-1] < hinge[0] - 0.3
 
 
 def test_a_linear_flows_student_reaches_its_exact_inverse(tmp_path: Path) -> None:
@@ -149,7 +185,7 @@ name: small-student
 teacher: {teacher}
 data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
 network: {{channels: 32, layers: 1, head_dim: 16}}
-loss: {{perceptual: {perceptual}, guidance: 2.0}}
+loss: {{perceptual: {pictures}, adversarial: {pictures}, guidance: 2.0}}
 train:
   steps: 4
   batch: 8
@@ -163,17 +199,17 @@ prompts: [circle, star]
 """
 
 
-def write_recipe(folder: Path, perceptual: float) -> Path:
+def write_recipe(folder: Path, pictures: float) -> Path:
     teacher = save_shapes_teacher(folder / "teacher")
     path = folder / "student.yaml"
-    path.write_text(RECIPE.format(teacher=teacher, perceptual=perceptual))
+    path.write_text(RECIPE.format(teacher=teacher, pictures=pictures))
     return path
 
 
 def test_the_command_trains_a_student_that_the_pipeline_draws_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, run = write_recipe(tmp_path, perceptual=0.0), tmp_path / "run"
+    recipe, run = write_recipe(tmp_path, pictures=0.0), tmp_path / "run"
     assert main(["train-student", str(recipe), "--output", str(run)]) == 0
     assert (run / "samples" / "step_00000004.png").is_file()
     pipe = StarFlowPipeline.from_pretrained(run / "pipeline")
@@ -188,7 +224,7 @@ def test_the_command_trains_a_student_that_the_pipeline_draws_with(
 
 
 def test_a_cache_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, perceptual=0.0)
+    recipe = write_recipe(tmp_path, pictures=0.0)
     assert main(["train-student", str(recipe), "--output", str(tmp_path / "run")]) == 0
     again = ["train-student", str(recipe), "--latents", str(tmp_path / "run" / "latents")]
     assert main([*again, "--output", str(tmp_path / "again")]) == 0
@@ -201,15 +237,15 @@ def test_a_cache_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_numbers_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="perceptual_every >= 1"):
-        StudentLoss(perceptual_every=0)
+    with pytest.raises(UserError, match="decode_every >= 1"):
+        StudentLoss(decode_every=0)
     with pytest.raises(UserError, match="guided and drop_condition"):
         StudentLoss(guided=2.0)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, perceptual=0.0)
+    recipe = write_recipe(tmp_path, pictures=0.0)
     assert main(["train-student", str(recipe), "--output", str(tmp_path / "one")]) == 0
     arguments = (recipe, "--output", tmp_path / "two", "--train.parallel.layout", "sharded")
     finish(torchrun(2, "starflow", "train-student", *arguments))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 from starflow.data.images import save_grid, to_float
@@ -59,15 +60,20 @@ class MobileNetDistance:
 
     def __call__(self, images: Tensor, references: Tensor) -> Tensor:
         """See `Perceptual`."""
-        ours, theirs = self._prepared(images), self._prepared(references)
-        total = images.new_zeros(())
-        for stage in self._stages:
-            ours, theirs = stage(ours), stage(theirs)
-            total = total + (_normalised(ours.float()) - _normalised(theirs.float())).square().sum(1).mean()
-        return total
+        return self.between(self.features(images), self.features(references))
 
-    def _prepared(self, images: Tensor) -> Tensor:
-        return ((images + 1) / 2 - self._mean) / self._std
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> what is compared: (B, 16, H / 2, W / 2) to (B, 64, H / 16, W / 16), float32."""
+        found, inner = [], ((images + 1) / 2 - self._mean) / self._std
+        for stage in self._stages:
+            inner = stage(inner)
+            found.append(inner.float())
+        return found
+
+    def between(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+        """The distance of images by their features."""
+        pairs = zip(ours, theirs, strict=True)
+        return torch.stack([(_normalised(a) - _normalised(b)).square().sum(1).mean() for a, b in pairs]).sum()
 
 
 def load_perceptual(name: PerceptualName, device: torch.device) -> Perceptual:
@@ -144,6 +150,59 @@ class Critic(nn.Module):
         return scores
 
 
+class FeatureCritic(nn.Module):
+    """Scores of pictures by their features and prompts, higher for real ones: a few convolutions for each depth.
+
+    Source: Sauer et al., arXiv 2111.01007, on frozen features; the projection of the prompt is Miyato and Koyama's,
+    arXiv 1802.05637. Every weight's spectral norm is 1 (Miyato et al., arXiv 1802.05957), which bounds a picture's
+    gradient.
+
+    Example:
+        >>> features = [torch.zeros(2, 16, 32, 32), torch.zeros(2, 24, 16, 16)]
+        >>> FeatureCritic((16, 24), (32, 16), num_classes=0, txt_dim=8)(features, torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 32])
+    """
+
+    SMALLEST = 4
+    """Side at which features are scored."""
+
+    def __init__(
+        self, channels: Sequence[int], sides: Sequence[int], num_classes: int, txt_dim: int, width: int = 48
+    ) -> None:
+        super().__init__()
+        self.trunks = nn.ModuleList(self._trunk(*sizes, width) for sizes in zip(channels, sides, strict=True))
+        self.scores = nn.ModuleList(spectral_norm(nn.Conv2d(width, 1, 3, 1, 1)) for _ in channels)
+        self.embed = spectral_norm(nn.Embedding(num_classes + 1, width)) if num_classes else None
+        self.project = spectral_norm(nn.Linear(txt_dim, width)) if txt_dim else None
+
+    def _trunk(self, channels: int, side: int, width: int) -> nn.Sequential:
+        layers: list[nn.Module] = [spectral_norm(nn.Conv2d(channels, width, 3, 1, 1)), nn.LeakyReLU(0.2)]
+        while side > self.SMALLEST:
+            layers += [spectral_norm(nn.Conv2d(width, width, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            side //= 2
+        return nn.Sequential(*layers)
+
+    def forward(self, features: Sequence[Tensor], condition: Tensor | None) -> Tensor:
+        """Features by depth, each (B, c, h, w), and the flow's conditions -> scores (B, positions of all depths)."""
+        if self.embed is not None:
+            assert condition is not None
+            vector = self.embed(condition + 1)  # -1 is no class
+        elif self.project is not None:
+            assert condition is not None
+            mean = condition.float().mean(1)
+            vector = self.project(F.layer_norm(mean, mean.shape[-1:]))
+        else:
+            vector = None
+        found = []
+        for inner, trunk, score in zip(features, self.trunks, self.scores, strict=True):
+            hidden = trunk(inner)
+            scores = score(hidden).flatten(1)
+            if vector is not None:
+                scores = scores + (hidden.mean((2, 3)) * vector).sum(1, keepdim=True)
+            found.append(scores)
+        return torch.cat(found, 1).float()
+
+
 class DecoderObjective(nn.Module):
     """Decoder and critic with one loss for both, in which each term has gradients for one of them alone.
 
@@ -184,6 +243,23 @@ def adversarial_terms(critic: Critic, output: Tensor, images: Tensor) -> dict[st
     real, decoded = critic(images).float(), critic(output.detach()).float()
     hinge = F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
     return {"adversarial": -scores.float().mean(), "critic": hinge}
+
+
+def feature_critic_terms(
+    critic: FeatureCritic, ours: Sequence[Tensor], theirs: Sequence[Tensor], condition: Tensor | None
+) -> dict[str, Tensor]:
+    """Features of the student's and of real pictures, whose prompts are the same -> "adversarial" and "critic".
+
+    The first goes through the critic without gradients to its weights, the second, the critic's hinge, through features
+    without gradients. Real pictures with the next picture's prompt count as wrong too (Reed et al., arXiv 1605.05396).
+    """
+    weights = {name: tensor.detach() for name, tensor in critic.named_parameters()}
+    scores: Tensor = functional_call(critic, weights, (ours, condition))
+    real, drawn = critic(theirs, condition), critic([one.detach() for one in ours], condition)
+    hinge = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
+    if condition is not None:
+        hinge = hinge + 0.5 * F.relu(1 + critic(theirs, condition.roll(1, 0))).mean()
+    return {"adversarial": -scores.mean(), "critic": hinge}
 
 
 @dataclass(frozen=True)
