@@ -236,6 +236,22 @@ def test_a_cache_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "name a cache that it was trained on" in capsys.readouterr().err
 
 
+def test_a_student_goes_on_from_the_weights_that_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, pictures=0.0)
+    run = ["train-student", str(recipe), "--output"]
+    assert main([*run, str(tmp_path / "first")]) == 0
+    given = ["--latents", str(tmp_path / "first" / "latents"), "--train.init_from", str(tmp_path / "first" / "model")]
+    assert main([*run, str(tmp_path / "second"), *given, "--train.lr", "1e-12"]) == 0
+    first, second = (Student.from_pretrained(tmp_path / name / "model") for name in ("first", "second"))
+    for name, weight in first.state_dict().items():
+        assert torch.allclose(weight, second.state_dict()[name], atol=1e-6)
+    capsys.readouterr()
+    assert main([*run, str(tmp_path / "third"), *given, "--network.channels", "64"]) == 2
+    assert "has another channels (32) than the recipe (64)" in capsys.readouterr().err
+
+
 def test_numbers_that_cannot_be() -> None:
     with pytest.raises(UserError, match="decode_every >= 1"):
         StudentLoss(decode_every=0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow.conditioning import Conditioner
+from starflow.config import to_dict
 from starflow.data.images import save_grid
 from starflow.data.latent_cache import CachedLatents
 from starflow.errors import UserError
@@ -99,6 +100,25 @@ class CompanionStages(Stages):
                 f"'{self.companion.teacher}' reads {expected[0]} and {expected[1]}: name a cache that it was trained on"
             )
         return cache
+
+    def start(self, network: Companion) -> None:
+        """Give a new network the weights that `train.init_from` names, RUN/model of another training of its kind.
+
+        Raises:
+            UserError: a folder of another network, or of other sizes or another teacher than this one's.
+        """
+        source = self.companion.train.init_from
+        if not source:
+            return
+        found = type(network).from_pretrained(Path(source).expanduser())
+        ours, theirs = to_dict(network.config), to_dict(found.config)
+        wrong = [key for key in ours if key != "temperature" and ours[key] != theirs[key]]
+        if wrong:
+            raise UserError(
+                f"train.init_from: {source} has another {', '.join(wrong)} ({theirs[wrong[0]]}) than the recipe "
+                f"({ours[wrong[0]]}): give the recipe its sizes and its teacher, or leave init_from out"
+            )
+        network.load_state_dict(found.state_dict())
 
     def prompts(self) -> list[str]:
         """The prompts of the sample grids."""
@@ -273,6 +293,7 @@ def train_denoiser(recipe: DenoiserRecipe, folder: Path, world: World, *, progre
         noise_std=teacher.config.noise_std,
     )
     denoiser = Denoiser(config).to(world.device)
+    stages.start(denoiser)
     task = DenoiserTask(teacher, denoiser, cache, recipe.drop_condition, recipe.train, world)
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     stages.run.notify(f"denoiser: {count / 1e6:.1f} M parameters, {recipe.train.steps} steps")

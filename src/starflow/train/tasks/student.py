@@ -380,6 +380,7 @@ def train_student(recipe: StudentRecipe, folder: Path, world: World, *, progress
         largest_guidance=recipe.loss.guidance if teacher.conditioner else 0.0,
     )
     student = Student(config).to(world.device)
+    stages.start(student)
     weight = teacher.config.guidance if recipe.guidance is None else recipe.guidance
     prompts = stages.prompts()
 
