@@ -221,13 +221,11 @@ def _write(
 
 def _drawn_as(pipeline: StarFlowPipeline, options: GenerateOptions) -> dict[str, str]:
     """What the files say of how they were drawn, beside prompt and seed."""
-    from starflow.pipeline.config import with_sampling_options
+    from starflow.pipeline.config import own_guidance, with_sampling_options
 
-    student = pipeline.student if options.sampler == "student" else None
-    drawn_as = with_sampling_options(
-        pipeline.config, options.temperature, options.candidates, student.config if student else None
-    )
-    weight = pipeline.config.guidance if options.guidance is None else options.guidance
+    student = pipeline.student.config if pipeline.student and options.sampler == "student" else None
+    drawn_as = with_sampling_options(pipeline.config, options.temperature, options.candidates, student)
+    weight = own_guidance(pipeline.config, student) if options.guidance is None else options.guidance
     texts = {"guidance": f"{weight:g}", "temperature": f"{drawn_as.temperature:g}"}
     texts |= {"candidates": f"{drawn_as.candidates}", "model": options.model}
     return texts | ({"sampler": "student, an approximation of the flow"} if student else {})

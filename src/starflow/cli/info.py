@@ -152,14 +152,14 @@ def _companions(folder: Path) -> dict[str, Any]:
     for name in ("student", "denoiser"):
         if (folder / name / "config.json").is_file():
             values = files.read_json(folder / name / "config.json")
-            own = ("temperature", "largest_guidance") if name == "student" else ("noise_std",)
+            own = ("temperature", "guidance", "largest_guidance") if name == "student" else ("noise_std",)
             facts[name] = {
                 "approximates": "the flow's samples" if name == "student" else "the Tweedie step",
                 "layers": sum(values["layers"]),
                 "width": values["channels"],
                 "megabytes": _megabytes(folder / name),
                 "teacher": values["teacher"][:12],
-                **{key: values[key] for key in own},
+                **{key: values[key] for key in own if values.get(key) is not None},
             }
     return facts
 

@@ -169,6 +169,11 @@ def with_sampling_options(
     )
 
 
+def own_guidance(config: PipelineConfig, student: StudentConfig | None = None) -> float:
+    """The guidance weight that a model draws at by default, or that its student does."""
+    return config.guidance if student is None or student.guidance is None else student.guidance
+
+
 def check_number(name: str, value: Any) -> float:
     """One number, as Python, numpy or a tensor has it.
 

@@ -43,6 +43,7 @@ from starflow.pipeline.config import (
     choose_cleaning,
     guidance_weights,
     latent_shape,
+    own_guidance,
     size_multiple,
     untrained_size_warning,
     with_sampling_options,
@@ -322,7 +323,8 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         prompts = [text for text in check_prompts(prompt, least=1) for _ in range(num_images)]
         size = None if size is None else check_pair(size)
         seed = check_seed(seed, len(prompts))
-        weights = guidance_weights(self.config.guidance if guidance is None else guidance, len(prompts))
+        own = own_guidance(self.config, self.student.config if self.student and sampler == "student" else None)
+        weights = guidance_weights(own if guidance is None else guidance, len(prompts))
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         student = check_student_call(sampler, self.student, self.config.name, settings, cleaning, weights)
         drawn_as = with_sampling_options(self.config, temperature, candidates, student.config if student else None)

@@ -223,6 +223,16 @@ class StudentConfig(CompanionConfig):
     """Factor on the noise that it draws at by default."""
     largest_guidance: float = 0.0
     """The largest guidance weight of its training."""
+    guidance: float | None = None
+    """Guidance weight that it draws at by default; None is the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance is not None and not 0 <= self.guidance <= self.largest_guidance:
+            raise UserError(
+                f"a student's guidance is {self.guidance:g}, expected 0 to the largest of its training, "
+                f"{self.largest_guidance:g}"
+            )
 
 
 class StudentOutput(NamedTuple):

@@ -24,7 +24,13 @@ from starflow.data.images import from_pil, on_background, to_pil
 from starflow.edit.inpainting import InpaintSettings
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError, broken_rows
-from starflow.pipeline.config import default_size, guidance_weights, latent_shape, with_sampling_options
+from starflow.pipeline.config import (
+    default_size,
+    guidance_weights,
+    latent_shape,
+    own_guidance,
+    with_sampling_options,
+)
 from starflow.pipeline.editing import Edited, hole_of
 from starflow.pipeline.inputs import (
     call_bytes,
@@ -426,7 +432,8 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
     Raises:
         UserError: no student, or what it cannot draw.
     """
-    guidance = pipeline.config.guidance if request.guidance is None else request.guidance
+    own = own_guidance(pipeline.config, pipeline.student.config if pipeline.student else None)
+    guidance = own if request.guidance is None else request.guidance
     weights = guidance_weights(guidance, request.num_images)
     settings = SampleSettings(guidance, "auto")
     check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)

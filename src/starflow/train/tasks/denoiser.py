@@ -112,7 +112,7 @@ class CompanionStages(Stages):
             return
         found = type(network).from_pretrained(Path(source).expanduser())
         ours, theirs = to_dict(network.config), to_dict(found.config)
-        wrong = [key for key in ours if key != "temperature" and ours[key] != theirs[key]]
+        wrong = [key for key in ours if key not in ("temperature", "guidance") and ours[key] != theirs[key]]
         if wrong:
             raise UserError(
                 f"train.init_from: {source} has another {', '.join(wrong)} ({theirs[wrong[0]]}) than the recipe "

@@ -63,9 +63,9 @@ class StudentLoss:
     """Weight of the flow's states beside the clean latent."""
     perceptual: float = 2.0
     """Weight of the distance of decoded pictures; 0 leaves it out."""
-    adversarial: float = 2.0
+    adversarial: float = 1.0
     """Weight of the critic's mean score of decoded pictures; 0 leaves it out."""
-    adversarial_from: int = 600
+    adversarial_from: int = 1500
     """Update at which the critic starts, once there is something to judge."""
     decode_every: int = 2
     """Of so many pictures of a batch one is decoded for both."""
@@ -104,7 +104,8 @@ class StudentRecipe(CompanionRecipe):
     temperature: float = 1.0
     """Factor on the noise that the student draws at by default, stored with it."""
     guidance: float | None = None
-    """Weight of the guided row of the sample grids; empty is the model's own."""
+    """Guidance weight that the student draws at by default, stored with it, and of the guided row of the sample grids;
+    empty is the model's own."""
     loss: StudentLoss = field(default_factory=StudentLoss)
     """What it is trained for."""
 
@@ -378,6 +379,7 @@ def train_student(recipe: StudentRecipe, folder: Path, world: World, *, progress
         head_dim=sizes.head_dim,
         temperature=recipe.temperature,
         largest_guidance=recipe.loss.guidance if teacher.conditioner else 0.0,
+        guidance=recipe.guidance if teacher.conditioner else None,
     )
     student = Student(config).to(world.device)
     stages.start(student)
