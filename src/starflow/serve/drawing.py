@@ -11,7 +11,6 @@ Shapes: B rows of a batch, each a candidate of a picture; C x h x w latents.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,13 +32,12 @@ from starflow.pipeline.config import (
 )
 from starflow.pipeline.editing import Edited, hole_of
 from starflow.pipeline.inputs import (
+    PromptConditions,
     call_bytes,
     check_seed,
     check_student_call,
     check_whole,
-    encode_prompts,
     free_bytes,
-    remember_prompts,
 )
 from starflow.pipeline.likelihood import LogProb
 from starflow.pipeline.pipeline import BATCH, StarFlowPipeline
@@ -67,9 +65,7 @@ class BlockSampler:
     """Rows of a batch, at most; memory may allow fewer."""
     memory: int | None = None
     """Bytes that a batch may take beside the weights; None is a share of what is free."""
-    _conditions: OrderedDict[tuple[str, int, int], tuple[Tensor | None, Tensor | None]] = field(
-        default_factory=OrderedDict
-    )
+    _conditions: PromptConditions = field(init=False)
     _capacities: dict[BatchKey, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +73,8 @@ class BlockSampler:
         free = free_bytes(self.pipeline.device)
         if self.memory is None and free is not None:
             self.memory = int(MEMORY_SHARE * free)
+        pipeline = self.pipeline
+        self._conditions = PromptConditions(pipeline.conditioner, pipeline.flow, pipeline.config, PROMPTS_KEPT)
         self._engine = cpu_engine_of(self.pipeline.flow) if self.pipeline.device.type == "cpu" else None
 
     @property
@@ -88,6 +86,7 @@ class BlockSampler:
         """Build what is built once, and draw a picture: from here on nothing changes how one is computed."""
         if self._engine is not None:
             self._engine.build()
+        self._conditions.try_together()
         drawing = self.begin(DrawRequest(candidates=1, guidance=0.0), 0)
         self.prepare([drawing])
         while not drawing.finished:
@@ -127,33 +126,24 @@ class BlockSampler:
         return self._capacities[key]
 
     def prepare(self, drawings: Sequence[PictureInProgress]) -> None:
-        """Encode the prompt and draw the noise of pictures that have not begun.
+        """Encode the prompts and draw the noise of pictures of one key that have not begun.
 
         Raises:
             UserError: a prompt that the model does not know.
         """
-        pipeline = self.pipeline
+        shape = drawings[0].key[0]
+        self._conditions.prepare([drawing.request.prompt for drawing in drawings], shape)
         for drawing in drawings:
-            shape = drawing.key[0]
-            remember_prompts([drawing.request.prompt], pipeline.conditioner, pipeline.config, shape)
             drawing.condition, drawing.null_condition = self._encode(drawing.request.prompt, shape)
             noise = candidate_noise([drawing.seed], shape, len(drawing.rows))[0]
-            states = (drawing.temperature * noise.to(pipeline.device)).split(1)
+            states = (drawing.temperature * noise.to(self.pipeline.device)).split(1)
             for row, state in zip(drawing.rows, states, strict=True):
                 row.state = state
             drawing.prepared = True
 
     def _encode(self, prompt: str, shape: tuple[int, int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Condition and null condition of one prompt, encoded alone: they do not depend on who is beside it."""
-        pipeline, name = self.pipeline, (prompt, *shape[1:])
-        if name not in self._conditions:
-            self._conditions[name] = encode_prompts(
-                [prompt], pipeline.conditioner, pipeline.flow, pipeline.config, shape
-            )
-            while len(self._conditions) > PROMPTS_KEPT:
-                self._conditions.popitem(last=False)
-        self._conditions.move_to_end(name)
-        return self._conditions[name]
+        """Condition and null condition of one prompt: they do not depend on who is beside it."""
+        return self._conditions.of(prompt, shape)
 
     def solve(self, rows: Sequence[tuple[PictureInProgress, Row]], progress: Callable[[int], None]) -> None:
         """Take rows of one key through the block that all of them are at; `progress` is told of the tokens solved."""
