@@ -1,9 +1,8 @@
 """The model's side of serving: pictures are taken through the flow block by block, in batches that change in between.
 
-Contract: picture i of a request is what a pipeline draws for it alone: its condition is encoded alone, its noise is
-that of its seed, its candidates are judged together and apart from others, and the compiled loop, which is built before
-the first picture, computes every row by itself. The flow's part is the same bit for bit; decoders round by batch, so
-pixels are within one 8-bit level. One thread at a time may call a `BlockSampler`.
+Contract: picture i of a request is what a pipeline draws for it alone: its condition and noise are its own, candidates
+are judged apart from others', and the compiled loop, which is built before the first picture, computes every row by
+itself. The flow's part is the same bit for bit, pixels within one 8-bit level. One thread may call a `BlockSampler`.
 
 Shapes: B rows of a batch, each a candidate of a picture; C x h x w latents.
 """
@@ -28,6 +27,7 @@ from starflow.pipeline.config import (
     guidance_weights,
     latent_shape,
     own_guidance,
+    untrained_size_warning,
     with_sampling_options,
 )
 from starflow.pipeline.editing import Edited, hole_of
@@ -70,12 +70,12 @@ class BlockSampler:
 
     def __post_init__(self) -> None:
         check_whole("max_rows", self.max_rows)
-        free = free_bytes(self.pipeline.device)
+        pipeline = self.pipeline
+        free = free_bytes(pipeline.device)
         if self.memory is None and free is not None:
             self.memory = int(MEMORY_SHARE * free)
-        pipeline = self.pipeline
         self._conditions = PromptConditions(pipeline.conditioner, pipeline.flow, pipeline.config, PROMPTS_KEPT)
-        self._engine = cpu_engine_of(self.pipeline.flow) if self.pipeline.device.type == "cpu" else None
+        self._engine = cpu_engine_of(pipeline.flow) if pipeline.device.type == "cpu" else None
 
     @property
     def blocks(self) -> int:
@@ -111,7 +111,8 @@ class BlockSampler:
             raise UserError(f"a picture of {request.size} needs more memory than there is: ask for a smaller size")
         rows = [Row(self.blocks - 1) for _ in range(config.candidates)]
         tokens = shape[1] * shape[2] // pipeline.flow.config.patch_size**2
-        return PictureInProgress(request, seed, key, tokens, guidance, config.temperature, rows)
+        notes = _size_notes(pipeline, request)
+        return PictureInProgress(request, seed, key, tokens, guidance, config.temperature, rows, notes=notes)
 
     def capacity(self, key: BatchKey) -> int:
         """Rows that a batch may have: as many as are predicted to fit."""
@@ -251,7 +252,12 @@ def _drawn(
         return NotFiniteError("the picture was decoded to values that are not finite: use another decoder")
     pairs = zip(images, nats, strict=True) if drawing.request.keep_candidates and nats else ()
     candidates = tuple((image, value) for image, value in pairs if image is not None)
-    return Drawn(first, drawing.seed, latents[:1], nats[0] if nats else None, candidates)
+    return Drawn(first, drawing.seed, latents[:1], nats[0] if nats else None, candidates, drawing.notes)
+
+
+def _size_notes(pipeline: StarFlowPipeline, request: DrawRequest) -> list[str]:
+    note = request.size and untrained_size_warning(pipeline.config, pipeline.flow.config, request.size)
+    return [note] if note else []
 
 
 def _stack(conditions: Sequence[Tensor | None]) -> Tensor | None:
@@ -396,18 +402,17 @@ def edit_calls(
                 guidance=request.guidance or 0.0,
                 progress=progress,
             )
-        settings = request.settings
         return pipeline.inpaint(
             request.image,
             request.mask,
             request.prompt,
-            method=settings.method,
+            method=request.settings.method,
             seed=seed,
             invert_mask=request.invert_mask,
             guidance=request.guidance,
             temperature=request.temperature,
-            candidates=settings.candidates,
-            steps=settings.steps,
+            candidates=request.settings.candidates,
+            steps=request.settings.steps,
             progress=told,
             preview=preview if request.previews else None,
         )
@@ -442,6 +447,6 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
             size=request.size,
             progress=progress,
         )
-        return Drawn(made.images[0], seed, made.latents)
+        return Drawn(made.images[0], seed, made.latents, notes=_size_notes(pipeline, request))
 
     return [partial(make, request.seed + index) for index in range(request.num_images)]
