@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_ratios_are_those_of_the_bars() -> None:
-    medians = {}
+    medians: dict[str, float] = {}
     for kind, slower in (("known prompts", 1.0), ("new prompts", 1.25)):
         medians |= {f"direct 1, {kind}": 0.08 * slower, f"direct 16, {kind}": 0.32 * slower}
         for count, rate, p50 in ((1, 10.0, 0.1), (16, 40.0, 0.4)):

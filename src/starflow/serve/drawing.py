@@ -71,8 +71,7 @@ class BlockSampler:
     def __post_init__(self) -> None:
         check_whole("max_rows", self.max_rows)
         pipeline = self.pipeline
-        free = free_bytes(pipeline.device)
-        if self.memory is None and free is not None:
+        if self.memory is None and (free := free_bytes(pipeline.device)) is not None:
             self.memory = int(MEMORY_SHARE * free)
         self._conditions = PromptConditions(pipeline.conditioner, pipeline.flow, pipeline.config, PROMPTS_KEPT)
         self._engine = cpu_engine_of(pipeline.flow) if pipeline.device.type == "cpu" else None
@@ -430,8 +429,7 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
     own = own_guidance(pipeline.config, pipeline.student.config if pipeline.student else None)
     guidance = own if request.guidance is None else request.guidance
     weights = guidance_weights(guidance, request.num_images)
-    settings = SampleSettings(guidance, "auto")
-    check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)
+    check_student_call("student", pipeline.student, pipeline.config.name, SampleSettings(guidance, "auto"), None, weights)
     with_sampling_options(pipeline.config, request.temperature, request.candidates)
     latent_shape(pipeline.config, pipeline.flow.config, request.size)
     check_seed(request.seed, request.num_images)
