@@ -428,8 +428,8 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
     """
     own = own_guidance(pipeline.config, pipeline.student.config if pipeline.student else None)
     guidance = own if request.guidance is None else request.guidance
-    weights = guidance_weights(guidance, request.num_images)
-    check_student_call("student", pipeline.student, pipeline.config.name, SampleSettings(guidance, "auto"), None, weights)
+    settings, weights = SampleSettings(guidance, "auto"), guidance_weights(guidance, request.num_images)
+    check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)
     with_sampling_options(pipeline.config, request.temperature, request.candidates)
     latent_shape(pipeline.config, pipeline.flow.config, request.size)
     check_seed(request.seed, request.num_images)
