@@ -1,6 +1,6 @@
 """Put a service under load on the loopback: throughput, latency, and what clients do wrong.
 
-    python benchmarks/serve_load.py --bars             # two minutes: the bars alone, printed
+    python benchmarks/serve_load.py --bars             # three minutes: the bars alone, printed
     python benchmarks/serve_load.py                    # some minutes; writes benchmarks/results/serve.json
     python benchmarks/serve_load.py --soak 30          # and half an hour of everything at once
 
@@ -101,19 +101,24 @@ def bars(pipe: StarFlowPipeline, url: str, rounds: int, seconds: float) -> dict[
     found: dict[str, list[float]] = {}
     for round_ in range(rounds):
         for count in (1, 16):
-            found.setdefault(f"direct {count}", []).append(direct(pipe, count, seconds))
-            for new in (False, True):
-                name = f"{count} clients, {'new' if new else 'known'} prompts"
-                measured = closed_loop(url, count, seconds, f"of round {round_}" if new else "")
+            for kind, new in (("known prompts", ""), ("new prompts", f"of {count} {round_}")):
+                found.setdefault(f"direct {count}, {kind}", []).append(direct(pipe, count, seconds, new))
+                measured = closed_loop(url, count, seconds, new)
                 assert not measured.errors, measured
+                name = f"{count} clients, {kind}"
                 found.setdefault(f"{name}: p50", []).append(measured.p50)
                 found.setdefault(f"{name}: pictures a second", []).append(measured.pictures_a_second)
     return {"rounds": found, **ratios({name: statistics.median(values) for name, values in found.items()})}
 
 
-def direct(pipe: StarFlowPipeline, count: int, seconds: float) -> float:
+def prompt_of(client: int, asked: int, new: str) -> str:
+    """What a client asks for; with `new` words it is of ten tokens and not asked for before, else of five."""
+    return PROMPTS[(client + asked) % len(PROMPTS)] + (f" {client} {asked} {new}" if new else "")
+
+
+def direct(pipe: StarFlowPipeline, count: int, seconds: float, new: str) -> float:
     """The median seconds of calls for so many pictures at once, half as long as clients are measured."""
-    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    prompts = [prompt_of(client, 0, new) for client in range(count)]
     pipe(prompts, candidates=1)
     took, end = list[float](), time.perf_counter() + seconds / 2
     while not took or time.perf_counter() < end:
@@ -127,12 +132,14 @@ def ratios(medians: dict[str, float]) -> dict[str, float]:
     """What the bars are about; see docs/serving.md."""
     found = {}
     for kind in ("known prompts", "new prompts"):
-        many = medians[f"16 clients, {kind}: pictures a second"]
-        found[f"16 clients over one, {kind}"] = many / medians[f"1 clients, {kind}: pictures a second"]
-        found[f"16 clients over a direct call for 16, {kind}"] = many * medians["direct 16"] / 16
+        many, lone = (medians[f"{count} clients, {kind}: pictures a second"] for count in (16, 1))
+        found[f"16 clients over one, {kind}"] = many / lone
+        found[f"16 clients over a direct call for 16, {kind}"] = many * medians[f"direct 16, {kind}"] / 16
         found[f"seconds of a lone client over a direct call, {kind}"] = (
-            medians[f"1 clients, {kind}: p50"] / medians["direct 1"]
+            medians[f"1 clients, {kind}: p50"] / medians[f"direct 1, {kind}"]
         )
+    known = medians["direct 16, known prompts"]
+    found["16 clients with new prompts over a direct call for 16 known prompts, which are shorter"] = many * known / 16
     return found
 
 
@@ -155,8 +162,7 @@ def closed_loop(url: str, clients: int, seconds: float, new: str = "") -> Measur
         http, asked = HTTPConnection(host, timeout=600), 0
         while not asked or time.perf_counter() < end:
             began = time.perf_counter()
-            prompt = PROMPTS[(number + asked) % len(PROMPTS)] + (f" {number} {asked} {new}" if new else "")
-            body = {"prompt": prompt, "candidates": 1, "seed": asked, "user": f"client {number}"}
+            body = {"prompt": prompt_of(number, asked, new), "candidates": 1, "seed": asked, "user": f"client {number}"}
             headers = {"Content-Type": "application/json"}
             http.request("POST", "/v1/images/generations", json.dumps(body), headers)
             answer = http.getresponse()

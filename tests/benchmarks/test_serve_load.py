@@ -18,14 +18,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_ratios_are_those_of_the_bars() -> None:
-    medians = {"direct 1": 0.08, "direct 16": 0.32}
-    for kind in ("known prompts", "new prompts"):
+    medians: dict[str, float] = {}
+    for kind, slower in (("known prompts", 1.0), ("new prompts", 1.25)):
+        medians |= {f"direct 1, {kind}": 0.08 * slower, f"direct 16, {kind}": 0.32 * slower}
         for count, rate, p50 in ((1, 10.0, 0.1), (16, 40.0, 0.4)):
             medians[f"{count} clients, {kind}: pictures a second"] = rate
             medians[f"{count} clients, {kind}: p50"] = p50
     found = ratios(medians)
     assert found["16 clients over one, known prompts"] == pytest.approx(4)
-    assert found["16 clients over a direct call for 16, new prompts"] == pytest.approx(0.8)
+    assert found["16 clients over a direct call for 16, new prompts"] == pytest.approx(1.0)
+    assert found[
+        "16 clients with new prompts over a direct call for 16 known prompts, which are shorter"
+    ] == pytest.approx(0.8)
     assert found["seconds of a lone client over a direct call, known prompts"] == pytest.approx(1.25)
 
 

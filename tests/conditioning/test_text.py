@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -59,6 +60,47 @@ def test_a_prompt_is_the_same_in_any_batch(encoder: TextEncoder) -> None:
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(together[row], encoder.encode([prompt])[0])
     assert not torch.allclose(together[0], together[1])
+
+
+def counted(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of every pass of the encoder from here on."""
+    shapes: list[tuple[int, ...]] = []
+    run = encoder.network.forward
+
+    def forward(**given: Any) -> Any:
+        shapes.append(tuple(given["input_ids"].shape))
+        return run(**given)
+
+    monkeypatch.setattr(encoder.network, "forward", forward)
+    return shapes
+
+
+def test_prompts_of_one_length_share_a_pass_and_those_that_repeat_are_encoded_once(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = counted(encoder, monkeypatch)
+    states = encoder.encode(["a tree", "the red apple", "a car", "a  tree", "the blue apple", "a tree"])
+    assert shapes == [(2, 3), (2, 4)]
+    assert torch.equal(states[0], states[5])
+    assert torch.equal(states[0], states[3]), "the same tokens"
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="it is MKL of which rows are known to be alike")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_prompt_has_the_same_bits_in_any_company(encoder: TextEncoder, threads: int) -> None:
+    """Of every length and in groups of many sizes, so that rows are and are not multiples of four."""
+    rng, before = random.Random(threads), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (2, 3, 5, 8, 17):
+            words = [rng.choices("a red blue apple tree car".split(), k=rng.randrange(SIZE)) for _ in range(count)]
+            prompts = list(map(" ".join, words))
+            together = encoder.encode(prompts)
+            for row, prompt in enumerate(prompts):
+                assert torch.equal(together[row], encoder.encode([prompt])[0]), prompt
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_empty_prompt_is_the_null(encoder: TextEncoder) -> None:

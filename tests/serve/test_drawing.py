@@ -63,6 +63,16 @@ def test_every_picture_is_what_it_is_alone(box: StarFlowPipeline, box_sampler: B
         check(box, request, ticket.future.result(timeout=0))
 
 
+def test_so_is_every_picture_of_one_call(box: StarFlowPipeline, box_sampler: BlockSampler) -> None:
+    """Of prompts of several lengths; `box_sampler` has built the compiled loop."""
+    prompts = ["a red apple", "a blue car on a table", "a cat", "a green tree", "", "a yellow dog"]
+    together = box(prompts, seed=4, candidates=1)
+    for index, prompt in enumerate(prompts):
+        latents, picture = alone(box, DrawRequest(prompt, seed=4, candidates=1), index)
+        assert torch.equal(together.latents[index : index + 1], latents), prompt
+        assert abs(numpy.asarray(together.images[index]).astype(int) - picture).max() <= 1
+
+
 def tiny() -> StarFlowPipeline:
     config = TarFlowConfig(3, 8, 4, 64, num_blocks=2, layers_per_block=1, num_classes=2)
     flow = randomised(config, 0)

@@ -145,6 +145,21 @@ def test_a_student_draws_where_the_model_has_one(
     assert "trained up to 0" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("sampler", ["flow", "student"])
+def test_a_size_that_the_model_was_not_trained_at_is_said(
+    api: Running, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    monkeypatch.setattr(box, "student", untrained_student(box))
+    asked: dict[str, Any] = {"prompt": "a red apple", "n": 2, "guidance": 0.0, "sampler": sampler}
+    for one in generate(api, **asked, size="96x64").json()["data"]:
+        (note,) = one["notes"]
+        assert "trained at 64x64 pixels, not at 96x64" in note
+        assert picture(one["b64_json"]).size == (96, 64)
+    for size in ({}, {"size": "64x64"}):
+        assert all("notes" not in one for one in generate(api, **asked, **size).json()["data"])
+    assert generate(api, **asked, size="96x64", stream=True).text.count("not at 96x64") == 2
+
+
 def test_openai_s_masks_are_transparent_where_to_paint(api: Running) -> None:
     alpha = photo().convert("RGBA")
     alpha.putalpha(mask().point(lambda value: 255 - value))

@@ -23,6 +23,7 @@ from starflow.serve.schemas import (
     GenerationBody,
     LikelihoodBody,
     Limits,
+    check_common,
     check_edit,
     draw_request,
     edit_request,
@@ -66,6 +67,18 @@ def test_a_form_may_have_several_prompts_with_or_without_brackets() -> None:
 def test_what_is_no_object_of_json_is_refused(data: bytes) -> None:
     with pytest.raises(BodyError):
         read_json(GenerationBody, data)
+
+
+@pytest.mark.parametrize("digits", [1, 400, 4000])
+@pytest.mark.parametrize("name", ["n", "seed", "guidance", "temperature", "candidates", "partial_images", "timeout"])
+def test_whole_numbers_of_any_length_are_refused(name: str, digits: int) -> None:
+    """Some are too large to be floats."""
+    data = b'{"prompt": "a", "%s": -%s}' % (name.encode(), b"7" * digits)
+    for text in (data, data.replace(b"-", b"") if digits > 1 else data):
+        with pytest.raises(BodyError):
+            body = read_json(GenerationBody, text)
+            check_common(body, LIMITS, "glyphs")
+            draw_request(body, LIMITS)
 
 
 @pytest.mark.parametrize("text", ["", "1", "x64", "64x", "64X64 ", "0x64", "-1x64", "٦٤x٦٤", "99999x99999"])

@@ -6,7 +6,7 @@ Contract, held by every conditioner of this room:
   vectors (STARFlow, arXiv 2506.06276: states times the attention mask), which the flow attends like any other.
 - `null` gives the condition of "no prompt" in the same shape: the encoding of the empty text, or the class "none".
   An empty prompt is the null.
-- One prompt's condition is the same in any batch, up to rounding.
+- One prompt's condition is the same in any batch, up to rounding; a `TextEncoder`'s on a CPU bit for bit.
 - `network` holds the weights: move that to a device, and results are on it. Nothing is drawn at random, and no
   gradients are tracked.
 

@@ -96,6 +96,11 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._null: Tensor | None = None
         self.network = network.eval().requires_grad_(False)
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _RowwiseLinear
+                assert isinstance(module, _RowwiseLinear)
+                module.rows_alone = len(tokenizer("")["input_ids"])
 
     @classmethod
     def from_pretrained(
@@ -125,16 +130,35 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts to token states (B, S, dim), float32, zeros where a prompt has ended."""
+        """Encode prompts to token states (B, S, dim), float32, zeros where a prompt has ended.
+
+        A prompt that repeats is encoded once. On a CPU only prompts of as many tokens share a pass, without padding, so
+        that a prompt's states are the same bit for bit alone and in any company (in float32, by MKL); other devices
+        round by batch anyway, and take all in one pass.
+        """
         texts = [name_emoji(prompt) if prompt.strip() else "" for prompt in prompts]
-        texts = fit_prompts(texts, self._tokenizer, self._spec.size)
-        tokens = self._tokenizer(texts, padding="longest", truncation=True, max_length=self._spec.size)
-        device = next(self.network.parameters()).device
-        names = ("input_ids", "attention_mask")
-        numbers, mask = (torch.tensor(tokens[name], dtype=torch.long, device=device) for name in names)
+        on_cpu = next(self.network.parameters()).device.type == "cpu"
+        size = self._spec.size
+        texts = fit_prompts(texts, self._tokenizer, size)
+        tokens = [tuple(self._tokenizer(text, truncation=True, max_length=size)["input_ids"]) for text in texts]
+        passes: dict[int, list[tuple[int, ...]]] = {}
+        for one in dict.fromkeys(tokens):
+            passes.setdefault(len(one) if on_cpu else 0, []).append(one)
+        found: dict[tuple[int, ...], Tensor] = {}
+        for some in passes.values():
+            found.update(zip(some, self._states(some), strict=True))
+        return torch.stack([found[one] for one in tokens])
+
+    def _states(self, tokens: Sequence[tuple[int, ...]]) -> Tensor:
+        """States (B, S, dim) of prompts, in one pass that is padded to the longest."""
+        device, padding = next(self.network.parameters()).device, self._tokenizer.pad_token_id or 0
+        longest = max(map(len, tokens))
+        rows = [[*one, *[padding] * (longest - len(one))] for one in tokens]
+        held = [[1] * len(one) + [0] * (longest - len(one)) for one in tokens]
+        numbers, mask = (torch.tensor(values, dtype=torch.long, device=device) for values in (rows, held))
         states = self.network(input_ids=numbers, attention_mask=mask).last_hidden_state
         states = states.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-        return F.pad(states, (0, 0, 0, self._spec.size - states.shape[1]))
+        return F.pad(states, (0, 0, 0, self._spec.size - longest))
 
     def null(self, batch: int) -> Tensor:
         """Encode the empty prompt, (batch, S, dim); once, as it takes as long as the prompt of a lone picture."""
@@ -156,6 +180,24 @@ class TextEncoder:
             self._tokenizer.save_pretrained(folder)
         give_usual_modes(folder)
         weights.write_checksums(folder)
+
+
+class _RowwiseLinear(nn.Linear):
+    """A linear layer of which each row (the last dimension) comes out the same in any batch, on a CPU by MKL.
+
+    MKL adds up otherwise where the rows, or those that each of its threads takes, are no multiple of four. Only the
+    empty prompt has so few tokens as `rows_alone`: its rows have no company, and stay as they are.
+    """
+
+    rows_alone: int
+
+    def forward(self, given: Tensor) -> Tensor:
+        rows = given.shape[:-1].numel()
+        missing = -rows % 4
+        if not missing or rows <= self.rows_alone or given.device.type != "cpu":
+            return F.linear(given, self.weight, self.bias)
+        made = F.linear(F.pad(given.reshape(rows, -1), (0, 0, 0, missing)), self.weight, self.bias)
+        return made[:rows].view(*given.shape[:-1], -1)
 
 
 def fit_prompts(texts: Sequence[str], tokenizer: Any, size: int) -> list[str]:

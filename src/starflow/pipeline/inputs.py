@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -327,6 +328,49 @@ def remember_prompts(
     """Encode prompts ahead where the text encoder is loaded on demand, so that it is loaded once for all of them."""
     if isinstance(conditioner, OnDemandTextEncoder):
         conditioner.encode_ahead(add_aspect_ratio(prompts, config, latent_shape))
+
+
+class PromptConditions:
+    """Conditions of prompts, each as it is where its prompt is encoded alone; the `kept` asked for last are kept."""
+
+    def __init__(
+        self, conditioner: Conditioner | None, flow: STARFlow | TarFlow, config: PipelineConfig, kept: int
+    ) -> None:
+        self._model, self._kept, self._together = (conditioner, flow, config), kept, False
+        self._found: OrderedDict[tuple[str, int, int], tuple[Tensor | None, Tensor | None]] = OrderedDict()
+
+    def try_together(self) -> None:
+        """Find out whether prompts encoded together come out as alone; products on a GPU, say, round by batch."""
+        conditioner = self._model[0]
+        if conditioner is None or isinstance(conditioner, OnDemandTextEncoder):
+            return
+        some = example_prompts(conditioner, 4)
+        alone = torch.cat([conditioner.encode([prompt]) for prompt in some])
+        self._together = torch.equal(conditioner.encode(some), alone)
+
+    def prepare(self, prompts: Sequence[str], shape: tuple[int, int, int]) -> None:
+        """Encode prompts that will be asked for, together where that makes no difference.
+
+        Raises:
+            UserError: a prompt that the model does not know.
+        """
+        conditioner, flow, config = self._model
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, *shape[1:]) not in self._found]
+        remember_prompts(new, conditioner, config, shape)
+        for some in [new] if self._together and new else [[prompt] for prompt in new]:
+            conditions, nulls = encode_prompts(some, conditioner, flow, config, shape)
+            for row, prompt in enumerate(some):
+                one, null = (None if every is None else every[row : row + 1].clone() for every in (conditions, nulls))
+                self._found[prompt, *shape[1:]] = one, null
+
+    def of(self, prompt: str, shape: tuple[int, int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Condition and null condition of a prompt, one row each, as `encode_prompts` gives them for (C, h, w)."""
+        self.prepare([prompt], shape)
+        name = (prompt, *shape[1:])
+        self._found.move_to_end(name)
+        while len(self._found) > self._kept:
+            self._found.popitem(last=False)
+        return self._found[name]
 
 
 def add_aspect_ratio(prompts: Sequence[str], config: PipelineConfig, latent_shape: Sequence[int]) -> list[str]:

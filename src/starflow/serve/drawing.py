@@ -1,9 +1,8 @@
 """The model's side of serving: pictures are taken through the flow block by block, in batches that change in between.
 
-Contract: picture i of a request is what a pipeline draws for it alone: its condition is encoded alone, its noise is
-that of its seed, its candidates are judged together and apart from others, and the compiled loop, which is built before
-the first picture, computes every row by itself. The flow's part is the same bit for bit; decoders round by batch, so
-pixels are within one 8-bit level. One thread at a time may call a `BlockSampler`.
+Contract: picture i of a request is what a pipeline draws for it alone: its condition and noise are its own, candidates
+are judged apart from others', and the compiled loop, which is built before the first picture, computes every row by
+itself. The flow's part is the same bit for bit, pixels within one 8-bit level. One thread may call a `BlockSampler`.
 
 Shapes: B rows of a batch, each a candidate of a picture; C x h x w latents.
 """
@@ -11,7 +10,6 @@ Shapes: B rows of a batch, each a candidate of a picture; C x h x w latents.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,17 +27,17 @@ from starflow.pipeline.config import (
     guidance_weights,
     latent_shape,
     own_guidance,
+    untrained_size_warning,
     with_sampling_options,
 )
 from starflow.pipeline.editing import Edited, hole_of
 from starflow.pipeline.inputs import (
+    PromptConditions,
     call_bytes,
     check_seed,
     check_student_call,
     check_whole,
-    encode_prompts,
     free_bytes,
-    remember_prompts,
 )
 from starflow.pipeline.likelihood import LogProb
 from starflow.pipeline.pipeline import BATCH, StarFlowPipeline
@@ -67,17 +65,16 @@ class BlockSampler:
     """Rows of a batch, at most; memory may allow fewer."""
     memory: int | None = None
     """Bytes that a batch may take beside the weights; None is a share of what is free."""
-    _conditions: OrderedDict[tuple[str, int, int], tuple[Tensor | None, Tensor | None]] = field(
-        default_factory=OrderedDict
-    )
+    _conditions: PromptConditions = field(init=False)
     _capacities: dict[BatchKey, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_whole("max_rows", self.max_rows)
-        free = free_bytes(self.pipeline.device)
-        if self.memory is None and free is not None:
+        pipeline = self.pipeline
+        if self.memory is None and (free := free_bytes(pipeline.device)) is not None:
             self.memory = int(MEMORY_SHARE * free)
-        self._engine = cpu_engine_of(self.pipeline.flow) if self.pipeline.device.type == "cpu" else None
+        self._conditions = PromptConditions(pipeline.conditioner, pipeline.flow, pipeline.config, PROMPTS_KEPT)
+        self._engine = cpu_engine_of(pipeline.flow) if pipeline.device.type == "cpu" else None
 
     @property
     def blocks(self) -> int:
@@ -88,6 +85,7 @@ class BlockSampler:
         """Build what is built once, and draw a picture: from here on nothing changes how one is computed."""
         if self._engine is not None:
             self._engine.build()
+        self._conditions.try_together()
         drawing = self.begin(DrawRequest(candidates=1, guidance=0.0), 0)
         self.prepare([drawing])
         while not drawing.finished:
@@ -112,7 +110,8 @@ class BlockSampler:
             raise UserError(f"a picture of {request.size} needs more memory than there is: ask for a smaller size")
         rows = [Row(self.blocks - 1) for _ in range(config.candidates)]
         tokens = shape[1] * shape[2] // pipeline.flow.config.patch_size**2
-        return PictureInProgress(request, seed, key, tokens, guidance, config.temperature, rows)
+        notes = _size_notes(pipeline, request)
+        return PictureInProgress(request, seed, key, tokens, guidance, config.temperature, rows, notes=notes)
 
     def capacity(self, key: BatchKey) -> int:
         """Rows that a batch may have: as many as are predicted to fit."""
@@ -127,33 +126,24 @@ class BlockSampler:
         return self._capacities[key]
 
     def prepare(self, drawings: Sequence[PictureInProgress]) -> None:
-        """Encode the prompt and draw the noise of pictures that have not begun.
+        """Encode the prompts and draw the noise of pictures of one key that have not begun.
 
         Raises:
             UserError: a prompt that the model does not know.
         """
-        pipeline = self.pipeline
+        shape = drawings[0].key[0]
+        self._conditions.prepare([drawing.request.prompt for drawing in drawings], shape)
         for drawing in drawings:
-            shape = drawing.key[0]
-            remember_prompts([drawing.request.prompt], pipeline.conditioner, pipeline.config, shape)
             drawing.condition, drawing.null_condition = self._encode(drawing.request.prompt, shape)
             noise = candidate_noise([drawing.seed], shape, len(drawing.rows))[0]
-            states = (drawing.temperature * noise.to(pipeline.device)).split(1)
+            states = (drawing.temperature * noise.to(self.pipeline.device)).split(1)
             for row, state in zip(drawing.rows, states, strict=True):
                 row.state = state
             drawing.prepared = True
 
     def _encode(self, prompt: str, shape: tuple[int, int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Condition and null condition of one prompt, encoded alone: they do not depend on who is beside it."""
-        pipeline, name = self.pipeline, (prompt, *shape[1:])
-        if name not in self._conditions:
-            self._conditions[name] = encode_prompts(
-                [prompt], pipeline.conditioner, pipeline.flow, pipeline.config, shape
-            )
-            while len(self._conditions) > PROMPTS_KEPT:
-                self._conditions.popitem(last=False)
-        self._conditions.move_to_end(name)
-        return self._conditions[name]
+        """Condition and null condition of one prompt: they do not depend on who is beside it."""
+        return self._conditions.of(prompt, shape)
 
     def solve(self, rows: Sequence[tuple[PictureInProgress, Row]], progress: Callable[[int], None]) -> None:
         """Take rows of one key through the block that all of them are at; `progress` is told of the tokens solved."""
@@ -261,7 +251,12 @@ def _drawn(
         return NotFiniteError("the picture was decoded to values that are not finite: use another decoder")
     pairs = zip(images, nats, strict=True) if drawing.request.keep_candidates and nats else ()
     candidates = tuple((image, value) for image, value in pairs if image is not None)
-    return Drawn(first, drawing.seed, latents[:1], nats[0] if nats else None, candidates)
+    return Drawn(first, drawing.seed, latents[:1], nats[0] if nats else None, candidates, drawing.notes)
+
+
+def _size_notes(pipeline: StarFlowPipeline, request: DrawRequest) -> list[str]:
+    note = request.size and untrained_size_warning(pipeline.config, pipeline.flow.config, request.size)
+    return [note] if note else []
 
 
 def _stack(conditions: Sequence[Tensor | None]) -> Tensor | None:
@@ -406,18 +401,17 @@ def edit_calls(
                 guidance=request.guidance or 0.0,
                 progress=progress,
             )
-        settings = request.settings
         return pipeline.inpaint(
             request.image,
             request.mask,
             request.prompt,
-            method=settings.method,
+            method=request.settings.method,
             seed=seed,
             invert_mask=request.invert_mask,
             guidance=request.guidance,
             temperature=request.temperature,
-            candidates=settings.candidates,
-            steps=settings.steps,
+            candidates=request.settings.candidates,
+            steps=request.settings.steps,
             progress=told,
             preview=preview if request.previews else None,
         )
@@ -434,8 +428,7 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
     """
     own = own_guidance(pipeline.config, pipeline.student.config if pipeline.student else None)
     guidance = own if request.guidance is None else request.guidance
-    weights = guidance_weights(guidance, request.num_images)
-    settings = SampleSettings(guidance, "auto")
+    settings, weights = SampleSettings(guidance, "auto"), guidance_weights(guidance, request.num_images)
     check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)
     with_sampling_options(pipeline.config, request.temperature, request.candidates)
     latent_shape(pipeline.config, pipeline.flow.config, request.size)
@@ -452,6 +445,6 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
             size=request.size,
             progress=progress,
         )
-        return Drawn(made.images[0], seed, made.latents)
+        return Drawn(made.images[0], seed, made.latents, notes=_size_notes(pipeline, request))
 
     return [partial(make, request.seed + index) for index in range(request.num_images)]

@@ -340,9 +340,11 @@ def picture_json(made: Drawn | Edited, prompt: str, model: str) -> dict[str, Any
     """One picture of an answer, drawn or changed."""
     seed = made.seed if isinstance(made, Drawn) else made.seeds[0]
     text = {"prompt": prompt, "seed": str(seed), "model": model}
-    found = {"b64_json": to_png(picture_of(made), text), "seed": seed}
+    found: dict[str, Any] = {"b64_json": to_png(picture_of(made), text), "seed": seed}
     if isinstance(made, Edited):
         return {**found, "notes": made.notes, "log_prob": _finite(made.log_prob[0])}
+    if made.notes:
+        found["notes"] = made.notes
     return found if made.log_prob is None else {**found, "log_prob": made.log_prob}
 
 

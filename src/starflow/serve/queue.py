@@ -80,6 +80,8 @@ class PictureInProgress:
     null_condition: Tensor | None = None
     prepared: bool = False
     previewed: int = 0
+    notes: list[str] = field(default_factory=list)
+    """See `Drawn`."""
 
     @property
     def finished(self) -> bool:
@@ -99,6 +101,8 @@ class Drawn:
     """log p(latent | prompt) in nats, unguided; None where nothing was chosen by it."""
     candidates: tuple[tuple[Image, float], ...] = ()
     """Every finite candidate with its log p, the likeliest first, where they were asked for."""
+    notes: list[str] = field(default_factory=list)
+    """What whoever asked should know: that the model was not trained at the size."""
 
 
 class RefusedError(Exception):

@@ -297,14 +297,21 @@ class Scheduler:
         """The batch without those whose prompt cannot be encoded."""
         began = self._clock()
         new = {job: drawing for job, drawing, _ in batch if not drawing.prepared}
-        for job, drawing in new.items():
-            try:
-                self.sampler.prepare([drawing])
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's alone
-                self._fail(job.ticket, error)
         if new:
+            self._prepare(new)
             self.observer.worked("encode", len(new), self._clock() - began)
         return [one for one in batch if not one[0].ticket.future.done()]
+
+    def _prepare(self, new: dict[Job, PictureInProgress]) -> None:
+        """Prepare pictures together, and one by one where that fails, so that whose prompt is at fault fails alone."""
+        try:
+            self.sampler.prepare(list(new.values()))
+        except Exception as error:  # noqa: BLE001
+            for job, drawing in new.items():
+                if len(new) == 1:
+                    self._fail(job.ticket, error)
+                else:
+                    self._prepare({job: drawing})
 
     def _counter(self, batch: list[tuple[Job, PictureInProgress, Row]]) -> Callable[[int], None]:
         """What counts the tokens of a batch's pictures, and ends a block when the last who waits is gone or late."""
