@@ -34,14 +34,11 @@ from starflow.edit.chains import (
     effective_samples,
     hamiltonian_step,
     noise_step,
-    redrawn,
-    refreshed,
 )
 from starflow.edit.density import GuidedFlow, log_density
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
-from starflow.flow.tokens import patchify
 
 Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 
@@ -302,16 +299,11 @@ class _Filling:
         """The draws and, in a small hole, each drawn anew from its own surroundings; (K or 2 K, C, H, W)."""
         start = self.density.decode(self.draws())
         self.report(0.5, self.problem.paste(start)[:1])
-        hole_N, grid = self.density.tokens_of(self.problem.hole), self.density.grid_of(start)
-        if float(hole_N.double().mean()) > REDRAWN_SHARE:
+        if float(self.density.tokens_of(self.problem.hole).double().mean()) > REDRAWN_SHARE:
             return self.problem.paste(start)
-        _, here = refreshed(self.problem, self.density, start, self.random.normal(len(start)))
-        anew = redrawn(self.density, here, hole_N, 1.0, self.token_noise(len(start)), grid)
+        near = self.problem.near(start, self.random.normal(len(start)))
+        anew = self.density.redraw(near, self.random.normal(len(start)), self.problem.hole)
         return self.problem.paste(torch.cat((start, anew)))
-
-    def token_noise(self, rows: int) -> Tensor:
-        """Standard normal noise of every token, (rows, N, D)."""
-        return patchify(self.random.normal(rows), self.density.flow.config.patch_size)
 
     def moved(self, x: Tensor, size: float, log_uniform: Tensor) -> Step:
         """A Hamiltonian step of every row."""
