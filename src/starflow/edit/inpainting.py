@@ -124,7 +124,8 @@ def inpaint(
         seeds: one a row. The first normal draw of a seed's generator is left out: with it a caller adds the noise.
         settings: how.
         progress: called with (rows done, rows in all), rows in fractions of a thousandth.
-        show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled; not by `chain`.
+        show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled: once by `auto`, after
+            each step of `hmc`.
 
     Raises:
         UserError: a hole of another shape, an empty one, not one seed a row, or what the flow cannot take.

@@ -308,7 +308,7 @@ class PictureEditing:
             feather: pixels inside the hole over which the decoder's error at its edge fades.
             cleaning: how the noise of training is lost; see `__call__`.
             progress: called with (done, in all).
-            preview: called with a filling's number and its picture so far, some times a filling; not by "chain".
+            preview: called with a filling's number and its picture so far: once by "auto", after each step of "hmc".
 
         Returns:
             Pictures of the given size, with their log p(latent | prompt), acceptance and effective sample size.
