@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step, redraw_step
-from starflow.edit.density import Density, GuidedFlow, Halfway
+from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step
+from starflow.edit.density import Density, GuidedFlow
 from starflow.flow.model import STARFlow
 from tests.edit.conftest import STANDARD_ERRORS, Affine, Funnel, far, histogram_apart, log_uniform, normal, quadrature
 
@@ -35,17 +35,6 @@ def by_force(problem: Problem, generator: torch.Generator, x: Tensor, steps: int
     x = problem.paste(x)
     for _ in range(steps):
         x = hamiltonian_step(problem, x, 0.35, 3, normal(generator, *x.shape), log_uniform(generator, len(x))).x
-    return x
-
-
-def by_redraw(problem: Problem, generator: torch.Generator, x: Tensor, steps: int) -> Tensor:
-    assert isinstance(problem.density, GuidedFlow)
-    x = problem.paste(x)
-    tokens = problem.density.halfway(x[:1]).z_BND.shape[1:]
-    for step in range(steps):
-        b, noise = 1.0 if step % 2 else 0.6, normal(generator, len(x), *tokens)
-        uniform = log_uniform(generator, len(x))
-        x = redraw_step(problem, problem.density, x, b, normal(generator, *x.shape), noise, uniform).x
     return x
 
 
@@ -122,7 +111,7 @@ def drift(
 
 
 @pytest.mark.parametrize(("known", "hole"), CASES)
-@pytest.mark.parametrize("chain", [by_noise, by_force, by_redraw])
+@pytest.mark.parametrize("chain", [by_noise, by_force])
 def test_a_trained_density_stays_as_quadrature_says(banana: STARFlow, chain: Chain, known: float, hole: int) -> None:
     assert drift(GuidedFlow(banana), GuidedFlow(banana), chain, known, hole) < STANDARD_ERRORS
 
@@ -145,26 +134,9 @@ def test_a_wrong_jacobian_is_seen(chain: Chain) -> None:
     assert drift(Funnel(), WithoutJacobian(), chain, -0.5, 0, 25000, 30) > 2 * STANDARD_ERRORS
 
 
-@dataclasses.dataclass(frozen=True)
-class AllTokens(GuidedFlow):
-    """A wrong redraw: the known tokens count as drawn too."""
-
-    def halfway(self, x: Tensor) -> Halfway:
-        found = super().halfway(x)
-        return found._replace(nats_BN=found.nats_BN.sum(1, keepdim=True).expand(-1, 2))
-
-
-def test_a_redraw_that_counts_the_known_tokens_as_drawn_is_seen(banana: STARFlow) -> None:
-    right, wrong = (
-        drift(GuidedFlow(banana), GuidedFlow(banana), by_redraw, -1.5, 1),
-        drift(GuidedFlow(banana), AllTokens(banana), by_redraw, -1.5, 1),
-    )
-    assert right < STANDARD_ERRORS < 1.5 * STANDARD_ERRORS < wrong
-
-
 def test_chains_from_anywhere_come_to_what_quadrature_says(banana: STARFlow) -> None:
     generator, problem = torch.Generator().manual_seed(6), problem_of(GuidedFlow(banana), 0.7, 1)
-    x = by_redraw(problem, generator, problem.paste(normal(generator, FEW, 1, 1, 2)), 12)
+    x = by_force(problem, generator, problem.paste(normal(generator, FEW, 1, 1, 2)), 12)
     assert histogram_apart(problem.density, x, 0.7, 1) < STANDARD_ERRORS
 
 
@@ -200,29 +172,6 @@ def final_momentum(problem: Problem, x: Tensor, size: float, leapfrogs: int, mom
         hamiltonian_step(problem, x, size, count, momentum, never).proposal for count in (leapfrogs - 1, leapfrogs + 1)
     )
     return (after - before) / (2 * size)
-
-
-def test_the_reverse_of_a_redraw_has_the_inverse_ratio(banana: STARFlow) -> None:
-    """From a y whose known part is what the proposal's is, the other way."""
-    problem, generator = problem_of(GuidedFlow(banana), 0.7, 1), torch.Generator().manual_seed(0)
-    density = GuidedFlow(banana)
-    x, refresh, noise, b = (
-        problem.paste(normal(generator, 8, 1, 1, 2)),
-        normal(generator, 8, 1, 1, 2),
-        normal(generator, 8, 2, 1),
-        0.6,
-    )
-    never = torch.full((8,), torch.inf, dtype=torch.float64)
-    y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
-    here = density.halfway(y)
-    z = (1 - b * b) ** 0.5 * here.z_BND + b * noise
-    there = density.redraw(here.u_BND, z, density.tokens_of(problem.hole), (1, 2))
-    forth = redraw_step(problem, density, x, b, refresh, noise, never)
-    assert torch.allclose(problem.paste(there), forth.proposal)
-    back_refresh = torch.where(problem.hole, 0, (there - problem.known) / problem.spread)
-    back_noise = (here.z_BND - (1 - b * b) ** 0.5 * density.halfway(there).z_BND) / b
-    back = redraw_step(problem, density, problem.paste(there), b, back_refresh, back_noise, never)
-    assert ratios_are_inverse(forth, back, x)
 
 
 def test_what_is_not_a_number_is_never_accepted(affine: Affine) -> None:

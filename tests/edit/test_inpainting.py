@@ -20,7 +20,7 @@ from starflow.flow.model import Flow, STARFlow
 from tests.edit.conftest import STANDARD_ERRORS, histogram_apart
 from tests.registry import randomised
 
-SHORT = InpaintSettings(candidates=3, steps=6, sweeps=1, leapfrogs=2)
+SHORT = InpaintSettings(candidates=3, steps=6, leapfrogs=2)
 METHODS = get_args(Method)
 
 
@@ -94,29 +94,59 @@ def test_the_likeliest_is_the_likeliest_and_the_weighted_one_is_a_draw(flow: Flo
     assert math.isnan(weighted.acceptance.item())
 
 
-@pytest.mark.parametrize(("share", "whole"), [(0.75, True), (0.25, False)])
+def hole_of(tokens: int) -> Tensor:
+    """The first of four tokens of 2 x 2 latents, (1, 1, 4, 4)."""
+    return (torch.arange(4) < tokens).view(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(3, True), (2, False)])
 def test_auto_draws_small_holes_anew_and_leaves_large_ones_as_the_flow_drew_them(
-    flow: Flow, share: float, whole: bool
+    flow: Flow, tokens: int, whole: bool
 ) -> None:
-    x, hole, condition, _ = given(1)
-    hole[:] = False
-    hole[..., : round(share * hole.shape[-2]), :] = True
-    problem = Problem(GuidedFlow(flow, condition), x, hole, 0.3)
-    settings = InpaintSettings(candidates=2, steps=0)
+    x, _, condition, _ = given(1)
+    problem = Problem(GuidedFlow(flow, condition), x, hole_of(tokens), 0.3)
     found = []
     for seed in range(6):
         draws = problem.paste(problem.density.decode(Random(seed, x).normal(2)))
-        filled = inpaint(flow, x, hole, condition, seeds=[seed], settings=settings)
+        filled = inpaint(flow, x, problem.hole, condition, seeds=[seed], settings=InpaintSettings(candidates=2))
         found.append(min(float((filled.x - draw).abs().max()) for draw in draws) < 1e-5)
     assert all(found) if whole else not all(found)
 
 
-@pytest.mark.parametrize("method", ["resample", pytest.param("auto", marks=pytest.mark.slow)])
-def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow, method: Method) -> None:
-    """With many draws and steps, against quadrature."""
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_auto_takes_of_the_likelier_half_what_is_as_likely_as_the_known_part(flow: Flow, guidance: float) -> None:
+    x, _, condition, null = given(1)
+    density = GuidedFlow(flow, condition, null, guidance, 0.8)
+    settings = InpaintSettings(guidance=guidance, temperature=0.8, candidates=9)
+    places = []
+    for seed in range(8):
+        # A known part of zeros is likelier than what is drawn, one of numbers like the data's is less likely.
+        problem = Problem(density, x * (seed % 3), hole_of(3), 0.3)
+        draws = problem.paste(density.decode(Random(seed, x).normal(9)))
+        filled = inpaint(flow, problem.known, problem.hole, condition, null, seeds=[seed], settings=settings)
+        likelier = sorted(draws.split(1), key=lambda draw: -float(problem.log_hole(draw)))[:5]
+        nats = [GuidedFlow(flow, condition).log_tokens(draw)[0] for draw in likelier]
+        gaps = [abs(float(one[:3].mean() - one[3])) for one in nats]
+        places.append(gaps.index(min(gaps)))
+        assert torch.allclose(filled.x, likelier[places[-1]], atol=1e-5)
+    assert any(places), "the likeliest is not always the one"
+
+
+def test_where_nothing_is_known_auto_takes_the_likeliest(flow: Flow) -> None:
+    x, _, condition, _ = given(1)
+    problem = Problem(GuidedFlow(flow, condition), x, hole_of(4), 0.3)
+    draws = problem.density.decode(Random(5, x).normal(6))
+    filled = inpaint(flow, x, problem.hole, condition, seeds=[5], settings=InpaintSettings(candidates=6))
+    assert torch.allclose(filled.x[0], draws[problem.log_hole(draws).argmax()], atol=1e-5)
+    assert math.isnan(filled.acceptance.item())
+    assert math.isnan(filled.effective_samples.item())
+
+
+def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow) -> None:
+    """With many draws, against quadrature."""
     known = torch.full((40, 1, 1, 2), 0.7, dtype=torch.float64)
     hole = torch.tensor([False, True]).view(1, 1, 1, 2).expand(40, -1, -1, -1)
-    settings = InpaintSettings(method, candidates=32 if method == "resample" else 4, steps=8, sweeps=1, spread=0.6)
+    settings = InpaintSettings("resample", candidates=32, spread=0.6)
     filled = inpaint(banana, known, hole, seeds=range(40), settings=settings)
     assert histogram_apart(GuidedFlow(banana), filled.x, 0.7, 1) < STANDARD_ERRORS
 

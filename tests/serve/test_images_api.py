@@ -117,7 +117,7 @@ def test_the_official_client_streams_the_filling_of_a_hole(api: Running) -> None
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{api.url}/v1", api_key="unused", max_retries=0)
     asked = {"image": ("photo.png", as_png(photo())), "mask": ("mask.png", as_png(mask())), "prompt": "a red apple"}
-    own = {"seed": 1, "candidates": 2, "steps": 2}
+    own = {"seed": 1, "method": "hmc", "candidates": 2, "steps": 4}
     events = list(client.images.edit(**asked, stream=True, partial_images=2, extra_body=own))
     assert [one.type for one in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
     assert [one.partial_image_index for one in events[:2]] == [0, 1]

@@ -54,8 +54,8 @@ class InpaintOptions:
     temperature: Annotated[
         float | None, Flag("of the density: 1 is as it was trained, less is simpler (default: the model's)", "T")
     ] = None
-    candidates: Annotated[int, Flag("draws that a filling starts from", "K")] = 12
-    steps: Annotated[int, Flag("of the chain", "N")] = 6
+    candidates: Annotated[int, Flag("draws that a filling starts from", "K")] = 16
+    steps: Annotated[int, Flag("of a chain", "N")] = 20
     spread: Annotated[float, Flag("how freely the known part moves while a chain draws", "S")] = 0.3
     keep: Annotated[Literal["weighted", "likeliest"], Flag("which draw 'resample' keeps")] = "weighted"
     feather: Annotated[int, Flag("pixels inside the hole over which its edge is blended", "N")] = 2

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow.edit.density import Density, GuidedFlow, Halfway, log_density
+from starflow.edit.density import Density, log_density
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Problem:
     def paste(self, y: Tensor) -> Tensor:
         """(x_O, y_M): the known part over y."""
         return torch.where(self.hole, y, self.known)
+
+    def near(self, y: Tensor, noise: Tensor) -> Tensor:
+        """y_M with y_O drawn from q by standard normal noise (B, C, H, W)."""
+        return torch.where(self.hole, y, self.known + self.spread * noise)
 
     def log_q(self, y: Tensor) -> Tensor:
         """log q(y_O) of each row, nats."""
@@ -153,59 +157,6 @@ def _force(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         nats = log_density(problem.density, at)
         (gradient,) = torch.autograd.grad(nats.sum(), at)
     return nats.detach(), torch.where(problem.hole, gradient, 0)
-
-
-def redraw_step(
-    problem: Problem, density: GuidedFlow, x: Tensor, b: float, refresh: Tensor, noise: Tensor, log_uniform: Tensor
-) -> Step:
-    """Draw the hole's tokens of the last block anew, each given the tokens before it, of the target "whole".
-
-    First y_O is drawn from q, which is its conditional distribution. With u the last block's input and z_n the noise of
-    token n given u_<n, the hole's noise moves by z' = sqrt(1 - b^2) z + b g while u_O stays; y' is u' taken through the
-    other blocks. Since p(y) = |du/dy| prod_n p(u_n | u_<n), and the hole's factors are what the move preserves, it is
-    accepted with the ratio of
-
-        w(y) prod_{n in O} p(u_n | u_<n),
-
-    which says how well the new tokens lead to the known ones that come after them.
-
-    Args:
-        problem: what is filled, under `density`.
-        density: the flow, whose last block is drawn from.
-        x: (B, C, H, W), the state, with the known part in place.
-        b: 0 < b <= 1; 1 draws anew.
-        refresh: (B, C, H, W), standard normal noise of y_O.
-        noise: (B, N, D), g.
-        log_uniform: (B,).
-
-    Returns:
-        The step in x, with the known part in place.
-    """
-    y, here = refreshed(problem, density, x, refresh)
-    hole_N = density.tokens_of(problem.hole)
-    proposal = redrawn(density, here, hole_N, b, noise, density.grid_of(y))
-    before = _log_redrawn(problem, y, here, hole_N)
-    after = _log_redrawn(problem, proposal, density.halfway(proposal), hole_N)
-    return accept(x, problem.paste(proposal), after - before, log_uniform)
-
-
-def refreshed(problem: Problem, density: GuidedFlow, x: Tensor, refresh: Tensor) -> tuple[Tensor, Halfway]:
-    """y of x_M and of y_O drawn from q, and what the last block makes of it."""
-    y = torch.where(problem.hole, x, problem.known + problem.spread * refresh)
-    return y, density.halfway(y)
-
-
-def redrawn(
-    density: GuidedFlow, here: Halfway, hole_N: Tensor, b: float, noise: Tensor, grid: tuple[int, int]
-) -> Tensor:
-    """The proposal of a redraw, y' (B, C, H, W)."""
-    return density.redraw(here.u_BND, math.sqrt(1 - b * b) * here.z_BND + b * noise, hole_N, grid)
-
-
-def _log_redrawn(problem: Problem, y: Tensor, halfway: Halfway, hole_N: Tensor) -> Tensor:
-    """log of w(y) prod_{n in O} p(u_n | u_<n), (B,): p(y)'s factors of the known tokens cancel."""
-    drawn = torch.where(hole_N, halfway.nats_BN, 0).sum(1) + halfway.logdet
-    return problem.log_hole(y) + problem.log_q(y) - drawn
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,19 +52,6 @@ def log_density(density: Density, x: Tensor) -> Tensor:
     return affine.log_normal(z) + logdet
 
 
-class Halfway(NamedTuple):
-    """A pass from data to noise that stops before the last block, the one next to the noise."""
-
-    u_BND: Tensor
-    """The last block's input, in raster order."""
-    z_BND: Tensor
-    """Its output, the noise, in raster order."""
-    nats_BN: Tensor
-    """log p(u_n | u_<n) of each token under the last block, in raster order."""
-    logdet: Tensor
-    """log |det du/dx| of the blocks before the last, (B,)."""
-
-
 @dataclass(frozen=True)
 class GuidedFlow:
     """The density of one condition, which any number of rows share.
@@ -97,6 +84,17 @@ class GuidedFlow:
         return z, logdet - z[0].numel() * math.log(self.temperature)
 
     @torch.no_grad()
+    def log_tokens(self, x: Tensor) -> Tensor:
+        """log p(x) as a sum over tokens in raster order, (B, N) in nats: what each adds under all blocks."""
+        tokens_BND, grid = self.flow.to_tokens(x)
+        log_scale_BND = self._last_log_scale(tokens_BND).expand_as(tokens_BND)
+        for number, block in enumerate(self.flow.iter_blocks()):
+            tokens_BND, log_sigma = self._forward(number, block, tokens_BND, grid)
+            log_scale_BND = log_scale_BND + in_order(log_sigma, backwards=block.spec.backwards)
+        z_BND = tokens_BND * torch.exp(-self._last_log_scale(tokens_BND))
+        return (-0.5 * z_BND.square() - log_scale_BND - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Noise (B, C, H, W) to data token by token: a draw, where z is standard normal."""
         given, null = self._rows(len(z))
@@ -104,50 +102,34 @@ class GuidedFlow:
         return run(self.flow, self.temperature * z, given, null, settings).x
 
     @torch.no_grad()
-    def halfway(self, x: Tensor) -> Halfway:
-        """What the last block makes of x, token by token."""
-        u_BND, grid = self.flow.to_tokens(x)
-        logdet = u_BND.new_zeros(len(x))
-        *first, last = enumerate(self.flow.iter_blocks())
-        for number, block in first:
-            u_BND, log_sigma = self._forward(number, block, u_BND, grid)
-            logdet = logdet - log_sigma.sum((1, 2))
-        z_BND, log_sigma = self._forward(*last, u_BND, grid)
-        scale = self._last_log_scale(u_BND)
-        log_scale = in_order(log_sigma, backwards=last[1].spec.backwards) + scale
-        z_BND = z_BND * torch.exp(-scale)
-        nats = -0.5 * z_BND.square() - log_scale - 0.5 * math.log(2 * math.pi)
-        return Halfway(u_BND, z_BND, nats.sum(-1), logdet)
-
-    @torch.no_grad()
-    def redraw(self, u_BND: Tensor, z_BND: Tensor, hole_N: Tensor, grid: Grid) -> Tensor:
-        """Draw the last block's tokens in the hole from their noise, each given all tokens before it, known or drawn.
+    def redraw(self, x: Tensor, z: Tensor, hole: Tensor) -> Tensor:
+        """Draw the hole's tokens of the last block, the one next to the noise, anew: each given all tokens before it.
 
         Args:
-            u_BND: the last block's input in raster order, of which the tokens outside the hole are kept.
-            z_BND: noise, of which that of the hole's tokens is used.
-            hole_N: whether a token is drawn, in raster order.
-            grid: rows and columns of tokens.
+            x: (B, C, H, W). What the last block is given of it outside the hole is kept.
+            z: noise (B, C, H, W), of which that of the hole's tokens is used.
+            hole: (1, 1, H, W) of bool.
 
         Returns:
-            Data (B, C, H, W): the new tokens taken through the other blocks.
+            Data (B, C, H, W): the last block's tokens, new and kept, taken through the other blocks.
         """
-        given, null = self._rows(len(u_BND))
-        noise = self.temperature * self.flow.from_tokens(z_BND, grid)
+        u_BND, grid = self.flow.to_tokens(x)
+        last = len(self.flow.blocks) - 1
+        for number, block in enumerate(self.flow.iter_blocks()):
+            if number < last:
+                u_BND, _ = self._forward(number, block, u_BND, grid)
+        hole_1N1 = self.tokens_of(hole)[None, :, None]
 
         def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
-            if number < len(self.flow.blocks) - 1:
+            if number < last:
                 return solve_sequential(predictor, noise_BNC, SolverOptions(), lambda _: None)
             backwards = predictor.block.spec.backwards
-            own_u, hole_1N1 = (in_order(one, backwards=backwards) for one in (u_BND, hole_N[None, :, None]))
-            return _redraw_block(predictor, own_u, noise_BNC, hole_1N1.flatten().tolist())
+            own_u, own_hole = (in_order(one, backwards=backwards) for one in (u_BND, hole_1N1))
+            return _redraw_block(predictor, own_u, noise_BNC, own_hole.flatten().tolist())
 
+        given, null = self._rows(len(x))
         settings = SampleSettings(self.guidance, "sequential")
-        return solve_blocks(self.flow, noise, given, null, settings, solve_block).x
-
-    def grid_of(self, x: Tensor) -> Grid:
-        """Rows and columns of tokens of x (B, C, H, W)."""
-        return self.flow.to_tokens(x[:1])[1]
+        return solve_blocks(self.flow, self.temperature * z, given, null, settings, solve_block).x
 
     def tokens_of(self, hole: Tensor) -> Tensor:
         """(1, 1, H, W) of latents to (N,) of tokens: those that hold any latent of the hole."""

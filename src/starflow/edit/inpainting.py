@@ -1,14 +1,15 @@
 """Fill a hole in a latent so that the whole is likely under the flow; see `starflow.edit.chains` for what that means.
 
-Every method draws x_M given x_O from the flow's density p under guidance and temperature, exactly or in the limit that
-is named below; the log p that a filling comes with is the plain conditional one, unguided and at temperature 1.
+Every method draws x_M given x_O from the flow's density p under guidance and temperature, in the limit that is named
+below, if any; the log p that a filling comes with is the plain conditional one, unguided and at temperature 1.
 
 - paper: STARFlow, arXiv 2506.06276, appendix D.1. It is no exact chain: pasting changes the latent, and its Jacobian's
   ratio is missing. It is kept for comparison.
 - resample: K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
-- auto: draws, whose holes are drawn anew token by token given what is known, then Hamiltonian steps.
+- auto: of K draws, and of small holes drawn anew token by token given what is known, the one that is typical. A choice
+  that was measured (docs/log.md), no exact one.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
@@ -33,24 +34,20 @@ from starflow.edit.chains import (
     effective_samples,
     hamiltonian_step,
     noise_step,
-    redraw_step,
-    redrawn,
-    refreshed,
 )
 from starflow.edit.density import GuidedFlow, log_density
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
-from starflow.flow.tokens import patchify
 
 Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 
 PAPER_NOISE = 1.0
 """tau of the paper's proposals."""
 
-REDRAWN_SHARE = 2 / 3
-"""Of the tokens, the largest hole that `auto` draws anew given the known ones. Beyond it too little is known for that,
-and whole draws of the flow fit better (docs/log.md)."""
+REDRAWN_SHARE = 0.6
+"""Of the tokens, the largest hole that `auto` draws anew given the known ones. Beyond it too little is known: what is
+drawn anew comes out likelier than real pictures, and whole draws of the flow fit better (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +61,10 @@ class InpaintSettings:
     method: Method = "auto"
     guidance: float = 0.0
     temperature: float = 1.0
-    candidates: int = 12
-    """K, draws that a filling starts from."""
-    steps: int = 6
-    """Of the chain; the first third adapts its size and is not counted in the acceptance. `auto` needs no more; `chain`
-    and `hmc` start further away, and gain from 20 and more."""
-    sweeps: int = 3
-    """How often `auto` draws a hole anew, all candidates at once, before it chooses among all that it has seen."""
+    candidates: int = 16
+    """K, draws that a filling starts from or is chosen of."""
+    steps: int = 20
+    """Of `chain`, `hmc` and `paper`; the first third adapts its size and is not counted in the acceptance."""
     leapfrogs: int = 3
     """Of a Hamiltonian step."""
     spread: float = 0.3
@@ -83,7 +77,7 @@ class InpaintSettings:
             raise UserError(f"method is {self.method!r}, expected one of {', '.join(get_args(Method))}")
         if self.keep not in ("weighted", "likeliest"):
             raise UserError(f"keep is {self.keep!r}, expected 'weighted' or 'likeliest'")
-        for name, least in (("candidates", 1), ("steps", 0), ("sweeps", 0), ("leapfrogs", 1)):
+        for name, least in (("candidates", 1), ("steps", 0), ("leapfrogs", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for name in ("temperature", "spread"):
@@ -130,7 +124,8 @@ def inpaint(
         seeds: one a row. The first normal draw of a seed's generator is left out: with it a caller adds the noise.
         settings: how.
         progress: called with (rows done, rows in all), rows in fractions of a thousandth.
-        show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled; not by `chain`.
+        show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled: once by `auto`, after
+            each step of `hmc`.
 
     Raises:
         UserError: a hole of another shape, an empty one, not one seed a row, or what the flow cannot take.
@@ -199,11 +194,21 @@ class Random:
         Raises:
             NotFiniteError: no weight is above 0.
         """
-        log_weight = log_weight.nan_to_num(nan=-math.inf)
-        weight = (log_weight - log_weight.max()).exp().nan_to_num(0).cpu()
-        if not bool(weight.sum() > 0):
-            raise NotFiniteError("no filling came out finite: lower the guidance, or use another checkpoint")
+        log_weight = finite(log_weight)
+        weight = (log_weight - log_weight.max()).exp().cpu()
         return torch.multinomial(weight, 1, generator=self.generator)
+
+
+def finite(nats: Tensor) -> Tensor:
+    """What is not a finite number as minus infinity, which nothing chooses.
+
+    Raises:
+        NotFiniteError: nothing is finite.
+    """
+    nats = torch.where(nats.isfinite(), nats, -math.inf)
+    if not bool(nats.isfinite().any()):
+        raise NotFiniteError("no filling came out finite: lower the guidance, or use another checkpoint")
+    return nats
 
 
 @dataclass
@@ -248,7 +253,7 @@ class _Filling:
         self.effective = effective_samples(weight)
         if keep == "weighted":
             return z[self.random.choose(weight)]
-        return z[self.problem.log_hole(y).nan_to_num(nan=-math.inf).argmax().view(1)]
+        return z[finite(self.problem.log_hole(y)).argmax().view(1)]
 
     def chain(self) -> Tensor:
         z, size = self._resampled("weighted"), Adapted(0.3, target=0.234, largest=1.0)
@@ -276,38 +281,30 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """Candidates, drawn anew given what is known where that is enough; one is kept, then both exact steps in turn.
+        """Of the likelier half of the candidates, the one whose hole is as likely as what is known around it.
 
-        The redraws accept everything: they only find places to start from.
+        What does not fit the known part is unlikely, so the less likely half goes. The likeliest of all is plainer than
+        real pictures are: their log p per token differs much between pictures and little between the parts of one, so
+        that the known part says what it should be in the hole.
         """
-        settings, start = self.settings, self.density.decode(self.draws())
-        hole_N, grid = self.density.tokens_of(self.problem.hole), self.density.grid_of(start)
-        sweeps = settings.sweeps if float(hole_N.double().mean()) <= REDRAWN_SHARE else 0
-        places = [start]
-        for sweep in range(sweeps):
-            _, here = refreshed(self.problem, self.density, start, self.random.normal(len(start)))
-            start = redrawn(self.density, here, hole_N, 1.0, self.token_noise(len(start)), grid)
-            places.append(start)
-            self.report(0.5 * (sweep + 1) / sweeps, self.problem.paste(start)[:1])
-        start = self.problem.paste(torch.cat(places))
-        weight = self.problem.log_hole(start)
-        self.effective = effective_samples(weight)
-        x = start[self.random.choose(weight)]
-        sizes = [Adapted(0.3, target=0.234, largest=1.0), Adapted(0.05, target=0.65, largest=0.5)]
-        for number in range(settings.steps):
-            uniform = self.random.log_uniform(1)
-            if number % 2:
-                step = self.moved(x, sizes[1].size, uniform)
-            else:
-                refresh, noise = self.random.normal(1), self.token_noise(1)
-                step = redraw_step(self.problem, self.density, x, sizes[0].size, refresh, noise, uniform)
-            x, sizes[number % 2] = step.x, self.told(number, step, sizes[number % 2])
-            self.report(0.5 + 0.5 * number / settings.steps, x)
-        return x
+        x = self.candidates()
+        nats = self.problem.log_hole(x)
+        likelier = x[finite(nats).topk((len(x) + 1) // 2).indices]
+        hole_N = self.density.tokens_of(self.problem.hole)
+        nats_BN = GuidedFlow(self.density.flow, self.density.condition).log_tokens(likelier)
+        gap = (nats_BN[:, hole_N].mean(1) - nats_BN[:, ~hole_N].mean(1)).abs()
+        # Where nothing is known every gap is NaN, and the first, the likeliest, is taken.
+        return likelier[gap.nan_to_num(nan=math.inf).argmin().view(1)]
 
-    def token_noise(self, rows: int) -> Tensor:
-        """Standard normal noise of every token, (rows, N, D)."""
-        return patchify(self.random.normal(rows), self.density.flow.config.patch_size)
+    def candidates(self) -> Tensor:
+        """The draws and, in a small hole, each drawn anew from its own surroundings; (K or 2 K, C, H, W)."""
+        start = self.density.decode(self.draws())
+        self.report(0.5, self.problem.paste(start)[:1])
+        if float(self.density.tokens_of(self.problem.hole).double().mean()) > REDRAWN_SHARE:
+            return self.problem.paste(start)
+        near = self.problem.near(start, self.random.normal(len(start)))
+        anew = self.density.redraw(near, self.random.normal(len(start)), self.problem.hole)
+        return self.problem.paste(torch.cat((start, anew)))
 
     def moved(self, x: Tensor, size: float, log_uniform: Tensor) -> Step:
         """A Hamiltonian step of every row."""

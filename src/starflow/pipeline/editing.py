@@ -278,8 +278,8 @@ class PictureEditing:
         invert_mask: bool = False,
         guidance: float | None = None,
         temperature: float | None = None,
-        candidates: int = 12,
-        steps: int = 6,
+        candidates: int = 16,
+        steps: int = 20,
         spread: float = 0.3,
         keep: Literal["weighted", "likeliest"] = "weighted",
         feather: int = 2,
@@ -302,13 +302,13 @@ class PictureEditing:
                 where there is no prompt.
             temperature: of that density, 1 is as it was trained; None is what the model draws at.
             candidates: draws that a filling starts from.
-            steps: of the chain.
+            steps: of "chain", "hmc" and "paper".
             spread: how freely the known part may move while the chains draw, in the latents' units.
             keep: of "resample"'s draws: one by its weight, or the likeliest.
             feather: pixels inside the hole over which the decoder's error at its edge fades.
             cleaning: how the noise of training is lost; see `__call__`.
             progress: called with (done, in all).
-            preview: called with a filling's number and its picture so far, some times a filling; not by "chain".
+            preview: called with a filling's number and its picture so far: once by "auto", after each step of "hmc".
 
         Returns:
             Pictures of the given size, with their log p(latent | prompt), acceptance and effective sample size.

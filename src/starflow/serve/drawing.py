@@ -363,7 +363,8 @@ class EditRequest:
     @property
     def cost(self) -> float:
         """Of one picture, in about the rows that would be drawn in the same time."""
-        return 3.0 if self.source_prompt is not None else 2.0 * (self.settings.candidates + self.settings.steps)
+        steps = 0 if self.settings.method in ("auto", "resample") else self.settings.steps
+        return 3.0 if self.source_prompt is not None else 2.0 * (self.settings.candidates + steps)
 
 
 def edit_calls(
