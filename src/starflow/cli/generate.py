@@ -223,8 +223,10 @@ def _drawn_as(pipeline: StarFlowPipeline, options: GenerateOptions) -> dict[str,
     """What the files say of how they were drawn, beside prompt and seed."""
     from starflow.pipeline.config import own_guidance, with_sampling_options
 
-    student = pipeline.student.config if pipeline.student and options.sampler == "student" else None
-    drawn_as = with_sampling_options(pipeline.config, options.temperature, options.candidates, student)
+    student = pipeline.student if options.sampler == "student" else None
+    drawn_as = with_sampling_options(
+        pipeline.config, options.temperature, options.candidates, student.config if student else None
+    )
     weight = own_guidance(pipeline.config, student) if options.guidance is None else options.guidance
     texts = {"guidance": f"{weight:g}", "temperature": f"{drawn_as.temperature:g}"}
     texts |= {"candidates": f"{drawn_as.candidates}", "model": options.model}

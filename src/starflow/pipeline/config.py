@@ -22,7 +22,7 @@ from starflow.data.sources.base import HELDOUT_SHARE
 from starflow.errors import UserError
 from starflow.flow.config import ModelConfig, STARFlowConfig
 from starflow.latents import AutoencoderSpec
-from starflow.sampling.student import StudentConfig
+from starflow.sampling.student import Student, StudentConfig
 
 FORMAT = 1
 """The newest format of config.json that is read."""
@@ -169,9 +169,10 @@ def with_sampling_options(
     )
 
 
-def own_guidance(config: PipelineConfig, student: StudentConfig | None = None) -> float:
+def own_guidance(config: PipelineConfig, student: Student | None = None) -> float:
     """The guidance weight that a model draws at by default, or that its student does."""
-    return config.guidance if student is None or student.guidance is None else student.guidance
+    own = None if student is None else student.config.guidance
+    return config.guidance if own is None else own
 
 
 def check_number(name: str, value: Any) -> float:

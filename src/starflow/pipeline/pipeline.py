@@ -323,7 +323,7 @@ class StarFlowPipeline(PictureEditing, PictureLikelihood):
         prompts = [text for text in check_prompts(prompt, least=1) for _ in range(num_images)]
         size = None if size is None else check_pair(size)
         seed = check_seed(seed, len(prompts))
-        own = own_guidance(self.config, self.student.config if self.student and sampler == "student" else None)
+        own = own_guidance(self.config, self.student if sampler == "student" else None)
         weights = guidance_weights(own if guidance is None else guidance, len(prompts))
         settings = SampleSettings(0.0, solver, guidance_rule, guidance_schedule, cache_dtype=cache_dtype)
         student = check_student_call(sampler, self.student, self.config.name, settings, cleaning, weights)

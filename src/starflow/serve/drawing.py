@@ -427,8 +427,7 @@ def student_calls(pipeline: StarFlowPipeline, request: DrawRequest) -> list[Call
     Raises:
         UserError: no student, or what it cannot draw.
     """
-    own = own_guidance(pipeline.config, pipeline.student.config if pipeline.student else None)
-    guidance = own if request.guidance is None else request.guidance
+    guidance = own_guidance(pipeline.config, pipeline.student) if request.guidance is None else request.guidance
     settings, weights = SampleSettings(guidance, "auto"), guidance_weights(guidance, request.num_images)
     check_student_call("student", pipeline.student, pipeline.config.name, settings, None, weights)
     with_sampling_options(pipeline.config, request.temperature, request.candidates)
