@@ -133,6 +133,7 @@ def test_a_student_draws_where_the_model_has_one(
     api: Running, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {"prompt": "a red apple", "n": 2, "seed": 5, "guidance": 0.0, "sampler": "student"}
+    monkeypatch.setattr(box, "student", None)
     answer = generate(api, **asked)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sampler")
     monkeypatch.setattr(box, "student", untrained_student(box))

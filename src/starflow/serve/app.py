@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, ImageChops
 
-from starflow.pipeline.config import default_size
+from starflow.pipeline.config import default_size, own_guidance, with_sampling_options
 from starflow.pipeline.inputs import example_prompts
 from starflow.serve.drawing import EditRequest, PromptLikelihood, edit_calls, likelihood_call, seen_by, student_calls
 from starflow.serve.queue import Drawn, DrawRequest, Event, follow
@@ -86,6 +86,13 @@ class Page:
         seconds = time.perf_counter() - began
         ticket.future.result()
         yield gallery(shown), asked.seed, f"{int(count)} drawn in {seconds:.1f} s, the first with seed {asked.seed}"
+
+    def choices(self, sampler: str) -> list[float]:
+        """Guidance, temperature and candidates that the model, or its student, draws at by default."""
+        pipeline = self.service.working()[1]
+        student = pipeline.student if sampler == "student" else None
+        own = with_sampling_options(pipeline.config, None, None, student.config if student else None)
+        return [own_guidance(own, student), own.temperature, min(8, own.candidates)]
 
     def edit(
         self,
@@ -262,9 +269,8 @@ def seed_row() -> tuple[Any, Any]:
     import gradio as gr
 
     with gr.Row():
-        return gr.Number(0, label="Seed", precision=0, min_width=100), gr.Checkbox(
-            True, label="New seed", min_width=100
-        )
+        number = gr.Number(0, label="Seed", precision=0, min_width=100)
+        return number, gr.Checkbox(True, label="New seed", min_width=100)
 
 
 def create_tab(page: Page) -> list[Any]:
@@ -272,19 +278,10 @@ def create_tab(page: Page) -> list[Any]:
     import gradio as gr
 
     def draw(
-        prompt: str,
-        count: float,
-        seed: float,
-        new: bool,
-        w: float,
-        t: float,
-        k: float,
-        each: bool,
-        by: str,
+        prompt: str, count: float, seed: float, new: bool, w: float, t: float, k: float, each: bool, by: Any,
         request: gr.Request,
-    ) -> Iterator[Any]:
-        sampler: Any = by or "flow"
-        yield from updates(page.draw(prompt, count, seed, new, w, t, k, each, sampler, str(request.session_hash)))
+    ) -> Iterator[Any]:  # fmt: skip
+        yield from updates(page.draw(prompt, count, seed, new, w, t, k, each, by or "flow", str(request.session_hash)))
 
     with gr.Row():
         with gr.Column(min_width=300):
@@ -305,6 +302,7 @@ def create_tab(page: Page) -> list[Any]:
     inputs = [prompt, count, seed, new, guidance, temperature, candidates, every, sampler]
     gr.on([button.click, prompt.submit], draw, inputs, [pictures, seed, line], show_progress="hidden")
     examples.click(lambda sample: sample[0], examples, prompt)
+    sampler.input(page.choices, sampler, [guidance, temperature, candidates])
     return [examples, guidance, temperature, candidates, sampler]
 
 
@@ -415,13 +413,11 @@ def build(service: Service) -> Any:
                 _, pipeline = service.working()
             except Exception as error:  # noqa: BLE001
                 raise told(service.failure or error) from None
-            config = pipeline.config
-            width, height = default_size(config, pipeline.flow.config)
+            width, height = default_size(pipeline.config, pipeline.flow.config)
             samples = [[one] for one in example_prompts(pipeline.conditioner, 6)]
             said = f"## starflow\n'{service.name}' draws {width}x{height} pixels and knows how likely a picture is."
-            choices = [config.guidance, config.temperature, min(8, config.candidates)]
             sampler = gr.update(visible=pipeline.student is not None)
-            return [said, gr.Dataset(samples=samples), *choices, sampler, config.guidance]
+            return [said, gr.Dataset(samples=samples), *page.choices("flow"), sampler, pipeline.config.guidance]
 
         blocks.load(opened, None, [heading, *chosen, edit_guidance])
     return blocks.queue(default_concurrency_limit=16)
@@ -431,8 +427,7 @@ def add_page(app: "FastAPI", service: Service) -> "FastAPI":
     """The application with the page at its root."""
     import gradio as gr
 
-    font = ["system-ui", "sans-serif"]
-    theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         build(service),
