@@ -31,7 +31,7 @@ LONGEST_PROMPT = 500
 SOURCES = ["upload", "clipboard"]
 """Of pictures."""
 
-SAMPLERS = [("the flow", "flow"), ("the student, faster and less exact", "student")]
+SAMPLERS = [("the flow", "flow"), ("the student, faster and rougher", "student")]
 
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1100px !important; margin: auto}
