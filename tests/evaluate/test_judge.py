@@ -30,8 +30,9 @@ from starflow.evaluate.judge import (
     save_judge,
     some_of_each,
 )
+from starflow.evaluate.samples import SamplingOptions
 from starflow.io.files import write_tensors
-from tests.cli.conftest import CLASSES
+from tests.cli.conftest import CLASSES, with_companions
 from tests.evaluate.test_report import MeanColour, pipeline
 from tests.evaluate.test_report import pictures as pictures  # a fixture
 
@@ -144,6 +145,12 @@ def test_real_pictures_reconstructions_and_samples_side_by_side(judge: Judge, pi
     assert (report.names, report.unknown, report.trained) == (3, 0, 0)
     # With three names all are among the first five.
     assert report.ratio == report.scores["samples"].top5 == 1.0
+
+
+def test_a_judge_may_look_at_a_student(judge: Judge, pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.pipeline.pipeline.best_candidates", lambda *_, **__: pytest.fail("the flow drew"))
+    report = measure_judge(with_companions(pipeline()), pictures, judge, SMALL, 4, SamplingOptions("student"))
+    assert report.scores["samples"].count == 4
 
 
 def test_what_it_cannot_judge_is_left_out_and_counted(judge: Judge, pictures: EvaluationSet) -> None:
