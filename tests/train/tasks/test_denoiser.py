@@ -98,6 +98,18 @@ def test_what_a_new_denoiser_misses_is_everything() -> None:
     assert found["error_tweedie"] == pytest.approx(float((stepped - clean).square().mean()), rel=1e-4)
 
 
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    teacher = make_teacher(random_weights)
+    settings = replace(SETTINGS, steps=6, evaluate_every=3, schedule="trapezoid", decay=0.0)
+    for folder, steps in (("parts", 4), ("parts", 6), ("whole", 6)):
+        own = replace(settings, steps=steps)
+        fit(make_task(teacher, own), own, tmp_path / folder, show_progress=False)
+    logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("parts", "whole")]
+    parts, whole = ([(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs)
+    assert parts == whole
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_share_of_the_conditions_is_dropped() -> None:
     task = make_task(make_teacher(random_weights))
     task.objective = replace(task.objective, drop_condition=0.5)
