@@ -166,6 +166,7 @@ teacher: {teacher}
 data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
 network: {{channels: 32, layers: 2, head_dim: 16}}
 train:
+  precision: float32
   steps: 4
   batch: 8
   lr: 1.0e-2

@@ -187,6 +187,7 @@ data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
 network: {{channels: 32, layers: 1, head_dim: 16}}
 loss: {{perceptual: {pictures}, adversarial: {pictures}, guidance: 2.0}}
 train:
+  precision: float32
   steps: 4
   batch: 8
   lr: 1.0e-2
