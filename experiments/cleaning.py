@@ -47,6 +47,9 @@ WAYS: dict[str, str] = {
     "denoiser": "learned denoiser",
     "decoder": "decoder for noise",
 }
+CLEAN = "clean"
+"""Latents that never had the noise, decoded as they are: what a way out could reach."""
+
 BATCH = 16
 SHOWN = 8
 """Held-out pictures of the sheet."""
@@ -96,7 +99,7 @@ def run(
     rows = [rows[place] for place in evenly_spaced(len(rows), budget.pictures)]
     found = {
         way: measure_once(folder, way, lambda way=way: measure(pipeline, views, rows, budget, way), log)  # type: ignore[misc]
-        for way in WAYS
+        for way in (*WAYS, CLEAN)
     }
     draw_plot(folder, pipeline, views, [rows[place] for place in evenly_spaced(len(rows), SHOWN)])
     title = "The ways out of the noise"
@@ -164,35 +167,45 @@ def _settings(steps: int, batch: int, lr: float) -> TrainSettings:
 def measure(
     pipeline: StarFlowPipeline, views: TrainingViews, rows: list[int], budget: Budget, way: str
 ) -> Measurements:
-    """dB and kernel distance of held-out pictures, kernel distance of samples, and seconds a picture of this way."""
-    images = to_float(views.images[rows])
+    """dB with their standard error, kernel distances of held-out pictures and of samples, seconds a picture.
+
+    The seconds are those of the way and the decoder. Of clean latents there are no samples.
+    """
+    images, batches = to_float(views.images[rows]), [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
+    noised = [noised_latents(pipeline, views, batch, noise=way != CLEAN) for batch in batches]
     started = time.perf_counter()
-    cleaned = torch.cat([clean(pipeline, views, rows[at : at + BATCH], way) for at in range(0, len(rows), BATCH)])
+    cleaned = torch.cat([clean(pipeline, *one, way) for one in noised])
     seconds = (time.perf_counter() - started) / len(rows)
-    prompts = [views.captions[rows[number % len(rows)]] for number in range(budget.samples)]
-    drawn = torch.cat([from_pil(image) for image in samples(pipeline, prompts, way)])
     extractor = load_extractor()
-    features = {
-        name: extract_features(extractor, pictures.split(BATCH)).features
-        for name, pictures in (("held out", images), ("cleaned", cleaned), ("samples", drawn))
-    }
-    return {
-        "psnr": float(psnr(cleaned, images).mean()),
-        "kid": 1000 * kernel_distance(features["cleaned"], features["held out"]).value,
-        "kid_samples": 1000 * kernel_distance(features["samples"], features["held out"]).value,
-        "seconds": seconds,
-    }
+
+    def distance(pictures: Tensor) -> float:
+        own, heldout = (extract_features(extractor, some.split(BATCH)).features for some in (pictures, images))
+        return 1000 * kernel_distance(own, heldout).value
+
+    each = psnr(cleaned, images)
+    found = {"psnr": float(each.mean()), "psnr_error": float(each.std()) / len(rows) ** 0.5, "kid": distance(cleaned)}
+    if way != CLEAN:
+        prompts = [views.captions[rows[number % len(rows)]] for number in range(budget.samples)]
+        found["kid_samples"] = distance(torch.cat([from_pil(image) for image in samples(pipeline, prompts, way)]))
+    return {**found, "seconds": seconds}
 
 
 @torch.no_grad()
-def clean(pipeline: StarFlowPipeline, views: TrainingViews, rows: list[int], way: str) -> Tensor:
-    """Held-out pictures' latents with the flow's noise, a seed a row, cleaned and decoded: (B, 3, H, W)."""
+def noised_latents(
+    pipeline: StarFlowPipeline, views: TrainingViews, rows: list[int], *, noise: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, C, h, w) of held-out pictures with the flow's noise, a seed a row, or without; their condition."""
     latents = pipeline.autoencoder.encode(to_float(views.images[rows]).to(pipeline.device))
-    noise = noise_from_seeds(rows, tuple(latents.shape[1:])).to(latents)
     condition, _ = pipeline._condition([views.captions[row] for row in rows], latents.shape)
-    noised = latents + pipeline.config.noise_std * noise
+    added = noise_from_seeds(rows, tuple(latents.shape[1:])).to(latents)
+    return latents + (pipeline.config.noise_std if noise else 0.0) * added, condition
+
+
+@torch.no_grad()
+def clean(pipeline: StarFlowPipeline, latents: Tensor, condition: Tensor | None, way: str) -> Tensor:
+    """Latents cleaned and decoded: (B, 3, H, W)."""
     with _decoder_of(pipeline, way):
-        return pipeline._decode_clean(noised, condition, cast(Cleaning, way)).cpu()
+        return pipeline._decode_clean(latents, condition, cast(Cleaning, "none" if way == CLEAN else way)).cpu()
 
 
 def samples(pipeline: StarFlowPipeline, prompts: list[str], way: str) -> list[Any]:
@@ -217,10 +230,10 @@ def table(found: dict[str, Measurements]) -> Table:
     heads = ["way", "dB", "kid_mobilenetv2 x 1000", "of samples", "ms a picture"]
     rows = [
         [
-            WAYS[way],
-            f"{one['psnr']:.2f}",
+            WAYS.get(way, "clean latents, for comparison"),
+            f"{one['psnr']:.2f} ± {one['psnr_error']:.2f}",
             f"{one['kid']:.1f}",
-            f"{one['kid_samples']:.1f}",
+            f"{one['kid_samples']:.1f}" if "kid_samples" in one else "",
             f"{1000 * one['seconds']:.0f}",
         ]
         for way, one in found.items()
@@ -233,7 +246,8 @@ def draw_plot(folder: Path, pipeline: StarFlowPipeline, views: TrainingViews, ro
     from experiments.plots import draw_curves, save, sheet
 
     pictures = {"held-out pictures": to_float(views.images[rows])}
-    pictures |= {label: clean(pipeline, views, rows, way) for way, label in WAYS.items()}
+    noised = noised_latents(pipeline, views, rows)
+    pictures |= {label: clean(pipeline, *noised, way) for way, label in WAYS.items()}
     drawn, (left, right) = sheet(pictures, below=2)
     log = folder / "denoiser" / LOG_NAME
     draw_curves(left, log, {"unexplained": "share of the flow's score that is missed"})
