@@ -337,8 +337,8 @@ def measure_judge(
 ) -> JudgeReport:
     """What a judge says of held-out pictures, and of `count` of their prompts' pictures, reconstructions and samples.
 
-    Samples are drawn at the model's own guidance and by `options` (None is as the model does by default), sample i with
-    seed i.
+    Samples are drawn by `options` (None is as the model does by default) at the guidance that the model or its student
+    draws at by default, sample i with seed i.
 
     Raises:
         UserError: no held-out picture that it may judge.
@@ -361,7 +361,8 @@ def measure_judge(
         reconstruct(pipeline, chosen.images, own[start : start + BATCH], noise) for start in range(0, len(own), BATCH)
     )
     example = to_float(chosen.images[:1])
-    drawn = draw_samples(pipeline, chosen, len(chosen), pipeline.config.guidance, 0, options)
+    options = options or SamplingOptions()
+    drawn = draw_samples(pipeline, chosen, len(chosen), options.guidance(pipeline), 0, options)
     found = {
         "held-out pictures": _features(features, all_views.images),
         "pictures of the prompts": _features(features, chosen.images),

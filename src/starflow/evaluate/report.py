@@ -256,7 +256,7 @@ def _check_first(
 def _check_judge(pipeline: StarFlowPipeline, path: Path, sampling: SamplingOptions) -> None:
     if pipeline.conditioner is None:
         raise UserError("the model takes no prompts, so that a judge has nothing to compare its pictures with")
-    student, weight = sampling.student_of(pipeline), pipeline.config.guidance
+    student, weight = sampling.student_of(pipeline), sampling.guidance(pipeline)
     if student is not None and weight > student.largest_guidance:
         raise UserError(
             f"a judge is shown samples at the model's own guidance, {weight:g}, and the student was trained up to "

@@ -43,7 +43,7 @@ from starflow.evaluate.distances import (
 )
 from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features
 from starflow.evaluate.likelihood import nearest_references
-from starflow.pipeline.config import PipelineConfig, with_sampling_options
+from starflow.pipeline.config import PipelineConfig, own_guidance, with_sampling_options
 from starflow.pipeline.pipeline import Generated, StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds
 from starflow.sampling.student import StudentConfig
@@ -152,6 +152,10 @@ class SamplingOptions:
                 "leave the sampler out"
             )
         return pipeline.student.config
+
+    def guidance(self, pipeline: StarFlowPipeline) -> float:
+        """The weight that is drawn at by default."""
+        return own_guidance(pipeline.config, self.student_of(pipeline))
 
     def config(self, pipeline: StarFlowPipeline) -> PipelineConfig:
         """The model's configuration with the temperature and the candidates that samples are drawn with."""
