@@ -155,7 +155,7 @@ class SamplingOptions:
 
     def guidance(self, pipeline: StarFlowPipeline) -> float:
         """The weight that is drawn at by default."""
-        return own_guidance(pipeline.config, self.student_of(pipeline))
+        return own_guidance(pipeline.config, pipeline.student if self.sampler == "student" else None)
 
     def config(self, pipeline: StarFlowPipeline) -> PipelineConfig:
         """The model's configuration with the temperature and the candidates that samples are drawn with."""
