@@ -1,7 +1,7 @@
 """The student experiment compares a flow's student with the flow: seconds, distances of samples, and the same noise.
 
-The model's folder holds a student (`starflow train-student` writes one). All ways of drawing get the same prompts and
-seeds. The times of all are taken in turn within one run, so that their ratios hold where the seconds do not.
+The model's folder holds a student (`starflow train-student` writes one, RUN/pipeline). All ways of drawing get the same
+prompts and seeds. All are timed in turn within one run, so that ratios hold where the seconds do not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from starflow.sampling.policy import SampleSettings
 from starflow.sampling.predictor import Predictor, SolverResult
 from starflow.sampling.sampler import noise_from_seeds, sample, solve_blocks
 from starflow.sampling.solvers import Span, StoppingRule, iterate
+from starflow.train.run import LOG_NAME
 
 NAME = "student"
 CLAIM = (
@@ -96,7 +97,7 @@ def run(folder: Path, budget: Budget, log: Callable[[str], None], command: str, 
     times = measure_once(folder, "times", lambda: time_all(pipeline, heldout, budget), log)
     for name, own in times["ways"].items():
         found[name] |= own
-    draw_plot(folder, pipeline, heldout)
+    draw_plot(folder, pipeline, heldout, Path(model).expanduser().parent / LOG_NAME)
     title = "A student against its flow"
     passes = [[name, f"{value:.3g}"] for name, value in times["passes"].items()]
     guesses = measure_once(folder, "guesses", lambda: dict(guess_passes(pipeline, heldout.captions[:4], 1.0)), log)
@@ -214,17 +215,22 @@ def table(found: dict[str, Measurements]) -> Table:
     return rows
 
 
-def draw_plot(folder: Path, pipeline: StarFlowPipeline, views: TrainingViews) -> None:
-    """The same prompts and seeds in every way, a row each."""
-    from experiments.plots import figure, save
-    from starflow.data.images import make_grid
+def draw_plot(folder: Path, pipeline: StarFlowPipeline, views: TrainingViews, log: Path) -> None:
+    """The same prompts and seeds in every way, a row each, and the student's training where its log is beside it."""
+    from experiments.plots import draw_curves, save, sheet
 
     prompts = [views.captions[row] for row in evenly_spaced(len(views), 8)]
-    drawn, axes = figure(len(ways(pipeline)), 1, 4.5)
-    drawn.set_size_inches(6, 5)
-    for axis, (name, options) in zip(axes[:, 0], ways(pipeline).items(), strict=True):
-        images = torch.cat([from_pil(image) for image in pipeline(prompts, **options).images])
-        axis.imshow(make_grid(images, len(prompts)))
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(name, fontsize=9)
+    rows = {
+        name: torch.cat([from_pil(image) for image in pipeline(prompts, **options).images])
+        for name, options in ways(pipeline).items()
+    }
+    found = log.is_file()
+    drawn, axes = sheet(rows, below=2 if found else 0)
+    if found:
+        blocks = len(pipeline.flow.blocks)
+        ends = {0: ", next to the picture", blocks - 1: ", next to the noise"}
+        states = {f"state_{number}": f"state {number}{ends.get(number, '')}" for number in range(blocks)}
+        draw_curves(axes[0], log, {"clean": "clean latents", **states})
+        axes[0].set_title("distance, in units of the target's mean square", fontsize=8)
+        draw_curves(axes[1], log, {"perceptual": "distance of decoded pictures"})
     save(drawn, folder / f"{NAME}.png")

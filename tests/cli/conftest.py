@@ -17,6 +17,8 @@ from starflow.latents import Autoencoder, PixelLatents
 from starflow.latents.small import SmallAutoencoder, SmallAutoencoderConfig, SmallLatents
 from starflow.pipeline.config import PipelineConfig
 from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.sampling.denoise import Denoiser, DenoiserConfig
+from starflow.sampling.student import Student, StudentConfig, inputs_of
 from tests.conditioning.conftest import bert  # noqa: F401  # a fixture
 
 CLASSES = ("circle", "square", "star")
@@ -89,6 +91,19 @@ def random_pipeline(name: str, autoencoder: Autoencoder, conditioner: Conditione
             cleaning="decoder" if spec.noise_std else "tweedie",
         ),
     )
+
+
+def with_companions(pipeline: StarFlowPipeline) -> StarFlowPipeline:
+    """This pipeline with a student and a denoiser beside its flow, of random weights."""
+    sizes = inputs_of(pipeline.flow)
+    pipeline.student = Student(
+        StudentConfig(**sizes, channels=16, layers=(1, 1, 1), head_dim=16, temperature=0.5, largest_guidance=4.0)
+    )
+    pipeline.denoiser = Denoiser(DenoiserConfig(**sizes, channels=16, layers=(1,), head_dim=16, noise_std=0.1))
+    for network in (pipeline.student, pipeline.denoiser):
+        for parameter in network.eval().requires_grad_(False).parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return pipeline
 
 
 @pytest.fixture(scope="session")

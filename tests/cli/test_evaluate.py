@@ -17,7 +17,8 @@ from PIL import Image
 
 from starflow.evaluate import features, judge
 from starflow.evaluate import report as reports
-from tests.cli.conftest import CLASSES, Run, fails
+from starflow.pipeline.pipeline import StarFlowPipeline
+from tests.cli.conftest import CLASSES, Run, fails, with_companions
 from tests.evaluate.test_report import MeanColour
 
 
@@ -89,6 +90,32 @@ def test_the_way_out_of_the_noise_is_a_choice(run: Run, classes: Path, pictures:
         found[cleaning] = json.loads((tmp_path / cleaning / "report.json").read_text())["distances"]
     assert found["tweedie"]["samples, guidance 0"] != found["none"]["samples, guidance 0"]
     assert found["tweedie"]["autoencoder, noise 0"] == found["none"]["autoencoder, noise 0"]
+
+
+def test_what_a_user_draws_with_is_what_is_measured(run: Run, classes: Path, pictures: Path, tmp_path: Path) -> None:
+    with_companions(StarFlowPipeline.from_pretrained(str(classes))).save_pretrained(tmp_path / "model")
+    sizes = ("--samples", 4, "--tuning-samples", 3, "--guidance", 0, "--temperature", 0.9)
+    command = ("evaluate", tmp_path / "model", pictures, "--output", tmp_path / "report", *sizes)
+    result = run(*command, "--sampler", "student", "--candidates", 2)
+    assert result.code == 0, result.err
+    assert "note: samples are the student's, an approximation of the flow" in result.out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["sampler"] == "student"
+    label = ", temperature 0.9, best of 2, by the student"
+    assert {f"samples, guidance {weight}{label}" for weight in (0, 1)} < set(report["distances"])
+    result = run(*command, "--cleaning", "denoiser")
+    assert result.code == 0, result.err
+    again = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (again["sampler"], again["cleaning"]) == ("flow", "denoiser")
+    assert "samples, guidance 0, temperature 0.9" in again["distances"]
+    for asked, missing in (("--sampler", "student"), ("--cleaning", "denoiser")):
+        result = run("evaluate", classes, pictures, asked, missing, "--output", tmp_path / "none")
+        said = result.err.splitlines()[-1]  # the line before counts the pictures
+        assert result.code == 2
+        assert said.startswith("starflow: ")
+        assert f"`starflow train-{missing}`" in said
+    fails(run(*command, "--sampler", "student", "--bpd"), "--sampler", "--bpd", "choose one")
+    fails(run(*command, "--sampler", "student", "--cleaning", "tweedie"), "--cleaning has no effect")
 
 
 def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:

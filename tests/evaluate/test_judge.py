@@ -30,8 +30,10 @@ from starflow.evaluate.judge import (
     save_judge,
     some_of_each,
 )
+from starflow.evaluate.samples import SamplingOptions
 from starflow.io.files import write_tensors
-from tests.cli.conftest import CLASSES
+from starflow.sampling.student import StudentOutput
+from tests.cli.conftest import CLASSES, with_companions
 from tests.evaluate.test_report import MeanColour, pipeline
 from tests.evaluate.test_report import pictures as pictures  # a fixture
 
@@ -144,6 +146,24 @@ def test_real_pictures_reconstructions_and_samples_side_by_side(judge: Judge, pi
     assert (report.names, report.unknown, report.trained) == (3, 0, 0)
     # With three names all are among the first five.
     assert report.ratio == report.scores["samples"].top5 == 1.0
+
+
+def test_a_judge_may_look_at_a_student(judge: Judge, pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.pipeline.pipeline.best_candidates", lambda *_, **__: pytest.fail("the flow drew"))
+    made = with_companions(pipeline())
+    assert made.student is not None
+    made.student.config = dataclasses.replace(made.student.config, guidance=3.5)
+    weights: list[float] = []
+    draw = made.student.forward
+
+    def note(z: torch.Tensor, condition: torch.Tensor, guidance_B: torch.Tensor) -> StudentOutput:
+        weights.extend(guidance_B.tolist())
+        return draw(z, condition, guidance_B)
+
+    monkeypatch.setattr(made.student, "forward", note)
+    report = measure_judge(made, pictures, judge, SMALL, 4, SamplingOptions("student"))
+    assert report.scores["samples"].count == 4
+    assert weights == [3.5] * 4
 
 
 def test_what_it_cannot_judge_is_left_out_and_counted(judge: Judge, pictures: EvaluationSet) -> None:

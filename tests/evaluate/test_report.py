@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from starflow.conditioning import ClassLabels
-from starflow.data.images import to_float, to_pil
+from starflow.data.images import from_pil, to_float, to_pil
 from starflow.data.sources.base import ImageRecord
 from starflow.errors import UserError
-from starflow.evaluate import FeatureExtractor
+from starflow.evaluate import FeatureExtractor, kernel_distance
 from starflow.evaluate.dataset import EvaluationSet, select_rows
 from starflow.evaluate.render import report_page, report_table
 from starflow.evaluate.report import (
@@ -28,10 +28,11 @@ from starflow.evaluate.report import (
     few_pictures,
     weights_to_try,
 )
+from starflow.evaluate.samples import SamplingOptions
 from starflow.io.files import json_text
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
-from tests.cli.conftest import CLASSES, random_pipeline
+from tests.cli.conftest import CLASSES, random_pipeline, with_companions
 
 
 class MeanColour(nn.Module):
@@ -136,6 +137,48 @@ def test_samples_that_are_not_finite_are_counted_not_redrawn(
         found = report.distances[f"samples, guidance {weight}"]
         assert (found["count"], found["not_finite"]) == (5, 1)
     assert "pictures that are not finite, samples, guidance 0" in report_table(report)
+
+
+def test_with_a_student_every_sample_is_its_own(pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, colour = with_companions(pipeline()), FeatureExtractor("colour", MeanColour())
+    plan = dataclasses.replace(PLAN, classify=False, sampling=SamplingOptions("student", candidates=2))
+    monkeypatch.setattr("starflow.pipeline.pipeline.best_candidates", lambda *_, **__: pytest.fail("the flow drew"))
+    report = evaluate_pipeline(made, pictures, plan, lambda text: None, colour)
+    prompts = [str(label) for label in pictures.heldout.labels]
+    heldout = colour.network(to_float(pictures.heldout.images)).double()
+    for weight in (0, 1):
+        drawn = made(prompts, guidance=weight, sampler="student", candidates=2).images
+        features = colour.network(torch.cat([from_pil(image) for image in drawn])).double()
+        found = report.distances[f"samples, guidance {weight}, temperature 0.5, best of 2, by the student"]
+        assert found["kid_colour"] == pytest.approx(kernel_distance(features, heldout).value, rel=1e-4, abs=1e-6)
+    sheet = made(list(CLASSES), guidance=report.guidance, sampler="student", candidates=2).images
+    assert [image.tobytes() for image in report.sheets.samples] == [image.tobytes() for image in sheet]
+    assert "note: samples are the student's, an approximation of the flow" in report_table(report)
+    without = run(pictures, dataclasses.replace(PLAN, only_likelihood=True))
+    assert report.likelihood["heldout"] == without.likelihood["heldout"]  # the flow's own
+
+
+def test_a_student_that_cannot_draw_is_refused_first(pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.evaluate.report.measure_likelihoods", lambda *_: pytest.fail("measured"))
+    plan = dataclasses.replace(PLAN, classify=False, sampling=SamplingOptions("student"))
+    with pytest.raises(UserError, match="'pixels' has no student to sample with"):
+        run(pictures, plan)
+    made, colour = with_companions(pipeline()), FeatureExtractor("colour", MeanColour())
+    with pytest.raises(UserError, match="guidance is 5, but the student was trained up to 4"):
+        evaluate_pipeline(made, pictures, dataclasses.replace(plan, guidance=(5.0,)), lambda text: None, colour)
+    made.config = dataclasses.replace(made.config, guidance=5.0)
+    judged = dataclasses.replace(plan, judge="judge.safetensors")
+    with pytest.raises(UserError, match="the model's own guidance, 5, and the student was trained up to 4"):
+        evaluate_pipeline(made, pictures, judged, lambda text: None, colour)
+
+
+def test_a_student_that_knows_no_guidance_is_measured_without(pictures: EvaluationSet) -> None:
+    made = with_companions(pipeline())
+    assert made.student is not None
+    made.student.config = dataclasses.replace(made.student.config, largest_guidance=0.0)
+    plan = dataclasses.replace(PLAN, classify=False, sampling=SamplingOptions("student", temperature=1.0))
+    report = evaluate_pipeline(made, pictures, plan, lambda text: None, FeatureExtractor("colour", MeanColour()))
+    assert [name for name in report.distances if "samples" in name] == ["samples, guidance 0, by the student"]
 
 
 def test_the_table_and_the_page_say_everything(pictures: EvaluationSet) -> None:

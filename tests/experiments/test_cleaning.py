@@ -34,8 +34,9 @@ def pipe() -> StarFlowPipeline:
 def test_every_way_differs_and_leaves_the_pipeline_as_it_was(pipe: StarFlowPipeline) -> None:
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     views = TrainingViews(images, ["star"] * 3, ["star"] * 3, ["a", "b", "c"], ["heldout"] * 3)
-    found = {way: cleaning.clean(pipe, views, [0, 2], way) for way in cleaning.WAYS}
-    again = cleaning.clean(pipe, views, [0, 2], "denoiser")
+    noised, condition = cleaning.noised_latents(pipe, views, [0, 2])
+    found = {way: cleaning.clean(pipe, noised, condition, way) for way in cleaning.WAYS}
+    again = cleaning.clean(pipe, noised, condition, "denoiser")
     assert torch.equal(found["denoiser"], again)
     ways = list(found)
     for number, way in enumerate(ways):
@@ -50,8 +51,21 @@ def test_every_way_differs_and_leaves_the_pipeline_as_it_was(pipe: StarFlowPipel
 
 
 def test_the_table_has_a_row_a_way() -> None:
-    found = {way: {"psnr": 20.0, "kid": 1.5, "kid_samples": 30.0, "seconds": 0.01} for way in cleaning.WAYS}
+    one = {"psnr": 20.0, "psnr_error": 0.5, "kid": 1.5, "seconds": 0.01}
+    found = {way: {**one, "kid_samples": 30.0} for way in cleaning.WAYS} | {cleaning.CLEAN: one}
     heads, *rows = cleaning.table(found)
-    assert rows[1] == ["Tweedie step", "20.00", "1.5", "30.0", "10"]
+    assert rows[1] == ["Tweedie step", "20.00 ± 0.50", "1.5", "30.0", "10"]
+    assert rows[4] == ["clean latents, for comparison", "20.00 ± 0.50", "1.5", "", "10"]
     assert len(heads) == len(rows[0])
-    assert len(rows) == 4
+    assert len(rows) == 5
+
+
+def test_clean_latents_and_noised_ones_differ_by_the_flows_noise(pipe: StarFlowPipeline) -> None:
+    images = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    views = TrainingViews(images, ["star"] * 40, ["star"] * 40, [f"{i}" for i in range(40)], ["heldout"] * 40)
+    rows = list(range(40))
+    (noised, _), (plain, _) = (cleaning.noised_latents(pipe, views, rows, noise=noise) for noise in (True, False))
+    assert float((noised - plain).std()) == pytest.approx(0.1, rel=0.1)
+    with torch.no_grad():
+        expected = pipe.autoencoder.decode(plain)
+    assert torch.allclose(cleaning.clean(pipe, plain, None, cleaning.CLEAN), expected)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from experiments import plots
 from experiments import student as experiment
 from starflow.conditioning import ClassLabels
 from starflow.data.views import TrainingViews
@@ -78,3 +82,51 @@ def test_a_guess_that_is_right_takes_one_pass(pipe: StarFlowPipeline, monkeypatc
 def test_the_table_has_times_where_something_is_drawn() -> None:
     found = {"floor": {"kid": 1.0}, "student": {"kid": 3.25, "ms_1": 9.6, "ms_16": 4.4}}
     assert experiment.table(found)[1:] == [["floor", "1.0", "", ""], ["student", "3.2", "10", "4"]]
+
+
+class Axis:
+    """Takes the calls that a plot's axis takes."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[list[float], list[float], str, str]] = []
+
+    def plot(self, x: list[float], y: list[float], style: str = "-", **options: Any) -> list[Axis]:
+        self.lines.append((x, y, style, options.get("label", "")))
+        return [self]
+
+    def get_color(self) -> str:
+        return "blue"
+
+    def set_xlabel(self, text: str) -> None:
+        assert text == "updates"
+
+    def legend(self, **options: Any) -> None:
+        pass
+
+
+def test_curves_are_means_of_updates_and_dots_what_is_held_out(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": step, "clean": float(step % 2)} for step in range(1, 401)]
+    lines += [{"step": step, "heldout_clean": 0.25, "heldout_error": 9.0} for step in (200, 400)]
+    lines += [{"step": 400, "clean": None}]  # what was not finite
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axis = Axis()
+    plots.draw_curves(axis, tmp_path / "log.jsonl", {"clean": "clean latents", "error": "of latents"})
+    curve, dots, empty, alone = axis.lines
+    assert curve == ([2.5 + 4 * number for number in range(100)], [0.5] * 100, "-", "clean latents")
+    assert dots == ([200, 400], [0.25, 0.25], "o", "")
+    assert empty == ([], [], "-", "of latents")
+    assert alone == ([200, 400], [9.0, 9.0], "o-", "")
+
+
+def test_the_sheet_has_the_training_where_its_log_is(pipe: StarFlowPipeline, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    views = TrainingViews(images, ["star"] * 8, ["star"] * 8, [f"{i}" for i in range(8)], ["heldout"] * 8)
+    log = {"step": 1, "clean": 1.0, "state_0": 1.0, "state_1": 0.5, "perceptual": 2.0}
+    (tmp_path / "log.jsonl").write_text(json.dumps(log) + "\n")
+    heights = []
+    for name in ("log.jsonl", "none.jsonl"):
+        experiment.draw_plot(tmp_path, pipe, views, tmp_path / name)
+        with Image.open(tmp_path / "student.png") as drawn:
+            heights.append(drawn.height)
+    assert heights[0] > 1.5 * heights[1]

@@ -17,18 +17,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from starflow.bench.memory import CompanionShape, predict_memory
 from starflow.cli.main import main
+from starflow.conditioning import ClassLabels
 from starflow.errors import UserError
 from starflow.flow import memory
 from starflow.flow.config import PRESETS, ModelConfig, STARFlowConfig
 from starflow.flow.model import build
+from starflow.latents import PixelLatents
 from starflow.nn.attention import CachePool
 from starflow.nn.quantize import WeightFormat
-from starflow.sampling.denoise import denoise
+from starflow.sampling.denoise import Denoiser, DenoiserConfig, denoise
 from starflow.sampling.policy import SampleSettings
 from starflow.sampling.sampler import run
+from starflow.sampling.student import inputs_of
 from starflow.train.distributed import checkpoint_activations
 from starflow.train.settings import ParallelSettings
+from tests.cli.conftest import CLASSES, random_pipeline, with_companions
 from tests.registry import configs, randomised
 
 RECIPE = str(Path(__file__).parent.parent.parent / "recipes" / "starflow-t2i.yaml")
@@ -128,6 +133,17 @@ def test_what_a_tweedie_step_keeps_is_about_what_is_predicted(
     with Living() as living:
         denoise(model, x, condition)
     predicted = memory.sampling_memory(config, batch, dtype=dtype, denoised=True).denoising
+    assert 0.85 * living.most < predicted < 1.2 * living.most
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_denoisers_pass_takes_what_is_predicted(batch: int) -> None:
+    flow = build(STARFlowConfig(4, 8, 32, num_blocks=2, layers_per_block=1, head_dim=32, txt_size=4, txt_dim=16))
+    denoiser = Denoiser(DenoiserConfig(**inputs_of(flow), channels=64, layers=(3,), head_dim=32))
+    x, condition = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 16)
+    with Living() as living:
+        denoiser.clean(x, condition)
+    predicted = CompanionShape(width=64).pass_bytes(batch * (64 + 4))
     assert 0.85 * living.most < predicted < 1.2 * living.most
 
 
@@ -270,6 +286,28 @@ def test_info_predicts_before_anything_is_loaded(model: str, capsys: pytest.Capt
     assert main(["info", model, "--memory"]) == 0
     assert f"{facts['parameters']:,} parameters" in capsys.readouterr().out
     assert main(["info", "nothing-here", "--memory"]) == 2
+
+
+def test_networks_beside_a_flow_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = random_pipeline("pixels", PixelLatents(), ClassLabels(CLASSES))
+    pipeline.save_pretrained(tmp_path / "alone")
+    with_companions(pipeline)
+    pipeline.config = dataclasses.replace(pipeline.config, cleaning="denoiser")
+    pipeline.save_pretrained(tmp_path / "both")
+    alone, both = (predict_memory(str(tmp_path / name)) for name in ("alone", "both"))
+    assert pipeline.student is not None
+    assert pipeline.denoiser is not None
+    held = 4 * sum(one.numel() for network in (pipeline.student, pipeline.denoiser) for one in network.parameters())
+    for before, now in zip(alone["sampling"], both["sampling"], strict=True):
+        assert now["companions"] == held
+        assert now["denoising"] == 4 * 11 * 16 * now["batch"] * (4 + 1)  # and not a Tweedie step's, as alone
+        passes = max(now["activations"], now["denoising"], now["decoding"])
+        assert now["peak"] == now["weights"] + now["cache"] + passes + held
+        assert before["companions"] == 0
+    assert main(["info", str(tmp_path / "both"), "--memory"]) == 0
+    out = capsys.readouterr().out
+    assert f"and {held / memory.GIB * 1024:.2f} MiB of student and denoiser" in out
+    assert "passes: activations; with the denoiser those of its own pass" in out
 
 
 def test_a_published_repository_is_known_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:

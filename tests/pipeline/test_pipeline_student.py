@@ -16,26 +16,15 @@ from starflow.data.images import from_pil, to_pil
 from starflow.errors import UserError
 from starflow.latents import PixelLatents
 from starflow.pipeline.pipeline import StarFlowPipeline
-from starflow.sampling.denoise import Denoiser, DenoiserConfig
 from starflow.sampling.sampler import candidate_noise
-from starflow.sampling.student import Student, StudentConfig, inputs_of
-from tests.cli.conftest import CLASSES, Run, fails, random_pipeline
+from tests.cli.conftest import CLASSES, Run, fails, random_pipeline, with_companions
 from tests.cli.conftest import run as run  # a fixture
 
 
 @pytest.fixture
 def pipe() -> StarFlowPipeline:
     """A model of pixels with a student and a denoiser, all of random weights."""
-    pipeline = random_pipeline("both", PixelLatents(), ClassLabels(CLASSES))
-    sizes = inputs_of(pipeline.flow)
-    pipeline.student = Student(
-        StudentConfig(**sizes, channels=16, layers=(1, 1, 1), head_dim=16, temperature=0.5, largest_guidance=4.0)
-    )
-    pipeline.denoiser = Denoiser(DenoiserConfig(**sizes, channels=16, layers=(1,), head_dim=16, noise_std=0.1))
-    for network in (pipeline.student, pipeline.denoiser):
-        for parameter in network.eval().requires_grad_(False).parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return pipeline
+    return with_companions(random_pipeline("both", PixelLatents(), ClassLabels(CLASSES)))
 
 
 def conditions(pipe: StarFlowPipeline, count: int) -> torch.Tensor:

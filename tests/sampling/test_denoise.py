@@ -1,4 +1,4 @@
-"""One Tweedie step."""
+"""One Tweedie step, and the network that learns it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from starflow import STARFlow, denoise
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
+from starflow.sampling.denoise import Denoiser, DenoiserConfig
+from starflow.sampling.student import inputs_of
 from tests.registry import randomised
 
 CONFIG = STARFlowConfig(
@@ -50,3 +52,20 @@ def test_sigma_zero_changes_nothing_and_negative_is_refused() -> None:
     assert torch.equal(denoise(model, x, condition, sigma=0.0), x)
     with pytest.raises(UserError, match=r"sigma is -0\.3, expected a standard deviation of at least 0"):
         denoise(model, x, condition, sigma=-0.3)
+    with pytest.raises(UserError, match="sigma is inf"):
+        denoise(model, x, condition, sigma=float("inf"))
+
+
+def test_large_pictures_are_taken_in_pieces_of_their_own_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, condition = randomised(CONFIG, 0), torch.randn(5, 2, 4, 4), torch.randn(5, 3, 5)
+    whole = denoise(model, x, condition)
+    monkeypatch.setattr("starflow.sampling.denoise.denoised_at_once", lambda tokens: 2)
+    torch.testing.assert_close(denoise(model, x, condition), whole)
+
+
+def test_a_new_denoiser_changes_nothing_and_needs_a_noise() -> None:
+    sizes = inputs_of(STARFlow(CONFIG))
+    x, condition = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 5)
+    assert torch.equal(Denoiser(DenoiserConfig(**sizes, channels=16, layers=(1,), head_dim=16)).clean(x, condition), x)
+    with pytest.raises(UserError, match=r"noise_std is 0.0, expected above 0: a flow without noise needs no denoiser"):
+        DenoiserConfig(**sizes, channels=16, layers=(1,), head_dim=16, noise_std=0.0)

@@ -96,6 +96,14 @@ def test_no_weight_is_a_weight_of_zero() -> None:
     assert not torch.allclose(unguided, guided, atol=1e-3)
 
 
+def test_no_class_is_a_class_of_its_own() -> None:
+    student = random_student(random_flow(LABELLED))
+    z = torch.randn(2, 3, 8, 8)
+    none, unnamed, first = (student(z, given).clean for given in (None, torch.tensor([-1, -1]), torch.tensor([0, 0])))
+    assert torch.equal(none, unnamed)
+    assert not torch.allclose(none, first, atol=1e-3)
+
+
 def draw(student: Student, flow: STARFlow | TarFlow, noise: Tensor, batch_size: int) -> Tensor:
     condition, weights = torch.ones(len(noise), 3, 5), torch.zeros(len(noise))
     own = 0.3 * torch.randn(noise[:, 0].shape, generator=torch.Generator().manual_seed(3))
@@ -116,3 +124,23 @@ def test_the_likeliest_candidate_under_the_flow_is_kept() -> None:
     assert torch.allclose(kept, draw(student, flow, noise, batch_size=2), atol=1e-5)
     single = draw(student, flow, noise[:, :1], batch_size=2)
     assert torch.allclose(single, student(noise[:, 0], torch.ones(3, 3, 5)).clean, atol=1e-5)
+
+
+def test_a_candidate_without_a_density_is_never_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = random_flow()
+    student, noise = random_student(flow), torch.randn(1, 3, 2, 4, 4)
+    monkeypatch.setattr(flow, "log_prob", lambda x, condition: torch.tensor([torch.nan, -5.0, -9.0]))
+    kept = draw(student, flow, noise, batch_size=16)
+    assert torch.allclose(kept, student(noise[:, 1], torch.ones(1, 3, 5)).clean, atol=1e-5)
+
+
+def test_progress_counts_candidates() -> None:
+    flow, said = random_flow(), []
+    own, weights, condition = torch.zeros(2, 2, 4, 4), torch.zeros(2), torch.ones(2, 3, 5)
+    noise = torch.randn(2, 3, 2, 4, 4)
+
+    def note(done: int, total: int) -> None:
+        said.append((done, total))
+
+    draw_by_student(random_student(flow), flow, noise, condition, weights, own, 4, note)
+    assert said == [(4, 6), (6, 6)]

@@ -14,7 +14,6 @@ from starflow.io.files import check_output_folder, json_text, write_text
 
 if TYPE_CHECKING:
     from starflow.evaluate.report import ContactSheets, EvaluationReport, EvaluationSettings
-    from starflow.pipeline.pipeline import StarFlowPipeline
 
 COLUMNS = 8
 """Of a contact sheet."""
@@ -40,6 +39,7 @@ class EvaluateOptions:
         starflow evaluate runs/glyphs2-64/model data/glyphs2 --judge judge.safetensors --trained-on data/glyphs
         starflow evaluate runs/mine/model photos --samples 500 --output report
         starflow evaluate runs/fashion-mnist/model fashion-mnist --bpd --draws 4 --classify --outliers digits
+        starflow evaluate runs/glyphs-64-student/pipeline data/glyphs --sampler student
         starflow evaluate runs/mine/model photos --features inception --reference VIRTUAL_imagenet256.npz
     """
 
@@ -64,9 +64,12 @@ class EvaluateOptions:
     save_reference: Annotated[
         str, Flag("write the moments of the held-out pictures, as a --reference (.safetensors)", "FILE")
     ] = ""
-    cleaning: Annotated[Literal["model", "decoder", "tweedie", "none"], Flag("the samples' way out of the noise")] = (
-        "model"
-    )
+    sampler: Annotated[
+        Literal["flow", "student"], Flag("what draws: the flow, or the model's student, an approximation")
+    ] = "flow"
+    cleaning: Annotated[
+        Literal["model", "decoder", "tweedie", "denoiser", "none"], Flag("the samples' way out of the noise")
+    ] = "model"
     judge: Annotated[
         str, Flag("also let a judge name the samples: its file, made from DATA in minutes if missing", "FILE")
     ] = ""
@@ -88,6 +91,10 @@ class EvaluateOptions:
         for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
+        if self.sampler == "student" and self.bpd:
+            raise UserError("--sampler student draws samples and --bpd measures likelihoods alone: choose one")
+        if self.sampler == "student" and self.cleaning not in ("model", "none"):
+            raise UserError("--cleaning has no effect with --sampler student, which draws clean latents: leave it out")
         if self.judge and self.bpd:
             raise UserError("--judge looks at samples and --bpd measures likelihoods alone: choose one")
         if self.judge and not self.judge.endswith(".safetensors"):
@@ -112,7 +119,9 @@ def evaluate(options: EvaluateOptions) -> None:
         weights = Path(options.feature_weights).expanduser() if options.feature_weights else None
         extractor = None if options.bpd else load_extractor(options.features, weights)
         world.run_on_hosts(lambda: find_pipeline(options.model))  # one process fetches and converts
-        pipeline = _with_options(StarFlowPipeline.from_pretrained(options.model, world.device), options)
+        pipeline = StarFlowPipeline.from_pretrained(options.model, world.device)
+        if options.cleaning != "model":
+            pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
         size = default_size(pipeline.config, pipeline.flow.config)
         dataset = open_evaluation_set(options.data, size, pipeline.config.heldout)
         if options.heldout != "all" or options.trained_on:
@@ -131,7 +140,8 @@ def write_report(folder: Path, report: EvaluationReport, options: EvaluateOption
     """Write the files of the report, and print its table or its JSON."""
     from starflow.evaluate.render import report_page, report_table
 
-    values = {"model": options.model, "data": options.data, "cleaning": options.cleaning, **report.as_json()}
+    given = {"model": options.model, "data": options.data, "sampler": options.sampler, "cleaning": options.cleaning}
+    values = given | report.as_json()
     write_text(folder / "report.json", json_text(values) + "\n")
     sheets = _save_sheets(folder, report.sheets) if report.sheets.samples else []
     write_text(folder / "report.html", report_page(report, f"{options.model} on {options.data}", sheets))
@@ -156,6 +166,7 @@ def _save_sheets(folder: Path, sheets: ContactSheets) -> list[tuple[str, str]]:
 def _settings(options: EvaluateOptions) -> EvaluationSettings:
     from starflow.cli.generate import read_prompt_file
     from starflow.evaluate.report import EvaluationSettings
+    from starflow.evaluate.samples import SamplingOptions
 
     weights = {"guidance": options.guidance} if options.guidance else {}
     return EvaluationSettings(
@@ -170,15 +181,6 @@ def _settings(options: EvaluateOptions) -> EvaluationSettings:
         reference_moments=options.reference,
         keep_moments=options.save_reference,
         judge=options.judge,
+        sampling=SamplingOptions(options.sampler, options.temperature, options.candidates),
         **weights,
     )
-
-
-def _with_options(pipeline: StarFlowPipeline, options: EvaluateOptions) -> StarFlowPipeline:
-    if options.cleaning != "model":
-        pipeline.config = dataclasses.replace(pipeline.config, cleaning=options.cleaning)
-    if options.temperature is not None:
-        pipeline.config = dataclasses.replace(pipeline.config, temperature=options.temperature)
-    if options.candidates is not None:
-        pipeline.config = dataclasses.replace(pipeline.config, candidates=options.candidates)
-    return pipeline

@@ -207,18 +207,18 @@ def memory_text(facts: dict[str, Any]) -> str:
     ]
     for row in facts["sampling"]:
         summed = row | {
-            "coders": row["autoencoder"] + row["decoding"] + row["text_encoder"],
+            "coders": row["autoencoder"] + row["decoding"] + row["text_encoder"] + row["companions"],
             "passes": max(row["activations"], row["denoising"]),
         }
         lines.append(f"{row['kind']:16} {row['batch']:5d}{_numbers(summed, parts, unit, 7)} {_fits(row, available)}")
     lines += ["", "fits: the smallest GPU, in GiB; with * it fits this machine's processor too"]
-    lines += [
-        "passes: activations; with a Tweedie step what its backward pass needs"
-        if facts["denoised"]
-        else "passes: activations"
-    ]
+    tweedie, denoiser = facts["denoised"], facts["companions"]["width"]
+    way = "a Tweedie step what its backward pass needs" if tweedie else "the denoiser those of its own pass"
+    lines += [f"passes: activations; with {way}" if tweedie or denoiser else "passes: activations"]
     lines += ["coders: autoencoder, what it takes to decode, and the text encoder, which is"]
     lines += ["released before pictures are drawn where it has over a gigabyte"]
+    if facts["companions"]["parameters"]:
+        lines += [f"and {4 * facts['companions']['parameters'] / unit:.2f} {name} of student and denoiser"]
     lines += ["packed: what a processor's compiled loop reads; cpu: the peak there, with it"]
     training = ("parameters", "gradients", "moments", "average", "gathered", "activations", "peak")
     lines += ["", f"training, {facts['training_batch']} pictures a GPU and pass, bfloat16 products; of one GPU"]

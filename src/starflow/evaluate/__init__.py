@@ -43,7 +43,13 @@ from starflow.evaluate.likelihood import (
 )
 from starflow.evaluate.render import heatmap, save_contact_sheet, save_heatmap
 from starflow.evaluate.report import EvaluationReport, EvaluationSettings, evaluate_pipeline
-from starflow.evaluate.samples import Reconstruction, measure_reconstruction, noisy_reconstruction, psnr
+from starflow.evaluate.samples import (
+    Reconstruction,
+    SamplingOptions,
+    measure_reconstruction,
+    noisy_reconstruction,
+    psnr,
+)
 
 __all__ = [
     "BitsPerDim",
@@ -63,6 +69,7 @@ __all__ = [
     "Outliers",
     "PrecisionRecall",
     "Reconstruction",
+    "SamplingOptions",
     "auroc",
     "classify",
     "concept_of",

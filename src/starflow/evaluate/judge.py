@@ -39,7 +39,7 @@ from starflow.evaluate.dataset import (
     select_rows,
 )
 from starflow.evaluate.features import WIDTH, FeatureExtractor, load_mobilenet
-from starflow.evaluate.samples import draw_samples, gathered_features, reconstruct
+from starflow.evaluate.samples import SamplingOptions, draw_samples, gathered_features, reconstruct
 from starflow.io.files import check_output_folder, read_tensors, write_tensors
 from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -328,11 +328,17 @@ def open_judge(path: Path, dataset: EvaluationSet, features: FeatureExtractor, l
 
 
 def measure_judge(
-    pipeline: StarFlowPipeline, dataset: EvaluationSet, judge: Judge, features: FeatureExtractor, count: int
+    pipeline: StarFlowPipeline,
+    dataset: EvaluationSet,
+    judge: Judge,
+    features: FeatureExtractor,
+    count: int,
+    options: SamplingOptions | None = None,
 ) -> JudgeReport:
     """What a judge says of held-out pictures, and of `count` of their prompts' pictures, reconstructions and samples.
 
-    Samples are drawn as the pipeline draws by default (guidance, temperature, candidates), sample i with seed i.
+    Samples are drawn by `options` (None is as the model does by default) at the guidance that the model or its student
+    draws at by default, sample i with seed i.
 
     Raises:
         UserError: no held-out picture that it may judge.
@@ -355,7 +361,8 @@ def measure_judge(
         reconstruct(pipeline, chosen.images, own[start : start + BATCH], noise) for start in range(0, len(own), BATCH)
     )
     example = to_float(chosen.images[:1])
-    drawn = draw_samples(pipeline, chosen, len(chosen), pipeline.config.guidance, 0)
+    options = options or SamplingOptions()
+    drawn = draw_samples(pipeline, chosen, len(chosen), options.guidance(pipeline), 0, options)
     found = {
         "held-out pictures": _features(features, all_views.images),
         "pictures of the prompts": _features(features, chosen.images),

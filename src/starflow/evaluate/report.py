@@ -34,7 +34,13 @@ from starflow.evaluate.likelihood import (
     measure_likelihoods,
     measure_outliers,
 )
-from starflow.evaluate.samples import SampleMeasurements, measure_reconstruction, noisy_reconstruction, reconstruct
+from starflow.evaluate.samples import (
+    SampleMeasurements,
+    SamplingOptions,
+    measure_reconstruction,
+    noisy_reconstruction,
+    reconstruct,
+)
 from starflow.io.files import check_output_folder
 from starflow.pipeline.config import PipelineConfig, default_size
 from starflow.pipeline.inputs import example_prompts
@@ -86,6 +92,8 @@ class EvaluationSettings:
     """A .safetensors file for the feature moments of the held-out pictures, to measure others to."""
     judge: str = ""
     """A .safetensors file with a judge, made from the training pictures where there is none; "" is no judge."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """What draws the samples, and how."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.tuning_samples, self.references) < 2 or self.pictures < 0 or self.draws < 1:
@@ -187,13 +195,7 @@ def evaluate_pipeline(
     log("reconstructions")
     reconstruction = measure_reconstructions(pipeline, dataset)
     log("features of the pictures")
-    measured = SampleMeasurements.of(
-        pipeline, dataset, extractor or load_extractor(), settings.references, settings.reference_moments
-    )
-    if settings.keep_moments and is_first():
-        save_moments(
-            Path(settings.keep_moments).expanduser(), moments(measured.heldout.features), measured.extractor.name
-        )
+    measured = _measure_references(pipeline, dataset, settings, extractor or load_extractor())
     distances, tuning, best = _distances(pipeline, measured, settings, log)
     judged = _judge(pipeline, dataset, settings, log) if settings.judge else None
     log("sheets")
@@ -210,7 +212,7 @@ def evaluate_pipeline(
         classification=classification,
         outliers=outliers,
         judge=judged,
-        remarks=(*few_pictures(distances, len(measured.heldout_views)), *left_out(judged)),
+        remarks=(*by_student(settings), *few_pictures(distances, len(measured.heldout_views)), *left_out(judged)),
         sheets=sheets,
     )
 
@@ -235,6 +237,7 @@ def _check_first(
                 f"the set has {count} {split} picture, expected at least 2 for distances: give more pictures, or only "
                 "measure likelihoods (--bpd)"
             )
+    settings.sampling.student_of(pipeline)
     if settings.classify:
         check_classes(pipeline, dataset.heldout, evenly_spaced(len(dataset.heldout), settings.pictures))
     if not settings.only_likelihood:
@@ -246,13 +249,19 @@ def _check_first(
         if settings.keep_moments:
             check_output_folder(Path(settings.keep_moments).expanduser().parent)
         if settings.judge:
-            _check_judge(pipeline, Path(settings.judge).expanduser())
+            _check_judge(pipeline, Path(settings.judge).expanduser(), settings.sampling)
     return open_outliers(outlier_set, default_size(pipeline.config, pipeline.flow.config)) if outlier_set else None
 
 
-def _check_judge(pipeline: StarFlowPipeline, path: Path) -> None:
+def _check_judge(pipeline: StarFlowPipeline, path: Path, sampling: SamplingOptions) -> None:
     if pipeline.conditioner is None:
         raise UserError("the model takes no prompts, so that a judge has nothing to compare its pictures with")
+    student, weight = sampling.student_of(pipeline), sampling.guidance(pipeline)
+    if student is not None and weight > student.largest_guidance:
+        raise UserError(
+            f"a judge is shown samples at the model's own guidance, {weight:g}, and the student was trained up to "
+            f"{student.largest_guidance:g}: leave out the judge or the student"
+        )
     judge_features()
     if path.exists():
         load_judge(path)
@@ -267,7 +276,13 @@ def _judge(
     features.network.to(pipeline.device)
     judge = open_judge(Path(settings.judge).expanduser(), dataset, features, log)
     log("the judge: samples")
-    return measure_judge(pipeline, dataset, judge, features, min(settings.samples, JUDGED))
+    return measure_judge(pipeline, dataset, judge, features, min(settings.samples, JUDGED), settings.sampling)
+
+
+def by_student(settings: EvaluationSettings) -> Iterator[str]:
+    """A remark on samples that the flow did not draw."""
+    if settings.sampling.sampler == "student":
+        yield "samples are the student's, an approximation of the flow; likelihoods are the flow's own"
 
 
 def left_out(judged: JudgeReport | None) -> Iterator[str]:
@@ -283,15 +298,15 @@ def left_out(judged: JudgeReport | None) -> Iterator[str]:
 
 def expected_time(pipeline: StarFlowPipeline, settings: EvaluationSettings) -> str:
     """How many samples are drawn, and about how long that takes here, from the time of one picture alone."""
-    weights = weights_to_try(settings.guidance) if pipeline.conditioner else [0.0]
+    weights = _weights_of(pipeline, settings)
     count = len(weights) * settings.tuning_samples + (2 if len(weights) > 1 else 1) * settings.samples
     prompt = example_prompts(pipeline.conditioner, 1)
-    pipeline(prompt, guidance=weights[-1], not_finite="keep")  # the first may compile
+    settings.sampling.draw(pipeline, prompt, weights[-1])  # the first may compile
     began = time.perf_counter()
-    pipeline(prompt, guidance=weights[-1], not_finite="keep")
+    settings.sampling.draw(pipeline, prompt, weights[-1])
     minutes = (time.perf_counter() - began) * count / 60
     length = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{max(1, round(minutes))} min"
-    candidates = pipeline.config.candidates
+    candidates = settings.sampling.config(pipeline).candidates
     of = f" of {candidates} candidates" if candidates > 1 else ""
     return f"{count} samples{of} are drawn: at most about {length} in one process here, --samples draws fewer"
 
@@ -322,11 +337,23 @@ def measure_reconstructions(pipeline: StarFlowPipeline, dataset: EvaluationSet) 
     return found
 
 
+def _measure_references(
+    pipeline: StarFlowPipeline, dataset: EvaluationSet, settings: EvaluationSettings, extractor: FeatureExtractor
+) -> SampleMeasurements:
+    """The features that samples are compared with; their moments are written where the settings say so."""
+    measured = SampleMeasurements.of(
+        pipeline, dataset, extractor, settings.references, settings.reference_moments, settings.sampling
+    )
+    if settings.keep_moments and is_first():
+        save_moments(Path(settings.keep_moments).expanduser(), moments(measured.heldout.features), extractor.name)
+    return measured
+
+
 def _distances(
     pipeline: StarFlowPipeline, measured: SampleMeasurements, settings: EvaluationSettings, log: LogLine
 ) -> tuple[Distances, dict[str, float], float]:
     """Distances by set, the kernel distance by weight, and the best weight."""
-    weights = weights_to_try(settings.guidance) if pipeline.conditioner else [0.0]
+    weights = _weights_of(pipeline, settings)
     tuning = {}
     for weight in weights:
         log(f"{settings.tuning_samples} samples at guidance {weight:g}")
@@ -338,7 +365,8 @@ def _distances(
     for noise in sorted({0.0, pipeline.config.noise_std}):
         distances[f"autoencoder, noise {noise:g}"] = measured.measure_autoencoder(noise)
     for weight in [0.0] if guided is None else [0.0, guided]:
-        label = f"guidance {weight:g}" + _sampling_label(pipeline.config)
+        by = ", by the student" if settings.sampling.sampler == "student" else ""
+        label = f"guidance {weight:g}" + _sampling_label(settings.sampling.config(pipeline)) + by
         log(f"{settings.samples} samples at {label}")
         distances[f"samples, {label}"] = measured.measure_samples(settings.samples, weight)
     return distances, {f"{weight:g}": value for weight, value in tuning.items()}, best
@@ -348,6 +376,13 @@ def _sampling_label(config: PipelineConfig) -> str:
     """The temperature and the candidates, where they are not those of the model's own distribution."""
     scale, candidates = config.temperature, config.candidates
     return (f", temperature {scale:g}" if scale != 1 else "") + (f", best of {candidates}" if candidates > 1 else "")
+
+
+def _weights_of(pipeline: StarFlowPipeline, settings: EvaluationSettings) -> list[float]:
+    """The weights that a model's samples are drawn at, rising."""
+    student = settings.sampling.student_of(pipeline)
+    unguided = pipeline.conditioner is None or (student is not None and not student.largest_guidance)
+    return [0.0] if unguided else weights_to_try(settings.guidance)
 
 
 def weights_to_try(asked: Sequence[float]) -> list[float]:
@@ -367,7 +402,7 @@ def _sheets(
     views = measured.heldout_views
     rows = evenly_spaced(len(views), SHEET_SIZE)
     prompts = settings.prompts or tuple(prompts_of(pipeline, views, rows))
-    grid = pipeline(list(prompts), guidance=best, not_finite="keep").images
+    grid = settings.sampling.draw(pipeline, list(prompts), best).images
     neighbours, retrieval = measured.nearest_training_images(grid, prompts)
     again = reconstruct(pipeline, views.images, rows, pipeline.config.noise_std)
     return ContactSheets(prompts, grid, neighbours, to_pil(to_float(views.images[rows])), to_pil(again)), retrieval

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -43,8 +43,10 @@ from starflow.evaluate.distances import (
 )
 from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features
 from starflow.evaluate.likelihood import nearest_references
-from starflow.pipeline.pipeline import StarFlowPipeline
+from starflow.pipeline.config import PipelineConfig, own_guidance, with_sampling_options
+from starflow.pipeline.pipeline import Generated, StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds
+from starflow.sampling.student import StudentConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,14 +111,72 @@ def noisy_reconstruction(
     return reconstruct
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How samples are drawn, beside prompt, guidance and seed: options of a pipeline's call."""
+
+    sampler: Literal["flow", "student"] = "flow"
+    temperature: float | None = None
+    """None is the model's own, or its student's."""
+    candidates: int | None = None
+    """Drawn for each sample that is kept; None is the model's own, and 1 of a student."""
+
+    def draw(self, pipeline: StarFlowPipeline, prompts: Sequence[str], guidance: float, seed: int = 0) -> Generated:
+        """One picture of each prompt, picture i with the seed `seed + i`; those that are not finite are kept.
+
+        Raises:
+            UserError: a model without a student, or a weight above those of its training.
+        """
+        return pipeline(
+            prompts,
+            guidance=guidance,
+            seed=seed,
+            sampler=self.sampler,
+            temperature=self.temperature,
+            candidates=self.candidates,
+            batch_size=BATCH,
+            not_finite="keep",
+        )
+
+    def student_of(self, pipeline: StarFlowPipeline) -> StudentConfig | None:
+        """The configuration of the student that draws, None where the flow does.
+
+        Raises:
+            UserError: a student is asked for and the model has none.
+        """
+        if self.sampler == "flow":
+            return None
+        if pipeline.student is None:
+            raise UserError(
+                f"'{pipeline.config.name}' has no student to sample with: train one by `starflow train-student`, or "
+                "leave the sampler out"
+            )
+        return pipeline.student.config
+
+    def guidance(self, pipeline: StarFlowPipeline) -> float:
+        """The weight that is drawn at by default."""
+        return own_guidance(pipeline.config, pipeline.student if self.sampler == "student" else None)
+
+    def config(self, pipeline: StarFlowPipeline) -> PipelineConfig:
+        """The model's configuration with the temperature and the candidates that samples are drawn with."""
+        return with_sampling_options(pipeline.config, self.temperature, self.candidates, self.student_of(pipeline))
+
+
 def draw_samples(
-    pipeline: StarFlowPipeline, heldout: TrainingViews, count: int, guidance: float, seed: int
+    pipeline: StarFlowPipeline,
+    heldout: TrainingViews,
+    count: int,
+    guidance: float,
+    seed: int,
+    options: SamplingOptions | None = None,
 ) -> Iterator[Tensor]:
     """This process's share of `count` pictures of the held-out prompts in turn, as batches (B, 3, H, W) in [-1, 1].
 
-    Sample i has the seed `seed + i`. A sample whose latent is not finite comes as NaN, so that it is counted as such
-    rather than measured as the black picture that it would be saved as.
+    Sample i has the seed `seed + i`, and `options` None draws as the model does by default. A sample whose latent is
+    not finite comes as NaN, so that it is counted as such rather than measured as the black picture that it would be
+    saved as.
     """
+    options = options or SamplingOptions()
     wanted = list(islice(cycle(prompts_of(pipeline, heldout, range(len(heldout)))), count))
     own = own_rows(count)
     bar = tqdm(
@@ -128,7 +188,7 @@ def draw_samples(
     )
     for start in range(own.start, own.stop, BATCH):
         some = wanted[start : min(start + BATCH, own.stop)]
-        made = pipeline(some, guidance=guidance, seed=seed + start, batch_size=BATCH, not_finite="keep")
+        made = options.draw(pipeline, some, guidance, seed + start)
         pictures = torch.cat([from_pil(image) for image in made.images])
         bar.update(len(some))
         pictures[~made.latents.isfinite().flatten(1).all(1).cpu()] = torch.nan
@@ -155,6 +215,7 @@ class SampleMeasurements:
     train: ExtractedFeatures
     heldout: ExtractedFeatures
     reference: Moments | None
+    options: SamplingOptions
 
     @staticmethod
     def of(
@@ -163,6 +224,7 @@ class SampleMeasurements:
         extractor: FeatureExtractor,
         references: int,
         moments_file: str = "",
+        options: SamplingOptions | None = None,
     ) -> SampleMeasurements:
         """Features of both splits.
 
@@ -172,6 +234,7 @@ class SampleMeasurements:
             extractor: the network of the distances.
             references: images of each split, at most.
             moments_file: of other references, to measure a Frechet distance to as well; "" is none.
+            options: how samples are drawn; None is as the model does by default.
         """
         train, heldout = (
             select_rows(views, evenly_spaced(len(views), references)) for views in (dataset.train, dataset.heldout)
@@ -191,6 +254,7 @@ class SampleMeasurements:
             features_of(train.images),
             features_of(heldout.images),
             load_moments(Path(moments_file).expanduser(), extractor.name) if moments_file else None,
+            options or SamplingOptions(),
         )
 
     def sample_kernel_distance(self, count: int, guidance: float, seed: int) -> float:
@@ -263,7 +327,7 @@ class SampleMeasurements:
         return to_pil(to_float(self.train_views.images[rows])), scores
 
     def _samples(self, count: int, guidance: float, seed: int) -> ExtractedFeatures:
-        drawn = draw_samples(self.pipeline, self.heldout_views, count, guidance, seed)
+        drawn = draw_samples(self.pipeline, self.heldout_views, count, guidance, seed, self.options)
         return gathered_features(self.extractor, drawn, count, self._example)
 
     @property

@@ -102,7 +102,7 @@ class SamplingMemory:
     activations: int
     """Of the largest pass: the condition's, or where blocks are iterated a whole sequence's."""
     denoising: int
-    """What a Tweedie step keeps for its backward pass; 0 where samples are cleaned in another way."""
+    """What a Tweedie step keeps for its backward pass, or a learned denoiser's pass holds; 0 with neither."""
     autoencoder: int
     """Its weights."""
     decoding: int
@@ -117,6 +117,9 @@ class SamplingMemory:
     beside_encoder: int
     """Weights that are on the device while prompts are encoded: none that are offloaded."""
 
+    companions: int = 0
+    """Weights of a student and a denoiser; `sampling_memory` is of the flow alone and leaves them to its caller."""
+
     @property
     def peak(self) -> int:
         """The most at any time on a device that computes from `weights`."""
@@ -130,9 +133,10 @@ class SamplingMemory:
     def _most(self, weights: int, beside_encoder: int) -> int:
         """Caches stay while a batch is cleaned and decoded; a large text encoder is gone before there are any."""
         sampling = weights + self.cache + max(self.activations, self.denoising, self.decoding)
+        kept = self.autoencoder + self.companions
         if self.text_encoder < KEPT_ENCODER_BYTES:
-            return self.autoencoder + self.text_encoder + sampling
-        return self.autoencoder + max(beside_encoder + self.text_encoder, sampling)
+            return kept + self.text_encoder + sampling
+        return kept + max(beside_encoder + self.text_encoder, sampling)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from starflow.cli.main import main
-from starflow.data.images import from_pil
+from starflow.data.images import from_pil, save_grid
+from starflow.data.sets.small import SHAPES
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.denoise import Denoiser, DenoiserConfig, denoise
-from starflow.sampling.student import inputs_of
+from starflow.sampling.student import Student, StudentConfig, inputs_of
 from starflow.train.distributed import World
 from starflow.train.loop import fit
 from starflow.train.run import read_log
 from starflow.train.settings import TrainSettings
-from starflow.train.tasks.denoiser import DenoiserTask
+from starflow.train.tasks.denoiser import DenoiserTask, with_companions
 from tests.train.distributed.launch import finish, torchrun
 from tests.train.distributed.scenario import numbers
 from tests.train.tasks.companions import (
@@ -80,12 +81,92 @@ def test_of_any_flow_the_target_is_a_tweedie_step() -> None:
     assert torch.allclose(batch.x - 0.3 * batch.target, tweedie, atol=1e-5)
 
 
+def test_what_a_new_denoiser_misses_is_everything() -> None:
+    teacher = make_teacher(random_weights)
+    task = make_task(teacher)
+    batch = task.batch(0, range(8))
+    loss, terms = task.loss(task.model, batch)
+    assert float(loss.detach()) == pytest.approx(float(batch.target.square().flatten(1).sum(1).mean()), rel=1e-5)
+    assert float(terms["unexplained"]) == pytest.approx(1.0)
+    found, rows = task.evaluate(task.model), task.heldout[0]
+    noised, condition = task._noised(rows, 0, 0, range(len(rows))), task._conditions(rows, None)
+    clean = task.cache.posterior(rows)[0]
+    assert found["unexplained"] == pytest.approx(1.0)
+    assert found["error"] == pytest.approx(found["error_noised"])
+    assert found["error_noised"] == pytest.approx(float((noised - clean).square().mean()), rel=1e-4)
+    stepped = denoise(teacher.flow, noised, condition, 0.3)
+    assert found["error_tweedie"] == pytest.approx(float((stepped - clean).square().mean()), rel=1e-4)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    teacher = make_teacher(random_weights)
+    settings = replace(SETTINGS, steps=6, evaluate_every=3, schedule="trapezoid", decay=0.0)
+    for folder, steps in (("parts", 4), ("parts", 6), ("whole", 6)):
+        own = replace(settings, steps=steps)
+        fit(make_task(teacher, own), own, tmp_path / folder, show_progress=False)
+    logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("parts", "whole")]
+    parts, whole = ([(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs)
+    assert parts == whole
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_share_of_the_conditions_is_dropped() -> None:
+    task = make_task(make_teacher(random_weights))
+    task.objective = replace(task.objective, drop_condition=0.5)
+    batch, null = task.batch(0, range(8)), task.cache.null
+    assert null is not None
+    assert batch.condition is not None
+    dropped = task._dropped(0, range(8))
+    assert 0 < int(dropped.sum()) < 8
+    assert torch.equal((batch.condition == null).flatten(1).all(1), dropped)
+
+
+def test_the_rows_of_a_grid_are_clean_noised_tweedie_and_denoised(tmp_path: Path) -> None:
+    teacher = make_teacher(random_weights)
+    task = make_task(teacher)
+    denoiser = task.model
+    assert isinstance(denoiser, Denoiser)
+    torch.nn.init.normal_(denoiser.proj_out.weight)
+    task.draw(denoiser, tmp_path / "grid.png")
+    rows = task.heldout[0][:8]
+    noised, condition = task._noised(rows, 0, 0, range(8)), task._conditions(rows, None)
+    stepped, cleaned = denoise(teacher.flow, noised, condition, 0.3), denoiser.clean(noised, condition)
+    latents = (task.cache.posterior(rows)[0].float(), noised, stepped, cleaned)
+    with torch.no_grad():
+        save_grid(torch.cat([teacher.autoencoder.decode(one) for one in latents]), tmp_path / "expected.png", columns=8)
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+def test_what_stands_beside_the_teacher_stays(tmp_path: Path) -> None:
+    teacher = make_teacher(random_weights)
+    sizes = inputs_of(teacher.flow)
+    teacher.student = Student(StudentConfig(**sizes, channels=16, layers=(1, 1, 1), head_dim=16))
+    denoiser = Denoiser(DenoiserConfig(**sizes, channels=16, layers=(1,), head_dim=16))
+    both = with_companions(teacher, denoiser=denoiser)
+    assert (both.student, both.denoiser, both.config.cleaning) == (teacher.student, denoiser, "denoiser")
+    assert with_companions(teacher).config.cleaning == teacher.config.cleaning
+    assert teacher.denoiser is None
+
+
+def test_what_needs_no_denoiser_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    assert main(["train-denoiser", str(recipe), "--output", str(tmp_path / "run"), "--drop_condition", "2"]) == 2
+    assert "drop_condition is 2.0, expected a share from 0 to 1" in capsys.readouterr().err
+    teacher = make_teacher(random_weights, SHAPES)
+    teacher.config = replace(teacher.config, noise_std=0.0, cleaning="none")
+    teacher.save_pretrained(tmp_path / "plain")
+    plain = ["train-denoiser", str(recipe), "--teacher", str(tmp_path / "plain"), "--output", str(tmp_path / "run")]
+    assert main(plain) == 2
+    assert "was trained without Gaussian noise: it needs no denoiser" in capsys.readouterr().err
+
+
 RECIPE = """
 name: small-denoiser
 teacher: {teacher}
 data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
 network: {{channels: 32, layers: 2, head_dim: 16}}
 train:
+  precision: float32
   steps: 4
   batch: 8
   lr: 1.0e-2

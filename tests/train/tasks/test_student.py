@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from starflow.cli.main import main
+from starflow.data.images import from_pil, save_grid
 from starflow.errors import UserError
+from starflow.flow.config import TarFlowConfig
+from starflow.flow.model import TarFlow
 from starflow.flow.tokens import patchify
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.sampling.sampler import sample
@@ -88,6 +92,129 @@ def test_at_weight_zero_the_loss_is_the_plain_one() -> None:
     one, other = guided.loss(guided.model, zero)[0], plain.loss(plain.model, zero)[0]
     assert float(one.detach()) == pytest.approx(float(other.detach()), rel=1e-5)
     assert float(guided.loss(guided.model, batch)[0].detach()) != pytest.approx(float(other.detach()), rel=1e-4)
+
+
+class Fixed(nn.Module):
+    """A network that answers with numbers of its own, whatever it is asked."""
+
+    def __init__(self, batch: StudentBatch) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(2)
+        wanted = [batch.clean, *batch.states]
+        self.own = nn.ParameterList(one + torch.randn(one.shape, generator=draw) for one in wanted)
+
+    def forward(self, z: Tensor, condition: Tensor | None, guidance_B: Tensor | None = None) -> StudentOutput:
+        return StudentOutput(self.own[0], list(self.own)[1:])
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_formula() -> None:
+    task = make_task(replace(PLAIN, power=0.7, floor=0.2, alignment=0.3, guidance=0.0))
+    some = task.train[0][:64]
+    traced = task._traced(some, 0, 0, range(len(some)), task._conditions(some, None))
+    squares = [float(one.square().mean()) for one in (traced[0], *traced[2])]
+    batch = task.batch(0, range(8))
+    fixed = Fixed(batch)
+    objective_of(task).student = fixed  # type: ignore[assignment]
+    found, terms = task.loss(task.model, batch)
+    found.backward()
+    expected = 0.0
+    for number, (own, wanted) in enumerate(zip(fixed.own, [batch.clean, *batch.states], strict=True)):
+        weight, size = 1.0 if number == 0 else 0.3, own[0].numel()
+        each = (own.detach() - wanted).square().flatten(1).mean(1) / squares[number]
+        expected += float((weight * each * (each + 0.2) ** -0.7).mean())
+        factor = (weight * (each + 0.2) ** -0.7 / len(own)).view(-1, *[1] * (own.ndim - 1))
+        slope = factor * 2 * (own.detach() - wanted) / size / squares[number]
+        assert own.grad is not None
+        assert torch.allclose(own.grad, slope, rtol=1e-3, atol=1e-8)
+        name = "clean" if number == 0 else f"state_{number - 1}"
+        assert float(terms[name]) == pytest.approx(float(each.mean()), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+class Squares:
+    """A distance of pictures whose features are the pictures themselves."""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+    def between(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        return (ours[0] - theirs[0]).square().mean()
+
+
+def test_some_pictures_of_a_batch_are_compared_decoded() -> None:
+    weights = replace(PLAIN, perceptual=0.25, decode_every=4, guidance=0.0)
+    task, distance = make_task(replace(weights, perceptual=0.0)), Squares()
+
+    def decode(latents: Tensor) -> Tensor:
+        return 3 * latents[:, :3]
+
+    def loss_of(answer: Fixed, batch: StudentBatch, weights: StudentLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        scales = objective_of(task)._scales
+        objective: Any = StudentObjective(answer, weights, scales, decode, distance)  # type: ignore[arg-type]
+        found: tuple[Tensor, dict[str, Tensor]] = objective(batch)
+        return found
+
+    batch = task.batch(0, range(8))
+    assert batch.decoded == [0, 4]
+    fixed = Fixed(batch)
+    loss, terms = loss_of(fixed, batch, weights)
+    wanted = 9 * (fixed.own[0] - batch.clean)[[0, 4], :3].square().mean()
+    assert float(terms["perceptual"]) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    without = loss_of(fixed, batch, replace(weights, perceptual=0.0))[0]
+    assert float((loss - without).detach()) == pytest.approx(0.25 * float(wanted.detach()), rel=1e-3)
+    # Micro-batches of two, half of which have no picture to decode: their mean is the whole batch's loss.
+    parts = []
+    for start in range(0, 8, 2):
+        part = task.batch(0, range(start, start + 2))
+        answer = Fixed(part)
+        for own, whole in zip(answer.own, fixed.own, strict=True):
+            own.data = whole.data[start : start + 2]
+        parts.append(float(loss_of(answer, part, weights)[0].detach()))
+    assert sum(parts) / 4 == pytest.approx(float(loss.detach()), rel=1e-3)
+
+
+def test_what_is_dropped_is_not_guided_and_weights_are_spread() -> None:
+    task = make_task(replace(PLAIN, drop_condition=0.5, guided=1.0))
+    weights, dropped = task.batch(0, range(8)).guidance_B, task._dropped(0, range(8))
+    assert 0 < int(dropped.sum()) < 8
+    assert torch.equal(weights == 0, dropped)
+    assert len(set(weights[~dropped].tolist())) == int((~dropped).sum())
+
+
+def test_the_null_branch_of_classes_is_no_class() -> None:
+    teacher = make_teacher(random_weights)
+    flow = TarFlow(TarFlowConfig(4, 4, 1, 64, num_blocks=2, layers_per_block=1, num_classes=3)).requires_grad_(False)
+    task = make_task(teacher=StarFlowPipeline(flow, teacher.autoencoder, teacher.conditioner, teacher.config))
+    null = task.batch(0, range(8)).null
+    assert null is not None
+    assert null.tolist() == [-1] * 8
+
+
+def test_no_gradient_goes_through_the_null_branch() -> None:
+    task = make_task()
+    student, asked = objective_of(task).student, []
+    forward = student.forward
+
+    def note(*arguments: Any) -> StudentOutput:
+        asked.append(torch.is_grad_enabled())
+        return forward(*arguments)
+
+    student.forward = note  # type: ignore[assignment,method-assign]
+    task.loss(task.model, task.batch(0, range(8)))
+    assert asked == [True, False]
+
+
+def test_an_evaluation_is_the_mean_over_held_out_latents() -> None:
+    task = make_task(replace(PLAIN, guidance=0.0))
+    rows, objective = task.heldout[0], objective_of(task)
+    condition = task._conditions(rows, None)
+    clean, z, states = task._traced(rows, 0, 0, range(len(rows)), condition)
+    with torch.no_grad():
+        found, out = task.evaluate(objective), objective.student(z, condition)
+    pairs = [(out.clean, clean), *zip(out.states, states, strict=True)]
+    expected = [float((a - b).square().mean()) / scale for (a, b), scale in zip(pairs, objective._scales, strict=True)]
+    assert [found["clean"], found["state_0"], found["state_1"]] == pytest.approx(expected, rel=1e-4)
+    assert found["loss"] == found["clean"]
 
 
 class Extrapolating(nn.Module):
@@ -187,6 +314,7 @@ data: {{source: shapes, shapes: 60, views: {{size: 8}}}}
 network: {{channels: 32, layers: 1, head_dim: 16}}
 loss: {{perceptual: {pictures}, adversarial: {pictures}, guidance: 2.0}}
 train:
+  precision: float32
   steps: 4
   batch: 8
   lr: 1.0e-2
@@ -212,10 +340,13 @@ def test_the_command_trains_a_student_that_the_pipeline_draws_with(
 ) -> None:
     recipe, run = write_recipe(tmp_path, pictures=0.0), tmp_path / "run"
     assert main(["train-student", str(recipe), "--output", str(run)]) == 0
-    assert (run / "samples" / "step_00000004.png").is_file()
     pipe = StarFlowPipeline.from_pretrained(run / "pipeline")
     assert pipe.student is not None
     assert pipe.student.config.temperature == 0.8
+    assert pipe.student.config.largest_guidance == 2.0
+    rows = [pipe(["circle", "star"], sampler="student", guidance=weight).images for weight in (0.0, 0.5)]
+    save_grid(torch.cat([from_pil(image) for row in rows for image in row]), tmp_path / "grid.png", columns=2)
+    assert (run / "samples" / "step_00000004.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     made = pipe("star", num_images=2, seed=3, sampler="student")
     z = 0.8 * torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
     condition = pipe.conditioner.encode(["star"] * 2) if pipe.conditioner else None
