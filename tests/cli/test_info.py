@@ -140,4 +140,4 @@ def test_the_tables_of_memory_fit_a_terminal(run: Run) -> None:
 
 
 def test_a_check_without_gaps_says_none(run: Run) -> None:
-    assert "verified 3, without a digest none" in run("info", "--verify").out
+    assert "verified 4, without a digest none" in run("info", "--verify").out
