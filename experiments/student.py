@@ -58,10 +58,11 @@ QUICK = Budget(samples=8, references=16, repeats=1)
 def ways(pipeline: StarFlowPipeline) -> dict[str, dict[str, Any]]:
     """The ways of drawing by name, as options of a call."""
     assert pipeline.student is not None
-    temperature = pipeline.student.config.temperature
+    temperature, own = pipeline.student.config.temperature, pipeline.config.temperature
     return {
-        f"flow, best of {pipeline.config.candidates}, temperature {pipeline.config.temperature:g}": {},
-        f"flow, one draw, temperature {temperature:g}": {"candidates": 1, "temperature": temperature},
+        f"flow, best of {pipeline.config.candidates}, temperature {own:g}": {},
+        f"flow, one draw, temperature {own:g}": {"candidates": 1},
+        f"flow, one draw, the student's temperature, {temperature:g}": {"candidates": 1, "temperature": temperature},
         f"student, temperature {temperature:g}": {"sampler": "student"},
         "student, best of 16 under the flow": {"sampler": "student", "candidates": 16},
     }

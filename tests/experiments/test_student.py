@@ -49,8 +49,9 @@ def test_every_way_is_timed_at_both_batches(pipe: StarFlowPipeline) -> None:
 
 def test_the_flow_is_compared_at_the_students_temperature(pipe: StarFlowPipeline) -> None:
     options = list(experiment.ways(pipe).values())
-    assert options[1] == {"candidates": 1, "temperature": 0.5}
-    assert options[3] == {"sampler": "student", "candidates": 16}
+    assert options[1] == {"candidates": 1}
+    assert options[2] == {"candidates": 1, "temperature": 0.5}
+    assert options[4] == {"sampler": "student", "candidates": 16}
 
 
 def test_calls_take_turns_and_the_first_does_not_count() -> None:
