@@ -12,7 +12,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 APP_STAMP := $(VENV)/.installed-app
 SERVE_TESTS_STAMP := $(VENV)/.installed-serve-tests
-RESULTS := $(addprefix results-,universality transformers deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi latents condition depth noise)
+RESULTS := $(addprefix results-,universality transformers scaling deep-shallow guidance fashion-mnist decoder inpainting cleaning student sbi latents condition depth noise)
 LOCK_DATE := 2026-11-24T00:00:00Z
 
 export PROMPT

@@ -12,6 +12,7 @@ from experiments.results import Result, markdown_table, update_document, write_r
 NAMES = (
     "universality",
     "transformers",
+    "scaling",
     "deep-shallow",
     "guidance",
     "fashion-mnist",
@@ -47,11 +48,16 @@ def main() -> int:
     parser.add_argument("--document", type=Path, help="a Markdown file whose section of that name is written anew")
     parser.add_argument("--quick", action="store_true", help="a minute's run, to try the code alone")
     parser.add_argument("--steps", type=int, default=0, help="updates of every variant (default: the experiment's own)")
-    parser.add_argument("--patch-size", type=int, default=4, help="for fashion-mnist: side of a patch, 4 or 2")
+    parser.add_argument("--patch-size", type=int, default=2, help="for fashion-mnist: side of a patch, 2 or 4")
     parser.add_argument(
         "--longer", type=int, default=0, help="for decoder: updates of one more run of L2 (default: none)"
     )
-    parser.add_argument("--pictures", type=int, default=0, help="for inpainting: how many are filled (default: 48)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=0,
+        help="for inpainting: how many are filled (default: 48); for fashion-mnist: of every likelihood (1,000)",
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -95,6 +101,7 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
         guidance,
         inpainting,
         sbi,
+        scaling,
         student,
         universality,
     )
@@ -107,12 +114,16 @@ def _run(options: argparse.Namespace, folder: Path) -> Result:
     if options.name in universality.EXPERIMENTS:
         budget = dataclasses.replace(universality.QUICK if options.quick else universality.Budget(), **changed)
         return universality.run(folder, budget, _log, command, options.name)
+    if options.name == "scaling":
+        curves = dataclasses.replace(scaling.QUICK if options.quick else scaling.Budget(), **changed)
+        return scaling.run(folder, curves, _log, command)
     if options.name == "deep-shallow":
         deep = dataclasses.replace(deep_shallow.QUICK if options.quick else deep_shallow.Budget(), **changed)
         return deep_shallow.run(folder, deep, _log, command, options.data, device)
     if options.name == "fashion-mnist":
-        fashion = dataclasses.replace(fashion_mnist.QUICK if options.quick else fashion_mnist.Budget(), **changed)
-        fashion = dataclasses.replace(fashion, patch_size=options.patch_size)
+        fashion = fashion_mnist.QUICK if options.quick else fashion_mnist.Budget()
+        changed |= {"pictures": options.pictures} if options.pictures else {}
+        fashion = dataclasses.replace(fashion, patch_size=options.patch_size, **changed)
         return fashion_mnist.run(folder, fashion, _log, command, options.data, device)
     if options.name == "decoder":
         changed |= {"longer": options.longer} if options.longer else {}

@@ -29,8 +29,10 @@ LAYERS = 6
 """Of a Transformer in all, shared out over its blocks."""
 WAVES = 16
 """Frequencies of a block's input."""
-KNOTS = (4, 8, 16, 32, 64, 128)
+KNOTS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Of the tables that are added up to a free function: coarse ones learn fast, fine ones make it exact."""
+FINEST = 128
+"""Knots of a free function's finest table, unless it is told otherwise."""
 GRID = 120
 CLAIM = (
     "With one block an affine autoregressive flow is Gaussian in each conditional; with two of alternating order it is "
@@ -130,9 +132,9 @@ def _measured(
 class Table1D(nn.Module):
     """Functions of one number by linear interpolation in tables over [-6, 6], constant beyond."""
 
-    def __init__(self, functions: int) -> None:
+    def __init__(self, functions: int, finest: int) -> None:
         super().__init__()
-        self.tables = nn.ParameterList(0.05 * torch.randn(knots, functions) for knots in KNOTS)
+        self.tables = nn.ParameterList(0.05 * torch.randn(knots, functions) for knots in KNOTS if knots <= finest)
 
     def forward(self, u: Tensor) -> Tensor:
         """(B,) to (B, functions)."""
@@ -148,9 +150,9 @@ class Table1D(nn.Module):
 class FreeFlow(nn.Module):
     """Blocks z = (x - mu) / sigma of two numbers, in which mu and log sigma are free functions of the other number."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, finest: int = FINEST) -> None:
         super().__init__()
-        self.functions = nn.ModuleList(Table1D(2) for _ in range(blocks))
+        self.functions = nn.ModuleList(Table1D(2, finest) for _ in range(blocks))
         self.first = nn.Parameter(torch.zeros(blocks, 2))
 
     def forward(self, points: Tensor) -> Tensor:
@@ -230,16 +232,12 @@ def train(density: Density, kind: str, blocks: int, seed: int, budget: Budget, f
     unseen = density.draw(budget.heldout, torch.Generator().manual_seed(1))
     curve, started = [], time.process_time()
     for step in range(steps):
-        loss = -model(density.draw(batch, draw).float()).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        update(model, optimiser, density.draw(batch, draw))
         schedule.step()
         if (step + 1) % max(1, steps // 10) == 0:
-            gaps = _gaps(model, density, unseen[: len(unseen) // 8])
+            gaps = log_ratios(model, density, unseen[: len(unseen) // 8])
             curve.append([(step + 1) / steps, float(gaps.mean()), total_variation(gaps)])
-    gaps = _gaps(model, density, unseen)
+    gaps = log_ratios(model, density, unseen)
     if seed == budget.seeds[0] and density.numbers == 2:
         _save_picture(folder, density, model, f"{kind}-{blocks}")
     return {
@@ -250,6 +248,15 @@ def train(density: Density, kind: str, blocks: int, seed: int, budget: Budget, f
         "cpu_seconds": time.process_time() - started,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def update(model: nn.Module, optimiser: torch.optim.Optimizer, points: Tensor) -> None:
+    """One step down the mean of -log q over draws (B, N) of the density."""
+    loss = -model(points.float()).mean()
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
 
 
 def total_variation(gaps: Tensor) -> float:
@@ -270,7 +277,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _gaps(model: HasLogProb, density: Density, points: Tensor) -> Tensor:
+def log_ratios(model: HasLogProb, density: Density, points: Tensor) -> Tensor:
     """log p - log q of the density's own points: their mean is the flow's excess over the entropy, KL(p || q)."""
     parts = [model(some.float()) for some in points.split(2000)]
     return density.log_prob(points) - torch.cat(parts).double()
@@ -339,4 +346,4 @@ def _curves(axis: Any, by_flow: dict[str, list[Measurements]], limit: float) -> 
     axis.set_title("nats by share of updates", fontsize=7)
     axis.set(yscale="log")
     axis.legend(fontsize=5)
-    axis.tick_params(labelsize=6)
+    axis.tick_params(which="both", labelsize=6)

@@ -36,7 +36,7 @@ def test_a_recipe_gives_the_flow_that_it_trains() -> None:
 
 def test_memory_is_that_of_the_sizes_that_are_trained(tmp_path: Path) -> None:
     fashion = predict_memory(str(RECIPES / "fashion-mnist.yaml"))
-    assert (fashion["size"], fashion["sizes"], fashion["tokens"]) == ("28x28", ["28x28"], 49)
+    assert (fashion["size"], fashion["sizes"], fashion["tokens"]) == ("28x28", ["28x28"], 196)
     recipe = tmp_path / "wide.yaml"
     recipe.write_text(
         "name: wide\ndata: {source: folder, path: set, aspects: ['16:9', '1:1'], views: {size: 96}}\n"

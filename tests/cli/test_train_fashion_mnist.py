@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.flow.model import TarFlow
+from starflow.flow.model import STARFlow
 from starflow.pipeline.pipeline import StarFlowPipeline
 from starflow.train.recipe import load_recipe
 from starflow.train.run import read_log, start_run
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pipeline_is_of_grey_8_bit_pixels(folder: Path) -> None:
     pipeline = StarFlowPipeline.from_pretrained(folder / "run" / "model")
-    assert isinstance(pipeline.flow, TarFlow)
+    assert isinstance(pipeline.flow, STARFlow)
     assert (pipeline.config.noise, pipeline.config.cleaning, pipeline.config.noise_std) == ("uniform", "none", 0.0)
     assert pipeline.density_space == "8-bit pixels"
     assert pipeline.flow.config.in_channels == 1

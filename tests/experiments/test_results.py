@@ -127,24 +127,23 @@ def test_fashion_mnist() -> None:
     measures = {"count": 500, "not_finite": 1, "kid_mobilenetv2": 0.02, "precision": 0.5}
     found: dict[str, Measurements] = {
         "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}},
-        "classifier": {"accuracy": 0.875, "count": 2000},
-        "one-pass": {
-            "count": 1000,
-            "every_class": 0.75,
-            "every_class_seconds": 80.0,
-            "one_pass": 0.5,
-            "one_pass_seconds": 20.0,
-        },
+        "classifier": {"accuracy": 0.8, "count": 1600, "seconds": 160.0},
+        "one-pass": {"accuracy": 0.5, "count": 2500, "seconds": 50.0},
         "outliers": {"auroc_likelihood": 0.2, "auroc_typicality": 0.9, "count_inside": 2000, "count_outside": 5000},
         "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
     }
     table = fashion_mnist.likelihood_table(found)
     assert ["bits/dim of 8-bit pixels, training, 4 draws", "10,000", "2.9000 ± 0.0100"] in table
     assert ["caused by the draws alone, test", "10,000", "± 0.00010"] in table
-    assert ["accuracy of the likelihood classifier", "2,000", "87.50 %"] in table
-    assert ["the same, a pass for each class", "1,000", "75.0 %, 80 ms each"] in table
-    assert ["the same, one pass there and back", "1,000", "50.0 %, 20 ms each"] in table
+    assert ["classified right by likelihood, a pass for each class", "1,600", "80.0 ± 1.0 %, 100 ms each"] in table
+    assert ["the same, one pass there and back", "2,500", "50.0 ± 1.0 %, 20 ms each"] in table
     assert ["digits by likelihood, AUROC", "2,000 and 5,000", "0.2000"] in table
+    nats = math.log(2)
+    curve = [(500, 5 * nats, 0.0), (1000, 4 * nats, 0.0), (1500, 3 * nats, 0.0)]
+    assert fashion_mnist.curve_rows(curve, fashion_mnist.Budget(heldout=1000)) == [
+        ["test pictures on the way, 1,000 updates", "1,000", "4.0000"],
+        ["test pictures on the way, 1,500 updates", "1,000", "3.0000"],
+    ]
     floor, unguided = fashion_mnist.distance_table(found)[1:]
     assert floor[3:6] == ["20.0", "0.500", ""]
     assert unguided[3] == "none finite"
