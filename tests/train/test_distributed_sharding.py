@@ -77,7 +77,7 @@ def test_weights_averages_and_moments_are_split(runs: Path) -> None:
 def test_bfloat16_shards_round_weights_alone(runs: Path) -> None:
     """As close to one process as bfloat16 is to float32; what leaves a block is never rounded.
 
-    AdamW's first updates are the gradients' signs, so that rounding turns some of them: over four seeds the losses of the
+    AdamW's first updates are the gradients' signs, and rounding turns some of them: over four seeds the losses of the
     two precisions are 0 to 10 % apart after the first update, whatever computes attention.
     """
     alone, together, exact = (numbers(runs / name) for name in ("bfloat16-alone", "bfloat16", "alone"))
