@@ -258,6 +258,10 @@ def test_a_text_without_emoji_is_unchanged(prompt: str) -> None:
     assert name_emoji(prompt) == prompt
 
 
+def test_no_emoji_is_ascii() -> None:
+    assert not any(emoji.isascii() for emoji in text._emoji_names()[0])  # what `name_emoji` takes for granted
+
+
 RATIO = "\n in a 16:9 aspect ratio.\n"
 
 

@@ -22,6 +22,7 @@ from starflow.cli.options import (
     Precision,
     WeightFormat,
     check_seed,
+    collection_off,
     parse_size,
     pick_device,
     pick_dtype,
@@ -137,10 +138,11 @@ def generate(options: GenerateOptions) -> None:
     prompts = [prompt for prompt in read_prompts(options) for _ in range(options.num_images)]
     target = OutputTarget.of(options.output, len(prompts), grid=options.grid)
     started = time.perf_counter()
-    pipeline = _load(options)
-    if options.aspect:
-        size = aspect_size(options.aspect, pipeline.config.image_size, pipeline.size_multiple)
-    pipeline.remember_prompts(prompts, size)
+    with collection_off():
+        pipeline = _load(options)
+        if options.aspect:
+            size = aspect_size(options.aspect, pipeline.config.image_size, pipeline.size_multiple)
+        pipeline.remember_prompts(prompts, size)
     loaded = time.perf_counter()
     written = list(_write(pipeline, prompts, size, options, target))
     grid = _write_grid(written, options, target) if options.grid else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from starflow.cli.options import Argument, Device, Flag, check_seed, parse_size, pick_device
+from starflow.cli.options import Argument, Device, Flag, check_seed, collection_off, parse_size, pick_device
 from starflow.errors import UserError
 from starflow.io.files import check_output_folder
 
@@ -91,9 +91,11 @@ def likelihood(options: LikelihoodOptions) -> None:
         if not Path(name).expanduser().exists():
             raise UserError(f"no such file: {name}")
     from starflow.pipeline.config import check_size, default_size, untrained_size_warning
-    from starflow.pipeline.pipeline import StarFlowPipeline
 
-    pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
+    with collection_off():
+        from starflow.pipeline.pipeline import StarFlowPipeline
+
+        pipeline = StarFlowPipeline.from_pretrained(options.model, pick_device(options.device))
     size = size or default_size(pipeline.config, pipeline.flow.config)
     check_size(pipeline.config, pipeline.flow.config, size)
     if note := untrained_size_warning(pipeline.config, pipeline.flow.config, size):

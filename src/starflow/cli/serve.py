@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from starflow.cli.options import Device, Flag, Precision, pick_device, pick_dtype
+from starflow.cli.options import Device, Flag, Precision, collection_off, pick_device, pick_dtype
 from starflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ def serve(options: ServeOptions) -> None:
     """Run `starflow serve`."""
     _need(("fastapi", "uvicorn", "prometheus_client", "python_multipart"), "serve")
     _let_threads_rest()
-    from starflow.serve.images_api import create_app
-    from starflow.serve.schemas import Limits
-    from starflow.serve.service import Service, listen, run
+    with collection_off():
+        from starflow.serve.images_api import create_app
+        from starflow.serve.schemas import Limits
+        from starflow.serve.service import Service, listen, run
 
     service = Service(
         lambda: _load(options.model, options.device, options.dtype),
@@ -111,9 +113,10 @@ def app(options: AppOptions) -> None:
     """Run `starflow app`."""
     _need(("fastapi", "uvicorn", "prometheus_client", "python_multipart", "gradio"), "app")
     _let_threads_rest()
-    from starflow.serve.app import add_page
-    from starflow.serve.images_api import create_app
-    from starflow.serve.service import Service, listen, run
+    with collection_off():
+        from starflow.serve.app import add_page
+        from starflow.serve.images_api import create_app
+        from starflow.serve.service import Service, listen, run
 
     service = Service(
         lambda: _load(options.model, options.device, None), _name(options.model), api_key=os.environ.get(KEY, "")
@@ -133,11 +136,12 @@ def _need(modules: Sequence[str], extra: str) -> None:
 
 
 def _load(model: str, device: Device, dtype: Precision | None) -> StarFlowPipeline:
-    from starflow.pipeline.pipeline import StarFlowPipeline
+    with collection_off():
+        from starflow.pipeline.pipeline import StarFlowPipeline
 
-    precision = None if dtype is None else pick_dtype(dtype)
-    # A text encoder that is loaded for every batch would take longer than the batch.
-    return StarFlowPipeline.from_pretrained(model, pick_device(device), precision, keep_text_encoder=True)
+        precision = None if dtype is None else pick_dtype(dtype)
+        # A text encoder that is loaded for every batch would take longer than the batch.
+        return StarFlowPipeline.from_pretrained(model, pick_device(device), precision, keep_text_encoder=True)
 
 
 def _name(model: str) -> str:
@@ -152,6 +156,7 @@ def _tell_when_ready(service: Service, what: str, host: str, port: int) -> None:
 
     def wait() -> None:
         service.loaded.wait()
+        gc.freeze()  # the model stays as long as the process: to look for cycles in it would only hold requests up
         if service.failure is None:
             print(f"starflow: {what} on {address}", flush=True)
 

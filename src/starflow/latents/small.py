@@ -186,7 +186,8 @@ def load_small(folder: Path) -> SmallLatents:
     kind, noise_std = values.pop("kind", None), checked_noise(values.pop("noise_std", 0.0), folder / "config.json")
     if kind != "small":
         raise UserError(f"{folder / 'config.json'} describes a '{kind}', expected a 'small' autoencoder")
-    network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
+    with torch.device("meta"):  # without weights that would be drawn and thrown away
+        network = SmallAutoencoder(from_dict(SmallAutoencoderConfig, values))
     assign_weights(network, weights.read(folder), str(weights.weight_files(folder)[0]))
     network.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SmallLatents(network, noise_std, str(folder))
