@@ -21,7 +21,9 @@ from starflow.train.tasks.decoder import (
     DecoderObjective,
     DecoderTask,
     EncodedImages,
+    FeatureCritic,
     MobileNetDistance,
+    feature_critic_terms,
     load_perceptual,
 )
 
@@ -146,3 +148,52 @@ def test_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="pip install lpips"):
         load_perceptual("lpips", CPU)
+
+
+class LinearCritic(nn.Module):
+    """The features' mean times the prompt's, so that a prompt of another picture tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, features: list[torch.Tensor], condition: torch.Tensor | None) -> torch.Tensor:
+        score = self.slope * features[0].mean((1, 2, 3))
+        return (score if condition is None else score * condition.mean((1, 2)))[:, None]
+
+
+def test_the_critics_terms_are_those_of_the_formula() -> None:
+    """Hinge of real and drawn pictures, half of one of real pictures under the picture before's prompt."""
+    critic: Any = LinearCritic()
+    ours, theirs = ([torch.tensor(means).view(3, 1, 1, 1)] for means in ([0.2, -0.4, 1.0], [1.0, 3.0, -1.0]))
+    condition = torch.tensor([1.0, -1.0, 2.0]).view(3, 1, 1)
+    terms = {name: term.detach() for name, term in feature_critic_terms(critic, ours, theirs, condition).items()}
+    assert float(terms["adversarial"]) == pytest.approx(-(0.1 + 0.2 + 1.0) / 3)
+    real, drawn, wrong = (0.5 + 2.5 + 2.0) / 3, (1.1 + 1.2 + 2.0) / 3, (2.0 + 2.5 + 1.5) / 3
+    assert float(terms["critic"]) == pytest.approx(real + drawn + 0.5 * wrong)
+    unprompted = feature_critic_terms(critic, ours, theirs, None)["critic"].detach()
+    assert float(unprompted) == pytest.approx((0.5 + 0.0 + 1.5) / 3 + (1.1 + 0.8 + 1.5) / 3)
+
+
+def test_a_feature_critic_projects_the_prompt_by_its_direction() -> None:
+    torch.manual_seed(0)
+    critic = FeatureCritic((3, 5), (16, 8), num_classes=0, txt_dim=6).eval()
+    features, prompts = [torch.randn(2, 3, 16, 16), torch.randn(2, 5, 8, 8)], torch.randn(2, 4, 6)
+    with torch.no_grad():
+        scores, plain = critic(features, prompts), critic(features, torch.zeros(2, 4, 6))
+        assert critic.project is not None
+        vectors = critic.project(F.layer_norm(prompts.mean(1), (6,))) - critic.project(torch.zeros(2, 6))
+        inner = [trunk(one).mean((2, 3)) for trunk, one in zip(critic.trunks, features, strict=True)]
+    assert torch.allclose(critic(features, 10 * prompts), scores, atol=1e-3)
+    for part, hidden in zip((scores - plain).split(16, 1), inner, strict=True):  # 4 x 4 positions of each depth
+        assert torch.allclose(part, (hidden * vectors).sum(1, keepdim=True).expand(-1, 16), atol=1e-5)
+    layers = [module for module in critic.modules() if isinstance(module, nn.Conv2d)]
+    norms = [float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) for layer in layers]
+    assert norms == pytest.approx([1.0] * len(norms), rel=0.1)
+
+
+def test_a_feature_critic_tells_classes_and_none_apart() -> None:
+    torch.manual_seed(0)
+    critic = FeatureCritic((3,), (4,), num_classes=2, txt_dim=0).eval()
+    scores = critic([torch.randn(1, 3, 4, 4).expand(3, -1, -1, -1)], torch.tensor([-1, 0, 1]))
+    assert len({round(float(row.sum().detach()), 4) for row in scores}) == 3

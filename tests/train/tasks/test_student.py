@@ -260,6 +260,20 @@ def test_each_picture_term_moves_one_network_alone() -> None:
         assert all(one is None for one in gradients[len(moved) :])
 
 
+def test_the_picture_terms_are_added_by_their_weights_once_the_critic_has_started() -> None:
+    weights = replace(WITH_CRITIC, perceptual=3.0, adversarial=0.7, adversarial_from=2, guidance=0.0)
+    task = make_task(weights, teacher=make_teacher(random_weights, pixels=16))
+    plain = make_task(replace(PLAIN, guidance=0.0), teacher=task.teacher)
+    before, after = task.loss(task.model, task.batch(1, range(8)))[1], task.batch(2, range(8))
+    assert "perceptual" in before
+    assert "critic" not in before
+    objective_of(plain).student.load_state_dict(objective_of(task).student.state_dict())
+    loss, terms = task.loss(task.model, after)
+    others = plain.loss(plain.model, after)[0].detach()
+    expected = others + 3.0 * terms["perceptual"] + 0.7 * terms["adversarial"] + terms["critic"]
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_the_critic_learns_which_pictures_are_the_students() -> None:
     task = make_task(WITH_CRITIC, teacher=make_teacher(random_weights, pixels=16))
     critic = objective_of(task).critic
