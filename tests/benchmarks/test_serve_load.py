@@ -50,6 +50,8 @@ def test_clients_that_leave_read_slowly_and_ask_for_too_much_harm_nobody(tmp_pat
         "1",
         "--rounds",
         "1",
+        "--starts",
+        "1",
         "--soak",
         minutes,
         "--output",
