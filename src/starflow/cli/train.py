@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from starflow.cli.options import Argument, Device, Flag, pick_device
 from starflow.errors import UserError
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from starflow.train.distributed import World
     from starflow.train.run import Run
     from starflow.train.tasks.decoder_run import DecoderReport, DecoderSettings
+    from starflow.train.tasks.denoiser import DenoiserRecipe
+    from starflow.train.tasks.density import DensityRecipe
+    from starflow.train.tasks.student import StudentRecipe
+
+R = TypeVar("R", "DensityRecipe", "StudentRecipe", "DenoiserRecipe")
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,9 @@ def train(options: TrainOptions) -> None:
 
 
 def _train_density(options: TrainOptions) -> None:
-    from starflow.train.recipe import load_recipe_of
     from starflow.train.tasks.density import DensityRecipe, train_density
 
-    recipe = load_recipe_of(DensityRecipe, Path(options.recipe), dict(options.overrides))
-    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+    with _opened(options, DensityRecipe) as (recipe, folder, world):
         model = train_density(recipe, folder, world)
         if world.is_main:
             print(f"done: starflow.density.SequenceFlow.from_pretrained('{model}')")
@@ -152,11 +155,9 @@ def cache_latents(options: CacheLatentsOptions) -> None:
 
 def train_student(options: TrainStudentOptions) -> None:
     """Run `starflow train-student`."""
-    from starflow.train.recipe import load_recipe_of
     from starflow.train.tasks.student import StudentRecipe, train_student
 
-    recipe = load_recipe_of(StudentRecipe, Path(options.recipe), dict(options.overrides))
-    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+    with _opened(options, StudentRecipe) as (recipe, folder, world):
         pipeline = train_student(recipe, folder, world)
         if world.is_main:
             print(f"done: starflow generate --model {pipeline} --sampler student")
@@ -164,11 +165,9 @@ def train_student(options: TrainStudentOptions) -> None:
 
 def train_denoiser(options: TrainDenoiserOptions) -> None:
     """Run `starflow train-denoiser`."""
-    from starflow.train.recipe import load_recipe_of
     from starflow.train.tasks.denoiser import DenoiserRecipe, train_denoiser
 
-    recipe = load_recipe_of(DenoiserRecipe, Path(options.recipe), dict(options.overrides))
-    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+    with _opened(options, DenoiserRecipe) as (recipe, folder, world):
         pipeline = train_denoiser(recipe, folder, world)
         if world.is_main:
             print(f"done: starflow generate --model {pipeline} --cleaning denoiser")
@@ -183,6 +182,16 @@ def _started(options: StageOptions) -> Iterator[Run]:
     recipe = load_recipe(Path(options.recipe), dict(options.overrides))
     with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
         yield start_run(recipe, folder, world.device, world=world)
+
+
+@contextlib.contextmanager
+def _opened(options: StageOptions, kind: type[R]) -> Iterator[tuple[R, Path, World]]:
+    """A recipe of a kind, the folder of its run and the processes that carry it out."""
+    from starflow.train.recipe import load_recipe_of
+
+    recipe = load_recipe_of(kind, Path(options.recipe), dict(options.overrides))
+    with _folder_and_world(options, recipe.name, recipe.train.parallel.timeout) as (folder, world):
+        yield recipe, folder, world
 
 
 @contextlib.contextmanager
