@@ -115,7 +115,9 @@ def test_a_page_that_is_left_cancels_what_it_asked_for(page: Page) -> None:
 
 
 def test_a_student_draws_where_there_is_one(page: Page, box: StarFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert page.choices("student") == [1.0, 1.1, 1]
+    assert box.student is not None
+    own = box.student.config
+    assert page.choices("student") == [own.guidance, own.temperature, 1]
     assert page.choices("flow") == [3.0, 0.5, 8]
     monkeypatch.setattr(box, "student", None)
     with pytest.raises(UserError, match="has none"):
