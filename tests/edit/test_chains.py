@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow.edit.chains import Adapted, Problem, Step, effective_samples, hamiltonian_step, noise_step
+from starflow.edit.chains import Adapted, Problem, Step, hamiltonian_step, noise_step
 from starflow.edit.density import Density, GuidedFlow
 from starflow.flow.model import STARFlow
 from tests.edit.conftest import STANDARD_ERRORS, Affine, Funnel, far, histogram_apart, log_uniform, normal, quadrature
@@ -181,11 +181,6 @@ def test_what_is_not_a_number_is_never_accepted(affine: Affine) -> None:
     assert not step.accepted.item()
     assert torch.equal(step.x, KNOWN)
     assert step.probability.item() == 0
-
-
-def test_effective_samples_count_equal_weights_and_a_single_one() -> None:
-    assert effective_samples(torch.full((8,), -700.0)) == pytest.approx(8)
-    assert effective_samples(torch.tensor([0.0, -1000, -1000])) == pytest.approx(1)
 
 
 def test_a_size_grows_where_everything_is_accepted_and_has_a_bound(affine: Affine) -> None:

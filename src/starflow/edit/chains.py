@@ -44,10 +44,6 @@ class Problem:
         """(x_O, y_M): the known part over y."""
         return torch.where(self.hole, y, self.known)
 
-    def near(self, y: Tensor, noise: Tensor) -> Tensor:
-        """y_M with y_O drawn from q by standard normal noise (B, C, H, W)."""
-        return torch.where(self.hole, y, self.known + self.spread * noise)
-
     def log_q(self, y: Tensor) -> Tensor:
         """log q(y_O) of each row, nats."""
         gap = torch.where(self.hole, 0, (y - self.known) / self.spread)
@@ -65,12 +61,6 @@ class Problem:
     def log_weight(self, y: Tensor) -> Tensor:
         """log w(y) of each row, nats."""
         return self.log_hole(y) + self.log_q(y) - log_density(self.density, y)
-
-
-def effective_samples(log_weight: Tensor) -> float:
-    """(sum w)^2 / sum w^2: how many of the draws the weights rest on, 1 to their number."""
-    weight = (log_weight.double() - log_weight.max()).exp()
-    return float(weight.sum().square() / weight.square().sum())
 
 
 @dataclass(frozen=True)

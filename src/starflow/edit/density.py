@@ -29,7 +29,7 @@ from starflow.flow.tokens import Grid, in_order, patchify
 from starflow.sampling import guidance as rules
 from starflow.sampling.guidance import Guidance
 from starflow.sampling.policy import SampleSettings
-from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult
+from starflow.sampling.predictor import Predictor, SolverOptions, SolverResult, select_pictures
 from starflow.sampling.sampler import branch_conditions, run, solve_blocks
 from starflow.sampling.solvers import solve_sequential
 
@@ -50,6 +50,16 @@ def log_density(density: Density, x: Tensor) -> Tensor:
     """log p(x) of each row in nats, (B,)."""
     z, logdet = density.encode(x)
     return affine.log_normal(z) + logdet
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Weighted fillings, as `GuidedFlow.particles` draws them."""
+
+    x: Tensor
+    """(K, C, H, W)"""
+    log_weight: Tensor
+    """(K,), up to a constant."""
 
 
 @dataclass(frozen=True)
@@ -102,34 +112,51 @@ class GuidedFlow:
         return run(self.flow, self.temperature * z, given, null, settings).x
 
     @torch.no_grad()
-    def redraw(self, x: Tensor, z: Tensor, hole: Tensor) -> Tensor:
-        """Draw the hole's tokens of the last block, the one next to the noise, anew: each given all tokens before it.
+    def particles(self, x: Tensor, z: Tensor, hole: Tensor, uniform: Tensor) -> Particles:
+        """Draw the hole's tokens of the last block, the one next to the noise, given the known ones before and after.
+
+        This is sequential Monte Carlo (Doucet and Johansen, "A tutorial on particle filtering and smoothing", 2009).
+        Token after token, what a particle has in the hole is drawn from this density, and what is known is imposed on
+        it; the particle's weight is multiplied by the plain density of what is known, unguided and at temperature 1,
+        as real pictures have next to no density under guidance. Where the effective number of particles falls below
+        half, they are drawn anew in proportion to their weights. At guidance 0 and temperature 1 the weighted particles
+        are draws of p(u_M | u_O) of the last block's tokens u as their number grows.
 
         Args:
-            x: (B, C, H, W). What the last block is given of it outside the hole is kept.
-            z: noise (B, C, H, W), of which that of the hole's tokens is used.
+            x: (1, C, H, W), a first filling: through the other blocks the known tokens u_O depend on it a little.
+            z: noise (K, C, H, W) of K particles, of which that of the hole's tokens is used.
             hole: (1, 1, H, W) of bool.
+            uniform: (N,), uniform numbers for drawing anew, one a token.
 
         Returns:
-            Data (B, C, H, W): the last block's tokens, new and kept, taken through the other blocks.
+            The particles: their tokens, drawn and known, taken through the other blocks, and their weights.
         """
         u_BND, grid = self.flow.to_tokens(x)
         last = len(self.flow.blocks) - 1
         for number, block in enumerate(self.flow.iter_blocks()):
             if number < last:
                 u_BND, _ = self._forward(number, block, u_BND, grid)
-        hole_1N1 = self.tokens_of(hole)[None, :, None]
+        prior_ND = self.flow.prior_log_std()
+        tokens = (
+            u_BND,
+            self.tokens_of(hole)[None, :, None],
+            torch.zeros_like(u_BND) if prior_ND is None else prior_ND[None],
+        )
+        log_weight_K = z.new_zeros(len(z))
 
         def solve_block(number: int, predictor: Predictor, noise_BNC: Tensor) -> SolverResult:
+            nonlocal log_weight_K
             if number < last:
                 return solve_sequential(predictor, noise_BNC, SolverOptions(), lambda _: None)
-            backwards = predictor.block.spec.backwards
-            own_u, own_hole = (in_order(one, backwards=backwards) for one in (u_BND, hole_1N1))
-            return _redraw_block(predictor, own_u, noise_BNC, own_hole.flatten().tolist())
+            own_u, own_hole, own_prior = (in_order(one, backwards=predictor.block.spec.backwards) for one in tokens)
+            known = _Known(own_u, own_hole.flatten().tolist(), own_prior, uniform)
+            x_BNC, log_weight_K = _filter(predictor, noise_BNC, known)
+            return SolverResult(x_BNC, predictor.tokens - predictor.first, x_BNC.new_zeros(len(x_BNC)))
 
-        given, null = self._rows(len(x))
+        given, null = self._rows(len(z))
         settings = SampleSettings(self.guidance, "sequential")
-        return solve_blocks(self.flow, self.temperature * z, given, null, settings, solve_block).x
+        made = solve_blocks(self.flow, self.temperature * z, given, null, settings, solve_block).x
+        return Particles(made, log_weight_K)
 
     def tokens_of(self, hole: Tensor) -> Tensor:
         """(1, 1, H, W) of latents to (N,) of tokens: those that hold any latent of the hole."""
@@ -185,17 +212,57 @@ class GuidedFlow:
         return passed
 
 
-def _redraw_block(predictor: Predictor, u_BNC: Tensor, noise_BNC: Tensor, hole: list[bool]) -> SolverResult:
-    """The tokens of a block, in its own order: those in the hole from their noise, the others as they are in u."""
-    x_BNC = u_BNC.clone()
+@dataclass(frozen=True)
+class _Known:
+    """What a filter of particles is given of a block's tokens, in the block's own order."""
+
+    u_1NC: Tensor
+    hole: list[bool]
+    prior_1NC: Tensor
+    """log of what standard normal noise is multiplied by before the block."""
+    uniform_N: Tensor
+
+
+def _filter(predictor: Predictor, noise_BNC: Tensor, known: _Known) -> tuple[Tensor, Tensor]:
+    """A block's tokens (B, N, C), those in the hole from their noise, the others known; and log weights (B,)."""
+    x_BNC, log_weight_B = known.u_1NC.expand_as(noise_BNC).clone(), noise_BNC.new_zeros(len(noise_BNC))
     predictor.prefill()
-    if predictor.first and hole[0]:
+    if predictor.first and known.hole[0]:
         x_BNC[:, :1] = noise_BNC[:, :1]  # without a start token the first one is the noise itself
-    for start, stop in _runs(hole, predictor.first):
-        mu, log_sigma = predictor.predict(predictor.inputs(x_BNC, start, stop), start)
-        if hole[start]:
-            x_BNC[:, start:stop] = affine.inverse(noise_BNC[:, start:stop], mu, log_sigma)
-    return SolverResult(x_BNC, predictor.tokens - predictor.first, x_BNC.new_zeros(len(x_BNC)))
+    for start, stop in _runs(known.hole, predictor.first):
+        run = slice(start, stop)
+        hidden_RTD = predictor.hidden_states(predictor.inputs(x_BNC, start, stop), start)
+        if known.hole[start]:
+            weight = None if predictor.guidance is None else predictor.guidance.weights(start, 1, predictor.tokens)
+            x_BNC[:, run] = affine.inverse(noise_BNC[:, run], *predictor.gaussian(hidden_RTD, weight))
+            continue
+        plain_BTC, log_sigma = predictor.block.gaussian(predictor.block.outputs(hidden_RTD[: len(x_BNC)]))
+        log_scale = log_sigma + known.prior_1NC[:, run]
+        z_BTC = affine.forward(x_BNC[:, run], plain_BTC, log_scale)
+        log_weight_B = log_weight_B + (-0.5 * z_BTC.square() - log_scale).sum((1, 2))
+        log_weight_B = torch.where(log_weight_B.isfinite(), log_weight_B, -math.inf)
+        if effective_samples(log_weight_B) < len(x_BNC) / 2:
+            drawn_B = systematic(log_weight_B, known.uniform_N[start])
+            x_BNC, log_weight_B = x_BNC[drawn_B], torch.zeros_like(log_weight_B)
+            predictor = select_pictures(predictor, drawn_B, predictor.prefix_length + stop - predictor.first)
+    return x_BNC, log_weight_B
+
+
+def effective_samples(log_weight: Tensor) -> float:
+    """(sum w)^2 / sum w^2: how many of the draws the weights rest on, 1 to their number."""
+    weight = (log_weight.double() - log_weight.max()).exp()
+    return float(weight.sum().square() / weight.square().sum())
+
+
+def systematic(log_weight: Tensor, uniform: Tensor) -> Tensor:
+    """As many indices as there are weights (K,), index i about K w_i times: those below (k + uniform) / K of the sum.
+
+    >>> systematic(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), torch.tensor(0.5)).tolist()
+    [0, 0, 1, 2]
+    """
+    weight = (log_weight.double() - log_weight.max()).exp()
+    place = (torch.arange(len(weight), device=weight.device) + uniform.double()) / len(weight)
+    return torch.searchsorted(weight.cumsum(0) / weight.sum(), place).clamp(max=len(weight) - 1)
 
 
 def _runs(hole: list[bool], first: int) -> Iterator[tuple[int, int]]:

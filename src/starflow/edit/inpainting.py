@@ -8,8 +8,9 @@ below, if any; the log p that a filling comes with is the plain conditional one,
 - resample: K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
-- auto: of K draws, and of small holes drawn anew token by token given what is known, the one that is typical. A choice
-  that was measured (docs/log.md), no exact one.
+- auto: of some filters of K particles, each of which draws the hole token by token between the known ones in the block
+  next to the noise (`GuidedFlow.particles`), the one that is typical. A choice that was measured (docs/log.md), no exact
+  one: through the other blocks the known tokens depend on the hole.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
@@ -27,15 +28,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from starflow.edit.chains import (
-    Adapted,
-    Problem,
-    Step,
-    effective_samples,
-    hamiltonian_step,
-    noise_step,
-)
-from starflow.edit.density import GuidedFlow, log_density
+from starflow.edit.chains import Adapted, Problem, Step, hamiltonian_step, noise_step
+from starflow.edit.density import GuidedFlow, effective_samples, log_density
+from starflow.edit.masks import spread_known
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
@@ -45,9 +40,8 @@ Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 PAPER_NOISE = 1.0
 """tau of the paper's proposals."""
 
-REDRAWN_SHARE = 0.6
-"""Of the tokens, the largest hole that `auto` draws anew given the known ones. Beyond it too little is known: what is
-drawn anew comes out likelier than real pictures, and whole draws of the flow fit better (docs/log.md)."""
+FILTERS = 4
+"""Filters of K particles each that `auto` chooses among: the particles of one soon descend from a single one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class InpaintSettings:
     guidance: float = 0.0
     temperature: float = 1.0
     candidates: int = 16
-    """K, draws that a filling starts from or is chosen of."""
+    """K, draws that a filling starts from or is chosen of; of `auto` the particles of a filter."""
     steps: int = 20
     """Of `chain`, `hmc` and `paper`; the first third adapts its size and is not counted in the acceptance."""
     leapfrogs: int = 3
@@ -281,13 +275,17 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """Of the likelier half of the candidates, the one whose hole is as likely as what is known around it.
+        """Of what some filters drew, of the likelier half, the one whose hole is as likely as what is known around it.
 
         What does not fit the known part is unlikely, so the less likely half goes. The likeliest of all is plainer than
         real pictures are: their log p per token differs much between pictures and little between the parts of one, so
         that the known part says what it should be in the hole.
         """
-        x = self.candidates()
+        drawn = []
+        for number in range(FILTERS):
+            drawn.append(self.filtered())
+            self.report((number + 1) / (FILTERS + 1), drawn[0] if number == 0 else None)
+        x = torch.cat(drawn)
         nats = self.problem.log_hole(x)
         likelier = x[finite(nats).topk((len(x) + 1) // 2).indices]
         hole_N = self.density.tokens_of(self.problem.hole)
@@ -296,15 +294,12 @@ class _Filling:
         # Where nothing is known every gap is NaN, and the first, the likeliest, is taken.
         return likelier[gap.nan_to_num(nan=math.inf).argmin().view(1)]
 
-    def candidates(self) -> Tensor:
-        """The draws and, in a small hole, each drawn anew from its own surroundings; (K or 2 K, C, H, W)."""
-        start = self.density.decode(self.draws())
-        self.report(0.5, self.problem.paste(start)[:1])
-        if float(self.density.tokens_of(self.problem.hole).double().mean()) > REDRAWN_SHARE:
-            return self.problem.paste(start)
-        near = self.problem.near(start, self.random.normal(len(start)))
-        anew = self.density.redraw(near, self.random.normal(len(start)), self.problem.hole)
-        return self.problem.paste(torch.cat((start, anew)))
+    def filtered(self) -> Tensor:
+        """One of K particles by its weight, (1, C, H, W)."""
+        known, hole = self.problem.known, self.problem.hole
+        uniform = self.random.log_uniform(len(self.density.tokens_of(hole))).exp()
+        found = self.density.particles(spread_known(known, ~hole), self.draws(), hole, uniform)
+        return self.problem.paste(found.x[self.random.choose(found.log_weight)])
 
     def moved(self, x: Tensor, size: float, log_uniform: Tensor) -> Step:
         """A Hamiltonian step of every row."""

@@ -89,13 +89,17 @@ def box_mask(box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
     return hole
 
 
+def touched_cells(hole: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A mask of pixels (1, 1, H, W) as one of latents (1, 1, h, w): the cells that hold a pixel of it."""
+    return F.adaptive_max_pool2d(hole.float(), grid) > 0
+
+
 def latent_mask(hole: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A mask of pixels (1, 1, H, W) as one of latents (1, 1, h, w): a cell's maximum, dilated by one cell.
+    """As `touched_cells`, dilated by one cell.
 
     A latent says something of the pixels around its cell too, so that those next to the hole are not to be trusted.
     """
-    cells = F.adaptive_max_pool2d(hole.float(), grid)
-    return F.max_pool2d(cells, 3, stride=1, padding=1) > 0
+    return F.max_pool2d(touched_cells(hole, grid).float(), 3, stride=1, padding=1) > 0
 
 
 CONTEXT = 2
@@ -146,8 +150,10 @@ class Scene:
     seen: Tensor
     """(1, 3, height, width) of a size that the model knows, the crop; its hole is filled smoothly from around, or as it
     was where that is kept."""
+    touched: Tensor
+    """(1, 1, h, w) of bool: latents whose cells hold a pixel of the hole."""
     latent_hole: Tensor
-    """(1, 1, h, w)"""
+    """Those and their neighbours."""
 
     @staticmethod
     def of(picture: Image, hole: Tensor, sizes: Sequence[Size], factor: int, *, keep: bool = False) -> Scene:
@@ -167,7 +173,8 @@ class Scene:
             seen = resized(crop.of(from_pil(picture)), shape)
         else:
             seen = spread_known(resized(spread_known(crop.of(from_pil(picture)), ~part), shape), ~small)
-        return Scene(picture, hole, crop, seen, latent_mask(small, (shape[0] // factor, shape[1] // factor)))
+        grid = shape[0] // factor, shape[1] // factor
+        return Scene(picture, hole, crop, seen, touched_cells(small, grid), latent_mask(small, grid))
 
     @property
     def said(self) -> str:
