@@ -165,6 +165,20 @@ def test_pictures_that_differ_under_the_mask_get_the_same_filling(small: StarFlo
     assert one.tobytes() == two.tobytes()
 
 
+def test_auto_keeps_the_latents_next_to_the_hole_which_other_methods_draw(small: StarFlowPipeline) -> None:
+    """One pixel of a cell of its own: the noised latent of the smoothly filled picture is kept round it."""
+    box, latents = (0, 0, 1, 1), []
+    for method, cells in (("auto", 1), ("resample", 2)):
+        one, two = (
+            small.inpaint(picture(), box=box, method=method, guidance=guidance, candidates=2).latents  # type: ignore[arg-type]
+            for guidance in (0.0, 2.0)
+        )
+        moved = (one != two).any(1)[0]
+        assert moved[:cells, :cells].any() and not moved[cells:].any() and not moved[:, cells:].any()
+        latents.append(one)
+    assert torch.equal(latents[0][..., 2:, 2:], latents[1][..., 2:, 2:])
+
+
 def test_the_mask_may_be_the_pictures_own_transparency(small: StarFlowPipeline) -> None:
     image = picture().convert("RGBA")
     image.paste((0, 0, 0, 0), (2, 3, 6, 6))

@@ -9,8 +9,8 @@ below, if any; the log p that a filling comes with is the plain conditional one,
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
 - auto: of some filters of K particles, each of which draws the hole token by token between the known ones in the block
-  next to the noise (`GuidedFlow.particles`), the one that is typical. A choice that was measured (docs/log.md), no exact
-  one: through the other blocks the known tokens depend on the hole.
+  next to the noise (`GuidedFlow.particles`), the one that is typical. A choice that was measured (docs/log.md), not an
+  exact one: through the other blocks the known tokens depend on the hole.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
