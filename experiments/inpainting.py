@@ -64,13 +64,13 @@ def _settings(method: Method, steps: int = 0, candidates: int = 16, guidance: fl
 # The draws of "resample" are as many as take the seconds of "auto"; the chains take two and three times as long.
 METHODS = {
     "auto": _settings("auto"),
-    "resample": _settings("resample", candidates=18),
+    "resample": _settings("resample", candidates=28),
     "paper": _settings("paper", steps=18),
     "likeliest of 16": dataclasses.replace(_settings("resample", candidates=16), keep="likeliest"),
     "hmc": _settings("hmc", steps=14, candidates=8),
     "chain": _settings("chain", steps=18, candidates=8),
     "auto, unguided": _settings("auto", guidance=0.0),
-    "resample, unguided": _settings("resample", candidates=18, guidance=0.0),
+    "resample, unguided": _settings("resample", candidates=28, guidance=0.0),
 }
 
 
