@@ -165,7 +165,7 @@ def test_pictures_that_differ_under_the_mask_get_the_same_filling(small: StarFlo
     assert one.tobytes() == two.tobytes()
 
 
-def test_auto_keeps_the_latents_next_to_the_hole_which_other_methods_draw(small: StarFlowPipeline) -> None:
+def test_auto_keeps_the_latents_next_to_a_thin_hole_which_other_methods_draw(small: StarFlowPipeline) -> None:
     """One pixel of a cell of its own: the noised latent of the smoothly filled picture is kept round it."""
     box, latents = (0, 0, 1, 1), []
     for method, cells in (("auto", 1), ("resample", 2)):

@@ -94,17 +94,6 @@ class GuidedFlow:
         return z, logdet - z[0].numel() * math.log(self.temperature)
 
     @torch.no_grad()
-    def log_tokens(self, x: Tensor) -> Tensor:
-        """log p(x) as a sum over tokens in raster order, (B, N) in nats: what each adds under all blocks."""
-        tokens_BND, grid = self.flow.to_tokens(x)
-        log_scale_BND = self._last_log_scale(tokens_BND).expand_as(tokens_BND)
-        for number, block in enumerate(self.flow.iter_blocks()):
-            tokens_BND, log_sigma = self._forward(number, block, tokens_BND, grid)
-            log_scale_BND = log_scale_BND + in_order(log_sigma, backwards=block.spec.backwards)
-        z_BND = tokens_BND * torch.exp(-self._last_log_scale(tokens_BND))
-        return (-0.5 * z_BND.square() - log_scale_BND - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Noise (B, C, H, W) to data token by token: a draw, where z is standard normal."""
         given, null = self._rows(len(z))

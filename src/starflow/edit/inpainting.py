@@ -8,9 +8,9 @@ below, if any; the log p that a filling comes with is the plain conditional one,
 - resample: K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
-- auto: of some filters of K particles, each of which draws the hole token by token between the known ones in the block
-  next to the noise (`GuidedFlow.particles`), the one that is typical. A choice that was measured (docs/log.md), not an
-  exact one: through the other blocks the known tokens depend on the hole.
+- auto: of two filters of K particles, each of which draws the hole token by token between the known ones in the block
+  next to the noise (`GuidedFlow.particles`), the likelier one. A choice that was measured (docs/log.md), not an exact
+  one: through the other blocks the known tokens depend on the hole.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
@@ -40,8 +40,8 @@ Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 PAPER_NOISE = 1.0
 """tau of the paper's proposals."""
 
-FILTERS = 4
-"""Filters of K particles each that `auto` chooses among: the particles of one soon descend from a single one."""
+FILTERS = 2
+"""Filters of K particles each that `auto` chooses between: the particles of one soon descend from a single one."""
 
 
 @dataclass(frozen=True)
@@ -275,24 +275,13 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """Of what some filters drew, of the likelier half, the one whose hole is as likely as what is known around it.
-
-        What does not fit the known part is unlikely, so the less likely half goes. The likeliest of all is plainer than
-        real pictures are: their log p per token differs much between pictures and little between the parts of one, so
-        that the known part says what it should be in the hole.
-        """
+        """What two filters drew, the likelier of the two."""
         drawn = []
         for number in range(FILTERS):
             drawn.append(self.filtered())
             self.report((number + 1) / (FILTERS + 1), drawn[0] if number == 0 else None)
         x = torch.cat(drawn)
-        nats = self.problem.log_hole(x)
-        likelier = x[finite(nats).topk((len(x) + 1) // 2).indices]
-        hole_N = self.density.tokens_of(self.problem.hole)
-        nats_BN = GuidedFlow(self.density.flow, self.density.condition).log_tokens(likelier)
-        gap = (nats_BN[:, hole_N].mean(1) - nats_BN[:, ~hole_N].mean(1)).abs()
-        # Where nothing is known every gap is NaN, and the first, the likeliest, is taken.
-        return likelier[gap.nan_to_num(nan=math.inf).argmin().view(1)]
+        return x[finite(self.problem.log_hole(x)).argmax().view(1)]
 
     def filtered(self) -> Tensor:
         """One of K particles by its weight, (1, C, H, W)."""

@@ -102,6 +102,15 @@ def latent_mask(hole: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.max_pool2d(touched_cells(hole, grid).float(), 3, stride=1, padding=1) > 0
 
 
+def drawn_mask(hole: Tensor, grid: tuple[int, int]) -> Tensor:
+    """As `latent_mask`, but `touched_cells` of a thin hole, in which no cell lies whole.
+
+    Most of what the latents beside a thin hole say of their own cells and of the hole's surroundings is known.
+    """
+    whole = ~touched_cells(~hole, grid)
+    return latent_mask(hole, grid) if bool(whole.any()) else touched_cells(hole, grid)
+
+
 CONTEXT = 2
 """Sides of the hole that the model sees, at least."""
 
@@ -150,10 +159,10 @@ class Scene:
     seen: Tensor
     """(1, 3, height, width) of a size that the model knows, the crop; its hole is filled smoothly from around, or as it
     was where that is kept."""
-    touched: Tensor
-    """(1, 1, h, w) of bool: latents whose cells hold a pixel of the hole."""
     latent_hole: Tensor
-    """Those and their neighbours."""
+    """(1, 1, h, w) of bool, see `latent_mask`."""
+    drawn_hole: Tensor
+    """(1, 1, h, w) of bool, see `drawn_mask`."""
 
     @staticmethod
     def of(picture: Image, hole: Tensor, sizes: Sequence[Size], factor: int, *, keep: bool = False) -> Scene:
@@ -174,7 +183,7 @@ class Scene:
         else:
             seen = spread_known(resized(spread_known(crop.of(from_pil(picture)), ~part), shape), ~small)
         grid = shape[0] // factor, shape[1] // factor
-        return Scene(picture, hole, crop, seen, touched_cells(small, grid), latent_mask(small, grid))
+        return Scene(picture, hole, crop, seen, latent_mask(small, grid), drawn_mask(small, grid))
 
     @property
     def said(self) -> str:

@@ -135,7 +135,7 @@ def inpaint_picture(
     condition, null = pipeline._condition([prompt], latents.shape)
     rows = [None if one is None else one.expand(num_images, *one.shape[1:]) for one in (condition, null)]
     null_rows = rows[1] if settings.guidance else None
-    missing = scene.touched if settings.method == "auto" else scene.latent_hole
+    missing = scene.drawn_hole if settings.method == "auto" else scene.latent_hole
     holes = missing.to(pipeline.device).expand(num_images, -1, -1, -1)
 
     def picture(latent: Tensor) -> Image:
