@@ -150,6 +150,7 @@ def likelihood_table(found: dict[str, Measurements]) -> Table:
         classifier_row("the same, one pass there and back", found["one-pass"]),
         ["digits by likelihood, AUROC", counts, f"{outliers['auroc_likelihood']:.4f}"],
         ["digits by typicality, AUROC", counts, f"{outliers['auroc_typicality']:.4f}"],
+        ["digits by log p less PNG's, AUROC", counts, f"{outliers['auroc_ratio']:.4f}"],
     ]
 
 

@@ -129,7 +129,13 @@ def test_fashion_mnist() -> None:
         "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}},
         "classifier": {"accuracy": 0.8, "count": 1600, "seconds": 160.0},
         "one-pass": {"accuracy": 0.5, "count": 2500, "seconds": 50.0},
-        "outliers": {"auroc_likelihood": 0.2, "auroc_typicality": 0.9, "count_inside": 2000, "count_outside": 5000},
+        "outliers": {
+            "auroc_likelihood": 0.2,
+            "auroc_typicality": 0.9,
+            "auroc_ratio": 0.7,
+            "count_inside": 2000,
+            "count_outside": 5000,
+        },
         "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
     }
     table = fashion_mnist.likelihood_table(found)
@@ -138,6 +144,7 @@ def test_fashion_mnist() -> None:
     assert ["classified right by likelihood, a pass for each class", "1,600", "80.0 ± 1.0 %, 100 ms each"] in table
     assert ["the same, one pass there and back", "2,500", "50.0 ± 1.0 %, 20 ms each"] in table
     assert ["digits by likelihood, AUROC", "2,000 and 5,000", "0.2000"] in table
+    assert ["digits by log p less PNG's, AUROC", "2,000 and 5,000", "0.7000"] in table
     nats = math.log(2)
     curve = [(500, 5 * nats, 0.0), (1000, 4 * nats, 0.0), (1500, 3 * nats, 0.0)]
     assert fashion_mnist.curve_rows(curve, fashion_mnist.Budget(heldout=1000)) == [
