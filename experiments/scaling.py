@@ -46,11 +46,11 @@ class Budget:
     lr: float = 1e-3
     """Of a Transformer; of a free flow three times as much."""
     heldout: int = 20_000
-    flows: tuple[str, ...] = ("free 2", "free 3", "transformer 3")
+    flows: tuple[str, ...] = ("free 2", "free 3", "transformer 2", "transformer 3")
     """A kind and a number of blocks."""
     knots: tuple[int, ...] = (8, 32, 128, 512)
     """Of the finest tables of a free function."""
-    widths: tuple[int, ...] = (32,)
+    widths: tuple[int, ...] = (32, 64, 128)
     """Of Transformers; 2,000 updates of one take 40 processor seconds at width 32, and 160 at width 128."""
     seed: int = 0
 
