@@ -151,6 +151,7 @@ def likelihood_table(found: dict[str, Measurements]) -> Table:
         ["digits by likelihood, AUROC", counts, f"{outliers['auroc_likelihood']:.4f}"],
         ["digits by typicality, AUROC", counts, f"{outliers['auroc_typicality']:.4f}"],
         ["digits by log p less PNG's, AUROC", counts, f"{outliers['auroc_ratio']:.4f}"],
+        ["digits by PNG's size alone, AUROC", counts, f"{outliers['auroc_background']:.4f}"],
     ]
 
 

@@ -55,6 +55,7 @@ def test_a_ratio_to_the_background_is_the_best_there_is_against_it() -> None:
         found = outliers(own.log_prob(inside), own.log_prob(outside), training, background)
         assert found.auroc_likelihood == pytest.approx(likelihood, abs=0.01)
         assert found.auroc_ratio == pytest.approx(0.7048, abs=0.01)
+        assert found.auroc_background == pytest.approx(1 - likelihood, abs=0.01)  # it falls with |x| as its own does
     with pytest.raises(UserError, match="background of 20000 and 3 log-densities for 20000 and 20000 pictures"):
         outliers(inside, outside, training, (inside, outside[:3]))
 

@@ -133,6 +133,7 @@ def test_fashion_mnist() -> None:
             "auroc_likelihood": 0.2,
             "auroc_typicality": 0.9,
             "auroc_ratio": 0.7,
+            "auroc_background": 0.6,
             "count_inside": 2000,
             "count_outside": 5000,
         },
@@ -145,6 +146,7 @@ def test_fashion_mnist() -> None:
     assert ["the same, one pass there and back", "2,500", "50.0 ± 1.0 %, 20 ms each"] in table
     assert ["digits by likelihood, AUROC", "2,000 and 5,000", "0.2000"] in table
     assert ["digits by log p less PNG's, AUROC", "2,000 and 5,000", "0.7000"] in table
+    assert ["digits by PNG's size alone, AUROC", "2,000 and 5,000", "0.6000"] in table
     nats = math.log(2)
     curve = [(500, 5 * nats, 0.0), (1000, 4 * nats, 0.0), (1500, 3 * nats, 0.0)]
     assert fashion_mnist.curve_rows(curve, fashion_mnist.Budget(heldout=1000)) == [

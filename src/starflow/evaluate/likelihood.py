@@ -45,6 +45,8 @@ class Outliers:
     """Score | -log p(x) - its mean on training pictures |."""
     auroc_ratio: float
     """Score log q(x) - log p(x), where q is another density that knows nothing about the model's pictures."""
+    auroc_background: float
+    """Score log q(x): what the background tells without the model, where simple pictures are the foreign ones."""
     mean_nats_inside: float
     mean_nats_outside: float
     count_inside: int
@@ -111,6 +113,7 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor, background: tupl
         auroc_likelihood=auroc(-within, -beyond),
         auroc_typicality=auroc((within - usual).abs(), (beyond - usual).abs()),
         auroc_ratio=auroc(background[0].double() - within, background[1].double() - beyond),
+        auroc_background=auroc(*background),
         mean_nats_inside=float(within[within.isfinite()].mean()),
         mean_nats_outside=float(beyond[beyond.isfinite()].mean()),
         count_inside=len(within),
