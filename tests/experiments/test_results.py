@@ -126,7 +126,7 @@ def test_fashion_mnist() -> None:
     bits = {"bits_per_dim": 3.0, "error": 0.01, "draw_error": 0.0001, "count": 10_000, "draws": 4}
     measures = {"count": 500, "not_finite": 1, "kid_mobilenetv2": 0.02, "precision": 0.5}
     found: dict[str, Measurements] = {
-        "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}},
+        "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}, "png_bits_per_dim": 5.1},
         "classifier": {"accuracy": 0.8, "count": 1600, "seconds": 160.0},
         "one-pass": {"accuracy": 0.5, "count": 2500, "seconds": 50.0},
         "outliers": {
@@ -141,6 +141,7 @@ def test_fashion_mnist() -> None:
     }
     table = fashion_mnist.likelihood_table(found)
     assert ["bits/dim of 8-bit pixels, training, 4 draws", "10,000", "2.9000 ± 0.0100"] in table
+    assert ["bits/dim of the test pictures as PNG files", "10,000", "5.10"] in table
     assert ["caused by the draws alone, test", "10,000", "± 0.00010"] in table
     assert ["classified right by likelihood, a pass for each class", "1,600", "80.0 ± 1.0 %, 100 ms each"] in table
     assert ["the same, one pass there and back", "2,500", "50.0 ± 1.0 %, 20 ms each"] in table
