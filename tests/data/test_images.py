@@ -21,6 +21,7 @@ from starflow.data.images import (
     make_grid,
     on_background,
     open_image,
+    png_log_prob,
     read_image_size,
     resize_crop,
     save_png,
@@ -28,6 +29,7 @@ from starflow.data.images import (
     to_pil,
     to_uint8,
 )
+from starflow.errors import UserError
 
 
 @settings(max_examples=40, derandomize=True)
@@ -186,3 +188,18 @@ def test_whatever_an_image_raises_names_it(error: Exception) -> None:
         raise error
     with pytest.raises(KeyboardInterrupt), image_errors(Path("a.png")):
         raise KeyboardInterrupt
+
+
+def test_png_as_a_distribution() -> None:
+    """Noise has the probability of its bits, a channel of greys a third of it, and no picture that of another."""
+    noise = torch.randint(0, 256, (2, 3, 48, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    grey, flat = noise[:1, :1].expand(1, 3, -1, -1), torch.full((1, 3, 48, 40), 7, dtype=torch.uint8)
+    bits = -png_log_prob(torch.cat([noise, grey, flat])) / np.log(2)
+    values = 48 * 40 * 8
+    assert bits.shape == (4,)
+    assert all(3 * values < one < 3.1 * values for one in bits[:2].tolist())
+    assert values < bits[2] < 1.1 * values
+    assert 0 < bits[3] < 0.1 * values
+    assert torch.equal(png_log_prob(grey), -bits[2:3] * np.log(2))  # whatever its company
+    with pytest.raises(UserError, match=r"expected \(N, 3, H, W\) of torch.uint8"):
+        png_log_prob(to_float(noise))

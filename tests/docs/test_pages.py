@@ -154,6 +154,8 @@ def test_unlikely(empty: Path) -> None:
     names = execute("tutorials/unlikely.md")
     assert names["found"]["torn apple"] < names["found"]["apple"] - 100
     assert names["found"]["white"] > names["found"]["torn apple"]
+    apple, torn, white = names["ratio"].tolist()
+    assert white - apple > 10_000 > abs(torn - apple)  # the page says that the ratio sees one of the two alone
     assert names["inside"] / names["extra"].sum() > 0.3
     torch.testing.assert_close(-names["maps"].sum((1, 2)) * math.log(2), names["nats"], rtol=1e-4, atol=0.5)
     assert names["words"][int(names["order"][0, 0])] == "a red apple"

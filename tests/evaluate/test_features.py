@@ -1,4 +1,4 @@
-"""Any network as features: a stub in a module, its weights, torch-fidelity's place, and rows that are not finite.
+"""Any network as features: a stub in a module, its weights, torch-fidelity's place, rows not finite; the nearest rows.
 
 MobileNetV2: the architecture against another implementation, the weights by their hash, what features see.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from starflow.errors import UserError
 from starflow.evaluate import extract_features, load_extractor
 from starflow.evaluate import features as mobilenet
-from starflow.evaluate.features import FeatureExtractor, MobileNetV2, load_mobilenet
+from starflow.evaluate.features import FeatureExtractor, MobileNetV2, load_mobilenet, nearest_references
 from starflow.io.files import write_tensors
 
 
@@ -224,3 +224,29 @@ def test_the_published_weights_see_what_is_drawn() -> None:
     first, second, other = nn.functional.normalize(features.features, dim=1)
     assert first @ second > 0.8
     assert first @ second > first @ other + 0.2
+
+
+REFERENCES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-5.0, 0.1]])
+
+
+def test_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mobilenet, "CHUNK", 2)
+    features = torch.tensor([[3.0, 0.1], [0.2, 9.0], [-1.0, 0.0]])
+    rows, cosines = nearest_references(features, REFERENCES, 2)
+    assert rows.tolist() == [[0, 2], [1, 2], [3, 1]]
+    assert cosines[0, 0] == pytest.approx(3 / (9 + 0.01) ** 0.5)
+    assert torch.all(cosines[:, 0] >= cosines[:, 1])
+
+
+def test_a_copy_is_its_own_nearest() -> None:
+    features = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    rows, cosines = nearest_references(features * 2, features)
+    assert rows[:, 0].tolist() == list(range(20))
+    torch.testing.assert_close(cosines, torch.ones(20, 1))
+
+
+def test_nearest_refuses_what_does_not_fit() -> None:
+    with pytest.raises(UserError, match="cannot find 5 nearest"):
+        nearest_references(REFERENCES, REFERENCES, 5)
+    with pytest.raises(UserError, match="cannot find 1 nearest"):
+        nearest_references(REFERENCES[:, :1], REFERENCES)

@@ -1,7 +1,4 @@
-"""AUROC against its definition, the classifier's counts, and typicality where raw likelihood fails.
-
-Nearest training pictures and the retrieval score.
-"""
+"""AUROC against its definition, the classifier's counts, typicality and ratios where raw likelihood fails."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starflow.errors import UserError
-from starflow.evaluate import auroc, classify, likelihood, outliers
-from starflow.evaluate.likelihood import nearest_references
+from starflow.evaluate import auroc, classify, outliers
 
 SCORES = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, float("inf")]), min_size=1, max_size=12)
 
@@ -44,6 +40,26 @@ def test_auroc_refuses_what_it_cannot_rank() -> None:
         auroc(torch.tensor([0.0, torch.nan]), torch.zeros(2))
 
 
+def test_a_ratio_to_the_background_is_the_best_there_is_against_it() -> None:
+    """Of N(0, 1) against N(0, 4), whose ratio orders by |x|: the share of pairs with |2 y| > |x| is 2 atan(2) / pi.
+
+    Inside the narrow foreign set N(0, 1/4), likelihood has 2 atan(1/2) / pi, and the ratio to its own density the rest.
+    """
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.distributions.Normal
+    own, training = normal(0, 1), torch.zeros(1)
+    inside, x = torch.randn(2, 20_000, generator=draw)
+    for scale, likelihood in ((2.0, 0.7048), (0.5, 0.2952)):
+        foreign, outside = normal(0, scale), scale * x
+        background = (foreign.log_prob(inside), foreign.log_prob(outside))
+        found = outliers(own.log_prob(inside), own.log_prob(outside), training, background)
+        assert found.auroc_likelihood == pytest.approx(likelihood, abs=0.01)
+        assert found.auroc_ratio == pytest.approx(0.7048, abs=0.01)
+        assert found.auroc_background == pytest.approx(1 - likelihood, abs=0.01)  # it falls with |x| as its own does
+    with pytest.raises(UserError, match="background of 20000 and 3 log-densities for 20000 and 20000 pictures"):
+        outliers(inside, outside, training, (inside, outside[:3]))
+
+
 def test_typicality_sees_pictures_that_are_too_likely() -> None:
     """Foreign pictures in the middle of a Gaussian of 100 dimensions are likelier than all that belong."""
     draw = torch.Generator().manual_seed(0)
@@ -53,7 +69,9 @@ def test_typicality_sees_pictures_that_are_too_likely() -> None:
         found: torch.Tensor = normal.log_prob(scale * torch.randn(500, 100, generator=draw)).sum(1)
         return found
 
-    found = outliers(log_prob(1.0), log_prob(0.5), log_prob(1.0))
+    none = (torch.zeros(500), torch.zeros(500))
+    found = outliers(log_prob(1.0), log_prob(0.5), log_prob(1.0), none)
+    assert found.auroc_ratio == found.auroc_likelihood  # of a background that prefers nothing
     assert found.auroc_likelihood < 0.01
     assert found.auroc_typicality > 0.99
     assert found.mean_nats_outside > found.mean_nats_inside
@@ -68,12 +86,14 @@ def test_pictures_without_a_finite_likelihood_are_counted() -> None:
     assert (found.accuracy, found.count, found.not_finite) == (0.25, 4, 2)
     assert found.confusion == ((0, 0), (1, 1))
     inside, outside = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([nan, -inf, 5.0])
-    scores = outliers(inside, outside, torch.tensor([-2.0, nan]))
+    none = (torch.zeros(3), torch.zeros(3))
+    scores = outliers(inside, outside, torch.tensor([-2.0, nan]), none)
+    assert scores.auroc_ratio == scores.auroc_likelihood
     assert scores.auroc_likelihood == pytest.approx(2 / 3)
     assert scores.auroc_typicality == 1
     assert (scores.not_finite, scores.mean_nats_outside, scores.count_outside) == (2, 5.0, 3)
     with pytest.raises(UserError, match="no finite log-likelihoods of training"):
-        outliers(inside, outside, torch.tensor([nan]))
+        outliers(inside, outside, torch.tensor([nan]), none)
 
 
 def test_the_classifier_counts() -> None:
@@ -84,29 +104,3 @@ def test_the_classifier_counts() -> None:
     assert (found.count, found.not_finite) == (4, 0)
     with pytest.raises(UserError, match=r"\(4, 2\) and labels \(3,\)"):
         classify(log_probs, torch.zeros(3))
-
-
-REFERENCES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-5.0, 0.1]])
-
-
-def test_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "CHUNK", 2)
-    features = torch.tensor([[3.0, 0.1], [0.2, 9.0], [-1.0, 0.0]])
-    rows, cosines = nearest_references(features, REFERENCES, 2)
-    assert rows.tolist() == [[0, 2], [1, 2], [3, 1]]
-    assert cosines[0, 0] == pytest.approx(3 / (9 + 0.01) ** 0.5)
-    assert torch.all(cosines[:, 0] >= cosines[:, 1])
-
-
-def test_a_copy_is_its_own_nearest() -> None:
-    features = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    rows, cosines = nearest_references(features * 2, features)
-    assert rows[:, 0].tolist() == list(range(20))
-    torch.testing.assert_close(cosines, torch.ones(20, 1))
-
-
-def test_nearest_refuses_what_does_not_fit() -> None:
-    with pytest.raises(UserError, match="cannot find 5 nearest"):
-        nearest_references(REFERENCES, REFERENCES, 5)
-    with pytest.raises(UserError, match="cannot find 1 nearest"):
-        nearest_references(REFERENCES[:, :1], REFERENCES)

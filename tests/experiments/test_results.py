@@ -126,18 +126,28 @@ def test_fashion_mnist() -> None:
     bits = {"bits_per_dim": 3.0, "error": 0.01, "draw_error": 0.0001, "count": 10_000, "draws": 4}
     measures = {"count": 500, "not_finite": 1, "kid_mobilenetv2": 0.02, "precision": 0.5}
     found: dict[str, Measurements] = {
-        "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}},
+        "bits": {"heldout": bits, "train": {**bits, "bits_per_dim": 2.9}, "png_bits_per_dim": 5.1},
         "classifier": {"accuracy": 0.8, "count": 1600, "seconds": 160.0},
         "one-pass": {"accuracy": 0.5, "count": 2500, "seconds": 50.0},
-        "outliers": {"auroc_likelihood": 0.2, "auroc_typicality": 0.9, "count_inside": 2000, "count_outside": 5000},
+        "outliers": {
+            "auroc_likelihood": 0.2,
+            "auroc_typicality": 0.9,
+            "auroc_ratio": 0.7,
+            "auroc_background": 0.6,
+            "count_inside": 2000,
+            "count_outside": 5000,
+        },
         "distances": {"floor": measures, "samples, unguided": {"count": 1, "not_finite": 499}},
     }
     table = fashion_mnist.likelihood_table(found)
     assert ["bits/dim of 8-bit pixels, training, 4 draws", "10,000", "2.9000 ± 0.0100"] in table
+    assert ["bits/dim of the test pictures as PNG files", "10,000", "5.10"] in table
     assert ["caused by the draws alone, test", "10,000", "± 0.00010"] in table
     assert ["classified right by likelihood, a pass for each class", "1,600", "80.0 ± 1.0 %, 100 ms each"] in table
     assert ["the same, one pass there and back", "2,500", "50.0 ± 1.0 %, 20 ms each"] in table
     assert ["digits by likelihood, AUROC", "2,000 and 5,000", "0.2000"] in table
+    assert ["digits by log p less PNG's, AUROC", "2,000 and 5,000", "0.7000"] in table
+    assert ["digits by PNG's size alone, AUROC", "2,000 and 5,000", "0.6000"] in table
     nats = math.log(2)
     curve = [(500, 5 * nats, 0.0), (1000, 4 * nats, 0.0), (1500, 3 * nats, 0.0)]
     assert fashion_mnist.curve_rows(curve, fashion_mnist.Budget(heldout=1000)) == [

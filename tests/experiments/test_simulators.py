@@ -55,6 +55,37 @@ def test_distance_from_uniform_in_closed_form() -> None:
     assert sbi.distance_from_uniform(draws) == pytest.approx(0.31 / math.sqrt(400), rel=0.1)
 
 
+def test_posterior_shares_in_closed_form() -> None:
+    """Of a normal mean they are the normal distribution function, and without any information the prior's."""
+    normal, deviations = torch.distributions.Normal(0.0, 1.0), torch.tensor([0.3, 0.6])
+
+    def simulate(theta: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return theta + deviations * torch.randn(theta.shape, generator=generator)
+
+    simulator = simulators.Simulator(
+        "means", (-4.0, -4.0), (4.0, 4.0), simulate, lambda x, count, _: x.expand(count, 2)
+    )
+    theta = torch.tensor([[0.0, 0.5], [-1.0, 1.0], [0.2, 0.1]])
+    x = torch.tensor([[0.1, 0.3], [-1.3, 0.2], [0.2, 0.9]])
+    shares = sbi.posterior_shares(
+        simulator, lambda x, theta: normal.log_prob((x - theta) / deviations).sum(1), theta, x
+    )
+    assert torch.allclose(shares, normal.cdf((theta - x) / deviations).double(), atol=0.05)
+    ignorant = sbi.posterior_shares(simulator, lambda x, theta: torch.zeros(len(theta)), theta, x)
+    assert torch.allclose(ignorant, (theta + 4).double() / 8, atol=0.01)
+
+
+@pytest.mark.slow
+def test_the_shares_of_the_process_itself_are_uniform_and_those_of_a_wrong_one_are_not() -> None:
+    simulator = simulators.gaussian_process()
+    exact = simulator.exact_log_prob
+    assert exact is not None
+    theta, x = simulator.draw(60, torch.Generator().manual_seed(0))
+    right = sbi.distance_from_uniform(sbi.posterior_shares(simulator, exact, theta, x))
+    wrong = sbi.distance_from_uniform(sbi.posterior_shares(simulator, exact, theta, 1.5 * x))
+    assert right < 0.08 < wrong
+
+
 def test_the_tables() -> None:
     one: Measurements = {
         "heldout_nats": 1.0, "c2st": 0.6, "calibration": 0.02, "epochs": 30, "cpu_seconds": 9.0, "parameters": 700,
@@ -62,6 +93,6 @@ def test_the_tables() -> None:
     posterior = sbi.table("two moons", {"SequenceFlow": [one, {**one, "c2st": 0.8}]})
     assert posterior[0][:3] == ["two moons", "held-out log-likelihood, nats", "C2ST (0.5 is perfect)"]
     assert posterior[1][2] == "0.7 ± 0.1"
-    likelihood = sbi.table("process", {"SequenceFlow": [{**one, "calibration": None, "exact_nats": 2.0}]})
-    assert len(likelihood[0]) == len(posterior[0]) - 1
-    assert likelihood[-1][:3] == ["the process itself", "2", "0.5"]
+    likelihood = sbi.table("process", {"SequenceFlow": [{**one, "exact_nats": 2.0, "exact_calibration": 0.03}]})
+    assert likelihood[-1] == ["the process itself", "2", "0.5", "0.03", "", "", ""]
+    assert {len(row) for row in likelihood} == {len(posterior[0])}

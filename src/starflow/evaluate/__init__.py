@@ -24,6 +24,7 @@ from starflow.evaluate.features import (
     extract_features,
     load_extractor,
     load_mobilenet,
+    nearest_references,
 )
 from starflow.evaluate.judge import Judge, JudgeReport, JudgeScore, load_judge, measure_judge, save_judge, train_judge
 from starflow.evaluate.likelihood import (
@@ -36,7 +37,6 @@ from starflow.evaluate.likelihood import (
     mean_bits_per_dim,
     measure_bits_map,
     measure_one_pass,
-    nearest_references,
     outliers,
     prompt_scores,
     rank_prompts,

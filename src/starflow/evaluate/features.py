@@ -49,6 +49,9 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3,
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet in [0, 1], as the weights were trained."""
 
+CHUNK = 1024
+"""Rows that are compared with all references at once, for memory."""
+
 
 @dataclass(frozen=True)
 class FeatureExtractor:
@@ -148,6 +151,30 @@ def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> 
     if not features:
         raise UserError("no pictures to measure: expected at least one batch")
     return ExtractedFeatures(torch.cat(features), torch.cat(logits) if logits else None)
+
+
+def nearest_references(features: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows of the `count` nearest references by the cosine of their features, nearest first.
+
+    Args:
+        features: (N, F).
+        references: (M, F).
+        count: at most M.
+
+    Returns:
+        Rows (N, count) and cosines (N, count).
+
+    Raises:
+        UserError: features of two widths, or fewer references than `count`.
+    """
+    if features.shape[1:] != references.shape[1:] or not 1 <= count <= len(references):
+        raise UserError(
+            f"cannot find {count} nearest of references {tuple(references.shape)} to features {tuple(features.shape)}: "
+            "expected (N, F) and (M, F) with at least that many references"
+        )
+    units = F.normalize(references.float(), dim=1)
+    found = [(F.normalize(rows.float(), dim=1) @ units.T).topk(count, dim=1) for rows in features.split(CHUNK)]
+    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
 
 
 def load_mobilenet(path: Path | None = None, side: int = SIDE) -> MobileNetV2:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.data.images import to_float
+from starflow.data.images import png_log_prob, to_float
 from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, is_first, own_rows, prompts_of
@@ -22,33 +21,6 @@ from starflow.flow.model import condition_scores
 from starflow.pipeline.inputs import encode_prompts
 from starflow.pipeline.likelihood import add_training_noise
 from starflow.pipeline.pipeline import StarFlowPipeline
-
-CHUNK = 1024
-"""Rows that are compared with all references at once, for memory."""
-
-
-def nearest_references(features: Tensor, references: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """Rows of the `count` nearest references by the cosine of their features, nearest first.
-
-    Args:
-        features: (N, F).
-        references: (M, F).
-        count: at most M.
-
-    Returns:
-        Rows (N, count) and cosines (N, count).
-
-    Raises:
-        UserError: features of two widths, or fewer references than `count`.
-    """
-    if features.shape[1:] != references.shape[1:] or not 1 <= count <= len(references):
-        raise UserError(
-            f"cannot find {count} nearest of references {tuple(references.shape)} to features {tuple(features.shape)}: "
-            "expected (N, F) and (M, F) with at least that many references"
-        )
-    units = F.normalize(references.float(), dim=1)
-    found = [(F.normalize(rows.float(), dim=1) @ units.T).topk(count, dim=1) for rows in features.split(CHUNK)]
-    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
 
 
 @dataclass(frozen=True)
@@ -71,6 +43,10 @@ class Outliers:
     """Score -log p(x): below 0.5 means that the model finds the foreign pictures likelier than its own."""
     auroc_typicality: float
     """Score | -log p(x) - its mean on training pictures |."""
+    auroc_ratio: float
+    """Score log q(x) - log p(x), where q is another density that knows nothing about the model's pictures."""
+    auroc_background: float
+    """Score log q(x): what the background tells without the model, where simple pictures are the foreign ones."""
     mean_nats_inside: float
     mean_nats_outside: float
     count_inside: int
@@ -103,23 +79,31 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return float(above / (len(inside) * len(outside)))
 
 
-def outliers(inside: Tensor, outside: Tensor, training: Tensor) -> Outliers:
-    """Likelihood and typicality as outlier scores.
+def outliers(inside: Tensor, outside: Tensor, training: Tensor, background: tuple[Tensor, Tensor]) -> Outliers:
+    """Likelihood, typicality and likelihood ratios as outlier scores.
 
     Typicality (Nalisnick et al., arXiv 1906.02994, for one picture) asks whether a picture's log-likelihood is
     near that of training pictures rather than whether it is high: densities of foreign, simpler pictures are often
-    higher (Nalisnick et al., arXiv 1810.09136).
+    higher (Nalisnick et al., arXiv 1810.09136). A likelihood ratio asks whether the model explains a picture better
+    than a background does, which finds simple pictures likely too: a compressor (`png_log_prob`; Serra et al., arXiv
+    1909.11480), or a flow that was trained on perturbed pictures (Ren et al., arXiv 1906.02845).
 
     Args:
         inside: (N,) log-likelihoods in nats of held-out pictures of the model's own kind.
         outside: (M,) of foreign pictures of the same size.
         training: (T,) of training pictures.
+        background: log-densities (N,) and (M,) in nats of the first two sets under the background.
 
     A value that is not finite is the strangest there is, and is counted.
 
     Raises:
-        UserError: an empty set, or training pictures without one finite log-likelihood.
+        UserError: an empty set, training pictures without one finite log-likelihood, or a background of other sizes.
     """
+    if (background[0].shape, background[1].shape) != (inside.shape, outside.shape):
+        raise UserError(
+            f"a background of {len(background[0])} and {len(background[1])} log-densities for {len(inside)} and "
+            f"{len(outside)} pictures: one for each is needed"
+        )
     training = training[training.isfinite()]
     if not len(training):
         raise UserError("no finite log-likelihoods of training pictures: typicality needs their mean")
@@ -128,6 +112,8 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor) -> Outliers:
     return Outliers(
         auroc_likelihood=auroc(-within, -beyond),
         auroc_typicality=auroc((within - usual).abs(), (beyond - usual).abs()),
+        auroc_ratio=auroc(background[0].double() - within, background[1].double() - beyond),
+        auroc_background=auroc(*background),
         mean_nats_inside=float(within[within.isfinite()].mean()),
         mean_nats_outside=float(beyond[beyond.isfinite()].mean()),
         count_inside=len(within),
@@ -410,18 +396,19 @@ def measure_bits_map(pipeline: StarFlowPipeline, views: TrainingViews, most: int
 
 
 def measure_outliers(pipeline: StarFlowPipeline, dataset: EvaluationSet, unknown: Tensor, most: int) -> Outliers:
-    """How well likelihood and typicality, without condition, tell unknown images (N, 3, H, W) uint8 apart."""
-
-    def unconditional(images: Tensor, count: int) -> Tensor:
-        rows = evenly_spaced(len(images), count)
-        found = log_likelihoods(
-            lambda some, seeds: _nats(pipeline, images, some, seeds, [""] * len(some)), rows, 1, BATCH
-        )
-        return found[:, 0]
-
+    """How well likelihood, typicality and ratios to PNG, without condition, tell images (N, 3, H, W) uint8 apart."""
     most = most or len(dataset.heldout)
-    inside, outside = unconditional(dataset.heldout.images, most), unconditional(unknown, most)
-    return outliers(inside, outside, unconditional(dataset.train.images, most))
+
+    def unconditional(images: Tensor) -> Tensor:
+        def nats(rows: Sequence[int], seeds: Sequence[int]) -> Tensor:
+            return _nats(pipeline, images, rows, seeds, [""] * len(rows))
+
+        return log_likelihoods(nats, evenly_spaced(len(images), most), 1, BATCH)[:, 0]
+
+    kinds = (dataset.heldout.images, unknown)
+    inside, outside = (png_log_prob(images[evenly_spaced(len(images), most)]) for images in kinds)
+    usual = unconditional(dataset.train.images)
+    return outliers(unconditional(kinds[0]), unconditional(kinds[1]), usual, background=(inside, outside))
 
 
 def _nats(

@@ -164,6 +164,8 @@ def report_rows(report: EvaluationReport) -> list[ReportRow]:
     if report.outliers:
         found.append(("outliers by -log p(x), AUROC", f"{report.outliers.auroc_likelihood:.4f}"))
         found.append(("outliers by typicality, AUROC", f"{report.outliers.auroc_typicality:.4f}"))
+        found.append(("outliers by log p(x) less PNG's, AUROC", f"{report.outliers.auroc_ratio:.4f}"))
+        found.append(("outliers by PNG's size alone, AUROC", f"{report.outliers.auroc_background:.4f}"))
         if report.outliers.not_finite:
             found.append(("  of which without a finite likelihood", f"{report.outliers.not_finite}"))
     return found + _distances(report)

@@ -41,8 +41,7 @@ from starflow.evaluate.distances import (
     moments,
     precision_recall,
 )
-from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features
-from starflow.evaluate.likelihood import nearest_references
+from starflow.evaluate.features import ExtractedFeatures, FeatureExtractor, extract_features, nearest_references
 from starflow.pipeline.config import PipelineConfig, own_guidance, with_sampling_options
 from starflow.pipeline.pipeline import Generated, StarFlowPipeline
 from starflow.sampling.sampler import noise_from_seeds
