@@ -70,7 +70,8 @@ def draw_curves(axis: Any, log: Path, names: Mapping[str, str]) -> None:
         (line,) = axis.plot(*_columns(_means(train)), lw=1, label=label)
         axis.plot(*_columns(heldout), "o" if train else "o-", ms=3, lw=1, color=line.get_color())
     axis.set_xlabel("updates")
-    axis.legend(fontsize=7)
+    # Below the curves, which fill the axes.
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
