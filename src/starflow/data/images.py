@@ -157,7 +157,7 @@ def png_log_prob(images: Tensor) -> Tensor:
         file = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(file, format="PNG", optimize=True)
         lengths.append(file.tell())
-    return -8 * math.log(2) * torch.tensor(lengths, dtype=torch.float64)
+    return -8 * math.log(2) * torch.tensor(lengths, dtype=torch.float64, device="cpu")
 
 
 def save_png(image: Image, path: Path, text: Mapping[str, str] | None = None) -> None:
