@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, SigmoidTransform, SoftplusTransform, kl_divergence, register_kl
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from starflow.density import SequenceDistribution, SequenceFlow
-from starflow.density.blocks import Bound
+from starflow.density.blocks import Bound, Gradient
 from starflow.density.distribution import Within, to_bounded, to_unbounded
 from starflow.errors import UserError
 from tests.density.cases import BOUNDS, SMALL, inside, make_flow
@@ -72,6 +74,30 @@ def test_shapes_are_those_of_torch(sample: list[int], batch: list[int]) -> None:
     assert dist.rsample().requires_grad
 
 
+@pytest.mark.parametrize(("sample", "batch"), [((0,), (2,)), ((3,), (0,)), ((0,), ()), ((2, 0), (2,))])
+def test_no_rows_are_rows_too(sample: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    flow = make_flow((4, 2), (3,), num_blocks=2)
+    dist = flow(torch.randn(*batch, 3))
+    x = dist.rsample(sample)
+    assert x.shape == dist.sample(sample).shape == (*sample, *batch, 4, 2)
+    assert dist.log_prob(x).shape == (*sample, *batch)
+    x.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(4, 4, 2), r"shape \(4,\) before that of an event, which does not broadcast with \(5,\)"),
+        (torch.zeros(4, 3), r"the value has shape \(4, 3\), expected one that ends in \(4, 2\)"),
+        (torch.zeros(4, 2).numpy(), "is ndarray, expected a tensor"),
+        (torch.zeros(4, 2, dtype=torch.complex64), "complex"),
+    ],
+)
+def test_values_that_do_not_fit(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_flow((4, 2), (3,))(torch.zeros(5, 3)).log_prob(value)
+
+
 def test_expand_repeats_the_distribution() -> None:
     flow = make_flow((4, 2), (3,), num_blocks=2)
     context = torch.randn(2, 3)
@@ -124,11 +150,38 @@ def test_rsample_has_the_values_of_sample_and_gradients_through_bounds() -> None
     torch.testing.assert_close(gradient, expected)
 
 
+def test_another_gradient_is_an_error() -> None:
+    with pytest.raises(UserError, match="the gradient is 'exakt', expected 'exact' or 'biased'"):
+        make_flow((3,))().rsample(gradient="exakt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gradient", ["exact", "biased"])
+def test_second_derivatives_of_samples_are_refused_and_not_guessed(gradient: Gradient) -> None:
+    """Where attention has second derivatives, those of the density are right, and those of samples would not be."""
+    flow = make_flow((3,), (2,), num_blocks=2)
+    context = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda given: flow(given).log_prob(torch.zeros(3)), (context,))
+        with pytest.raises(UserError, match="samples have first derivatives alone"):
+            torch.autograd.grad(flow(context).rsample(gradient=gradient).sum(), context, create_graph=True)
+
+
+def test_samples_pass_torchs_own_check_of_gradients() -> None:
+    """By finite differences, and where what follows has no gradient to give."""
+    flow = make_flow((3,), (2,), bounds=((0.0, 1.0), (None, None), (2.0, None)))
+    context = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def draw(given: torch.Tensor) -> torch.Tensor:
+        return flow(given).rsample((2,), generator=torch.Generator().manual_seed(0))
+
+    assert torch.autograd.gradcheck(draw, (context,))
+
+
 def test_values_outside_the_support() -> None:
     flow = make_flow((2,), bounds=((0.0, 1.0), (None, None)))
     outside = torch.tensor([[0.5, 7.0], [1.5, 0.0]], dtype=torch.float64)
     assert flow().support.check(outside).tolist() == [True, False]
-    with pytest.raises(ValueError, match="support"):
+    with pytest.raises(ValueError, match=r"support \(Within\(\(\(0.0, 1.0\), \(None, None\)\)\)\)"):
         SequenceDistribution(flow, None, None, torch.Size(), torch.Size([2]), validate_args=True).log_prob(outside)
     free = SequenceDistribution(flow, None, None, torch.Size(), torch.Size([2]), validate_args=False)
     assert free.log_prob(outside).isfinite().tolist() == [True, False]

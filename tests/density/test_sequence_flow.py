@@ -120,7 +120,14 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     [
         ({}, r"no context, expected one of shape \(\.\.\., 3\): pass it"),
         ({"context": torch.zeros(2, 4)}, r"the context has shape \(2, 4\), expected \(\.\.\., 3\)"),
-        ({"context": torch.tensor([[0.0, math.nan, 0.0]])}, r"the context has 1 missing values \(NaN\)"),
+        ({"context": torch.tensor([[0.0, math.nan, 0.0]])}, "the context has 1 values that are NaN or infinite"),
+        ({"context": torch.tensor([[0.0, math.inf, -math.inf]])}, "the context has 2 values that are NaN or infinite"),
+        (
+            {"context": torch.full((3,), 1e300, dtype=torch.float64)},
+            "the context has 3 values that are NaN or infinite",
+        ),
+        ({"context": [0.0, 1.0, 2.0]}, "the type of context is list, expected a tensor"),
+        ({"context": torch.zeros(3, dtype=torch.complex64)}, "context of complex numbers, expected real ones"),
         (
             {"context": torch.zeros(2, 3), "lengths": torch.tensor(2)},
             "expected none: variable_length is False",
@@ -139,12 +146,21 @@ def test_contexts_that_do_not_fit(arguments: dict[str, Any], message: str) -> No
         ({"lengths": torch.tensor([0, 2])}, r"the lengths are \[0, 2\], expected whole numbers from 1 to 4"),
         ({"lengths": torch.tensor([5])}, r"the lengths are \[5\]"),
         ({"lengths": torch.tensor([2.0])}, "whole numbers"),
+        ({"lengths": torch.tensor([True])}, "whole numbers"),
+        ({"lengths": 3}, "the type of lengths is int, expected a tensor"),
         ({"context": torch.zeros(3), "lengths": torch.tensor([2])}, "expected none: context_shape is"),
     ],
 )
 def test_lengths_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SequenceFlow((4, 2), variable_length=True, **SMALL)(**arguments)
+
+
+def test_lengths_and_contexts_of_batches_that_do_not_fit() -> None:
+    flow = SequenceFlow((4, 2), (3,), variable_length=True, **SMALL)
+    with pytest.raises(UserError, match=r"lengths of shape \(2,\) for contexts of batch shape \(5,\)"):
+        flow(torch.zeros(5, 3), torch.tensor([1, 2]))
+    assert flow(torch.zeros(5, 1, 3), torch.tensor([1, 2])).batch_shape == (5, 2)
 
 
 @pytest.mark.parametrize(

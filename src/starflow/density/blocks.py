@@ -137,7 +137,7 @@ class ContextEncoder(nn.Module):
         parts: list[Tensor] = []
         if self.embed is not None and self.places is not None:
             assert context is not None
-            rows = context.to(self.places.dtype).reshape(len(context), len(self.places), -1)
+            rows = context.to(self.places.dtype).reshape(len(context), len(self.places), context.shape[-1])
             parts.append(self.embed(rows) + self.places)
         if self.length_embed is not None:
             assert lengths is not None
@@ -247,13 +247,20 @@ def differentiable_inverse(
         x_RNC: with forward(x) = z.
         z_RNC: the noise.
         gradient: "exact" or "biased".
+
+    Raises:
+        UserError: in the backward pass, if it is to be differentiated itself.
     """
     point = x_RNC.detach().requires_grad_()
     image, log_sigma = forward(point)
-    sigma, steps = log_sigma.detach().exp(), x_RNC.shape[1] if gradient == "exact" else 0
+    sigma, steps = log_sigma.detach().exp(), x_RNC.shape[1] if gradient == "exact" and len(x_RNC) else 0
     enough = 4 * torch.finfo(x_RNC.dtype).eps
 
-    def solve(g_RNC: Tensor) -> Tensor:
+    def solve(g_RNC: Tensor | None) -> Tensor | None:
+        if g_RNC is None:  # nothing that is differentiated depends on the samples
+            return None
+        if torch.is_grad_enabled():  # with create_graph
+            raise UserError("samples have first derivatives alone, expected no create_graph: differentiate log_prob")
         v_RNC = sigma * g_RNC
         for _ in range(steps):
             (moved,) = torch.autograd.grad(image, point, v_RNC, retain_graph=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
 from starflow.density.blocks import Bound, Gradient
+from starflow.errors import UserError
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -87,17 +88,19 @@ class SequenceDistribution(Distribution):
         """log p(value | context) in nats, S + B; what lies in the padding after a sequence's length is not looked at.
 
         Raises:
-            UserError: missing values (NaN).
-            ValueError: a shape that does not fit, or a value outside the support (if `validate_args`, the default;
-                otherwise the log-density there is minus infinity).
+            UserError: missing values (NaN), or complex ones.
+            ValueError: no tensor, a shape that does not fit, or a value outside the support (if `validate_args`, the
+                default; otherwise the log-density there is minus infinity, as it is on a bound itself).
         """
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the type of the value is {type(value).__name__}, expected a tensor")
         rank = len(self.event_shape)
         events = torch.Size(value.shape[len(value.shape) - rank :])
         if value.dim() < rank or events != self.event_shape:
             raise ValueError(
                 f"the value has shape {tuple(value.shape)}, expected one that ends in {tuple(self.event_shape)}"
             )
-        shape = torch.broadcast_shapes(value.shape[: value.dim() - rank], self.batch_shape)
+        shape = self._broadcast(value.shape[: value.dim() - rank])
         value = value.expand(shape + self.event_shape)
         context, lengths = self._rows(shape)
         rows = self.flow.check_events(value.reshape(-1, *self.event_shape), lengths)
@@ -124,13 +127,20 @@ class SequenceDistribution(Distribution):
     ) -> Tensor:
         """The samples of `sample`, differentiable with respect to the parameters and the context.
 
+        No second derivatives: `create_graph` is refused in the backward pass.
+
         Args:
             sample_shape: S.
             gradient: "exact" is the gradient of the sequential inverse, by the implicit function theorem: it costs some
                 passes over the blocks, at most N each. "biased" leaves out how each token changes those after it: one
                 pass, x = mu + sigma z with the tokens before detached (arXiv 2511.22345), and not the true gradient.
             generator: as for `sample`.
+
+        Raises:
+            UserError: another gradient.
         """
+        if gradient not in get_args(Gradient):
+            raise UserError(f"the gradient is {gradient!r}, expected 'exact' or 'biased'")
         return self._sample(torch.Size(sample_shape), gradient, generator)
 
     def _sample(self, sample_shape: torch.Size, gradient: Gradient | None, generator: torch.Generator | None) -> Tensor:
@@ -139,6 +149,13 @@ class SequenceDistribution(Distribution):
         noise = torch.randn(shape, dtype=self.flow.work_dtype, device=self.flow.device, generator=generator)
         rows = self.flow.sample_rows(noise.reshape(-1, *self.event_shape), context, lengths, gradient)
         return rows.reshape(shape)
+
+    def _broadcast(self, leading: torch.Size) -> torch.Size:
+        try:
+            return torch.broadcast_shapes(leading, self.batch_shape)
+        except RuntimeError:
+            found = f"{tuple(leading)} before that of an event, which does not broadcast with {tuple(self.batch_shape)}"
+            raise ValueError(f"the value has shape {found}, the batch shape") from None
 
     def _expanded(self, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
         context, lengths = self.context, self.lengths
@@ -164,6 +181,9 @@ class Within(constraints.Constraint):
     def __init__(self, bounds: Sequence[Bound], event_dim: int) -> None:
         self.bounds, self._rank = tuple(bounds), event_dim
         super().__init__()
+
+    def __repr__(self) -> str:
+        return f"Within({self.bounds or 'no bounds'})"
 
     @property
     def event_dim(self) -> int:  # type: ignore[override]

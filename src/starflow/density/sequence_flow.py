@@ -127,7 +127,7 @@ class SequenceFlow(nn.Module):
             raise UserError(f"{given}, expected {wanted}: variable_length is {self.config.variable_length}")
         if lengths is not None:
             lengths = self._check_lengths(lengths)
-            batch = torch.broadcast_shapes(shape, lengths.shape)
+            batch = _broadcast(shape, lengths.shape)
             lengths = lengths.expand(batch)
             if context is not None:
                 context = context.expand(batch + self.config.context_shape)
@@ -135,20 +135,25 @@ class SequenceFlow(nn.Module):
         return SequenceDistribution(self, context, lengths, shape, torch.Size(self.config.event_shape))
 
     def _check_context(self, context: Tensor) -> torch.Size:
+        check_real("context", context)
         expected = self.config.context_shape
         rank = len(expected)
         if not expected:
             raise UserError(f"a context of shape {tuple(context.shape)}, expected none: context_shape is ()")
         if context.dim() < rank or tuple(context.shape[context.dim() - rank :]) != expected:
             raise UserError(f"the context has shape {tuple(context.shape)}, expected (..., {_listed(expected)})")
-        if bool(context.isnan().any()):
-            raise UserError(
-                f"the context has {int(context.isnan().sum())} missing values (NaN), expected none: fill them"
-            )
+        strange = int((~context.to(self.work_dtype).isfinite()).sum())
+        if strange:
+            raise UserError(f"the context has {strange} values that are NaN or infinite, expected none: fill them in")
         return context.shape[: context.dim() - rank]
 
     def _check_lengths(self, lengths: Tensor) -> Tensor:
-        if lengths.is_floating_point() or bool(((lengths < 1) | (lengths > self.config.tokens)).any()):
+        check_real("lengths", lengths)
+        if (
+            lengths.is_floating_point()
+            or lengths.dtype == torch.bool
+            or bool(((lengths < 1) | (lengths > self.config.tokens)).any())
+        ):
             some = lengths.flatten()[:8].tolist()
             raise UserError(f"the lengths are {some}, expected whole numbers from 1 to {self.config.tokens}")
         return lengths.long()
@@ -174,8 +179,9 @@ class SequenceFlow(nn.Module):
         """Events (R, E) in the working precision, with a value of the support in the place of padding.
 
         Raises:
-            UserError: missing values.
+            UserError: missing values, or complex ones.
         """
+        check_real("data", x)
         x = x.to(self.work_dtype)
         if lengths is not None:
             inside = to_bounded(torch.zeros_like(self.shift, dtype=x.dtype), self.config.bounds)
@@ -371,6 +377,25 @@ def moments_of(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor
     deviation = (rows - mean).square().mean(0).sqrt()
     constant = deviation <= 1e-6 * mean.abs().clamp(min=1e-30)
     return mean, torch.where(constant, torch.ones_like(deviation), deviation)
+
+
+def check_real(name: str, given: Tensor) -> None:
+    """Refuse what is no tensor of real numbers.
+
+    Raises:
+        UserError: it is of another type, or complex.
+    """
+    if not isinstance(given, Tensor):
+        raise UserError(f"the type of {name} is {type(given).__name__}, expected a tensor: torch.as_tensor makes one")
+    if given.is_complex():
+        raise UserError(f"{name} of complex numbers, expected real ones: torch.view_as_real makes two of each")
+
+
+def _broadcast(context: torch.Size, lengths: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(context, lengths)
+    except RuntimeError:
+        raise UserError(f"lengths of shape {tuple(lengths)} for contexts of batch shape {tuple(context)}") from None
 
 
 def _rows(tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
