@@ -188,6 +188,20 @@ def test_values_outside_the_support() -> None:
     assert free.log_prob(outside)[1] == -math.inf
 
 
+@pytest.mark.parametrize("bound", [(0.0, 1.0), (1000.0, 1001.0), (0.1, 0.3), (5.0, None), (None, 0.0)])
+@pytest.mark.parametrize("shift", [-200.0, -12.0, 12.0, 200.0])
+def test_no_sample_is_rounded_to_a_bound(bound: Bound, shift: float) -> None:
+    """In float32 a sigmoid is 1 from 17 on; the density is 0 there, and of no sample of its own."""
+    flow = SequenceFlow((1,), bounds=(bound,), **SMALL)
+    flow.shift.fill_(shift)
+    x = flow().sample((500,), generator=torch.Generator().manual_seed(0))
+    lower, upper = (
+        torch.tensor(end if one is None else one) for one, end in zip(bound, (-math.inf, math.inf), strict=True)
+    )
+    assert ((x > lower) & (x < upper)).all()
+    assert flow().log_prob(x).isfinite().all()
+
+
 def test_missing_values_are_an_error_that_says_why() -> None:
     flow = make_flow((4,), variable_length=True)
     x = torch.tensor([1.0, math.nan, 2.0, math.nan], dtype=torch.float64)

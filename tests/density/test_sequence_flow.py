@@ -166,7 +166,20 @@ def test_lengths_and_contexts_of_batches_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": torch.zeros(5, 3)}, r"the data has shape \(5, 3\), expected \(rows, 2\)"),
+        ({"x": torch.zeros(5, 3)}, r"data of shape \(5, 3\), expected \(rows, 2\)"),
+        ({"x": torch.tensor(1.0)}, r"data of shape \(\), expected \(rows, 2\)"),
+        ({"x": torch.zeros(5, 2).numpy()}, "the type of data is ndarray, expected a tensor"),
+        ({"x": torch.full((5, 2), 0.5), "context": torch.zeros(5, 2, 1)}, r"contexts of shape \(5, 2, 1\), expected"),
+        ({"x": torch.full((5, 2), 0.5)}, "no context, expected one of shape"),
+        ({"x": torch.tensor([[0.5, 1.0], [0.5, math.inf]]), "context": torch.zeros(2, 1)}, "1 of 2 rows have infinite"),
+        (
+            {"x": torch.tensor([[0.5, 1.0], [0.0, 1.0]]), "context": torch.zeros(2, 1)},
+            "1 of 2 rows are outside .* on one",
+        ),
+        (
+            {"x": torch.tensor([[0.5, 1.0], [1 - 1e-12, 1.0]], dtype=torch.float64), "context": torch.zeros(2, 1)},
+            "1 of 2 rows are outside .* in float32 on one",
+        ),
         (
             {"x": torch.zeros(5, 2), "context": torch.zeros(4, 1)},
             "5 rows of data with 4 contexts: give one for each",
@@ -178,6 +191,20 @@ def test_lengths_and_contexts_of_batches_that_do_not_fit() -> None:
 def test_data_that_does_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SequenceFlow((2,), (1,), bounds=((0.0, 1.0), (0.0, None)), **SMALL).fit(**arguments, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 5), ()])
+def test_lengths_of_another_shape_are_not_broadcast(shape: tuple[int, ...]) -> None:
+    flow = SequenceFlow((4, 2), variable_length=True, **SMALL)
+    with pytest.raises(UserError, match=r"lengths of shape \(.*\), expected \(rows,\)"):
+        flow.fit(torch.zeros(5, 4, 2), lengths=torch.ones(shape, dtype=torch.int64), progress=False)
+
+
+@pytest.mark.gpu
+def test_data_of_the_processor_fits_a_flow_of_a_gpu() -> None:
+    flow = SequenceFlow((4, 1), (2,), bounds=((0.0, 1.0),), variable_length=True, **TINY).to("cuda")
+    x, context, lengths = torch.rand(64, 4, 1).clamp(0.01, 0.99), torch.randn(64, 2), torch.randint(1, 5, (64,))
+    assert math.isfinite(flow.fit(x, context, lengths, max_epochs=1, progress=False).heldout_nats)
 
 
 def test_a_mapped_file_is_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

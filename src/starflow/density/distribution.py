@@ -223,7 +223,7 @@ def to_unbounded(x: Tensor, bounds: Sequence[Bound]) -> tuple[Tensor, Tensor]:
 
 
 def to_bounded(u: Tensor, bounds: Sequence[Bound]) -> Tensor:
-    """The inverse of `to_unbounded`, (..., K)."""
+    """The inverse of `to_unbounded`, (..., K), between the bounds and never on one, whatever is rounded."""
     if not bounds:
         return u
     columns = [_one_to_bounded(column, *bound) for column, bound in zip(u.unbind(-1), bounds, strict=True)]
@@ -250,10 +250,23 @@ def _one_to_unbounded(x: Tensor, lower: float | None, upper: float | None) -> tu
 
 def _one_to_bounded(u: Tensor, lower: float | None, upper: float | None) -> Tensor:
     if lower is not None and upper is not None:
-        return lower + (upper - lower) * torch.sigmoid(u)
-    if lower is not None:
-        return lower + F.softplus(u, threshold=40.0)  # the default threshold of 20 is off by 2e-9
-    return u if upper is None else upper - F.softplus(-u, threshold=40.0)
+        x = lower + (upper - lower) * torch.sigmoid(u)
+    elif lower is not None:
+        x = lower + F.softplus(u, threshold=40.0)  # the default threshold of 20 is off by 2e-9
+    elif upper is not None:
+        x = upper - F.softplus(-u, threshold=40.0)
+    else:
+        return u
+    least, most = (
+        None if one is None else _next(one, to, x.dtype) for one, to in ((lower, math.inf), (upper, -math.inf))
+    )
+    return x.clamp(least, most)  # what rounds to a bound would have a density of 0
+
+
+def _next(bound: float, towards: float, dtype: torch.dtype) -> float:
+    """The number beside a bound in a precision."""
+    ends = torch.tensor([bound, towards], dtype=dtype, device="cpu")
+    return float(torch.nextafter(ends[0], ends[1]))
 
 
 def _interior(lower: float | None, upper: float | None) -> float:

@@ -275,7 +275,7 @@ class SequenceFlow(nn.Module):
             The held-out likelihood of the weights that are kept, and the history.
 
         Raises:
-            UserError: shapes that do not fit, missing values, values outside the bounds, or a diverging likelihood.
+            UserError: what `check_data` refuses, too few rows, or a diverging likelihood.
         """
         options = FitOptions(seed, max_epochs, batch_size, lr, validation_fraction, patience, progress)
         self.check_data(x, context, lengths)
@@ -315,20 +315,30 @@ class SequenceFlow(nn.Module):
         """Read all rows of a data set, a part at a time, as a file that is mapped may be larger than memory.
 
         Raises:
-            UserError: shapes that do not fit, missing values, or values outside the bounds.
+            UserError: shapes that do not fit, missing or infinite values, or values outside the bounds or on one.
         """
-        if tuple(x.shape[1:]) != self.config.event_shape:
-            raise UserError(f"the data has shape {tuple(x.shape)}, expected (rows, {_listed(self.config.event_shape)})")
-        for name, one in (("contexts", context), ("lengths", lengths)):
-            if one is not None and len(one) != len(x):
-                raise UserError(f"{len(x)} rows of data with {len(one)} {name}: give one for each row")
-        outside = 0
+        config = self.config
+        contexts = context if config.context_shape else None
+        counts = lengths if config.variable_length else None
+        parts = (("data", x, config.event_shape), ("contexts", contexts, config.context_shape), ("lengths", counts, ()))
+        for name, one, shape in parts:
+            if one is not None:
+                _check_rows(name, one, shape, x)
+        infinite, outside = 0, 0
         for start in range(0, len(x), CHECKED_ROWS):
             rows = slice(start, start + CHECKED_ROWS)
             self(_rows(context, rows), _rows(lengths, rows))
-            outside += int((~self.support.check(self.check_events(x[rows], _rows(lengths, rows)))).sum())
+            counts = None if lengths is None else lengths[rows].to(self.device)
+            events = self.check_events(x[rows].to(self.device), counts)
+            _, log_slope = to_unbounded(events, config.bounds)
+            infinite += int((~events.isfinite()).flatten(1).any(1).sum())
+            outside += int((~log_slope.isfinite()).flatten(1).any(1).sum())
+        if infinite:
+            raise UserError(f"{infinite} of {len(x)} rows have infinite values, expected none: leave them out")
         if outside:
-            raise UserError(f"{outside} of {len(x)} rows are outside the bounds {self.config.bounds}: widen them")
+            kind = str(self.work_dtype).removeprefix("torch.")
+            where = f"are outside the bounds {config.bounds}, or in {kind} on one, where the density is 0"
+            raise UserError(f"{outside} of {len(x)} rows {where}: widen them")
 
     # Saving.
 
@@ -389,6 +399,15 @@ def check_real(name: str, given: Tensor) -> None:
         raise UserError(f"the type of {name} is {type(given).__name__}, expected a tensor: torch.as_tensor makes one")
     if given.is_complex():
         raise UserError(f"{name} of complex numbers, expected real ones: torch.view_as_real makes two of each")
+
+
+def _check_rows(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    check_real(name, given)
+    if not given.dim() or tuple(given.shape[1:]) != shape:
+        expected = ", ".join(("rows", *map(str, shape))) if shape else "rows,"
+        raise UserError(f"{name} of shape {tuple(given.shape)}, expected ({expected})")
+    if len(given) != len(x):
+        raise UserError(f"{len(x)} rows of data with {len(given)} {name}: give one for each row")
 
 
 def _broadcast(context: torch.Size, lengths: torch.Size) -> torch.Size:
