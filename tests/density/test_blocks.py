@@ -178,6 +178,10 @@ def test_a_new_flow_is_the_identity() -> None:
     [
         ({"event_shape": ()}, r"event_shape is \(\), expected \(D,\) or \(N, C\)"),
         ({"event_shape": (4, 0)}, "event_shape is"),
+        ({"event_shape": 4}, r"event_shape is 4, expected whole numbers in parentheses, such as \(3,\)"),
+        ({"event_shape": (4.0,)}, r"event_shape is \(4.0,\), expected whole numbers"),
+        ({"event_shape": (4,), "num_blocks": 2.5}, "num_blocks is 2.5, expected a whole number"),
+        ({"event_shape": (2,), "bounds": (0.0, 1.0)}, r"bounds are \(0.0, 1.0\), expected \(lower, upper\) for each"),
         ({"event_shape": (4,), "context_shape": (1, 2, 3)}, "context_shape is"),
         ({"event_shape": (4,), "num_blocks": 0}, "num_blocks is 0, expected at least 1"),
         ({"event_shape": (5,), "patch_size": 2}, "patch_size 2 does not divide 5"),

@@ -67,6 +67,18 @@ def test_an_interrupted_fit_leaves_the_best_weights() -> None:
     assert model.mean.item() == pytest.approx(3.0)
 
 
+def test_a_fit_that_fails_at_once_leaves_the_weights_that_it_was_given() -> None:
+    model = Mean()
+    calls = iter(range(100))
+
+    def log_prob(some: Sequence[Tensor]) -> Tensor:
+        return model.log_prob(some) * (torch.nan if next(calls) else 1.0)
+
+    with pytest.raises(UserError, match="expected a finite one"):
+        fit(model, log_prob, [rows()], FitOptions(lr=3.0, batch_size=50, **QUIET))
+    assert model.mean.item() == 0.0
+
+
 def test_a_seed_repeats_everything_and_another_does_not() -> None:
     (first, one), (_, again), (_, other) = (run(rows(), seed=seed, max_epochs=3, batch_size=20) for seed in (0, 0, 1))
     assert one.heldout_history == again.heldout_history
@@ -101,6 +113,7 @@ def test_a_likelihood_that_is_not_finite_is_an_error() -> None:
         ({"max_epochs": 0}, "max_epochs is 0, expected at least 1"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0, expected between 0 and 1"),
         ({"lr": 0.0}, "lr is 0.0, expected above 0"),
+        ({"lr": float("inf")}, "lr is inf, expected above 0 and finite"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:

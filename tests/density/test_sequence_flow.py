@@ -81,8 +81,36 @@ def test_only_training_rows_and_what_is_no_padding_are_standardised() -> None:
 
 
 def test_a_column_that_does_not_vary_is_left_as_it_is() -> None:
-    _, deviation = moments_of(torch.tensor([[1.0, 1e8], [2.0, 1e8]]))
-    assert deviation.tolist() == [0.5, 1.0]
+    _, deviation = moments_of(torch.tensor([[1.0, 1e8, 0.0], [2.0, 1e8, 0.0]]))
+    assert deviation.tolist() == [0.5, 1.0, 1.0]
+    _, rounded = moments_of(torch.tensor([[1e8], [1e8], [1e8 + 8]]))  # the next number in float32
+    assert rounded.item() == 1.0
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_moments_are_those_of_any_unit(unit: float) -> None:
+    """Squares of such numbers are 0 or infinite in float32."""
+    rows = torch.randn(100, 2)
+    mean, deviation = moments_of(unit * (rows + 3))
+    torch.testing.assert_close(mean / unit, rows.mean(0) + 3)
+    torch.testing.assert_close(deviation / unit, rows.std(0, correction=0))
+
+
+def test_what_float64_can_tell_apart_is_standardised() -> None:
+    rows = 1e6 + 1e-3 * torch.randn(500, 1, dtype=torch.float64)
+    flow = SequenceFlow((1,), **TINY).double()
+    flow.standardise(rows)
+    torch.testing.assert_close(flow.scale, rows.std(0, correction=0), rtol=1e-6, atol=0)
+
+
+def test_a_step_that_no_row_has_is_a_standard_normal() -> None:
+    flow = SequenceFlow((4,), variable_length=True, **TINY)
+    flow.standardise(torch.randn(9, 4), lengths=torch.tensor([1, 2, 3] * 3))
+    assert flow.shift[3] == 0
+    assert flow.scale[3] == 1
+    assert flow(lengths=torch.tensor(4)).sample((5,)).isfinite().all()
+    with pytest.raises(UserError, match="no rows to standardise by"):
+        flow.standardise(torch.zeros(0, 4), lengths=torch.ones(0, dtype=torch.int64))
 
 
 @settings(max_examples=10, derandomize=True, deadline=None)
@@ -98,6 +126,17 @@ def test_saving_keeps_every_bit(tmp_path_factory: pytest.TempPathFactory, case: 
     expected = case.flow(case.context, case.lengths).log_prob(case.x)
     found = again(case.context, case.lengths).log_prob(case.x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_sizes_and_bounds_of_numpy_and_torch_are_saved(tmp_path: Path) -> None:
+    """A prior's bounds are tensors, a shape may be NumPy's; JSON takes neither, and training would be lost."""
+    low, high = torch.tensor([0.0, -1.0]), numpy.array([1.0, 2.0], numpy.float32)
+    steps: Any = numpy.int64(3)
+    flow = SequenceFlow((steps, 2), bounds=tuple(zip(low, high, strict=True)), **{**TINY, "num_blocks": steps})
+    flow.save_pretrained(tmp_path)
+    again = SequenceFlow.from_pretrained(tmp_path).config
+    assert again == flow.config
+    assert (again.event_shape, again.bounds) == ((3, 2), ((0.0, 1.0), (-1.0, 2.0)))
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ class SequenceFlowConfig:
     head_dim: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("event_shape", "context_shape"):
+            object.__setattr__(self, name, _whole_shape(name, getattr(self, name)))
+        for name in ("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim"):
+            object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "bounds", _plain_bounds(self.bounds))
+        object.__setattr__(self, "variable_length", bool(self.variable_length))
         for name, shape, ranks in (("event", self.event_shape, (1, 2)), ("context", self.context_shape, (0, 1, 2))):
             if len(shape) not in ranks or min(shape, default=1) < 1:
                 raise UserError(f"{name}_shape is {shape}, expected (D,) or (N, C) of numbers above 0")
@@ -101,6 +108,29 @@ class SequenceFlowConfig:
             softplus=True,
             clip=CLIP,
         )
+
+
+def _whole_shape(name: str, given: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Python's own numbers, which config.json can hold, of what may be NumPy's or a tensor's."""
+    try:
+        return tuple(int(operator.index(one)) for one in given)
+    except TypeError:
+        raise UserError(f"{name} is {given!r}, expected whole numbers in parentheses, such as (3,)") from None
+
+
+def _whole_number(name: str, given: SupportsIndex) -> int:
+    try:
+        return int(operator.index(given))
+    except TypeError:
+        raise UserError(f"{name} is {given!r}, expected a whole number") from None
+
+
+def _plain_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
+    """Likewise, of numbers or None."""
+    try:
+        return tuple(tuple(None if one is None else float(one) for one in bound) for bound in bounds)
+    except (TypeError, ValueError):
+        raise UserError(f"bounds are {bounds!r}, expected (lower, upper) for each of the last axis") from None
 
 
 def check_bounds(bounds: Sequence[Bound], dimensions: int) -> None:

@@ -50,8 +50,8 @@ class FitOptions:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction is {self.validation_fraction}, expected between 0 and 1")
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}, expected above 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}, expected above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class FitResult:
 def fit(model: nn.Module, log_prob: LogProb, data: Sequence[Tensor], options: FitOptions) -> FitResult:
     """Train a model in place, and leave it with the weights that were best on held-out rows, even when interrupted.
 
+    Before the end of the first epoch, those are the weights that it came with.
+
     Args:
         model: whose parameters are trained.
         log_prob: of rows of the data under the model.
@@ -93,7 +95,7 @@ def fit(model: nn.Module, log_prob: LogProb, data: Sequence[Tensor], options: Fi
         optimiser, mode="max", factor=0.5, patience=max(options.patience // 3, 1), threshold=0.0
     )
     started, best, best_epoch = time.perf_counter(), -math.inf, 0
-    kept: dict[str, Tensor] = {}
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train_history: list[float] = []
     heldout_history: list[float] = []
     bar = tqdm(range(1, options.max_epochs + 1), desc="fit", unit="epoch", disable=None if options.progress else True)
@@ -116,8 +118,7 @@ def fit(model: nn.Module, log_prob: LogProb, data: Sequence[Tensor], options: Fi
                 break
     finally:
         bar.close()
-        if kept:
-            model.load_state_dict(kept)
+        model.load_state_dict(kept)
     seconds = time.perf_counter() - started
     return FitResult(best, best_epoch, tuple(train_history), tuple(heldout_history), seconds)
 

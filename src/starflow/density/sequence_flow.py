@@ -90,9 +90,9 @@ class SequenceFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = SequenceFlowConfig(
-            tuple(event_shape),
-            tuple(context_shape),
-            tuple(tuple(bound) for bound in bounds),
+            event_shape,
+            context_shape,
+            bounds,
             variable_length,
             patch_size,
             channels,
@@ -293,8 +293,14 @@ class SequenceFlow(nn.Module):
 
     @torch.no_grad()
     def standardise(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
-        """Set the shift and scale of events and contexts from rows of data: one for each of their last axis."""
+        """Set the shift and scale of events and contexts from rows of data: one for each of their last axis.
+
+        Raises:
+            UserError: what `check_data` refuses, or no rows.
+        """
         self.check_data(x, context, lengths)
+        if not len(x):
+            raise UserError("no rows to standardise by, expected at least 1")
         lengths = None if lengths is None else lengths.to(self.device)
         unbounded, _ = to_unbounded(self.check_events(x.to(self.device), lengths), self.config.bounds)
         known = None if lengths is None else within(lengths, self.config.tokens)
@@ -373,7 +379,10 @@ class SequenceFlow(nn.Module):
 
 
 def moments_of(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column of the last axis; a column that does not vary has a deviation of 1.
+    """Mean and standard deviation of each column of the last axis, in any unit.
+
+    A column that does not vary by more than numbers of its size are rounded has a deviation of 1; one of which no row
+    counts has a mean of 0 too.
 
     Args:
         x: (..., K).
@@ -383,9 +392,13 @@ def moments_of(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor
     (tensor([2., 5.]), tensor([1., 1.]))
     """
     rows = x.flatten(0, -2) if counted is None else x[counted]
+    if not len(rows):
+        return x.new_zeros(x.shape[-1]), x.new_ones(x.shape[-1])
     mean = rows.mean(0)
-    deviation = (rows - mean).square().mean(0).sqrt()
-    constant = deviation <= 1e-6 * mean.abs().clamp(min=1e-30)
+    unit = (rows - mean).abs().amax(0)
+    safe = torch.where(unit > 0, unit, 1.0)
+    deviation = unit * ((rows - mean) / safe).square().mean(0).sqrt()  # squares of small and large numbers are not safe
+    constant = deviation <= 8 * torch.finfo(x.dtype).eps * mean.abs()
     return mean, torch.where(constant, torch.ones_like(deviation), deviation)
 
 
