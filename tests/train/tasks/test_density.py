@@ -154,18 +154,41 @@ def test_several_files_of_numbers_become_a_vector(tmp_path: Path) -> None:
     assert torch.equal(found, torch.tensor([[0.0, 0], [1, 10], [2, 20], [3, 30]]))
 
 
+@pytest.mark.parametrize("shape", [(0, 2), (6, 2)])
+@pytest.mark.parametrize("kind", ["f2", "f8", "i1", "u1", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_any_kind_and_order_are_read_by_rows(
+    tmp_path: Path, shape: tuple[int, int], kind: str, order: Any
+) -> None:
+    values = np.arange(math.prod(shape)).reshape(shape).astype(kind, order=order)
+    np.save(tmp_path / "x.npy", values)
+    arrays = open_arrays(ArraysRecipe(path=str(tmp_path)), tmp_path / "none", World())
+    rows, _, _ = arrays.rows(slice(1, 5), torch.device("cpu"))
+    assert torch.equal(rows, torch.tensor(values[1:5].astype(np.float32)))
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 2), np.float32))
     np.save(tmp_path / "y.npy", np.zeros(3))
     np.save(tmp_path / "text.npy", np.array(["a", "b"]))
     np.save(tmp_path / "object.npy", np.array([None, 1], dtype=object))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-8])
+    np.save(tmp_path / "big.npy", np.zeros((4, 2), ">f8"))
+    np.save(tmp_path / "long.npy", np.zeros(4, np.longdouble))
+    whole = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:-8])
+    (tmp_path / "head.npy").write_bytes(whole.replace(b"{", b"\xd7"))
+    np.savez(tmp_path / "zip.npz", a=np.zeros(4))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
     cases: dict[str, dict[str, Any]] = {
-        "no z.npy in .*cut, object, text, x, y": {"events": "z"},
+        "no z.npy in .*cut, head, long, object, text, x, y, zip": {"events": "z"},
         "4 events and 3 rows of context": {"context": "y"},
-        "text.npy is no .npy array of numbers": {"events": "text"},
-        "object.npy is no .npy array of numbers": {"events": "object"},
-        "cut.npy is no .npy array of numbers": {"events": "cut"},
+        r"text.npy has <U1 of shape \(2,\), expected rows of real numbers": {"events": "text"},
+        r"big.npy has >f8 of shape \(4, 2\), .* save array.astype\('float32'\)": {"events": "big"},
+        "long.npy has <f16": {"events": "long"},
+        "object.npy is no .npy array": {"events": "object"},
+        "cut.npy is no .npy array": {"events": "cut"},
+        "head.npy is no .npy array": {"events": "head"},
+        "zip.npy is no .npy array": {"events": "zip"},
         "several names are of single numbers": {"events": ("x", "y")},
         "data.events is empty": {"events": ""},
         "no folder or parquet file at": {"path": str(tmp_path / "nowhere")},
@@ -184,7 +207,7 @@ def test_bad_parquet_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     parquet.write_table(pyarrow.table({"a": [1.0, None], "b": ["x", "y"], "c": [[1.0], [1.0, 2.0]]}), path)
     for name, message in (
-        ("a", "'a' of .* is not of numbers"),
+        ("a", "'a' of .* is not of numbers, or some are missing"),
         ("b", "not of numbers"),
         ("c", "cannot be read"),
         ("d", "no column 'd'"),
@@ -192,6 +215,10 @@ def test_bad_parquet_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             open_arrays(ArraysRecipe(path=str(path), events=name), tmp_path / "written", World())
         assert not (tmp_path / "written" / "events.npy").exists()
+    twice = pyarrow.Table.from_arrays([pyarrow.array([1.0]), pyarrow.array([2.0])], names=["a", "a"])
+    parquet.write_table(twice, path)
+    with pytest.raises(UserError, match="cannot be read .*exists 2 times"):
+        open_arrays(ArraysRecipe(path=str(path), events="a"), tmp_path / "written", World())
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="cannot be read"):
         open_arrays(ArraysRecipe(path=str(path), events="a"), tmp_path / "written", World())

@@ -266,11 +266,12 @@ def read_numbers(path: Path, columns: Sequence[str]) -> Iterator[NDArray[Any]]:
             for name, part in zip(columns, parts, strict=True):
                 if part.dtype.kind not in "fiub":
                     raise UserError(
-                        f"column '{name}' of {path} is not of numbers: expected one, or equally many, a row"
+                        f"column '{name}' of {path} is not of numbers, or some are missing: expected one, or equally "
+                        "many, in each row"
                     )
             yield parts[0] if len(parts) == 1 else np.stack(parts, 1)
     except UserError:
         raise
-    except (OSError, ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} cannot be read as a parquet file of numbers ({reason})") from None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +45,12 @@ Names = str | tuple[str, ...]
 
 FREE = ("name", "train")
 """Keys and sections of a recipe that may change in a run that has begun."""
+
+NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+"""Kinds of numbers that are read from .npy, by numpy's names."""
+
+DAMAGED = (ValueError, TypeError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError, RecursionError)
+"""What numpy raises of a file that is no .npy, whose head it reads as Python's text."""
 
 SAMPLES = 1000
 """Rows of a file in samples/, at most."""
@@ -208,13 +215,14 @@ def _mapped(path: Path) -> Tensor:
         names = sorted(one.stem for one in path.parent.glob("*.npy"))
         raise UserError(f"no {path.name} in {path.parent}, which has {', '.join(names) or 'no .npy files'}")
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-        if (array.dtype.kind not in "fib" and array.dtype != np.uint8) or array.ndim < 1:
-            raise ValueError(f"{array.dtype} of shape {array.shape}")
-        return torch.from_numpy(array)
-    except (ValueError, TypeError, EOFError, OSError) as error:
+        array = np.lib.format.open_memmap(path, mode="c")
+    except (*DAMAGED, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no .npy array of numbers ({reason}): save it again with numpy.save") from None
+        raise UserError(f"{path} is no .npy array ({reason}): save it again with numpy.save") from None
+    if array.dtype.str[1:] not in NUMBERS or not array.dtype.isnative or not array.ndim:
+        found = f"{path} has {array.dtype.str} of shape {array.shape}"
+        raise UserError(f"{found}, expected rows of real numbers that torch has: save array.astype('float32')")
+    return torch.from_numpy(array)
 
 
 class DensityLoss(nn.Module):
