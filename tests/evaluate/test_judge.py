@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
 from starflow.data.sources.base import unit_hash
@@ -31,7 +33,7 @@ from starflow.evaluate.judge import (
     some_of_each,
 )
 from starflow.evaluate.samples import SamplingOptions
-from starflow.io.files import write_tensors
+from starflow.io.files import read_tensors, write_tensors
 from starflow.sampling.student import StudentOutput
 from tests.cli.conftest import CLASSES, with_companions
 from tests.evaluate.test_report import MeanColour, pipeline
@@ -125,6 +127,26 @@ def test_a_file_that_was_changed_is_refused(judge: Judge, tmp_path: Path) -> Non
         load_judge(file)
     with pytest.raises(UserError, match="no such file"):
         load_judge(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("gone", ["features", "names", "concepts", "sha256", ""])
+def test_a_header_that_is_no_judges_is_refused(judge: Judge, tmp_path: Path, gone: str) -> None:
+    file = tmp_path / "judge.safetensors"
+    save_judge(file, judge)
+    with safe_open(file, "pt") as header:
+        about = json.loads(header.metadata()["judge"])
+    about.pop(gone, None)
+    for text in (json.dumps(about), "{", "[]", "null", json.dumps({**about, "names": 3})) if gone else ("{", "[]"):
+        write_tensors(file, read_tensors(file), {"judge": text})
+        with pytest.raises(UserError, match="holds no judge"):
+            load_judge(file)
+
+
+def test_hits_are_of_known_concepts_one_for_each_picture(judge: Judge) -> None:
+    with pytest.raises(UserError, match="1 concepts for 2 pictures: give one for each"):
+        judge.hits(torch.rand(2, 4), judge.concepts[:1])
+    with pytest.raises(UserError, match="does not know 1 concepts, such as 'unicorn'"):
+        judge.hits(torch.rand(2, 4), [judge.concepts[0], "unicorn"])
 
 
 def test_it_is_trained_once(judge: Judge, pictures: EvaluationSet, tmp_path: Path) -> None:

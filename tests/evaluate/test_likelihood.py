@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from starflow.evaluate import (
     prompt_scores,
     rank_prompts,
 )
+from starflow.evaluate.dataset import select_rows
 from starflow.evaluate.likelihood import measure_likelihoods
 from starflow.flow.model import condition_scores
 from starflow.pipeline.likelihood import add_training_noise
@@ -46,6 +48,7 @@ def test_the_draws_error_is_that_of_their_means() -> None:
     found = mean_bits_per_dim(nats, 1, "noised latent")
     assert found.bits_per_dim == pytest.approx(-3 / math.log(2))
     assert found.draw_error == pytest.approx(1 / math.log(2))  # means 2 and 4: a spread of sqrt 2 over sqrt 2 draws
+    assert mean_bits_per_dim(nats[:1], 1, "noised latent").error is None  # one picture has no spread
     assert found.error == pytest.approx(2 / math.log(2))  # pictures 1 and 5: a spread of 4 / sqrt 2 over sqrt 2
 
 
@@ -92,6 +95,30 @@ def test_prompts_that_are_compared_exactly_come_in_the_order_of_log_prob(picture
     assert bool((best[:, 0] >= best[:, 1]).all())
 
 
+def test_prompts_that_cannot_be_ranked(pictures: EvaluationSet) -> None:
+    """No prompts, a count below 0; one text is one prompt and not its letters; what is not finite comes last."""
+    made, images = pipeline(), to_float(pictures.heldout.images[:2])
+    with pytest.raises(UserError, match="there are 0 prompts, expected at least 1"):
+        rank_prompts(made, images, [], [0, 1])
+    with pytest.raises(UserError, match="exact is -1, expected at least 0"):
+        rank_prompts(made, images, CLASSES, [0, 1], exact=-1)
+    assert rank_prompts(made, images, CLASSES[0], [0, 1]).tolist() == [[0], [0]]
+    with pytest.warns(UserWarning, match="pictures reach 255"):
+        prompt_scores(made, images * 0 + 255, CLASSES, [0, 1])
+
+
+def test_a_prompt_without_a_finite_density_comes_last(pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, images = pipeline(), to_float(pictures.heldout.images[:2])
+    log_probs = type(made).log_probs
+
+    def broken(self: Any, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, int]:
+        nats, dimensions = log_probs(self, images, prompts, seeds)
+        return nats.masked_fill(torch.tensor([prompt == CLASSES[1] for prompt in prompts]), math.nan), dimensions
+
+    monkeypatch.setattr(type(made), "log_probs", broken)
+    assert rank_prompts(made, images, CLASSES, [0, 1], exact=3)[:, 2].tolist() == [1, 1]
+
+
 def test_one_pass_classifies_by_the_largest_score(pictures: EvaluationSet) -> None:
     made, count = pipeline(), len(pictures.heldout)
     found = measure_one_pass(made, pictures.heldout, count, draws=2)
@@ -111,3 +138,25 @@ def test_the_map_of_bits_sums_to_those_of_the_whole(pictures: EvaluationSet) -> 
     whole = measure_likelihoods(made, pictures, most=0, draws=1)["heldout"]
     assert float(bits.sum()) == pytest.approx(whole.bits_per_dim * whole.dimensions, rel=1e-5)
     assert float(bits.std()) > 0
+
+
+def test_the_map_of_bits_leaves_out_what_has_no_density(
+    pictures: EvaluationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `measure_likelihoods` does: one broken picture says nothing about the others."""
+    made = pipeline()
+    expected = measure_bits_map(made, select_rows(pictures.heldout, range(1, 6)), most=0)
+    maps = type(made).log_prob_maps
+    broken = {0}
+
+    def with_gaps(self: Any, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        gone = torch.tensor([seed in broken for seed in seeds])
+        return maps(self, images, prompts, [max(seed - 1, 0) for seed in seeds]).masked_fill(
+            gone[:, None, None], math.nan
+        )
+
+    monkeypatch.setattr(type(made), "log_prob_maps", with_gaps)
+    torch.testing.assert_close(measure_bits_map(made, pictures.heldout, most=0), expected)
+    broken.update(range(6))
+    with pytest.raises(UserError, match="not one of 6 pictures has a finite log-likelihood"):
+        measure_bits_map(made, pictures.heldout, most=0)

@@ -38,6 +38,8 @@ def test_auroc_refuses_what_it_cannot_rank() -> None:
         auroc(torch.zeros(0), torch.zeros(2))
     with pytest.raises(UserError, match="1 of 4 scores are not numbers"):
         auroc(torch.tensor([0.0, torch.nan]), torch.zeros(2))
+    with pytest.raises(UserError, match=r"scores of shapes \(2, 2\) and \(2,\)"):
+        auroc(torch.zeros(2, 2), torch.zeros(2))
 
 
 def test_a_ratio_to_the_background_is_the_best_there_is_against_it() -> None:
@@ -92,6 +94,8 @@ def test_pictures_without_a_finite_likelihood_are_counted() -> None:
     assert scores.auroc_likelihood == pytest.approx(2 / 3)
     assert scores.auroc_typicality == 1
     assert (scores.not_finite, scores.mean_nats_outside, scores.count_outside) == (2, 5.0, 3)
+    impossible = (torch.zeros(3), torch.tensor([-inf, -inf, 0.0]))  # for the background too
+    assert outliers(inside, outside, torch.tensor([-2.0]), impossible).auroc_ratio == scores.auroc_ratio
     with pytest.raises(UserError, match="no finite log-likelihoods of training"):
         outliers(inside, outside, torch.tensor([nan]), none)
 
@@ -104,3 +108,6 @@ def test_the_classifier_counts() -> None:
     assert (found.count, found.not_finite) == (4, 0)
     with pytest.raises(UserError, match=r"\(4, 2\) and labels \(3,\)"):
         classify(log_probs, torch.zeros(3))
+    for label in (2, -1):
+        with pytest.raises(UserError, match=f"1 labels such as {label}, expected 0 to 1"):
+            classify(log_probs, torch.tensor([0, 1, label, 1]))

@@ -242,3 +242,14 @@ def test_scores_of_labels_are_those_of_their_weights_and_cost_one_pass(monkeypat
     weights = condition_scores(model, X, torch.eye(3)[[2, 0, 1, 2]])
     torch.testing.assert_close(scores, weights)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_score_of_no_class_is_that_of_all_classes_alike() -> None:
+    """Around the mean it is 0, and no label counts as another one's."""
+    model = randomised(PIXELS, 0)
+    around = torch.tensor([[1.0, 0.0, 0.0]])
+    found = condition_scores(model, X, torch.tensor([-1, 2]), around)
+    expected = condition_scores(model, X, torch.tensor([[1 / 3] * 3, [0.0, 0.0, 1.0]]), around)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UserError, match=r"the labels are \[0, 3\]"):
+        condition_scores(model, X, torch.tensor([0, 3]))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.model import STARFlow
 from starflow.latents import PixelLatents
 from starflow.pipeline.config import PipelineConfig
+from starflow.pipeline.likelihood import LogProb
 from starflow.pipeline.pipeline import StarFlowPipeline
 
 
@@ -66,3 +68,9 @@ class TestEightBitPixels:
         assert again.log_prob(image, seed=1) == self.pipeline().log_prob(image, seed=1)
         made = again(num_images=1).images[0]
         assert len(set(made.getpixel((0, 0)))) == 1  # type: ignore[arg-type]  # grey
+
+
+def test_a_difference_is_of_as_many_draws() -> None:
+    found = LogProb.mean_of(torch.tensor([-61.0, -67.0]), dimensions=64, space="noised latent")
+    with pytest.raises(UserError, match="1 values beside 2 draws"):
+        found.minus([-63.0])

@@ -114,8 +114,17 @@ class Judge:
         return best.masked_fill(~finite[:, None], -1)
 
     def hits(self, features: Tensor, concepts: Sequence[str]) -> Tensor:
-        """(B, 2) float64: whether a picture's concept is the first answer, and among the first `ANSWERS`."""
+        """(B, 2) float64: whether a picture's concept is the first answer, and among the first `ANSWERS`.
+
+        Raises:
+            UserError: not a concept for each picture, or one that the judge does not know.
+        """
         numbers = {concept: number for number, concept in enumerate(self.concepts)}
+        if len(concepts) != len(features):
+            raise UserError(f"{len(concepts)} concepts for {len(features)} pictures: give one for each")
+        unknown = sorted(set(concepts) - numbers.keys())
+        if unknown:
+            raise UserError(f"the judge does not know {len(unknown)} concepts, such as '{unknown[0]}': leave them out")
         wanted = torch.tensor([numbers[concept] for concept in concepts], dtype=torch.int64, device=features.device)
         right = self.answers(features) == wanted[:, None]
         return torch.stack([right[:, 0], right.any(1)], dim=1).double()
@@ -293,12 +302,16 @@ def load_judge(path: Path) -> Judge:
     from safetensors import safe_open
 
     tensors = read_tensors(path)
-    with safe_open(path, "pt") as header:
-        about = json.loads((header.metadata() or {}).get("judge", "{}"))
-    if about.get("features") != FEATURES:
+    try:
+        with safe_open(path, "pt") as header:
+            about = json.loads((header.metadata() or {}).get("judge", "{}"))
+        features, names, concepts = about["features"], tuple(about["names"]), tuple(about["concepts"])
+        same = _digest(tensors, names, concepts) == about["sha256"]
+    except (ValueError, TypeError, KeyError):
+        features, same = None, False
+    if features != FEATURES:
         raise UserError(f"{path} holds no judge that sees by {FEATURES}: delete it, or name another file")
-    names, concepts = tuple(about["names"]), tuple(about["concepts"])
-    if _digest(tensors, names, concepts) != about["sha256"]:
+    if not same:
         raise UserError(f"{path} is not as it was written (its sha256 differs): delete it, so that it is made again")
     vectors, trained = tensors.pop("vectors"), frozenset(tensors.pop("trained").tolist())
     head = JudgeHead(WIDTH, vectors.shape[1])

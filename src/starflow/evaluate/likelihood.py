@@ -18,7 +18,7 @@ from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate.dataset import BATCH, EvaluationSet, evenly_spaced, gather_rows, is_first, own_rows, prompts_of
 from starflow.flow.model import condition_scores
-from starflow.pipeline.inputs import encode_prompts
+from starflow.pipeline.inputs import check_prompts, check_range, check_whole, encode_prompts
 from starflow.pipeline.likelihood import add_training_noise
 from starflow.pipeline.pipeline import StarFlowPipeline
 
@@ -63,11 +63,13 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
         outside: (M,) of pictures that do not.
 
     Raises:
-        UserError: an empty set, or scores that are not numbers (infinities are ranked).
+        UserError: an empty set, scores of several axes, or such as are not numbers (infinities are ranked).
 
     >>> auroc(inside=torch.tensor([1.0, 2.0]), outside=torch.tensor([2.0, 3.0]))
     0.875
     """
+    if inside.ndim != 1 or outside.ndim != 1:
+        raise UserError(f"scores of shapes {tuple(inside.shape)} and {tuple(outside.shape)}, expected (N,) and (M,)")
     if not len(inside) or not len(outside):
         raise UserError(f"{len(inside)} and {len(outside)} scores: both sets need at least one")
     scores = torch.cat([inside, outside]).double()
@@ -112,7 +114,7 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor, background: tupl
     return Outliers(
         auroc_likelihood=auroc(-within, -beyond),
         auroc_typicality=auroc((within - usual).abs(), (beyond - usual).abs()),
-        auroc_ratio=auroc(background[0].double() - within, background[1].double() - beyond),
+        auroc_ratio=auroc(_ratio_scores(background[0], within), _ratio_scores(background[1], beyond)),
         auroc_background=auroc(*background),
         mean_nats_inside=float(within[within.isfinite()].mean()),
         mean_nats_outside=float(beyond[beyond.isfinite()].mean()),
@@ -120,6 +122,10 @@ def outliers(inside: Tensor, outside: Tensor, training: Tensor, background: tupl
         count_outside=len(beyond),
         not_finite=int((~within.isfinite()).sum() + (~beyond.isfinite()).sum()),
     )
+
+
+def _ratio_scores(background: Tensor, log_probs: Tensor) -> Tensor:
+    return (background.double() - log_probs).where(log_probs.isfinite(), torch.inf)
 
 
 def _as_least_likely(log_probs: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
     A class whose log-likelihood is not finite is not chosen; a picture without a finite one is wrong, and counted.
 
     Raises:
-        UserError: shapes that do not fit, or no pictures.
+        UserError: shapes or labels that do not fit, or no pictures.
 
     >>> classify(torch.tensor([[-1.0, -2.0], [-5.0, -3.0], [-1.0, -9.0]]), torch.tensor([0, 1, 1])).confusion
     ((1, 0), (1, 1))
@@ -147,6 +153,9 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
             f"log-likelihoods {tuple(log_probs.shape)} and labels {tuple(labels.shape)}: expected (N, K) and (N,)"
         )
     classes, kept = log_probs.shape[1], log_probs.isfinite().any(1)
+    strange = labels[(labels < 0) | (labels >= classes)]
+    if len(strange):
+        raise UserError(f"{len(strange)} labels such as {strange[0].item()}, expected 0 to {classes - 1}")
     predicted, true = _as_least_likely(log_probs[kept]).argmax(1), labels[kept].long()
     confusion = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
     rows = tuple(tuple(row) for row in confusion.tolist())
@@ -171,7 +180,7 @@ class BitsPerDim:
         dimensions: of one picture.
         nats_per_dim: mean over pictures and draws.
         bits_per_dim: the same over ln 2.
-        error: standard error of bits_per_dim over pictures, the draws of each averaged first.
+        error: standard error of bits_per_dim over pictures, the draws of each averaged first; None for one picture.
         draw_error: standard error of bits_per_dim that the draws alone cause; None for a single draw.
         count: pictures with a finite log-likelihood.
         draws: of the noise.
@@ -182,7 +191,7 @@ class BitsPerDim:
     dimensions: int
     nats_per_dim: float
     bits_per_dim: float
-    error: float
+    error: float | None
     draw_error: float | None
     count: int
     draws: int = 1
@@ -238,7 +247,7 @@ def mean_bits_per_dim(nats: Tensor, dimensions: int, space: str) -> BitsPerDim:
         dimensions=dimensions,
         nats_per_dim=float(means.mean()) * math.log(2),
         bits_per_dim=float(means.mean()),
-        error=float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
+        error=float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else None,
         draw_error=draw_error,
         count=len(kept),
         draws=draws,
@@ -346,16 +355,19 @@ def rank_prompts(
         seeds: of the noise that is added to each picture, the same for every prompt.
         exact: how many of the first guesses to compare exactly.
 
+    What is not finite comes last.
+
     Raises:
-        UserError: a model without prompts, no such tensor, or not a seed for each picture.
+        UserError: a model without prompts, no such tensor, no prompts, or not a seed for each picture.
     """
-    scores = prompt_scores(pipeline, images, prompts, seeds)
+    prompts, exact = check_prompts(prompts, least=1), check_whole("exact", exact, 0)
+    scores = _as_least_likely(prompt_scores(pipeline, images, prompts, seeds))
     order = scores.argsort(dim=1, descending=True)
     kept = order[:, : min(exact, len(prompts))]
     if not kept.numel():
         return order
     nats = [pipeline.log_probs(images, [prompts[k] for k in column.tolist()], seeds)[0].cpu() for column in kept.T]
-    best = torch.stack(nats, 1).argsort(dim=1, descending=True)
+    best = _as_least_likely(torch.stack(nats, 1)).argsort(dim=1, descending=True)
     return torch.cat([kept.gather(1, best), order[:, kept.shape[1] :]], 1)
 
 
@@ -367,12 +379,14 @@ def prompt_scores(pipeline: StarFlowPipeline, images: Tensor, prompts: Sequence[
     mean alone, and 191st at the null condition alone.
 
     Raises:
-        UserError: a model without prompts, no such tensor, or not a seed for each picture.
+        UserError: a model without prompts, no such tensor, no prompts, or not a seed for each picture.
     """
+    prompts = check_prompts(prompts, least=1)
     if pipeline.conditioner is None:
         raise UserError(f"'{pipeline.config.name}' takes no prompts, so none can be ranked: name another model")
     with torch.no_grad():
-        noised = add_training_noise(pipeline.autoencoder.encode(images), pipeline.config, seeds)
+        latents = pipeline.autoencoder.encode(check_range(images, pipeline.device))
+        noised = add_training_noise(latents, pipeline.config, seeds)
         given, null = encode_prompts(prompts, pipeline.conditioner, pipeline.flow, pipeline.config, noised.shape)
     assert given is not None
     text = null is not None and pipeline.conditioner.spec.kind != "class"
@@ -385,14 +399,22 @@ def measure_bits_map(pipeline: StarFlowPipeline, views: TrainingViews, most: int
 
     It estimates the conditional entropy of a token given what the blocks have read before it, and sums to the bits of a
     whole picture, `bits_per_dim` times `dimensions` of `measure_likelihoods`. Prompts are those of the training.
+    Pictures without a finite log-likelihood are left out, as there.
+
+    Raises:
+        UserError: no picture is left.
     """
     rows = evenly_spaced(len(views), most)
-    total = torch.zeros(1, dtype=torch.float64, device="cpu")
+    total, count = torch.zeros(1, dtype=torch.float64, device="cpu"), 0
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
         batch = to_float(views.images[list(some)]).to(pipeline.device)
-        total = total + pipeline.log_prob_maps(batch, prompts_of(pipeline, views, some), some).double().sum(0).cpu()
-    return -total / (len(rows) * math.log(2))
+        maps = pipeline.log_prob_maps(batch, prompts_of(pipeline, views, some), some).double().cpu()
+        kept = maps[maps.isfinite().flatten(1).all(1)]
+        total, count = total + kept.sum(0), count + len(kept)
+    if not count:
+        raise UserError(f"not one of {len(rows)} pictures has a finite log-likelihood: the model is broken")
+    return -total / (count * math.log(2))
 
 
 def measure_outliers(pipeline: StarFlowPipeline, dataset: EvaluationSet, unknown: Tensor, most: int) -> Outliers:

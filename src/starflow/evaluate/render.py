@@ -149,7 +149,7 @@ def report_rows(report: EvaluationReport) -> list[ReportRow]:
     """Name and value of every measure."""
     found = [(f"reconstruction, {noise} (dB)", f"{value:.2f}") for noise, value in report.reconstruction.items()]
     for split, bits in report.likelihood.items():
-        error = f" ± {bits.error:.4f}"
+        error = "" if bits.error is None else f" ± {bits.error:.4f}"
         about = f"{split}, {bits.count} pictures, {bits.draws} draws"
         found.append((f"nats/dim of the {bits.space}, {about}", f"{bits.nats_per_dim:.4f}"))
         found.append((f"bits/dim of the {bits.space}, {about}", f"{bits.bits_per_dim:.4f}{error}"))

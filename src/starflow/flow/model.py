@@ -418,21 +418,23 @@ def condition_scores(model: Flow, x: Tensor, conditions: Tensor, at: Tensor | No
     Args:
         model: the flow.
         x: (B, C, H, W), as for `model.forward`.
-        conditions: tokens (K, S, E) of STARFlow; labels (K,), or weights of classes (K, classes), of TarFlow.
+        conditions: tokens (K, S, E) of STARFlow; labels (K,), -1 for no class, or weights (K, classes) of TarFlow.
         at: c_0, one condition (1, ...), for instance the null condition; None is the mean of the K.
 
     Returns:
         (B, K), nats for each unit of weight.
 
     Raises:
-        UserError: a shape that the model cannot take.
+        UserError: a shape that the model cannot take, or labels that it has not.
 
     >>> config = TarFlowConfig(1, 4, patch_size=2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
     >>> condition_scores(TarFlow(config), torch.zeros(2, 1, 4, 4), torch.arange(3)).shape
     torch.Size([2, 3])
     """
     if isinstance(model, TarFlow) and not conditions.is_floating_point():
-        conditions = torch.eye(model.config.num_classes, dtype=model.work_dtype, device=conditions.device)[conditions]
+        labels = model.check_condition(conditions, len(conditions))
+        weights = torch.eye(model.config.num_classes, dtype=model.work_dtype, device=conditions.device)
+        conditions = torch.cat((weights, weights.mean(0, keepdim=True)))[labels]  # no class is the mean of all
     start = conditions.mean(0, keepdim=True) if at is None else at
     with torch.enable_grad():
         given = start.expand(len(x), *conditions.shape[1:]).clone().requires_grad_()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from starflow.data.images import dequantise
+from starflow.errors import UserError
 from starflow.flow.model import STARFlow, TarFlow, token_log_prob
 from starflow.latents import Autoencoder
 from starflow.pipeline.config import PipelineConfig
@@ -91,7 +92,12 @@ class LogProb:
         >>> found = LogProb.mean_of(torch.tensor([-61.0, -67.0]), dimensions=64, space="noised latent")
         >>> found.minus([-63.0, -68.0])
         (1.5, 0.5)
+
+        Raises:
+            UserError: another number of draws.
         """
+        if len(values) != len(self.values):
+            raise UserError(f"{len(values)} values beside {len(self.values)} draws: take those of as many draws")
         pairs = torch.tensor(self.values, dtype=torch.float64, device="cpu") - torch.tensor(
             list(values), dtype=torch.float64, device="cpu"
         )
