@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from starflow.data.sources.base import unit_hash
+from starflow.data.views import TrainingViews
 from starflow.errors import UserError
 from starflow.evaluate import judge as module
 from starflow.evaluate.dataset import EvaluationSet, select_rows
@@ -140,6 +141,20 @@ def test_a_header_that_is_no_judges_is_refused(judge: Judge, tmp_path: Path, gon
         write_tensors(file, read_tensors(file), {"judge": text})
         with pytest.raises(UserError, match="holds no judge"):
             load_judge(file)
+
+
+def test_pictures_without_a_caption_are_no_concept(judge: Judge, pictures: EvaluationSet) -> None:
+    """Three of them would be a concept of the name ""; held out they are unknown, and left out."""
+
+    def blank(views: TrainingViews) -> TrainingViews:
+        names = [f"q{name}" for name in views.names]  # of which the set knows no concept but the caption
+        return dataclasses.replace(views, captions=["", "", "", *views.captions[3:]], names=names)
+
+    dataset = dataclasses.replace(pictures, train=blank(pictures.train), heldout=blank(pictures.heldout))
+    found = module.train_judge(dataset, SMALL, lambda text: None)
+    assert found.names == judge.names == tuple(sorted(CLASSES))
+    assert len(found.trained) == 9
+    assert measure_judge(pipeline(), dataset, found, SMALL, 6).unknown == 3
 
 
 def test_hits_are_of_known_concepts_one_for_each_picture(judge: Judge) -> None:

@@ -183,7 +183,8 @@ def train_judge(dataset: EvaluationSet, features: FeatureExtractor, log: Callabl
         UserError: the training pictures show one concept alone, or MiniLM is not installed.
     """
     views, groups = dataset.train, dataset.groups_of(dataset.train)
-    rows = some_of_each(groups, LEAST_PICTURES, PICTURES_A_CONCEPT)
+    named = [row for row, group in enumerate(groups) if group]  # without a caption there is no concept
+    rows = [named[row] for row in some_of_each([groups[row] for row in named], LEAST_PICTURES, PICTURES_A_CONCEPT)]
     captions = dataset.concepts_of(views)
     concepts, names = names_of([groups[row] for row in rows], [captions[row] for row in rows])
     if len(concepts) < 2:
