@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from starflow.evaluate import (
     rank_prompts,
 )
 from starflow.evaluate.dataset import select_rows
-from starflow.evaluate.likelihood import measure_likelihoods
+from starflow.evaluate.likelihood import measure_classification, measure_likelihoods
 from starflow.flow.model import condition_scores
 from starflow.pipeline.likelihood import add_training_noise
 from tests.cli.conftest import CLASSES
@@ -128,6 +129,17 @@ def test_one_pass_classifies_by_the_largest_score(pictures: EvaluationSet) -> No
     right = [CLASSES[k] == label for k, label in zip(scores.argmax(1).tolist(), pictures.heldout.labels, strict=True)]
     assert found.accuracy == pytest.approx(sum(right) / count)
     assert sum(map(sum, found.confusion)) == count
+
+
+@pytest.mark.parametrize("measure", [measure_one_pass, measure_classification])
+def test_nothing_is_classified_without_draws_pictures_or_labels(pictures: EvaluationSet, measure: Any) -> None:
+    views = pictures.heldout
+    with pytest.raises(UserError, match="6 pictures with 0 draws of the noise: both must be at least 1"):
+        measure(pipeline(), views, 0, 0)
+    with pytest.raises(UserError, match="0 pictures with 1 draws"):
+        measure(pipeline(), select_rows(views, []), 0, 1)
+    with pytest.raises(UserError, match="2 of 6 pictures have no label"):
+        measure(pipeline(), dataclasses.replace(views, labels=[None, None, *views.labels[2:]]), 0, 1)
 
 
 def test_the_map_of_bits_sums_to_those_of_the_whole(pictures: EvaluationSet) -> None:

@@ -148,10 +148,9 @@ def classify(log_probs: Tensor, labels: Tensor) -> Classification:
     >>> classify(torch.tensor([[-1.0, -2.0], [-5.0, -3.0], [-1.0, -9.0]]), torch.tensor([0, 1, 1])).confusion
     ((1, 0), (1, 1))
     """
+    shapes = f"log-likelihoods {tuple(log_probs.shape)} and labels {tuple(labels.shape)}"
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
-        raise UserError(
-            f"log-likelihoods {tuple(log_probs.shape)} and labels {tuple(labels.shape)}: expected (N, K) and (N,)"
-        )
+        raise UserError(f"{shapes}: expected (N, K) and (N,)")
     classes, kept = log_probs.shape[1], log_probs.isfinite().any(1)
     strange = labels[(labels < 0) | (labels >= classes)]
     if len(strange):
@@ -167,7 +166,6 @@ TEXT_MIXTURE = 0.75
 """Share of the prompts' mean, beside the null condition, in the condition that prompts are scored at."""
 
 LogLikelihood = Callable[[Sequence[int], Sequence[int]], Tensor]
-
 """A function of rows of a set and a seed for each, to log-likelihoods in nats (B,)."""
 
 
@@ -198,6 +196,11 @@ class BitsPerDim:
     not_finite: int = 0
 
 
+def _check_counts(rows: Sequence[int], draws: int = 1) -> None:
+    if not rows or draws < 1:
+        raise UserError(f"{len(rows)} pictures with {draws} draws of the noise: both must be at least 1")
+
+
 @torch.no_grad()
 def log_likelihoods(log_likelihood: LogLikelihood, rows: Sequence[int], draws: int, batch: int) -> Tensor:
     """Nats (N, draws) of a set's rows, float64, on the CPU; under torchrun every process computes its share.
@@ -207,8 +210,7 @@ def log_likelihoods(log_likelihood: LogLikelihood, rows: Sequence[int], draws: i
     Raises:
         UserError: no rows or no draws.
     """
-    if not rows or draws < 1:
-        raise UserError(f"{len(rows)} pictures with {draws} draws of the noise: both must be at least 1")
+    _check_counts(rows, draws)
     own = [rows[index] for index in own_rows(len(rows))]
     starts = range(0, len(own), batch)
     shown = tqdm(starts, "likelihoods", unit="batch", disable=None if is_first() else True, leave=False)
@@ -270,12 +272,10 @@ def measure_likelihoods(
 def _split_bits_per_dim(
     pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequence[int], draws: int
 ) -> BitsPerDim:
-    nats = log_likelihoods(
-        lambda some, seeds: _nats(pipeline, views.images, some, seeds, prompts_of(pipeline, views, some)),
-        rows,
-        draws,
-        BATCH,
-    )
+    def density(some: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return _nats(pipeline, views.images, some, seeds, prompts_of(pipeline, views, some))
+
+    nats = log_likelihoods(density, rows, draws, BATCH)
     return mean_bits_per_dim(nats, _dimensions(pipeline, views.images), pipeline.density_space)
 
 
@@ -289,6 +289,8 @@ def check_classes(pipeline: StarFlowPipeline, views: TrainingViews, rows: Sequen
     if conditioner is None or conditioner.spec.kind != "class":
         raise UserError(f"'{pipeline.config.name}' has no classes to tell apart: leave out --classify")
     names = conditioner.spec.names
+    if without := sum(views.labels[row] is None for row in rows):
+        raise UserError(f"{without} of {len(rows)} pictures have no label: leave out --classify, or give them labels")
     unknown = sorted({str(views.labels[row]) for row in rows} - set(names))
     if unknown:
         raise UserError(f"the model has no class '{unknown[0]}': its classes are {', '.join(names[:8])}")
@@ -299,11 +301,11 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
     """Accuracy of argmax_c log p(x | c) on labelled pictures; each class meets the same draws of the noise.
 
     Raises:
-        UserError: the model has no classes, or a picture has no label that it knows.
+        UserError: the model has no classes, a picture has no label that it knows, or there are no pictures or draws.
     """
     rows = evenly_spaced(len(views), most)
     names = check_classes(pipeline, views, rows)
-    numbers = {name.casefold(): number for number, name in enumerate(names)}
+    _check_counts(rows, draws)
     own = [rows[index] for index in own_rows(len(rows))]
     found = torch.empty(len(own), len(names), dtype=torch.float64, device="cpu")
     for start in range(0, len(own), BATCH):
@@ -314,19 +316,22 @@ def measure_classification(pipeline: StarFlowPipeline, views: TrainingViews, mos
                 for draw in range(draws)
             ]
             found[start : start + len(some), number] = torch.stack(several).double().mean(0)
-    known = [numbers[str(views.labels[row]).casefold()] for row in rows]
-    labels = torch.tensor(known, dtype=torch.long, device="cpu")
-    return classify(gather_rows(found, len(rows)), labels)
+    return classify(gather_rows(found, len(rows)), _labels(views, rows, names))
+
+
+def _labels(views: TrainingViews, rows: Sequence[int], names: Sequence[str]) -> Tensor:
+    return torch.tensor([names.index(str(views.labels[row])) for row in rows], dtype=torch.long, device="cpu")
 
 
 def measure_one_pass(pipeline: StarFlowPipeline, views: TrainingViews, most: int, draws: int) -> Classification:
     """As `measure_classification`, by `condition_scores` at equal weights: one pass there and back for all classes.
 
     Raises:
-        UserError: the model has no classes, or a picture has no label that it knows.
+        UserError: the model has no classes, a picture has no label that it knows, or there are no pictures or draws.
     """
     rows = evenly_spaced(len(views), most)
     names = check_classes(pipeline, views, rows)
+    _check_counts(rows, draws)
     own = [rows[index] for index in own_rows(len(rows))]
     found = torch.zeros(len(own), len(names), dtype=torch.float64, device="cpu")
     for start in range(0, len(own), BATCH):
@@ -335,9 +340,7 @@ def measure_one_pass(pipeline: StarFlowPipeline, views: TrainingViews, most: int
         for draw in range(draws):
             seeds = [row * draws + draw for row in some]
             found[start : start + len(some)] += prompt_scores(pipeline, batch, names, seeds)
-    numbers = {name.casefold(): number for number, name in enumerate(names)}
-    known = [numbers[str(views.labels[row]).casefold()] for row in rows]
-    return classify(gather_rows(found, len(rows)), torch.tensor(known, dtype=torch.long, device="cpu"))
+    return classify(gather_rows(found, len(rows)), _labels(views, rows, names))
 
 
 def rank_prompts(
@@ -402,9 +405,10 @@ def measure_bits_map(pipeline: StarFlowPipeline, views: TrainingViews, most: int
     Pictures without a finite log-likelihood are left out, as there.
 
     Raises:
-        UserError: no picture is left.
+        UserError: no picture, or none is left.
     """
     rows = evenly_spaced(len(views), most)
+    _check_counts(rows)
     total, count = torch.zeros(1, dtype=torch.float64, device="cpu"), 0
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
