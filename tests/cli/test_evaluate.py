@@ -123,6 +123,8 @@ def test_bad_input_is_one_line(run: Run, classes: Path, tmp_path: Path) -> None:
     fails(run("evaluate", classes, tmp_path, "--save-reference", "m.npz"), "--save-reference is 'm.npz'", "safetensors")
     fails(run("evaluate", classes, tmp_path, "--judge", "j.pt"), "--judge is 'j.pt'", "safetensors")
     fails(run("evaluate", classes, tmp_path, "--judge", "j.safetensors", "--bpd"), "--judge", "--bpd", "choose one")
+    for words in (("--save-reference", "m.safetensors"), ("--features", "none"), ("--samples", 9), ("--guidance", 1)):
+        fails(run("evaluate", classes, tmp_path, *words, "--bpd"), words[0], "is about samples", "choose one")
     fails(run("evaluate", classes, tmp_path, "--samples", 1), "--samples is 1", "at least 2")
     fails(run("evaluate", classes, tmp_path, "--features", "resnet"), "resnet")
     fails(run("evaluate", classes, tmp_path, "--cleaning", "soap"), "--cleaning is 'soap'", "tweedie")

@@ -195,8 +195,9 @@ def test_the_table_and_the_page_say_everything(pictures: EvaluationSet) -> None:
 def test_plans_are_checked() -> None:
     with pytest.raises(UserError, match="draws 0"):
         EvaluationSettings(draws=0)
-    with pytest.raises(UserError, match="none below 0"):
-        EvaluationSettings(guidance=(1.0, -1.0))
+    for weights in ((1.0, -1.0), (math.nan,), (0.0, math.inf), ()):
+        with pytest.raises(UserError, match="none below 0 or infinite"):
+            EvaluationSettings(guidance=weights)
 
 
 def test_too_few_pictures_for_a_distance_are_refused_before_anything_is_measured(

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 COLUMNS = 8
 """Of a contact sheet."""
 
+OF_SAMPLES = ("sampler", "judge", "samples", "tuning_samples", "references", "guidance", "temperature", "candidates")
+OF_SAMPLES += ("prompts", "features", "feature_weights", "reference", "save_reference", "cleaning")
+"""Options that --bpd leaves nothing to do for."""
+
 TIMEOUT = 1800.0
 """Seconds that a process waits for the others, whose share of the work may take longer."""
 
@@ -91,12 +95,12 @@ class EvaluateOptions:
         for name, value, lowest in (*least, ("--references", self.references, 2), ("--pictures", self.pictures, 0)):
             if value < lowest:
                 raise UserError(f"{name} is {value}, expected at least {lowest}")
-        if self.sampler == "student" and self.bpd:
-            raise UserError("--sampler student draws samples and --bpd measures likelihoods alone: choose one")
+        given = [name for name in OF_SAMPLES if getattr(self, name) != getattr(EvaluateOptions, name)]
+        if self.bpd and given:
+            name = given[0].replace("_", "-")
+            raise UserError(f"--{name} is about samples and --bpd measures likelihoods alone: choose one")
         if self.sampler == "student" and self.cleaning not in ("model", "none"):
             raise UserError("--cleaning has no effect with --sampler student, which draws clean latents: leave it out")
-        if self.judge and self.bpd:
-            raise UserError("--judge looks at samples and --bpd measures likelihoods alone: choose one")
         if self.judge and not self.judge.endswith(".safetensors"):
             raise UserError(f"--judge is '{self.judge}', expected a name ending in .safetensors")
         if self.save_reference and not self.save_reference.endswith(".safetensors"):

@@ -9,6 +9,7 @@ comparable with any `kid`. Images that are not finite are counted, never drawn a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -101,8 +102,8 @@ class EvaluationSettings:
                 f"samples {self.samples}, tuning_samples {self.tuning_samples}, references {self.references}, pictures "
                 f"{self.pictures}, draws {self.draws}: expected at least 2, 2, 2, 0 and 1"
             )
-        if not self.guidance or min(self.guidance) < 0:
-            raise UserError(f"guidance weights {self.guidance}: expected at least one, none below 0")
+        if not self.guidance or not all(0 <= weight < math.inf for weight in self.guidance):
+            raise UserError(f"guidance weights {self.guidance}: expected at least one, none below 0 or infinite")
 
 
 Distances = dict[str, dict[str, float]]
