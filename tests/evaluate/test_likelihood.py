@@ -38,6 +38,7 @@ def test_bits_of_gaussian_data_are_its_entropy() -> None:
     nats = torch.distributions.Normal(0, 1).log_prob(x).sum(1, keepdim=True)
     found = mean_bits_per_dim(nats, 16, "noised latent")
     expected = 0.5 * math.log2(2 * math.pi * math.e)
+    assert found.error is not None
     assert abs(found.bits_per_dim - expected) < 4 * found.error
     assert found.nats_per_dim == pytest.approx(found.bits_per_dim * math.log(2))
     assert found.error == pytest.approx(math.sqrt(0.5 * 16) / (16 * math.log(2)) / math.sqrt(4000), rel=0.1)

@@ -152,7 +152,7 @@ class SequenceDistribution(Distribution):
 
     def _broadcast(self, leading: torch.Size) -> torch.Size:
         try:
-            return torch.broadcast_shapes(leading, self.batch_shape)
+            return torch.Size(torch.broadcast_shapes(leading, self.batch_shape))
         except RuntimeError:
             found = f"{tuple(leading)} before that of an event, which does not broadcast with {tuple(self.batch_shape)}"
             raise ValueError(f"the value has shape {found}, the batch shape") from None

@@ -425,7 +425,7 @@ def _check_rows(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> 
 
 def _broadcast(context: torch.Size, lengths: torch.Size) -> torch.Size:
     try:
-        return torch.broadcast_shapes(context, lengths)
+        return torch.Size(torch.broadcast_shapes(context, lengths))
     except RuntimeError:
         raise UserError(f"lengths of shape {tuple(lengths)} for contexts of batch shape {tuple(context)}") from None
 

@@ -95,6 +95,22 @@ def test_a_stop_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "another data.heldout" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", [(1990, 1), (2000, 2)])
+def test_a_run_does_not_go_on_with_arrays_of_another_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, int]
+) -> None:
+    """Other rows would be held out, and some that were would be trained on."""
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    train(recipe, run, "--train.steps", "1")
+    np.save(tmp_path / "theta.npy", np.zeros(shape))
+    np.save(tmp_path / "x.npy", np.zeros((shape[0], 1)))
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--output", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"started with arrays {{'events': [2000, 1], 'context': [2000, 1]}}, now {{'events': {list(shape)}" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
 def test_two_processes_train_the_same_flow(tmp_path: Path, layout: str) -> None:

@@ -5,6 +5,7 @@ update reads the rows of its batch alone. The first rows that are not held out s
 
 RUN/recipe.json   the settings          RUN/arrays/   what was read of a parquet file
 RUN/first/        the flow that training starts from, standardised
+RUN/shapes.json   of the arrays: rows of another number would be held out otherwise
 RUN/log.jsonl, samples/ (of held-out contexts, .npy), checkpoints/
 RUN/model/        the last average, as `SequenceFlow.from_pretrained` reads it
 RUN/best/         the average of the highest held-out likelihood, likewise
@@ -31,7 +32,7 @@ from starflow.density.blocks import Bound
 from starflow.density.fit import EVALUATION_ROWS, FitOptions, split_rows
 from starflow.density.sequence_flow import STANDARDISED_ROWS
 from starflow.errors import UserError
-from starflow.io.files import atomic_write
+from starflow.io.files import atomic_write, read_json, write_json
 from starflow.train.distributed import World
 from starflow.train.loader import BatchOrder
 from starflow.train.loop import fit
@@ -353,8 +354,14 @@ def train_density(recipe: DensityRecipe, folder: Path, world: World, *, progress
         raise UserError(f"train.init_from is '{recipe.train.init_from}', which is not for densities: leave it out")
     keep_recipe(recipe, FREE, folder, world)
     arrays = open_arrays(recipe.data, folder / "arrays", world)
+    shapes = {name: list(one.shape) for name, one in arrays._asdict().items() if one is not None}
+    begun = not world.any_missing(folder / "shapes.json")
+    if begun and (before := read_json(folder / "shapes.json")) != shapes:
+        raise UserError(f"{folder} was started with arrays {before}, now {shapes}: choose another --output, or undo it")
     if world.any_missing(folder / "first" / "config.json"):
         world.run_on_main(lambda: first_flow(recipe, arrays).save_pretrained(folder / "first"))
+    if not begun:
+        world.run_on_main(lambda: write_json(folder / "shapes.json", shapes))
     flow = SequenceFlow.from_pretrained(folder / "first").to(world.device)
     task = DensityTask(flow, arrays, recipe.data.heldout, recipe.train, world)
     if progress and world.is_main:
