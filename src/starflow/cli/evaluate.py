@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 COLUMNS = 8
 """Of a contact sheet."""
 
-OF_SAMPLES = ("sampler", "judge", "samples", "tuning_samples", "references", "guidance", "temperature", "candidates")
-OF_SAMPLES += ("prompts", "features", "feature_weights", "reference", "save_reference", "cleaning")
+OF_SAMPLES: tuple[str, ...] = (
+    *("sampler", "judge", "samples", "tuning_samples", "references", "guidance", "temperature", "candidates"),
+    *("prompts", "features", "feature_weights", "reference", "save_reference", "cleaning"),
+)
 """Options that --bpd leaves nothing to do for."""
 
 TIMEOUT = 1800.0

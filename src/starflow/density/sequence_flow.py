@@ -49,6 +49,7 @@ class SequenceFlow(nn.Module):
         event_shape: (D,) of a vector, or (N, C) of a sequence of N steps.
         context_shape: () without a context, (K,) of a vector, or (M, K) of a sequence.
         bounds: (lower, upper) for each dimension of the event's last axis, None where there is no bound; () is none.
+            Events lie between them and not on them, where the density is 0.
         variable_length: whether sequences have lengths of their own, up to N.
         patch_size: consecutive steps, or dimensions of a vector, in one token; numbers of one token are independent
             within a block.
