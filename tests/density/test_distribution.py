@@ -9,7 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Independent, Normal, SigmoidTransform, SoftplusTransform, kl_divergence, register_kl
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    SigmoidTransform,
+    SoftplusTransform,
+    kl_divergence,
+    register_kl,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from starflow.density import SequenceDistribution, SequenceFlow
@@ -223,6 +232,20 @@ def test_padding_is_sampled_as_zeros_and_ignored_within_bounds() -> None:
     assert (x[:, 0, 1:] == 0).all()
     assert (x[:, 1, :, 0] > 1).all()
     assert dist.log_prob(x).isfinite().all()  # though 0 is outside the bounds
+
+
+@pytest.mark.parametrize("event_shape", [(4,), (4, 2)])
+def test_padding_belongs_to_the_support(event_shape: tuple[int, ...]) -> None:
+    """So that what checks values by it takes the flow's own samples; what is read is still checked."""
+    flow = make_flow(event_shape, bounds=((1.0, 2.0),) * event_shape[-1], variable_length=True)
+    dist = flow(lengths=torch.tensor([1, 4]))
+    x = dist.sample((3,))
+    assert dist.support.check(x).all()
+    mixture = MixtureSameFamily(Categorical(torch.ones(2)), dist, validate_args=True)
+    whole = x[:, 1]  # read by one of the two up to its first step
+    torch.testing.assert_close(mixture.log_prob(whole), (dist.log_prob(x[:, 1:]) - math.log(2)).logsumexp(-1))
+    x[:, :, 1] = 7.0
+    assert dist.support.check(x).tolist() == [[True, False]] * 3
 
 
 def test_inside_of_the_cases_is_inside() -> None:

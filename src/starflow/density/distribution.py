@@ -37,7 +37,7 @@ class ConditionalFlow(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def support(self) -> constraints.Constraint: ...
+    def support(self) -> Within: ...
 
     def check_events(self, x: Tensor, lengths: Tensor | None) -> Tensor: ...
 
@@ -75,8 +75,8 @@ class SequenceDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Where the density is positive: within the flow's bounds, and everywhere without them."""
-        return self.flow.support
+        """Where the density is positive: within the flow's bounds, and everywhere without them and in the padding."""
+        return Within(self.flow.support.bounds, len(self.event_shape), self.lengths)
 
     def expand(self, batch_shape: Shape, _instance: object = None) -> Self:
         """The same distribution for a larger batch."""
@@ -174,12 +174,14 @@ class SequenceDistribution(Distribution):
 class Within(constraints.Constraint):
     """The set of events whose numbers lie within the bounds of their column; a closed end belongs to it.
 
+    Of events of given lengths (B,), what follows the first steps may be anything.
+
     >>> Within([(0.0, None), (None, None)], event_dim=1).check(torch.tensor([[1.0, 7.0], [-1.0, 7.0]]))
     tensor([ True, False])
     """
 
-    def __init__(self, bounds: Sequence[Bound], event_dim: int) -> None:
-        self.bounds, self._rank = tuple(bounds), event_dim
+    def __init__(self, bounds: Sequence[Bound], event_dim: int, lengths: Tensor | None = None) -> None:
+        self.bounds, self._rank, self.lengths = tuple(bounds), event_dim, lengths
         super().__init__()
 
     def __repr__(self) -> str:
@@ -191,9 +193,14 @@ class Within(constraints.Constraint):
         return self._rank
 
     def check(self, value: Tensor) -> Tensor:
-        """Which events are inside; a number that is not finite is not."""
+        """Which events are inside; a number that is not finite is not, but in the padding."""
         columns = zip(value.unbind(-1), self.bounds or [(None, None)] * value.shape[-1], strict=True)
-        return torch.stack([_is_within(one, *bound) for one, bound in columns], -1).flatten(-self._rank).all(-1)
+        inside = torch.stack([_is_within(one, *bound) for one, bound in columns], -1)
+        if self.lengths is not None:
+            places = torch.arange(value.shape[-self._rank], device=value.device)
+            padding = places >= self.lengths[..., None]
+            inside = inside | (padding if self._rank == 1 else padding[..., None])
+        return inside.flatten(-self._rank).all(-1)
 
 
 def _is_within(x: Tensor, lower: float | None, upper: float | None) -> Tensor:
