@@ -345,7 +345,7 @@ class SequenceFlow(nn.Module):
         if outside:
             kind = str(self.work_dtype).removeprefix("torch.")
             where = f"are outside the bounds {config.bounds}, or in {kind} on one, where the density is 0"
-            raise UserError(f"{outside} of {len(x)} rows {where}: widen them")
+            raise UserError(f"{outside} of {len(x)} rows {where}: widen them, or leave those out")
 
     # Saving.
 
