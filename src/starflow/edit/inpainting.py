@@ -9,7 +9,7 @@ below, if any; the log p that a filling comes with is the plain conditional one,
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
 - auto: of two rounds, the filling that is likeliest under the plain density. A round is K draws of p where the hole is
-  wide and p guided, and otherwise a filter of K particles, which draws the hole token by token between the known ones in
+  wide (`is_wide`), and otherwise a filter of K particles, which draws the hole token by token between the known ones in
   the block next to the noise (`GuidedFlow.particles`). A choice that was measured (docs/log.md), not an exact one: the
   likeliest is no draw, and through the other blocks a filter's known tokens depend on the hole.
 
@@ -280,12 +280,8 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """Of what the rounds draw the likeliest, unguided and at temperature 1.
-
-        Under guidance draws are better pictures than a filter's fillings of a wide hole, whose surroundings are no
-        guided picture; without guidance it is the other way round, and of thin holes always.
-        """
-        draw = self.pasted if self.density.guidance and is_wide(self.problem.hole) else self.filtered
+        """Of what the rounds draw the likeliest, unguided and at temperature 1."""
+        draw = self.pasted if is_wide(self.problem.hole) else self.filtered
         drawn: list[Tensor] = []
         for number in range(ROUNDS):
             drawn.append(draw())
