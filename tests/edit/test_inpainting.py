@@ -140,7 +140,7 @@ def test_auto_takes_the_likeliest_of_its_rounds_under_the_plain_density(
         assert math.isnan(filled.effective_samples.item())
     each = len(drawn) // ROUNDS
     assert {place // each for place in places} == set(range(ROUNDS)), "one round always won: the test tells nothing"
-    assert guidance == 0 or places != guided_places, "the guided, tempered density chose the same: the test tells nothing"
+    assert guidance == 0 or places != guided_places, "the guided density chose the same: the test tells nothing"
 
 
 def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow) -> None:
