@@ -73,7 +73,7 @@ METHODS = {
     "hmc": _settings("hmc", steps=14, candidates=8),
     "chain": _settings("chain", steps=18, candidates=8),
     "auto, unguided": _settings("auto", guidance=0.0),
-    "resample, unguided": _settings("resample", candidates=18, guidance=0.0),
+    "resample, unguided": _settings("resample", candidates=20, guidance=0.0),
 }
 
 

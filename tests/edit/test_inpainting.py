@@ -12,7 +12,7 @@ from torch import Tensor
 
 from starflow.edit.chains import Problem
 from starflow.edit.density import GuidedFlow
-from starflow.edit.inpainting import FILTERS, InpaintSettings, Method, Random, inpaint
+from starflow.edit.inpainting import ROUNDS, InpaintSettings, Method, Random, inpaint
 from starflow.edit.masks import spread_known
 from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
@@ -100,35 +100,47 @@ def hole_of(tokens: int) -> Tensor:
     return (torch.arange(4) < tokens).view(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def filtered(problem: Problem, seed: int, particles: int) -> list[Tensor]:
-    """What each filter of `auto` gives, (1, C, H, W)."""
+def filled_by_rounds(problem: Problem, seed: int, count: int, *, by_draws: bool) -> Tensor:
+    """All that the rounds of `auto` give, `count` particles or draws each, (B, C, H, W)."""
     random, made = Random(seed, problem.known), []
     assert isinstance(problem.density, GuidedFlow)
-    for _ in range(FILTERS):
+    for _ in range(ROUNDS):
+        if by_draws:
+            made.append(problem.density.decode(random.normal(count)))
+            continue
         first = spread_known(problem.known, ~problem.hole)
         uniform = random.log_uniform(4).exp()
-        found = problem.density.particles(first, random.normal(particles), problem.hole, uniform)
-        made.append(problem.paste(found.x[random.choose(found.log_weight)]))
-    return made
+        found = problem.density.particles(first, random.normal(count), problem.hole, uniform)
+        made.append(found.x[random.choose(found.log_weight)])
+    return problem.paste(torch.cat(made))
 
 
-@pytest.mark.parametrize("tokens", [3, 4])
+WIDE = ((torch.arange(4)[:, None] < 3) & (torch.arange(4) < 3)).view(1, 1, 4, 4)
+"""Nine cells, one of them in the middle of the others."""
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_auto_takes_the_likelier_of_its_filters(flow: Flow, guidance: float, tokens: int) -> None:
-    """Where nothing is known (four tokens) too."""
+@pytest.mark.parametrize(("hole", "by_draws"), [(hole_of(3), False), (WIDE, True), (hole_of(4), True)])
+def test_auto_takes_the_likeliest_of_its_rounds_under_the_plain_density(
+    flow: Flow, guidance: float, hole: Tensor, by_draws: bool
+) -> None:
+    """Draws of a wide hole, fillings of filters otherwise; where nothing is known (four tokens) too."""
     x, _, condition, null = given(1)
-    density = GuidedFlow(flow, condition, null, guidance, 0.8)
-    settings, places = InpaintSettings(guidance=guidance, temperature=0.8, candidates=3), []
-    for seed in range(6):
-        problem = Problem(density, x, hole_of(tokens), 0.3)
-        filled = inpaint(flow, x, problem.hole, condition, null, seeds=[seed], settings=settings)
-        drawn = filtered(problem, seed, 3)
-        nats = [float(problem.log_hole(one)) for one in drawn]
-        places.append(nats.index(max(nats)))
-        assert torch.allclose(filled.x, drawn[places[-1]], atol=1e-5)
+    density, count = GuidedFlow(flow, condition, null, guidance, 0.6), 3
+    problem = Problem(density, x, hole, 0.3)
+    plain = dataclasses.replace(problem, density=GuidedFlow(flow, condition))
+    settings, places, guided_places = InpaintSettings(guidance=guidance, temperature=0.6, candidates=count), [], []
+    for seed in range(12):
+        filled = inpaint(flow, x, hole, condition, null, seeds=[seed], settings=settings)
+        drawn = filled_by_rounds(problem, seed, count, by_draws=by_draws)
+        places.append(int(plain.log_hole(drawn).argmax()))
+        guided_places.append(int(problem.log_hole(drawn).argmax()))
+        assert torch.allclose(filled.x[0], drawn[places[-1]], atol=1e-5)
         assert math.isnan(filled.acceptance.item())
         assert math.isnan(filled.effective_samples.item())
-    assert len(set(places)) == FILTERS, "one filter was always the likelier one: the test tells nothing"
+    each = len(drawn) // ROUNDS
+    assert {place // each for place in places} == set(range(ROUNDS)), "one round always won: the test tells nothing"
+    assert guidance == 0 or places != guided_places, "the guided density chose the same: the test tells nothing"
 
 
 def test_each_filling_of_many_is_a_draw_of_the_conditional_distribution(banana: STARFlow) -> None:

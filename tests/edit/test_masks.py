@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from starflow.edit.masks import box_mask, latent_mask, parse_box, read_mask
+from starflow.edit.masks import box_mask, drawn_mask, is_wide, latent_mask, parse_box, read_mask, touched_cells
 from starflow.errors import UserError
 
 
@@ -73,3 +73,12 @@ def test_one_pixel_takes_its_cell_and_those_around(x: int, y: int) -> None:
     cells = latent_mask(hole, (8, 8))[0, 0]
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     assert torch.equal(cells, ((rows - y // 4).abs() <= 1) & ((columns - x // 4).abs() <= 1))
+
+
+@given(st.integers(4, 20), st.integers(4, 20), st.integers(1, 8), st.integers(1, 8))
+def test_inside_a_picture_a_hole_is_wide_where_a_cell_lies_whole_in_it(x: int, y: int, wide: int, high: int) -> None:
+    """So that holes which `drawn_mask` dilates are wide, and others thin."""
+    hole = box_mask((x, y, wide, high), (32, 32))
+    whole = any(bool(cell.all()) for row in hole[0, 0].split(4) for cell in row.split(4, 1))
+    assert is_wide(drawn_mask(hole, (8, 8))) == whole
+    assert is_wide(drawn_mask(hole, (8, 8))) == bool((drawn_mask(hole, (8, 8)) != touched_cells(hole, (8, 8))).any())

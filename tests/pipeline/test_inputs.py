@@ -119,6 +119,18 @@ def test_another_range_is_a_warning(pipe: StarFlowPipeline, scale: float, shift:
     assert not words or words[:3] in str(caught[0].message)
 
 
+@pytest.mark.parametrize("levels", [(128, 255), (250, 255)])
+def test_a_bright_picture_is_not_taken_for_one_of_another_range(
+    pipe: StarFlowPipeline, levels: tuple[int, int]
+) -> None:
+    shades = torch.randint(*levels, (8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.log_prob(Image.fromarray(shades.numpy()), "star", seed=0)
+    with pytest.warns(UserWarning, match="2 x - 1"):
+        pipe.log_probs(shades.permute(2, 0, 1)[None] / 255, "star", [0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_any_precision_of_floats_works(pipe: StarFlowPipeline, dtype: torch.dtype) -> None:
     images = (torch.rand(2, 3, 8, 8) * 2 - 1).to(dtype)

@@ -8,9 +8,10 @@ below, if any; the log p that a filling comes with is the plain conditional one,
 - resample: K draws y of p, one taken in proportion to w(y) = p(x_O, y_M) q(y_O) / p(y). Exact as K grows.
 - chain: prior-preserving steps in the noise, from what resampling gives. Exact as the steps grow.
 - hmc: Hamiltonian steps on x_M, from the likeliest draw. Exact as the steps grow.
-- auto: of two filters of K particles, each of which draws the hole token by token between the known ones in the block
-  next to the noise (`GuidedFlow.particles`), the likelier one. A choice that was measured (docs/log.md), not an exact
-  one: through the other blocks the known tokens depend on the hole.
+- auto: of two rounds, the filling that is likeliest under the plain density. A round is K draws of p where the hole is
+  wide (`is_wide`), and otherwise a filter of K particles, which draws the hole token by token between the known ones in
+  the block next to the noise (`GuidedFlow.particles`). A choice that was measured (docs/log.md), not an exact one: the
+  likeliest is no draw, and through the other blocks a filter's known tokens depend on the hole.
 
 Contract: a filling depends on its latent, hole, condition and seed alone, bit for bit, not on its batch: all that is
 computed at once belongs to one filling.
@@ -20,6 +21,7 @@ Shapes: B fillings, C x H x W latents, K draws.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +31,8 @@ import torch
 from torch import Tensor
 
 from starflow.edit.chains import Adapted, Problem, Step, hamiltonian_step, noise_step
-from starflow.edit.density import GuidedFlow, effective_samples, log_density
-from starflow.edit.masks import spread_known
+from starflow.edit.density import GuidedFlow, effective_samples
+from starflow.edit.masks import is_wide, spread_known
 from starflow.errors import UserError
 from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow
@@ -40,8 +42,8 @@ Method = Literal["auto", "resample", "chain", "hmc", "paper"]
 PAPER_NOISE = 1.0
 """tau of the paper's proposals."""
 
-FILTERS = 2
-"""Filters of K particles each that `auto` chooses between: the particles of one soon descend from a single one."""
+ROUNDS = 2
+"""Of `auto`, K draws or particles each: the particles of a filter soon descend from a single one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class InpaintSettings:
     guidance: float = 0.0
     temperature: float = 1.0
     candidates: int = 16
-    """K, draws that a filling starts from or is chosen of; of `auto` the particles of a filter."""
+    """K, draws that a filling starts from or is chosen of; of `auto` the draws or particles of a round."""
     steps: int = 20
     """Of `chain`, `hmc` and `paper`; the first third adapts its size and is not counted in the acceptance."""
     leapfrogs: int = 3
@@ -225,12 +227,15 @@ class _Filling:
             "hmc": self.hmc,
             "auto": self.auto,
         }[self.settings.method]()
-        plain = GuidedFlow(self.density.flow, self.density.condition)
-        with torch.no_grad():
-            nats = log_density(plain, x)
+        nats = self.plain.log_hole(x)
         self.report(1, None)
         accepted = sum(self.probabilities) / len(self.probabilities) if self.probabilities else math.nan
         return Filled(x, nats, nats.new_tensor([accepted]), nats.new_tensor([self.effective]))
+
+    @property
+    def plain(self) -> Problem:
+        """The same hole, under the density that is neither guided nor tempered."""
+        return dataclasses.replace(self.problem, density=GuidedFlow(self.density.flow, self.density.condition))
 
     def draws(self) -> Tensor:
         """z of K draws."""
@@ -275,13 +280,18 @@ class _Filling:
         return size
 
     def auto(self) -> Tensor:
-        """What two filters drew, the likelier of the two."""
-        drawn = []
-        for number in range(FILTERS):
-            drawn.append(self.filtered())
-            self.report((number + 1) / (FILTERS + 1), drawn[0] if number == 0 else None)
+        """Of what the rounds draw the likeliest, unguided and at temperature 1."""
+        draw = self.pasted if is_wide(self.problem.hole) else self.filtered
+        drawn: list[Tensor] = []
+        for number in range(ROUNDS):
+            drawn.append(draw())
+            self.report((number + 1) / (ROUNDS + 1), drawn[0][:1] if number == 0 else None)
         x = torch.cat(drawn)
-        return x[finite(self.problem.log_hole(x)).argmax().view(1)]
+        return x[finite(self.plain.log_hole(x)).argmax().view(1)]
+
+    def pasted(self) -> Tensor:
+        """K draws, the known part over each, (K, C, H, W)."""
+        return self.problem.paste(self.density.decode(self.draws()))
 
     def filtered(self) -> Tensor:
         """One of K particles by its weight, (1, C, H, W)."""

@@ -111,6 +111,20 @@ def drawn_mask(hole: Tensor, grid: tuple[int, int]) -> Tensor:
     return latent_mask(hole, grid) if bool(whole.any()) else touched_cells(hole, grid)
 
 
+def is_wide(hole: Tensor) -> bool:
+    """Whether any cell of a hole in latents (1, 1, h, w) has none but cells of the hole around it.
+
+    Beyond the edge nothing is to be filled. Inside a picture a hole of `latent_mask` is wide where a cell lies whole in
+    it, and one of `drawn_mask` that is not dilated is thin.
+
+    >>> hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    >>> hole[..., 2:4, :] = True
+    >>> is_wide(hole), is_wide(latent_mask(hole, (8, 8)))
+    (False, True)
+    """
+    return not bool(F.max_pool2d(F.pad((~hole).float(), (1, 1, 1, 1), value=1.0), 3, stride=1).all())
+
+
 CONTEXT = 2
 """Sides of the hole that the model sees, at least."""
 

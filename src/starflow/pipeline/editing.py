@@ -302,7 +302,7 @@ class PictureEditing:
             guidance: weight of the density that is drawn from, 0 is unguided; None is what the model draws at, and 0
                 where there is no prompt.
             temperature: of that density, 1 is as it was trained; None is what the model draws at.
-            candidates: draws that a filling starts from.
+            candidates: draws that a filling starts from; see `InpaintSettings`.
             steps: of "chain", "hmc" and "paper".
             spread: how freely the known part may move while the chains draw, in the latents' units.
             keep: of "resample"'s draws: one by its weight, or the likeliest.

@@ -191,6 +191,8 @@ def read_image(image: Image | str | Path) -> Tensor:
 def check_range(images: Tensor, device: torch.device) -> Tensor:
     """Pictures (B, 3, H, W) on a device; a warning where they seem to lie in another range than [-1, 1].
 
+    Bright ones whose values are 8-bit levels in [-1, 1] do not, since levels in [0, 1] lie halfway between those.
+
     Raises:
         UserError: a tensor without values, or one that is not dense.
     """
@@ -202,7 +204,7 @@ def check_range(images: Tensor, device: torch.device) -> Tensor:
     low, high = (float(end) for end in images.detach().aminmax())
     if high > RANGE_SLACK:
         warnings.warn(f"pictures reach {high:g}, expected [-1, 1]: from 0..255, take x / 127.5 - 1", stacklevel=3)
-    elif 0 <= low < high <= 1:
+    elif 0 <= low < high <= 1 and not torch.allclose(levels := 127.5 * images, levels.floor() + 0.5, rtol=0, atol=0.01):
         warnings.warn(f"pictures lie in [{low:g}, {high:g}], expected [-1, 1]: from [0, 1], 2 x - 1", stacklevel=3)
     return images.to(device)
 
