@@ -38,6 +38,17 @@ def test_inputs_embedded_in_parts_or_one_by_one_are_those_of_the_whole(backwards
     torch.testing.assert_close(torch.cat(ones, dim=1), whole)
 
 
+def test_under_autocast_the_first_and_the_last_product_are_those_in_float32() -> None:
+    given, inputs = block().float(), tokens().float()
+    hidden = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(2))
+    expected = given.embed(inputs, 0), given.outputs(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = given.embed(inputs, 0), given.outputs(hidden)
+        assert given.attn_blocks[0].mlp(hidden).dtype == torch.bfloat16, "autocast does nothing here"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tokens_that_continue_a_cache_are_those_of_the_whole_sequence() -> None:
     given, hidden = block(), torch.randn(2, 7, 48, dtype=torch.float64)
     shape = CacheShape(2, 2, given.spec.layer.kv_heads, 7, 24)
