@@ -60,7 +60,7 @@ CLAIM = (
 class Budget:
     """How much is computed."""
 
-    steps: int = 3000
+    steps: int = 24_000
     patch_size: int = 2
     """Side of the patch that is one token; patches of 4 take a quarter of the time."""
     pictures: int = 1000
@@ -88,7 +88,7 @@ def run(
         "train.steps": str(budget.steps),
         "train.warmup": str(min(200, budget.steps // 10)),
         "train.compile": str(budget.steps >= 1000).lower(),  # compiling takes as long as some hundred updates
-        "train.evaluate_every": str(max(1, budget.steps // 6)),
+        "train.evaluate_every": str(max(1, budget.steps // 24)),
     }
     pipeline = trained(shared, folder / "run", RECIPE, overrides, device)
     pictures = open_evaluation_set(str(data) if data else FASHION_MNIST, SIDE)

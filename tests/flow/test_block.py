@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from starflow.flow.block import AutoregressiveBlock
 from starflow.flow.config import STARFlowConfig
-from starflow.nn.attention import CacheShape, CacheSlice, KVCache
+from starflow.nn.attention import CacheShape, CacheSlice, KVCache, Layer
 from tests.registry import randomised
 
 CPU = torch.device("cpu")
@@ -36,6 +36,19 @@ def test_inputs_embedded_in_parts_or_one_by_one_are_those_of_the_whole(backwards
     torch.testing.assert_close(given.embed(tokens()[:, 5:9], 5), whole[:, 5:9])
     ones = [given.embed_at(tokens()[:, k : k + 1], torch.tensor([k])) for k in range(16)]
     torch.testing.assert_close(torch.cat(ones, dim=1), whole)
+
+
+def test_under_autocast_the_first_and_the_last_product_are_those_in_float32() -> None:
+    given, inputs = block().float(), tokens().float()
+    layer = given.attn_blocks[0]
+    hidden = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(2))
+    expected = given.embed(inputs, 0), given.outputs(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = given.embed(inputs, 0), given.outputs(hidden)
+        assert isinstance(layer, Layer)
+        assert layer.mlp(hidden).dtype == torch.bfloat16, "autocast does nothing here"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_tokens_that_continue_a_cache_are_those_of_the_whole_sequence() -> None:

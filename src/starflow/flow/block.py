@@ -245,7 +245,8 @@ class AutoregressiveBlock(nn.Module):
 
     def embed(self, inputs_BTC: Tensor, first: int) -> Tensor:
         """Inputs number first, first + 1, .. to hidden states (B, T, D), without condition."""
-        hidden: Tensor = self.proj_in(inputs_BTC.to(self.proj_in.weight.dtype))
+        with torch.autocast(inputs_BTC.device.type, enabled=False):  # so that layers add to float32
+            hidden: Tensor = self.proj_in(inputs_BTC.to(self.proj_in.weight.dtype))
         if self.pos_embed is None:
             return hidden
         count = inputs_BTC.shape[1]
@@ -325,7 +326,9 @@ class AutoregressiveBlock(nn.Module):
 
     def outputs(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm, projection and soft clip: (B, T, 2C), the scale's half first, at least float32."""
-        out: Tensor = self.proj_out(self.final_norm(hidden_BTD))
+        hidden_BTD = self.final_norm(hidden_BTD)
+        with torch.autocast(hidden_BTD.device.type, enabled=False):  # mu rounded to 8 bits costs nats (docs/log.md)
+            out: Tensor = self.proj_out(hidden_BTD.to(self.proj_out.weight.dtype))
         return soft_clip(out.to(torch.promote_types(out.dtype, torch.float32)), self.spec.clip)
 
     def gaussian(self, outputs_BTO: Tensor) -> tuple[Tensor, Tensor]:

@@ -422,7 +422,7 @@ def _saved_activation_bytes(
     for block in range(config.num_blocks):
         shape = layer_shape(config, block)
         tokens = images[0] * _inputs(config, block, images[1])
-        inputs = 2 * BYTES[precision] * shape.width * tokens
+        inputs = 2 * BYTES["float32"] * shape.width * tokens  # what layers add to is in float32
         attention, mlp = (kept * tokens for kept in _layer_saved_bytes(shape, BYTES[precision]))
         largest = max(largest, attention, mlp)
         back = max(back, BYTES[precision] * (3 if shape.gated else 2) * shape.hidden * tokens)
