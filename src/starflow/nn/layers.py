@@ -72,6 +72,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(wide), scale.shape, scale, RMS_EPS).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, which also takes inputs of more precision than its weights, as shards of bfloat16 have.
+
+    >>> LayerNorm(4).bfloat16()(torch.ones(2, 4)).dtype
+    torch.float32
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (one.to(torch.promote_types(one.dtype, x.dtype)) for one in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 def runs_as_written(module: nn.Module) -> bool:
     """Whether a call runs the code of the classes alone: no hook and no forward of its own on any part of a module.
 
@@ -92,7 +104,7 @@ def is_hooked(part: nn.Module) -> bool:
 
 def make_norm(spec: LayerSpec) -> nn.Module:
     """The norm that stands before attention and MLP."""
-    return nn.LayerNorm(spec.width) if spec.norm_type == "layer_norm" else RMSNorm(spec.width)
+    return LayerNorm(spec.width) if spec.norm_type == "layer_norm" else RMSNorm(spec.width)
 
 
 class MLP(nn.Module):

@@ -15,9 +15,10 @@ r // shard_size, so that the shards of a copy are neighbours, on one host where 
 Contract of split tensors: a tensor is split along its first dimension over the last mesh dimension, as fully_shard does
 it (like `torch.chunk`), and equal over the other one. A plain tensor is equal everywhere.
 
-Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. z and
-log-determinants are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs,
-and gradients are averaged in float32.
+Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. Layers alone are
+gathered in bfloat16, so that a block's first and last product are as precise as without shards. z and log-determinants
+are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs, and gradients
+are averaged in float32.
 
 First weights of a flow that was built on the meta device: every Transformer layer, and the rest of every block, draws
 from a seed of its own. Each process makes one of them at a time on the CPU and keeps its part, so that a model larger
@@ -300,14 +301,16 @@ def shard_model(model: nn.Module, layout: ShardingLayout, weights: torch.dtype |
     Args:
         model: on the meta device, or real and equal in every process.
         layout: see `make_layout`.
-        weights: precision that weights are gathered in; None is their own.
+        weights: precision that the layers' weights are gathered in; None is their own.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=weights, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    rounded, own = (
+        MixedPrecisionPolicy(param_dtype=one, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+        for one in (weights, None)
     )
     blocks = [module for module in model.modules() if isinstance(module, AutoregressiveBlock)]
-    for unit in [*layers_of(model), *blocks, model]:
-        fully_shard(unit, mesh=layout.mesh, mp_policy=policy)
+    layers = layers_of(model)
+    for unit in [*layers, *blocks, model]:  # what is around layers, such as a block's first product, is not rounded
+        fully_shard(unit, mesh=layout.mesh, mp_policy=rounded if unit in layers or not layers else own)
 
 
 def checkpoint_activations(model: nn.Module, parallel: ParallelSettings) -> None:
