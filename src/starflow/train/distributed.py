@@ -15,8 +15,8 @@ r // shard_size, so that the shards of a copy are neighbours, on one host where 
 Contract of split tensors: a tensor is split along its first dimension over the last mesh dimension, as fully_shard does
 it (like `torch.chunk`), and equal over the other one. A plain tensor is equal everywhere.
 
-Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. Only layers are
-gathered in bfloat16, so that a block's first and last product are as precise as without shards. z and log-determinants
+Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. Only layers
+are gathered in bfloat16, so that a block's first and last product are as precise as without shards. z and log-determinants
 are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs, and gradients
 are averaged in float32.
 
