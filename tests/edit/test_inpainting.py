@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import get_args
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.strategies import integers
 from torch import Tensor
 
 from starflow.edit.chains import Problem
@@ -18,6 +20,7 @@ from starflow.errors import UserError
 from starflow.flow.config import STARFlowConfig
 from starflow.flow.finite import NotFiniteError
 from starflow.flow.model import Flow, STARFlow
+from starflow.sampling.sampler import candidate_noise
 from tests.edit.conftest import STANDARD_ERRORS, histogram_apart
 from tests.registry import randomised
 
@@ -182,3 +185,10 @@ def test_what_is_not_finite_is_never_chosen_and_where_nothing_is_finite_that_is_
     assert [int(random.choose(some)) for _ in range(5)] == [2] * 5
     with pytest.raises(NotFiniteError, match="no filling came out finite"):
         random.choose(torch.full((3,), math.nan))
+
+
+@hypothesis.given(integers(0, 2**63 - 1))
+def test_no_seed_draws_what_a_picture_of_that_seed_is_made_from(seed: int) -> None:
+    """Otherwise a hole in a picture that the model drew is filled by the picture itself."""
+    pictures, drawn = candidate_noise([seed], (2, 4, 4), 16)[0], Random(seed, torch.zeros(1, 2, 4, 4)).normal(16)
+    assert not bool((pictures[:, None] == drawn).flatten(2).all(2).any())

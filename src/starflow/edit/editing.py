@@ -43,7 +43,7 @@ def edit(
         condition: (B, ...), what the latents show, or None for a flow without a condition.
         new_condition: (B, ...), what they shall show.
         null_condition: (B, ...), needed where the guidance is above 0.
-        seeds: one a row, of g; the first draw of each generator is left out, as in `starflow.edit.inpainting`.
+        seeds: one a row, of g; see `starflow.edit.inpainting.Random`.
         strength: s in 0 .. 1; 0 keeps all of the noise, 1 is a new draw.
         guidance: weight of the decoding.
 

@@ -117,7 +117,7 @@ def inpaint(
         hole: (B, 1, H, W) of bool, True is to be filled.
         condition: (B, ...), as `flow` takes it, or None.
         null_condition: (B, ...), what "no condition" is; needed where the guidance is above 0.
-        seeds: one a row. The first normal draw of a seed's generator is left out: with it a caller adds the noise.
+        seeds: one a row.
         settings: how.
         progress: called with (rows done, rows in all), rows in fractions of a thousandth.
         show: called with a row's number and what it is on the way, (1, C, H, W), its hole filled: once by `auto`, after
@@ -164,14 +164,20 @@ def _part_of(
     return report
 
 
+STREAM = 0x1E3779B97F4A7C15
+"""What a seed is combined with, bit by bit, for numbers of its own."""
+
+
 class Random:
-    """Random numbers of one seed, like a latent."""
+    """Random numbers of one seed, like a latent; other ones than those that a picture of that seed is drawn from.
+
+    A hole in a picture of the model's own would otherwise be filled by the noise that made it: by itself.
+    """
 
     def __init__(self, seed: int, like: Tensor) -> None:
         if not 0 <= seed < 2**63:
             raise UserError(f"the seed is {seed}, expected 0 to {2**63 - 1}")
-        self.generator, self.like = torch.Generator("cpu").manual_seed(seed), like
-        self.normal(1)
+        self.generator, self.like = torch.Generator("cpu").manual_seed(seed ^ STREAM), like
 
     def normal(self, rows: int, *shape: int) -> Tensor:
         """Standard normal (rows, *shape), by default of a latent's shape, drawn in float32 on the CPU."""
