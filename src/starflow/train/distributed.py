@@ -16,9 +16,9 @@ Contract of split tensors: a tensor is split along its first dimension over the 
 it (like `torch.chunk`), and equal over the other one. A plain tensor is equal everywhere.
 
 Units of sharding are the Transformer layers and the blocks around them; a model without any is one unit. Only layers
-are gathered in bfloat16, so that a block's first and last product are as precise as without shards. z and log-
-determinants are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs, and
-gradients are averaged in float32.
+are gathered in bfloat16, so that a block's first and last product are as precise as without shards. z and
+log-determinants are never rounded: shards change the precision of weights alone, never of a module's inputs or outputs,
+and gradients are averaged in float32.
 
 First weights of a flow that was built on the meta device: every Transformer layer, and the rest of every block, draws
 from a seed of its own. Each process makes one of them at a time on the CPU and keeps its part, so that a model larger
